@@ -1,0 +1,45 @@
+"""svdcli makes neural-network checkpoints smaller by low rank."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from svdcli.engine import Compute
+    from svdcli.errors import SvdcliError
+    from svdcli.pipeline import compress, expand
+    from svdcli.plan.recipe import Plan, Recipe
+    from svdcli.survey import inspect, report, spectrum, verify
+
+__all__ = [
+    "Compute",
+    "Plan",
+    "Recipe",
+    "SvdcliError",
+    "__version__",
+    "compress",
+    "expand",
+    "inspect",
+    "report",
+    "spectrum",
+    "verify",
+]
+
+_HOMES = {
+    "svdcli.engine": ("Compute",),
+    "svdcli.errors": ("SvdcliError",),
+    "svdcli.pipeline": ("compress", "expand"),
+    "svdcli.plan.recipe": ("Plan", "Recipe"),
+    "svdcli.survey": ("inspect", "report", "spectrum", "verify"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import public names when they are first asked for (PEP 562): `import svdcli` itself stays instant."""
+    for home, names in _HOMES.items():
+        if name in names:
+            return getattr(importlib.import_module(home), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,3 @@
+from svdcli.cli import main
+
+main()

@@ -1,0 +1,442 @@
+"""argv -> one call -> one rendering. The only file that imports typer."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
+
+import typer
+
+from svdcli import __version__
+from svdcli.errors import FAILED, INTERRUPTED, SvdcliError, UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from svdcli.engine import Compute
+    from svdcli.files.report import Report
+    from svdcli.plan.recipe import Plan, Recipe
+
+app = typer.Typer(
+    name="svdcli",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    help="Make neural-network checkpoints smaller by low rank.\n\n"
+    "Each chosen linear layer is replaced by the factors of its truncated SVD; what comes out is a checkpoint again.",
+    epilog="Exit codes: 0 done, 1 failed, 2 usage, 3 nothing selected, 130 interrupted (the same command continues).",
+)
+
+Model = Annotated[
+    str, typer.Argument(help="A .safetensors, .bin, .pt or .pth file, a directory, or - for standard input.", metavar="MODEL")
+]
+Output = Annotated[str | None, typer.Argument(help="What compress wrote.", metavar="[OUT]")]
+Out = Annotated[str | None, typer.Option("-o", "--output", help="Where to write; - for standard output.", metavar="PATH")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
+Csv = Annotated[bool, typer.Option("--csv", help="Print CSV on standard output, a line a layer.")]
+Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="No table and no progress; errors are still told.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace an existing output.")]
+Include = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--include", help="Only layers that match this glob (or re:REGEX). Repeatable. A full name overrides the name rules."
+    ),
+]
+Exclude = Annotated[
+    list[str] | None, typer.Option("--exclude", help="No layer that matches this glob (or re:REGEX). Repeatable.")
+]
+LayersFrom = Annotated[
+    str | None,
+    typer.Option("--layers-from", help="Only the layers named in this file, one a line; - for standard input.", metavar="FILE"),
+]
+Device = Annotated[str, typer.Option("--device", help="cpu, cuda, mps or auto.")]
+Threads = Annotated[int | None, typer.Option("--threads", help="Threads for the mathematics.")]
+
+_SIZES = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+_DTYPES = {
+    **dict.fromkeys(("float32", "fp32", "f32", "float"), "F32"),
+    **dict.fromkeys(("float16", "fp16", "f16", "half"), "F16"),
+    **dict.fromkeys(("bfloat16", "bf16"), "BF16"),
+    **dict.fromkeys(("float64", "fp64", "f64", "double"), "F64"),
+}
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    context: typer.Context, version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False
+) -> None:
+    if version:
+        typer.echo(f"svdcli {__version__}")
+        raise typer.Exit
+
+
+@app.command(epilog="Example: svdcli compress my-llm/ --keep 0.6 --allocate global --json | jq .total.saved_bytes")
+def compress(
+    model: Model,
+    output: Out = None,
+    rank: Annotated[int | None, typer.Option("--rank", help="Target: this rank in every layer.")] = None,
+    keep: Annotated[
+        float | None, typer.Option("--keep", help="Target: share of the selected layers' parameters that remain.")
+    ] = None,
+    size: Annotated[str | None, typer.Option("--size", help="Target: bytes of the whole output, such as 350MB.")] = None,
+    energy: Annotated[
+        float | None, typer.Option("--energy", help="Target: share of each layer's squared singular values to keep.")
+    ] = None,
+    error: Annotated[
+        float | None, typer.Option("--error", help="Target: relative Frobenius error that no layer exceeds.")
+    ] = None,
+    allocate: Annotated[str, typer.Option("--allocate", help="uniform, or global: ranks where they are worth most.")] = "uniform",
+    floor: Annotated[float, typer.Option("--floor", help="With global: least rank, as a share of the uniform one.")] = 0.6,
+    multiple_of: Annotated[int, typer.Option("--multiple-of", help="Only ranks that are multiples of this.")] = 1,
+    include: Include = None,
+    exclude: Exclude = None,
+    layers_from: LayersFrom = None,
+    layout: Annotated[str, typer.Option("--layout", help="factored, pivoted or dense.")] = "factored",
+    dtype: Annotated[str | None, typer.Option("--dtype", help="Dtype of the factors; by default the source's.")] = None,
+    solver: Annotated[str, typer.Option("--solver", help="auto, svd, gram or randomized.")] = "auto",
+    device: Device = "auto",
+    seed: Annotated[int, typer.Option("--seed", help="Seed of the randomized solver.")] = 0,
+    threads: Threads = None,
+    max_shard_size: Annotated[
+        str | None, typer.Option("--max-shard-size", help="Largest weight file of a directory, such as 5GB.")
+    ] = None,
+    nonfinite: Annotated[
+        str, typer.Option("--nonfinite", help="NaN or infinity in a layer: error, or skip (leave it dense).")
+    ] = "error",
+    plan_file: Annotated[str | None, typer.Option("--plan", help="Run this saved plan again.", metavar="FILE")] = None,
+    save_plan: Annotated[str | None, typer.Option("--save-plan", help="Write the plan as JSON.", metavar="FILE")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print the plan and its exact size.")] = False,
+    force: Force = False,
+    every_layer: Annotated[bool, typer.Option("--every-layer", help="A table line for every layer, not for every kind.")] = False,
+    json_: Json = False,
+    csv_: Csv = False,
+    quiet: Quiet = False,
+) -> None:
+    """Factor the selected layers of MODEL and write a smaller checkpoint.
+
+    Give exactly one target (or --plan). The output is MODEL's stem with .svd.safetensors, or its name with -svd.
+    """
+    targets = {
+        "rank": rank,
+        "keep": keep,
+        "size": None if size is None else parse_size(size, "--size"),
+        "energy": energy,
+        "error": error,
+    }
+    given = {name: float(value) for name, value in targets.items() if value is not None}
+    if layers_from == "-" and model == "-":
+        raise UsageError("standard input cannot be both the model and the list of layers", "write one of them to a file")
+    recipe = plan = None
+    if plan_file is not None:
+        if given or layers_from or include or exclude:
+            raise UsageError("--plan decides the layers and ranks by itself", "leave out targets, patterns and --layers-from")
+        plan = _read_plan(plan_file)
+    else:
+        if len(given) != 1:
+            names = ", ".join(f"--{name}" for name in targets)
+            raise UsageError(f"give exactly one target, not {len(given)}", f"one of {names}, or --plan")
+        target, value = next(iter(given.items()))
+        recipe = _recipe(
+            target,
+            value,
+            allocate,
+            floor,
+            multiple_of,
+            include,
+            exclude,
+            layers_from,
+            layout,
+            dtype,
+            solver,
+            seed,
+            nonfinite,
+            max_shard_size,
+        )
+    outcome = _compress(model, output, recipe, plan, _compute(device, threads), force, dry_run, quiet)
+    if save_plan is not None:
+        _save_plan(save_plan, outcome.plan)
+    _say(outcome, quiet)
+    _show_report(outcome.report, _data_stream(output), json_, csv_, quiet, grouped=not every_layer)
+    if outcome.report.failed:
+        raise SvdcliError(f"{len(outcome.report.failed)} layers stayed dense because every solver failed", "see the report")
+
+
+def _recipe(*values: Any) -> Recipe:
+    from svdcli.plan.recipe import Recipe
+
+    target, value, allocate, floor, multiple_of, include, exclude, layers_from, layout, dtype, solver, seed, nonfinite, shard = (
+        values
+    )
+    return Recipe(
+        target=target,
+        value=value,
+        allocate=allocate,
+        floor=floor,
+        multiple_of=multiple_of,
+        include=tuple(include or ()),
+        exclude=tuple(exclude or ()),
+        layers=read_layers(layers_from),
+        layout=layout,
+        dtype=parse_dtype(dtype),
+        solver=solver,
+        seed=seed,
+        nonfinite=nonfinite,
+        max_shard_size=None if shard is None else parse_size(shard, "--max-shard-size"),
+    )
+
+
+def _compress(
+    model: str,
+    output: str | None,
+    recipe: Recipe | None,
+    plan: Plan | None,
+    compute: Compute,
+    force: bool,
+    dry: bool,
+    quiet: bool,
+) -> Any:
+    from svdcli import pipeline, render
+
+    with render.progress_on(sys.stderr, quiet=quiet) as progress:
+        return pipeline.compress(model, output, recipe, plan=plan, compute=compute, force=force, dry_run=dry, progress=progress)
+
+
+def _say(outcome: Any, quiet: bool) -> None:
+    if quiet:
+        return
+    if outcome.started_over:
+        _note("an earlier run with other settings had left a partial output; this one started over")
+    if outcome.path is not None:
+        _note(f"wrote {outcome.path}")
+
+
+@app.command(epilog="Example: svdcli report my-llm-svd --json | jq '.layers[] | {name, rank, relative_error}'")
+def report(
+    output: Output = None,
+    group: Annotated[bool, typer.Option("--group", help="One line for layers that differ by the block's number only.")] = False,
+    json_: Json = False,
+    csv_: Csv = False,
+) -> None:
+    """Show what an output saved and what it cost: layer by layer, and in all.
+
+    Without OUT the newest output in the current folder; - reads one from standard input.
+    """
+    from svdcli import survey
+
+    _show_report(survey.report(output), sys.stdout, json_, csv_, False, grouped=group)
+
+
+@app.command(epilog="Example: svdcli inspect my-llm --names | grep mlp | svdcli compress my-llm --layers-from - --keep 0.5")
+def inspect(
+    model: Model,
+    include: Include = None,
+    exclude: Exclude = None,
+    names: Annotated[bool, typer.Option("--names", help="Only the names of the selected layers, one a line.")] = False,
+    json_: Json = False,
+    csv_: Csv = False,
+) -> None:
+    """List what is in MODEL, which layers compress would select, and up to which rank they gain."""
+    from svdcli import render, survey
+
+    found = survey.inspect(model, include=include or (), exclude=exclude or ())
+    if names:
+        render.print_lines([row.name for row in found.selected], sys.stdout)
+    elif _machine(found.to_json(), [asdict(row) for row in found.tensors], json_, csv_, sys.stdout):
+        render.print_inspection(found, sys.stdout)
+
+
+@app.command(epilog="Example: svdcli spectrum my-llm --include '*.mlp.*' --csv > spectrum.csv")
+def spectrum(
+    model: Model,
+    include: Include = None,
+    exclude: Exclude = None,
+    layers_from: LayersFrom = None,
+    device: Device = "auto",
+    threads: Threads = None,
+    json_: Json = False,
+    csv_: Csv = False,
+    quiet: Quiet = False,
+) -> None:
+    """Measure each selected layer's singular values: effective rank, rank for 90, 95 and 99 % of the energy, decay."""
+    from svdcli import render, survey
+
+    with render.progress_on(sys.stderr, quiet=quiet) as progress:
+        found = survey.spectrum(
+            model,
+            include=include or (),
+            exclude=exclude or (),
+            layers=read_layers(layers_from),
+            compute=_compute(device, threads),
+            progress=progress,
+        )
+    if _machine(found.to_json(), [asdict(row) for row in found.layers], json_, csv_, sys.stdout):
+        render.print_spectrum(found, sys.stdout)
+
+
+@app.command(epilog="Example: svdcli expand my-llm-svd -o my-llm-dense")
+def expand(
+    output: Annotated[str, typer.Argument(help="What compress wrote, or - for standard input.", metavar="OUT")],
+    dense: Out = None,
+    force: Force = False,
+    quiet: Quiet = False,
+) -> None:
+    """Turn an output of compress back into an ordinary checkpoint: original names, shapes and dtypes."""
+    from svdcli import pipeline, render
+
+    with render.progress_on(sys.stderr, quiet=quiet) as progress:
+        path = pipeline.expand(output, dense, force=force, progress=progress)
+    if path is not None and not quiet:
+        _note(f"wrote {path}")
+
+
+@app.command(epilog="Example: svdcli verify my-llm-svd --against my-llm")
+def verify(
+    output: Annotated[str, typer.Argument(help="What compress wrote.", metavar="OUT")],
+    against: Annotated[
+        str | None, typer.Option("--against", help="The original: recompute errors, compare what was copied.", metavar="MODEL")
+    ] = None,
+    json_: Json = False,
+    csv_: Csv = False,
+    quiet: Quiet = False,
+) -> None:
+    """Check that an output still holds what its record says: SHA-256, headers, plan; and errors against the original."""
+    from svdcli import render, survey
+
+    with render.progress_on(sys.stderr, quiet=quiet) as progress:
+        found = survey.verify(output, against, progress=progress)
+    if _machine(found.to_json(), [asdict(check) for check in found.checks], json_, csv_, sys.stdout) and not quiet:
+        render.print_verification(found, sys.stdout)
+    if not found.ok:
+        bad = next(check for check in found.checks if not check.ok)
+        raise SvdcliError(f"{output} does not verify: {bad.check}, {bad.subject} ({bad.detail})", "write the output again")
+
+
+# Between argv and values ---------------------------------------------------------------------------------------------
+
+
+def parse_size(text: str, option: str) -> int:
+    """350MB -> 350000000. KB, MB, GB, TB are powers of 1000, KiB and so on of 1024."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    unit = (
+        (match[2].upper() if match else "").removesuffix("B")
+        if match and match[2].upper() == "B"
+        else (match[2].upper() if match else "")
+    )
+    if match is None or unit not in _SIZES:
+        raise UsageError(f"{option} {text!r} is not a size", "give bytes such as 350MB or 1.5GiB")
+    return int(float(match[1]) * _SIZES[unit])
+
+
+def parse_dtype(text: str | None) -> str | None:
+    if text is None:
+        return None
+    if text.lower() not in _DTYPES:
+        raise UsageError(f"--dtype {text!r} cannot hold factors", "use float32, float16, bfloat16 or float64")
+    return _DTYPES[text.lower()]
+
+
+def read_layers(path: str | None) -> tuple[str, ...] | None:
+    """The names in a file or on standard input, one a line; blank lines are passed over."""
+    if path is None:
+        return None
+    text = sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8")
+    names = tuple(line.strip() for line in text.splitlines() if line.strip())
+    if not names:
+        raise UsageError(f"--layers-from {path} names no layer", "give one tensor name a line")
+    return names
+
+
+def _compute(device: str, threads: int | None) -> Compute:
+    from svdcli.engine import Compute
+
+    return Compute(device, threads)
+
+
+def _read_plan(path: str) -> Plan:
+    from svdcli.plan.recipe import Plan
+
+    try:
+        data = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{path} is not JSON", "write a plan with --save-plan") from error
+    return Plan.from_json(data)
+
+
+def _save_plan(path: str, plan: Plan) -> None:
+    Path(path).write_text(json.dumps(plan.to_json(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _data_stream(output: str | None) -> TextIO:
+    """Standard output is data; where it carries the checkpoint, tables go to standard error."""
+    return sys.stderr if output == "-" else sys.stdout
+
+
+def _show_report(report: Report, stream: TextIO, json_: bool, csv_: bool, quiet: bool, *, grouped: bool) -> None:
+    from svdcli import render
+
+    if _machine(report.to_json(), [asdict(row) for row in report.layers], json_, csv_, stream) and not quiet:
+        render.print_report(report, stream, grouped=grouped)
+
+
+def _machine(data: dict[str, Any], rows: Sequence[dict[str, Any]], json_: bool, csv_: bool, stream: TextIO) -> bool:
+    """Print JSON or CSV where asked; True where a person's table is wanted instead."""
+    from svdcli import render
+
+    if json_ and csv_:
+        raise UsageError("--json and --csv exclude each other", "choose one")
+    if json_:
+        render.print_json(data, stream)
+    elif csv_:
+        render.print_csv(rows, stream)
+    return not (json_ or csv_)
+
+
+def _note(text: str) -> None:
+    print(f"svdcli: {text}", file=sys.stderr)
+
+
+@contextmanager
+def _one_line_errors() -> Iterator[None]:
+    """Every failure becomes one line and an exit code; SVDCLI_DEBUG=1 shows the traceback."""
+    try:
+        yield
+    except (KeyboardInterrupt, typer.Abort):
+        _note("interrupted; the same command continues where this one stopped")
+        sys.exit(INTERRUPTED)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(FAILED)
+    except Exception as error:
+        if os.environ.get("SVDCLI_DEBUG") == "1":
+            raise
+        text, code = explain(error)
+        _note(f"error: {text}")
+        sys.exit(code)
+
+
+def explain(error: Exception) -> tuple[str, int]:
+    """One line and the exit code for any exception."""
+    if isinstance(error, SvdcliError):
+        return str(error), error.exit_code
+    if hasattr(error, "format_message"):  # what typer raises for arguments it cannot parse
+        return " ".join(f"{error.format_message().rstrip('.')}; see --help".split()), int(getattr(error, "exit_code", 2))
+    if isinstance(error, OSError):
+        return f"{error.filename or 'input or output'}: {error.strerror or error}; check the path and its permissions", FAILED
+    if isinstance(error, UnicodeDecodeError):
+        return f"the text is not UTF-8 ({error.reason}); convert it first", FAILED
+    if isinstance(error, MemoryError):
+        return "out of memory; try a machine with more, or --exclude the largest layer", FAILED
+    return f"{type(error).__name__}: {' '.join(str(error).split())}; SVDCLI_DEBUG=1 shows where", FAILED
+
+
+def main() -> None:
+    """The `svdcli` command."""
+    with _one_line_errors():
+        sys.exit(app(standalone_mode=False) or 0)

@@ -1,0 +1,283 @@
+"""Where the work is done: read one tensor, solve, check the residual, write, note it in the journal."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from svdcli.errors import SvdcliError, UsageError
+from svdcli.files.bytes_of import TORCH_DTYPES, bytes_of
+from svdcli.files.checkpoint import Checkpoint
+from svdcli.files.record import Result
+from svdcli.files.workspace import Workspace
+from svdcli.files.writer import Unit, WeightWriter, checksum_at, chunks_at
+from svdcli.linalg.solvers import SOLVERS, Factors, squared_norm, squared_singular_values
+from svdcli.linalg.storage import dense_rows, residual_energy, to_stored
+from svdcli.plan.decide import Measured
+from svdcli.plan.recipe import LayerPlan
+from svdcli.plan.tensors import FACTORED_DTYPES, TensorInfo
+
+# Phase, name of what was just done, work done so far, all work; in seconds of a guess, good enough for the time left.
+Progress = Callable[[str, str, float, float], None]
+
+_NoConvergence: type[Exception] = torch.linalg.LinAlgError  # type: ignore[attr-defined]
+
+# After a failure: each solver is more robust, and slower, than the one before.
+_LADDER = (("gram", torch.float32), ("svd", torch.float32), ("svd", torch.float64))
+# A float32 Gram matrix knows singular values down to about 3e-4 of the largest; a smaller tail is not to be trusted.
+_GRAM_FLOOR = {torch.float32: 1e-4, torch.float64: 1e-11}
+
+
+@dataclass(frozen=True)
+class Compute:
+    """Where and how fast the mathematics runs. device is cpu, cuda, mps or auto; threads None leaves torch's choice."""
+
+    device: str = "auto"
+    threads: int | None = None
+
+    def start(self) -> torch.device:
+        """Set the threads and find the device. Raises UsageError where this machine has no such device."""
+        if self.threads is not None:
+            if self.threads < 1:
+                raise UsageError(f"--threads {self.threads} is not a whole number above 0", "give at least 1")
+            torch.set_num_threads(self.threads)
+        available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+        if self.device == "auto":
+            return torch.device("cuda" if available["cuda"] else "cpu")
+        if not available.get(self.device, False):
+            raise UsageError(
+                f"--device {self.device} is not available here", f"use {', '.join(d for d in available if available[d])}"
+            )
+        return torch.device(self.device)
+
+
+class LayerFailedError(Exception):
+    """Every solver failed on a layer; str() says how each did."""
+
+
+def measure_layer(w: Tensor, *, spectra: bool, device: torch.device) -> Measured:
+    """Is the weight finite, what is its energy, and, where asked, its squared singular values.
+
+    Weights of 16 bits are measured through a float32 Gram matrix, whose noise is below their own rounding; others in float64.
+    """
+    wide = w.dtype in (torch.float32, torch.float64) and spectra
+    work = w.to(device, _work_dtype(device, torch.float64 if wide or w.dtype == torch.float64 else torch.float32))
+    total = squared_norm(work)
+    if not math.isfinite(total) and not bool(torch.isfinite(w).all()):
+        return Measured(finite=False, total=0.0)
+    if not spectra:
+        return Measured(finite=True, total=total)
+    energies = squared_singular_values(work).to("cpu", torch.float64)
+    return Measured(finite=True, total=total, energies=tuple(energies.tolist()))
+
+
+def measure(
+    checkpoint: Checkpoint,
+    tensors: Sequence[TensorInfo],
+    *,
+    spectra: bool,
+    device: torch.device,
+    workspace: Workspace | None,
+    progress: Progress,
+) -> dict[str, Measured]:
+    """Measure every layer that the journal does not have yet."""
+    known = workspace.measured if workspace is not None else {}
+    share = 0.3 if spectra else 0.0
+    total, done = math.fsum(guess_seconds(tensor, share=share) for tensor in tensors), 0.0
+    found = {}
+    for tensor in tensors:
+        line = known.get(tensor.name)
+        if line is None or (spectra and line["energies"] is None and line["finite"]):
+            layer = measure_layer(checkpoint.read_tensor(tensor.name), spectra=spectra, device=device)
+            line = {"measured": tensor.name, "finite": layer.finite, "total": layer.total, "energies": layer.energies}
+            if workspace is not None:
+                workspace.note(line)
+        energies = None if line["energies"] is None else tuple(line["energies"])
+        found[tensor.name] = Measured(line["finite"], line["total"], energies)
+        done += guess_seconds(tensor, share=share)
+        progress("measure", tensor.name, done, total)
+    return found
+
+
+def solve_layer(w: Tensor, layer: LayerPlan, seed: int, device: torch.device) -> tuple[tuple[Tensor, ...], Result]:
+    """The stored tensors of one layer and the exact error of what they stand for.
+
+    A solver that does not converge, or whose result is worse than its spectrum promised, gives way to the next of
+    gram, svd in float32, svd in float64. Raises LayerFailedError where all of them fail.
+    """
+    if layer.rank is None:
+        raise ValueError(f"{layer.tensor.name} is dense")
+    fell_back: list[str] = []
+    for solver, dtype in _attempts(layer, device):
+        work = w.to(device, dtype)
+        label = solver if dtype == _attempts(layer, device)[0][1] else f"{solver} {str(dtype).removeprefix('torch.')}"
+        try:
+            factors = SOLVERS[solver](work, layer.rank, seed)
+            stored = tuple(t.cpu() for t in to_stored(factors, layer.layout, TORCH_DTYPES[layer.stored_dtype]))
+        except _NoConvergence:
+            fell_back.append(f"{label}: no convergence")
+            continue
+        total = squared_norm(work)
+        error = residual_energy(work, tuple(t.to(device) for t in stored), layer.layout)
+        problem = _problem(layer, solver, dtype, factors, error, total)
+        if problem:
+            fell_back.append(f"{label}: {problem}")
+            continue
+        relative = math.sqrt(max(0.0, error) / total) if total > 0 else 0.0
+        return stored, Result(relative, label, tuple(fell_back))
+    raise LayerFailedError(", ".join(fell_back))
+
+
+def stored_error(original: Checkpoint, compressed: Checkpoint, layer: LayerPlan) -> float:
+    """The relative Frobenius error of one stored layer against the original weight, from the files."""
+    weight = original.read_tensor(layer.tensor.name)
+    work = weight.to(torch.float64 if "F64" in (layer.tensor.dtype, layer.stored_dtype) else torch.float32)
+    stored = tuple(compressed.read_tensor(tensor.name) for tensor in layer.stored())
+    total = squared_norm(work)
+    return math.sqrt(residual_energy(work, stored, layer.layout) / total) if total > 0 else 0.0
+
+
+def _attempts(layer: LayerPlan, device: torch.device) -> list[tuple[str, torch.dtype]]:
+    wide = layer.tensor.dtype == "F64" or layer.stored_dtype == "F64"
+    first = (layer.solver, _work_dtype(device, torch.float64 if wide else torch.float32))
+    later = _LADDER if layer.solver == "randomized" else _LADDER[1:]
+    ladder = [(solver, _work_dtype(device, torch.float64 if wide else dtype)) for solver, dtype in later]
+    return list(dict.fromkeys([first, *ladder]))
+
+
+def _work_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
+    """mps has no float64."""
+    return torch.float32 if device.type == "mps" else dtype
+
+
+def _problem(layer: LayerPlan, solver: str, dtype: torch.dtype, factors: Factors, error: float, total: float) -> str:
+    """What is wrong with a result, in a few words, or nothing."""
+    if not math.isfinite(error):
+        return "not finite"
+    if solver == "gram" and factors.tail < _GRAM_FLOOR[dtype] * total and FACTORED_DTYPES[layer.stored_dtype] < 1e-6:
+        return "tail below its precision"
+    rounding = FACTORED_DTYPES[layer.stored_dtype] ** 2 * (8 if layer.layout == "factored" else 256)
+    noise = max(layer.tensor.shape) * torch.finfo(dtype).eps ** 2
+    if error > 1.001 * factors.tail + (rounding + noise) * total + _tail_noise(solver, dtype) * total:
+        return "missed its spectrum"
+    return ""
+
+
+def _tail_noise(solver: str, dtype: torch.dtype) -> float:
+    """How far a promised tail itself may be off, as a share of the energy: differences of sums lose digits."""
+    eps = torch.finfo(dtype).eps
+    return 0.0 if solver == "svd" else 64 * eps
+
+
+def run_units(
+    checkpoint: Checkpoint,
+    units: Sequence[Unit],
+    layers: dict[str, LayerPlan],
+    writer: WeightWriter,
+    workspace: Workspace,
+    *,
+    seed: int,
+    device: torch.device,
+    progress: Progress,
+) -> tuple[dict[str, Result], dict[str, str]]:
+    """Do every unit that the journal does not have; (results of factored layers, failed layers with the reasons)."""
+    results: dict[str, Result] = {}
+    failed: dict[str, str] = {}
+    _salvage(units, writer, workspace)
+    total, done = math.fsum(_seconds(unit, layers.get(unit.name)) for unit in units), 0.0
+    for unit in units:
+        line = workspace.done.get(unit.name)
+        if line is None or not _still_there(unit, line, writer):
+            try:
+                line = _do_unit(checkpoint, unit, layers.get(unit.name), writer, seed, device)
+            except LayerFailedError as error:
+                failed[unit.name] = str(error)
+                continue
+            workspace.done[unit.name] = line
+            workspace.note(line)
+        if "error" in line:
+            results[unit.name] = Result(line["error"], line["solver"], tuple(line["fell_back"]))
+        done += _seconds(unit, layers.get(unit.name))
+        progress("write", unit.name, done, total)
+    return results, failed
+
+
+def _salvage(units: Sequence[Unit], writer: WeightWriter, workspace: Workspace) -> None:
+    """Copy what an older layout of the same output already had, after `set_aside`."""
+    for unit in units:
+        line = workspace.done.get(unit.name)
+        if line is None or not workspace.before.exists() or len(line["crc"]) != len(unit.writes):
+            continue
+        for tensor, offset, file in zip(unit.writes, line["at"], line["files"], strict=True):
+            chunks = chunks_at(workspace.before / file, offset, tensor.nbytes)
+            writer.write(tensor.name, chunks)
+        line.update(_places(unit, writer))
+        workspace.note(line)
+    workspace.drop_before()
+
+
+def _places(unit: Unit, writer: WeightWriter) -> dict[str, list[Any]]:
+    places = [writer.place(tensor.name) for tensor in unit.writes]
+    return {"files": [path.name for path, _ in places], "at": [offset for _, offset in places]}
+
+
+def _do_unit(
+    checkpoint: Checkpoint, unit: Unit, layer: LayerPlan | None, writer: WeightWriter, seed: int, device: torch.device
+) -> dict[str, Any]:
+    line: dict[str, Any] = {"unit": unit.name}
+    chunks: list[Iterator[bytes | bytearray | memoryview]]
+    if unit.kind == "factor" and layer is not None:
+        stored, result = solve_layer(checkpoint.read_tensor(unit.name), layer, seed, device)
+        chunks = [iter([bytes_of(tensor)]) for tensor in stored]
+        line |= {"error": result.relative_error, "solver": result.solver, "fell_back": list(result.fell_back)}
+    elif unit.kind == "expand" and layer is not None:
+        chunks = [_expanded(checkpoint, layer, unit.writes[0])]
+    else:
+        chunks = [checkpoint.chunks(unit.name)]
+    chunks += [iter(())] * (len(unit.writes) - len(chunks))  # a zero-size tensor has no bytes
+    sums = [writer.write(t.name, part) for t, part in zip(unit.writes, chunks, strict=True)]
+    return line | {"crc": sums} | _places(unit, writer)
+
+
+def _expanded(checkpoint: Checkpoint, layer: LayerPlan, target: TensorInfo) -> Iterator[bytes | bytearray | memoryview]:
+    """The dense weight of a factored layer in its original dtype, a block of rows at a time."""
+    stored = tuple(checkpoint.read_tensor(tensor.name) for tensor in layer.stored())
+    compute = torch.float64 if "F64" in (layer.stored_dtype, target.dtype) else torch.float32
+    step = max(1, 2**22 // max(1, target.shape[1]))
+    for start in range(0, target.shape[0], step):
+        rows = dense_rows(stored, layer.layout, compute, slice(start, start + step))
+        yield bytes_of(rows.to(TORCH_DTYPES[target.dtype]))
+
+
+def _still_there(unit: Unit, line: dict[str, Any], writer: WeightWriter) -> bool:
+    """Does the file still hold what the journal says: a power cut may have kept the line and lost the data."""
+    if any(line.get(key) != value for key, value in _places(unit, writer).items()):
+        return False
+    written = zip(unit.writes, line["crc"], strict=True)
+    return all(checksum_at(*writer.place(tensor.name), tensor.nbytes) == crc for tensor, crc in written)
+
+
+def guess_seconds(tensor: TensorInfo, *, share: float) -> float:
+    """A guess at how long the mathematics on a matrix takes on a few cores; share is how much of an SVD is done."""
+    small, large = sorted(tensor.shape)
+    return 1e-4 + tensor.nbytes / 1e9 + share * small * small * large / 1e10
+
+
+def _seconds(unit: Unit, layer: LayerPlan | None) -> float:
+    if unit.kind == "factor" and layer is not None:
+        return guess_seconds(layer.tensor, share=1.0)
+    return 1e-4 + unit.nbytes / 1e9
+
+
+def check_finite(bad: Sequence[str]) -> None:
+    """Raises SvdcliError that names the weights with NaN or infinity."""
+    if bad:
+        more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
+        raise SvdcliError(
+            f"NaN or infinity in {', '.join(bad[:3])}{more}", "leave such layers dense with --nonfinite skip, or --exclude them"
+        )

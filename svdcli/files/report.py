@@ -1,0 +1,203 @@
+"""What an output saved, from its headers and its record. No torch, no tensor is read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from svdcli.errors import BadCheckpointError
+from svdcli.files.checkpoint import RECORD, read_file_header
+from svdcli.files.record import read_record
+from svdcli.plan.layout import stored_tensors
+from svdcli.plan.tensors import TensorInfo
+
+JSON_VERSION = 1
+
+
+@dataclass(frozen=True)
+class LayerRow:
+    """One selected layer. relative_error is ||W - W_stored||_F / ||W||_F; energy_kept is 1 - relative_error^2.
+
+    Dense layers have rank None, a reason, and no error. Bytes are those of the tensors.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    dtype: str
+    rank: int | None
+    layout: str
+    stored_dtype: str
+    parameters_before: int
+    parameters_after: int
+    bytes_before: int
+    bytes_after: int
+    saved_bytes: int
+    relative_error: float | None
+    energy_kept: float | None
+    predicted_loss: float | None
+    solver: str
+    fell_back: tuple[str, ...]
+    reason: str
+
+
+@dataclass(frozen=True)
+class Total:
+    """Sums before and after: over the selected layers, or over the whole output with every file of it."""
+
+    parameters_before: int
+    parameters_after: int
+    bytes_before: int
+    bytes_after: int
+    saved_parameters: int
+    saved_bytes: int
+    keep: float
+
+
+@dataclass(frozen=True)
+class Report:
+    """The truth about one output, or, with predicted=True, about a plan for one."""
+
+    path: str
+    predicted: bool
+    source: Mapping[str, Any]
+    recipe: Mapping[str, Any]
+    layers: tuple[LayerRow, ...]
+    skipped: tuple[Mapping[str, Any], ...]
+    left_out: Mapping[str, str]
+    notes: tuple[str, ...]
+    selected: Total
+    total: Total
+    files: Mapping[str, int]
+    failed: tuple[str, ...] = field(default=())
+
+    def to_json(self) -> dict[str, Any]:
+        return {"svdcli_json": JSON_VERSION, "kind": "report"} | asdict(self)
+
+
+def read_report(path: Path) -> Report:
+    """The report of an output on disk. Raises BadCheckpointError where svdcli did not write it."""
+    if not path.exists():
+        raise BadCheckpointError(f"{path} does not exist", "check the path")
+    record = read_record(path)
+    if record is None:
+        raise BadCheckpointError(f"{path} was not written by svdcli compress", f"try `svdcli inspect {path}`")
+    return report_of(record, _sizes(path, record), str(path))
+
+
+def report_of(record: Mapping[str, Any], sizes: Mapping[str, int], path: str, *, predicted: bool = False) -> Report:
+    """Build the report from a record and the bytes of every file.
+
+    Raises BadCheckpointError where the record is only one weight file's part of a directory's.
+    """
+    if "recipe" not in record:
+        raise BadCheckpointError(f"{path} is one weight file of a directory", "report on the directory")
+    try:
+        rows = [_row(name, item, predicted) for kind in ("layers", "dense") for name, item in record[kind].items()]
+        selected = _total(rows)
+        source = record["source"]
+        parameters = source["parameters"] - selected.saved_parameters
+        total = _sums(source["parameters"], parameters, source["bytes"], sum(sizes.values()))
+        return Report(
+            path=path,
+            predicted=predicted,
+            source=source,
+            recipe=record["recipe"],
+            layers=tuple(sorted(rows, key=lambda row: _natural(row.name))),
+            skipped=tuple({"name": name, **item} for name, item in record["skipped"].items()),
+            left_out=record["left_out"],
+            notes=tuple(record["notes"]),
+            selected=selected,
+            total=total,
+            files=dict(sizes),
+            failed=tuple(row.name for row in rows if row.reason.startswith(SOLVERS_FAILED)),
+        )
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise BadCheckpointError(f"{path}: its svdcli record is damaged ({error})", "write the output again") from error
+
+
+SOLVERS_FAILED = "every solver failed"
+
+
+def newest_output(folder: Path) -> Path:
+    """The output of svdcli in `folder` that was written last. Raises BadCheckpointError where there is none."""
+    found = []
+    for path in folder.iterdir():
+        try:
+            if (path.is_dir() and (path / RECORD).is_file()) or (path.suffix == ".safetensors" and read_record(path)):
+                found.append((path.stat().st_mtime_ns, path))
+        except (BadCheckpointError, OSError):
+            continue
+    if not found:
+        raise BadCheckpointError("there is no output of svdcli in this folder", "name one: svdcli report PATH")
+    return max(found)[1]
+
+
+def _sizes(path: Path, record: Mapping[str, Any]) -> dict[str, int]:
+    if not path.is_dir():
+        read_file_header(path)
+        return {path.name: path.stat().st_size}
+    files = record.get("files")
+    if not isinstance(files, dict):
+        raise BadCheckpointError(f"{path / RECORD} lists no files", "write the output again")
+    missing = next((name for name in files if not (path / name).is_file()), None)
+    if missing is not None:
+        raise BadCheckpointError(f"{path} lacks {missing!r}, which its record lists", "write the output again")
+    return {name: (path / name).stat().st_size for name in [*files, RECORD]}
+
+
+def _row(name: str, item: Mapping[str, Any], predicted: bool) -> LayerRow:
+    tensor = TensorInfo(name, item["dtype"], tuple(item["shape"]))
+    m, n = tensor.shape
+    rank, error = item["rank"], None
+    after: Sequence[TensorInfo] = (tensor,)
+    if rank is not None:
+        after = stored_tensors(tensor, rank, item["layout"], item["stored_dtype"])
+        error = None if predicted else float(item["relative_error"])
+    nbytes = sum(t.nbytes for t in after)
+    return LayerRow(
+        name=name,
+        shape=(m, n),
+        dtype=tensor.dtype,
+        rank=rank,
+        layout=item["layout"] if rank is not None else "dense",
+        stored_dtype=item["stored_dtype"] if rank is not None else tensor.dtype,
+        parameters_before=tensor.parameters,
+        parameters_after=sum(t.parameters for t in after if t.dtype == item["stored_dtype"]) if rank else tensor.parameters,
+        bytes_before=tensor.nbytes,
+        bytes_after=nbytes,
+        saved_bytes=tensor.nbytes - nbytes,
+        relative_error=error,
+        energy_kept=None if error is None else 1 - error**2,
+        predicted_loss=item.get("loss"),
+        solver=item["solver"] if rank is not None else "",
+        fell_back=tuple(item.get("fell_back", ())),
+        reason=item.get("reason", ""),
+    )
+
+
+def _total(rows: Sequence[LayerRow]) -> Total:
+    return _sums(
+        sum(row.parameters_before for row in rows),
+        sum(row.parameters_after for row in rows),
+        sum(row.bytes_before for row in rows),
+        sum(row.bytes_after for row in rows),
+    )
+
+
+def _sums(parameters_before: int, parameters_after: int, bytes_before: int, bytes_after: int) -> Total:
+    return Total(
+        parameters_before=parameters_before,
+        parameters_after=parameters_after,
+        bytes_before=bytes_before,
+        bytes_after=bytes_after,
+        saved_parameters=parameters_before - parameters_after,
+        saved_bytes=bytes_before - bytes_after,
+        keep=parameters_after / parameters_before if parameters_before else 1.0,
+    )
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """Layer 10 after layer 9."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]

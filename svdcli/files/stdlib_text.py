@@ -1,0 +1,41 @@
+"""Text that every Python has: the source of its standard library, split once and for all into training and held-out modules."""
+
+from __future__ import annotations
+
+import hashlib
+import sysconfig
+from pathlib import Path
+
+HELD_OUT_ONE_IN = 16
+_SKIPPED_PARTS = frozenset(
+    {"test", "tests", "idle_test", "site-packages", "dist-packages", "encodings", "pydoc_data", "lib2to3", "__pycache__"}
+)
+
+
+def is_held_out(relative: str) -> bool:
+    """True for modules that the sample model's training never read.
+
+    The rule looks at the module's path only (SHA-256 modulo 16), so it gives the same split on every Python version.
+    """
+    return int(hashlib.sha256(relative.encode()).hexdigest(), 16) % HELD_OUT_ONE_IN == 0
+
+
+def stdlib_modules(*, held_out: bool) -> list[tuple[str, str]]:
+    """(relative path, source text) of the standard library's modules in one half of the split, sorted by path.
+
+    Tests, generated tables and installed packages are left out. Files that are not UTF-8 are passed over.
+    """
+    root = Path(sysconfig.get_paths()["stdlib"])
+    found = []
+    for path in sorted(root.rglob("*.py")):
+        relative = path.relative_to(root)
+        if _SKIPPED_PARTS.intersection(relative.parts) or relative.parts[0].startswith("config-"):
+            continue
+        name = relative.as_posix()
+        if is_held_out(name) != held_out:
+            continue
+        try:
+            found.append((name, path.read_text(encoding="utf-8")))
+        except (UnicodeDecodeError, OSError):
+            continue
+    return found

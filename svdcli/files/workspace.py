@@ -1,0 +1,147 @@
+"""`OUT.partial`: where an output grows until it is whole. A lock, a journal, and one rename at the end."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from svdcli.errors import SvdcliError
+from svdcli.files.writer import sync
+
+SUFFIX = ".partial"
+
+
+class Workspace:
+    """The folder beside OUT in which a run works; holds `data/` (the files to be), `journal.jsonl` and `lock`.
+
+    measured and done are what earlier runs of the same command left in the journal.
+    """
+
+    def __init__(self, out: Path, *, is_file: bool) -> None:
+        self.out = out
+        self.is_file = is_file
+        self.folder = out.with_name(out.name + SUFFIX)
+        self.data = self.folder / "data"
+        self.measured: dict[str, dict[str, Any]] = {}
+        self.done: dict[str, dict[str, Any]] = {}
+        self.started_over = False
+        self.before = self.folder / "before"
+        self._was_there = self.folder.exists()
+        self._journal = self.folder / "journal.jsonl"
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the lock of this output. Raises SvdcliError where another run has it. SIGKILL frees it too."""
+        descriptor = self._lock()
+        try:
+            yield
+        finally:
+            os.close(descriptor)
+
+    def _lock(self) -> int:
+        path = self.folder / "lock"
+        while True:
+            self.folder.mkdir(exist_ok=True)
+            try:
+                descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+            except FileNotFoundError:
+                continue  # the other run has just published and removed the folder
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                os.close(descriptor)
+                raise SvdcliError(f"another svdcli run is writing {self.out}", "wait for it, or choose another -o") from None
+            if path.exists() and os.fstat(descriptor).st_ino == path.stat().st_ino:
+                return descriptor
+            os.close(descriptor)
+
+    def resume(self, identity: str, *, force: bool) -> bool:
+        """Read the journal of an earlier run, or start afresh where there is none or it was another command's.
+
+        Returns False where an earlier run of the same command had published its output already and was stopped while it
+        cleaned up; raises SvdcliError where OUT exists for any other reason, unless force.
+        """
+        lines = self._read_journal()
+        same = bool(lines) and lines[0].get("identity") == identity
+        published = "publishing" in lines[-1] if same else self._was_there and not lines and not force
+        if published and self.out.exists() and not self.target.exists():
+            self.remove()
+            return False
+        if self.out.exists() and not force:
+            raise SvdcliError(f"{self.out} exists", "use --force to replace it, or choose another -o")
+        if same:
+            self.measured = {line["measured"]: line for line in lines if "measured" in line}
+            self.done = {line["unit"]: line for line in lines if "unit" in line}
+            return True
+        self.started_over = bool(lines)
+        shutil.rmtree(self.data, ignore_errors=True)
+        self._journal.unlink(missing_ok=True)
+        self.note({"identity": identity})
+        return True
+
+    def set_aside(self) -> None:
+        """Keep what was written under an older layout, for `salvage`."""
+        shutil.rmtree(self.before, ignore_errors=True)
+        self.data.rename(self.before)
+
+    def drop_before(self) -> None:
+        shutil.rmtree(self.before, ignore_errors=True)
+
+    def _read_journal(self) -> list[dict[str, Any]]:
+        lines = []
+        try:
+            raw = self._journal.read_bytes()
+        except FileNotFoundError:
+            return []
+        if not raw.endswith(b"\n"):  # a line that a kill cut short; drop it before the next one is appended
+            raw = raw[: raw.rfind(b"\n") + 1]
+            self._journal.write_bytes(raw)
+        for line in raw.splitlines():
+            try:
+                lines.append(json.loads(line))
+            except ValueError:
+                break
+        return lines
+
+    def note(self, line: dict[str, Any]) -> None:
+        """Append one line to the journal."""
+        data = json.dumps(line, separators=(",", ":")).encode() + b"\n"
+        with self._journal.open("ab", buffering=0) as stream:
+            stream.write(data)
+
+    @property
+    def target(self) -> Path:
+        """What the final rename moves: the folder of a directory output, the only file of a file output."""
+        return self.data / self.out.name if self.is_file else self.data
+
+    def publish(self) -> None:
+        """Move the finished output to its place in one rename, replacing what was there, and remove the workspace."""
+        self.note({"publishing": True})
+        old = self.folder / "replaced"
+        if self.out.is_dir():
+            shutil.rmtree(old, ignore_errors=True)
+            self.out.rename(old)
+        os.replace(self.target, self.out)
+        _sync_folder(self.out.parent)
+        self.remove()
+
+    def remove(self) -> None:
+        """Remove the folder, the journal last: what a kill leaves behind then still tells what happened."""
+        for path in (self.data, self.before, self.folder / "replaced"):
+            shutil.rmtree(path, ignore_errors=True)
+        self._journal.unlink(missing_ok=True)
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        sync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,187 @@
+"""Lay out the final files before any work is done, then write tensors at their offsets and headers last."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from svdcli.errors import SvdcliError
+from svdcli.files.header import render_header
+from svdcli.plan.tensors import DTYPE_BITS, TensorInfo
+
+_SHARD_STEM = re.compile(r"-\d{5}-of-\d{5}$")
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One piece of work: tensors that are read, and the tensors that take their place.
+
+    kind is "copy", "factor" or "expand"; name is the original tensor's name; file the weight file that it came from.
+    """
+
+    name: str
+    kind: str
+    reads: tuple[str, ...]
+    writes: tuple[TensorInfo, ...]
+    file: str
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.writes)
+
+
+@dataclass(frozen=True)
+class OutFile:
+    """A weight file to be: its tensors in the order of their bytes, and the space that its header gets."""
+
+    name: str
+    units: tuple[str, ...]
+    tensors: tuple[TensorInfo, ...]
+    header_bytes: int
+
+    @property
+    def size(self) -> int:
+        return self.header_bytes + sum(tensor.nbytes for tensor in self.tensors)
+
+    def offsets(self) -> dict[str, int]:
+        """Where each tensor begins, from the start of the file."""
+        places, at = {}, self.header_bytes
+        for tensor in self.tensors:
+            places[tensor.name] = at
+            at += tensor.nbytes
+        return places
+
+
+def group_units(units: Sequence[Unit], largest: int | None) -> dict[str, list[Unit]]:
+    """Which units go to which file: as in the source, or packed in order into shards of at most `largest` bytes of tensors.
+
+    A unit is never split, so one that is larger than `largest` gets a shard of its own.
+    """
+    by_file: dict[str, list[Unit]] = {}
+    for unit in units:
+        by_file.setdefault(unit.file, []).append(unit)
+    if largest is None:
+        return {safetensors_name(file): group for file, group in by_file.items()}
+    shards: list[list[Unit]] = [[]]
+    for unit in (unit for group in by_file.values() for unit in group):
+        if shards[-1] and sum(u.nbytes for u in shards[-1]) + unit.nbytes > largest:
+            shards.append([])
+        shards[-1].append(unit)
+    stem = shard_stem(next(iter(by_file), "model.safetensors"))
+    if len(shards) == 1:
+        return {f"{stem}.safetensors": shards[0]}
+    return {f"{stem}-{i:05d}-of-{len(shards):05d}.safetensors": shard for i, shard in enumerate(shards, 1)}
+
+
+def safetensors_name(file: str) -> str:
+    """The name of the safetensors file that takes a weight file's place."""
+    if file.endswith(".safetensors"):
+        return file
+    return re.sub(r"^pytorch_model", "model", file.rsplit(".", 1)[0]) + ".safetensors"
+
+
+def shard_stem(file: str) -> str:
+    return _SHARD_STEM.sub("", safetensors_name(file).removesuffix(".safetensors"))
+
+
+def lay_out(name: str, units: Sequence[Unit], metadata: Mapping[str, str]) -> OutFile:
+    """Fix the size and every offset of one file. metadata holds the widest values it will ever have.
+
+    Wide dtypes come first, so that every tensor is aligned to its element.
+    """
+    tensors = sorted((t for unit in units for t in unit.writes), key=lambda t: -DTYPE_BITS[t.dtype])
+    seen: set[str] = set()
+    for tensor in tensors:
+        if tensor.name in seen:
+            raise SvdcliError(f"two tensors would be called {tensor.name!r}", "exclude the layer, or rename the tensor")
+        seen.add(tensor.name)
+    return OutFile(name, tuple(unit.name for unit in units), tuple(tensors), len(render_header(tensors, metadata)))
+
+
+class WeightWriter:
+    """Writes tensors into files of their final size; what it has written is no valid file until `finish`.
+
+    Raises OSError where the disk is full; the space is claimed at once, so that this happens before any work is done.
+    """
+
+    def __init__(self, folder: Path, files: Sequence[OutFile]) -> None:
+        self._folder = folder
+        self._files = {file.name: file for file in files}
+        self._places = {t: (f.name, at) for f in files for t, at in f.offsets().items()}
+        for file in files:
+            path = folder / file.name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("ab") as stream:
+                _claim(stream.fileno(), file.size)
+                stream.truncate(file.size)
+
+    def place(self, tensor: str) -> tuple[Path, int]:
+        file, offset = self._places[tensor]
+        return self._folder / file, offset
+
+    def write(self, tensor: str, chunks: Iterable[bytes | bytearray | memoryview]) -> int:
+        """Write one tensor's bytes at its offset and return their CRC-32."""
+        path, offset = self.place(tensor)
+        checksum = 0
+        with path.open("r+b", buffering=0) as stream:
+            stream.seek(offset)
+            for chunk in chunks:
+                view = memoryview(chunk)
+                checksum = zlib.crc32(view, checksum)
+                while len(view):
+                    view = view[stream.write(view) or 0 :]
+        return checksum
+
+    def finish(self, name: str, metadata: Mapping[str, str]) -> None:
+        """Write the header of one file, which makes it valid, and flush it to disk."""
+        file = self._files[name]
+        with (self._folder / name).open("r+b") as stream:
+            stream.write(render_header(file.tensors, metadata, file.header_bytes))
+            sync(stream.fileno())
+
+
+def chunks_at(path: Path, offset: int, count: int) -> Iterator[bytes]:
+    """A stretch of a file in pieces; ends early where the file does."""
+    with path.open("rb", buffering=0) as stream:
+        stream.seek(offset)
+        while count and (data := stream.read(min(count, 1 << 24))):
+            yield data
+            count -= len(data)
+
+
+def checksum_at(path: Path, offset: int, count: int) -> int | None:
+    """CRC-32 of a stretch of a file, or None where the file is shorter."""
+    checksum = 0
+    for data in chunks_at(path, offset, count):
+        checksum = zlib.crc32(data, checksum)
+        count -= len(data)
+    return checksum if count == 0 else None
+
+
+def write_file(path: Path, chunks: Iterable[bytes]) -> None:
+    """Write a small or copied file and flush it to disk."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb") as stream:
+        for chunk in chunks:
+            stream.write(chunk)
+        stream.flush()
+        sync(stream.fileno())
+
+
+def _claim(descriptor: int, size: int) -> None:
+    if not size or not hasattr(os, "posix_fallocate"):
+        return
+    try:
+        os.posix_fallocate(descriptor, 0, size)
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+            raise
+
+
+def sync(descriptor: int) -> None:
+    os.fsync(descriptor)

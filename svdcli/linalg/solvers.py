@@ -1,0 +1,125 @@
+"""Truncated SVD of one weight: the best rank-r factors, by three solvers that differ in cost.
+
+By the theorem of Eckart and Young (1936) the matrix of rank r nearest to W in the Frobenius norm is U_r S_r V_r^T, and its
+squared error is the sum of the squared singular values that were cut. Every solver returns that promise with its factors.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Factors:
+    """W ~ up @ down, with up (m, r) and down (r, n) of equal column and row norms sqrt(sigma).
+
+    tail is the squared Frobenius error that the solver's own spectrum promises.
+    """
+
+    up: Tensor
+    down: Tensor
+    sigma: Tensor
+    tail: float
+
+
+def svd(w: Tensor, rank: int, seed: int = 0) -> Factors:
+    """`torch.linalg.svd` of w (m, n), after a QR of the long side where w is far from square.
+
+    Raises torch.linalg.LinAlgError where LAPACK does not converge.
+    """
+    if w.shape[0] < w.shape[1]:
+        return _transposed(svd(w.T, rank, seed))
+    q, square = None, w
+    if 2 * w.shape[0] >= 3 * w.shape[1]:
+        q, square = torch.linalg.qr(w)
+    u, s, vh = torch.linalg.svd(square, full_matrices=False)
+    left = u[:, :rank] if q is None else q @ u[:, :rank]
+    return _balanced(left, s[:rank], vh[:rank], _energy(s[rank:]))
+
+
+def gram(w: Tensor, rank: int, seed: int = 0) -> Factors:
+    """Eigenvectors Q of W W^T on the short side: up = Q_r, down = Q_r^T W.
+
+    Several times cheaper than an SVD, at the price of the squared condition number: singular values below sqrt(eps) of the
+    largest drown in rounding, which the caller sees as a residual above the promised tail.
+    Raises torch.linalg.LinAlgError where LAPACK does not converge.
+    """
+    if w.shape[0] > w.shape[1]:
+        return _transposed(gram(w.T, rank, seed))
+    values, vectors = torch.linalg.eigh(gram_matrix(w))
+    basis = vectors[:, -rank:].flip(1)
+    del vectors
+    cut = values[: values.shape[0] - rank].clamp(min=0).sum(dtype=torch.float64).item()
+    down = basis.T @ w
+    sigma = torch.linalg.vector_norm(down, dim=1)
+    return _balanced(basis, sigma, _unit_rows(down, sigma), cut)
+
+
+def randomized(w: Tensor, rank: int, seed: int = 0, *, iterations: int = 2, oversampling: int = 16) -> Factors:
+    """Randomised subspace iteration: Halko, Martinsson and Tropp (2011), algorithms 4.4 and 5.1.
+
+    Worth it for ranks below about 5 % of min(m, n). More iterations first, then more oversampling, where the error matters.
+    """
+    if w.shape[0] < w.shape[1]:
+        return _transposed(randomized(w.T, rank, seed, iterations=iterations, oversampling=oversampling))
+    width = min(rank + oversampling, w.shape[1])
+    generator = torch.Generator().manual_seed(seed)
+    probe = torch.randn(w.shape[1], width, generator=generator, dtype=torch.float32).to(w)
+    basis = torch.linalg.qr(w @ probe).Q
+    for _ in range(iterations):
+        basis = torch.linalg.qr(w @ torch.linalg.qr(w.T @ basis).Q).Q
+    u, s, vh = torch.linalg.svd(basis.T @ w, full_matrices=False)
+    tail = max(0.0, _energy(w) - _energy(s[:rank]))
+    return _balanced(basis @ u[:, :rank], s[:rank], vh[:rank], tail)
+
+
+SOLVERS: dict[str, Callable[[Tensor, int, int], Factors]] = {"svd": svd, "gram": gram, "randomized": randomized}
+
+
+def gram_matrix(w: Tensor) -> Tensor:
+    """W W^T (m, m) for w (m, n) with m <= n, lower triangle only: what `eigh` reads. The upper blocks stay zero."""
+    m = w.shape[0]
+    if m < 512:
+        return w @ w.T
+    out = torch.zeros(m, m, dtype=w.dtype, device=w.device)
+    edges = [m * i // 4 for i in range(5)]
+    for top, bottom in itertools.pairwise(edges):
+        torch.mm(w[top:bottom], w[:bottom].T, out=out[top:bottom, :bottom])
+    return out
+
+
+def squared_singular_values(w: Tensor) -> Tensor:
+    """All min(m, n) squared singular values of w (m, n), descending, in w's dtype."""
+    short = w if w.shape[0] <= w.shape[1] else w.T
+    values: Tensor = torch.linalg.eigvalsh(gram_matrix(short))
+    return values.flip(0).clamp(min=0)
+
+
+def squared_norm(w: Tensor) -> float:
+    """||w||_F^2, summed in float64, a slice of rows at a time."""
+    step = max(1, 2**20 // w.shape[1])
+    return math.fsum(_energy(w[start : start + step]) for start in range(0, w.shape[0], step))
+
+
+def _energy(values: Tensor) -> float:
+    return float(values.to(torch.float64).square().sum())
+
+
+def _transposed(factors: Factors) -> Factors:
+    return Factors(factors.down.T, factors.up.T, factors.sigma, factors.tail)
+
+
+def _unit_rows(rows: Tensor, norms: Tensor) -> Tensor:
+    return rows / norms.clamp(min=torch.finfo(rows.dtype).tiny)[:, None]
+
+
+def _balanced(left: Tensor, sigma: Tensor, right: Tensor, tail: float) -> Factors:
+    """Give each factor the square root of sigma, which keeps both inside the range of half-precision dtypes."""
+    root = sigma.sqrt()
+    return Factors(left * root, right * root[:, None], sigma, tail)

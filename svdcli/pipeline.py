@@ -1,0 +1,388 @@
+"""The verbs that write: compress and expand. They take paths and values, return a value, and print nothing."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from svdcli import __version__
+from svdcli.errors import NothingSelectedError, SvdcliError, UsageError
+from svdcli.files.blueprint import CompressDesign, Design, ExpandDesign
+from svdcli.files.checkpoint import CHUNK, RECORD, Checkpoint, open_checkpoint
+from svdcli.files.record import Result, make_record, record_of, source_json, stored_layers
+from svdcli.files.report import SOLVERS_FAILED, Report, read_report, report_of
+from svdcli.files.workspace import Workspace
+from svdcli.plan.decide import Measured, decide, needs_spectra, rerun
+from svdcli.plan.layers import choose_layers
+from svdcli.plan.recipe import LayerPlan, Plan, Recipe, Skipped, recipe_to_json
+from svdcli.plan.tensors import TensorInfo
+
+if TYPE_CHECKING:
+    import torch
+
+    from svdcli.engine import Compute, Progress
+
+STANDARD = "-"
+
+
+def silent(phase: str, name: str, done: float, total: float) -> None:
+    """No progress."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What compress did or would do: the report, the plan behind it, and where the output is (None for a dry run)."""
+
+    report: Report
+    plan: Plan
+    path: Path | None
+    started_over: bool = False
+
+
+def compress(
+    model: str | Path,
+    out: str | Path | None = None,
+    recipe: Recipe | None = None,
+    *,
+    plan: Plan | None = None,
+    compute: Compute | None = None,
+    force: bool = False,
+    dry_run: bool = False,
+    progress: Progress = silent,
+) -> Outcome:
+    """Replace the selected layers of `model` by the factors of their truncated SVD and write the result to `out`.
+
+    model is a file, a directory or "-"; out defaults to `<stem>.svd.safetensors` or `<name>-svd` beside it and may be "-"
+    for standard output. Exactly one of recipe and plan decides what happens. The output appears whole or not at all; a run
+    that was cut short continues where it stopped when it is called again.
+    Raises SvdcliError or a child of it, and OSError where the file system refuses.
+    """
+    from svdcli.engine import Compute
+
+    if (recipe is None) == (plan is None):
+        raise UsageError("give exactly one of a recipe and a plan")
+    recipe = plan.recipe if plan is not None else recipe
+    assert recipe is not None
+    with open_checkpoint(model) as checkpoint:
+        _check_source(checkpoint, recipe)
+        device = (compute or Compute()).start()
+        choice = _choose(checkpoint, recipe, plan)
+        if dry_run:
+            name = None if checkpoint.is_directory else _out_path(checkpoint, out, ".svd", "-svd").name
+            decided = _decide(checkpoint, choice, name, device, None, progress)
+            return Outcome(_predicted(checkpoint, decided, name), decided, None)
+        with _destination(checkpoint, out, ".svd", "-svd", force) as target:
+            workspace = Workspace(target, is_file=not checkpoint.is_directory)
+            identity = _identity(checkpoint, "compress", recipe_to_json(recipe), plan and plan.to_json())
+            with _disk_errors(target), workspace.locked():
+                if workspace.resume(identity, force=force):
+                    _compress_into(workspace, checkpoint, choice, device, progress)
+            report = read_report(target)
+            return Outcome(
+                replace(report, path=str(out)) if out is not None else report,
+                Plan.from_json(record_of(open_checkpoint(target))),
+                None if out == STANDARD else target,
+                workspace.started_over,
+            )
+
+
+def expand(model: str | Path, out: str | Path | None = None, *, force: bool = False, progress: Progress = silent) -> Path | None:
+    """Write an output of compress as an ordinary checkpoint again: original names, shapes and dtypes, low-rank weights.
+
+    out defaults to `<stem>.dense.safetensors` or `<name>-dense` beside the model. Returns where it is (None for standard
+    output). Raises like `compress`.
+    """
+    import torch
+
+    with open_checkpoint(model) as checkpoint:
+        record = record_of(checkpoint)
+        if record is None:
+            raise SvdcliError(f"{checkpoint.shown} was not written by svdcli compress", "there is nothing to expand")
+        layers = stored_layers(checkpoint, record)
+        with _destination(checkpoint, out, ".dense", "-dense", force) as target:
+            workspace = Workspace(target, is_file=not checkpoint.is_directory)
+            with _disk_errors(target), workspace.locked():
+                if workspace.resume(_identity(checkpoint, "expand"), force=force):
+                    design = ExpandDesign(checkpoint, layers, target.name if workspace.is_file else None)
+                    results, _ = _write(design, layers, workspace, torch.device("cpu"), 0, progress)
+                    _finish(design, results, workspace, progress)
+            return None if out == STANDARD else target
+
+
+# Deciding ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """What is to be decided about: the recipe, the plan it came from if any, and the layers."""
+
+    recipe: Recipe
+    plan: Plan | None
+    selected: tuple[TensorInfo, ...]
+    skipped: tuple[Skipped, ...]
+    fingerprint: str
+
+
+def _check_source(checkpoint: Checkpoint, recipe: Recipe) -> None:
+    """Raises SvdcliError for an input that svdcli wrote, or that another tool has quantised; UsageError for odd options."""
+    if record_of(checkpoint) is not None:
+        raise SvdcliError(f"{checkpoint.shown} was written by svdcli already", "start from the original, or expand it first")
+    quantised = (checkpoint.config or {}).get("quantization_config")
+    if quantised and recipe.layout != "dense":
+        method = quantised.get("quant_method", "another tool") if isinstance(quantised, dict) else "another tool"
+        raise SvdcliError(f"{checkpoint.shown} is quantised by {method}", "start from the unquantised model")
+    if recipe.max_shard_size is not None and not checkpoint.is_directory:
+        raise UsageError("--max-shard-size is for directories", "leave it out for a single file")
+
+
+def _choose(checkpoint: Checkpoint, recipe: Recipe, plan: Plan | None) -> _Choice:
+    fingerprint = checkpoint.fingerprint()
+    if plan is not None:
+        plan = rerun(plan, {info.name: info for info in checkpoint.infos}, fingerprint)
+        selected, skipped = tuple(layer.tensor for layer in plan.layers), plan.skipped
+    else:
+        selected, skipped = choose_layers(
+            checkpoint.infos, include=recipe.include, exclude=recipe.exclude, layers=recipe.layers, tied=checkpoint.tied
+        )
+    if not selected:
+        raise NothingSelectedError(f"no layer of {checkpoint.shown} is selected{_main_reason(skipped)}", "see `svdcli inspect`")
+    return _Choice(recipe, plan, selected, skipped, fingerprint)
+
+
+def _main_reason(skipped: Sequence[Skipped]) -> str:
+    reasons = [item.reason for item in skipped]
+    if not reasons:
+        return ": it holds no tensors"
+    top = max(set(reasons), key=reasons.count)
+    return f" ({reasons.count(top)} of {len(reasons)} tensors: {top})"
+
+
+def _decide(
+    checkpoint: Checkpoint,
+    choice: _Choice,
+    name: str | None,
+    device: torch.device,
+    workspace: Workspace | None,
+    progress: Progress,
+) -> Plan:
+    """Look at the weights, then fix every rank. Nothing is written but the journal's notes of what was measured."""
+    from svdcli.engine import check_finite, measure
+
+    recipe = choice.recipe
+    spectra = choice.plan is None and needs_spectra(recipe)
+    measured = measure(checkpoint, choice.selected, spectra=spectra, device=device, workspace=workspace, progress=progress)
+    bad = [tensor.name for tensor in choice.selected if not measured[tensor.name].finite]
+    if recipe.nonfinite == "error":
+        check_finite(bad)
+    if choice.plan is not None:
+        plan = choice.plan.with_dense(dict.fromkeys(bad, "holds NaN or infinity"))
+    else:
+        plan = _decide_ranks(checkpoint, choice, name, measured)
+    if not plan.factored:
+        reason = plan.layers[0].reason or "nothing to do"
+        raise NothingSelectedError(f"no layer of {checkpoint.shown} would shrink ({plan.layers[0].tensor.name}: {reason})")
+    return plan
+
+
+def _decide_ranks(checkpoint: Checkpoint, choice: _Choice, name: str | None, measured: Mapping[str, Measured]) -> Plan:
+    def predict(plan: Plan) -> int:
+        return CompressDesign(checkpoint, plan, name).blueprint().total
+
+    return decide(choice.recipe, choice.fingerprint, choice.selected, choice.skipped, measured, predict)
+
+
+def _predicted(checkpoint: Checkpoint, plan: Plan, name: str | None) -> Report:
+    sizes = CompressDesign(checkpoint, plan, name).blueprint().sizes()
+    record = make_record(plan, source_json(checkpoint, plan.fingerprint), checkpoint.left_out)
+    return report_of(record, sizes, checkpoint.shown, predicted=True)
+
+
+# Writing -------------------------------------------------------------------------------------------------------------
+
+
+def _compress_into(
+    workspace: Workspace, checkpoint: Checkpoint, choice: _Choice, device: torch.device, progress: Progress
+) -> None:
+    name = workspace.out.name if workspace.is_file else None
+    try:
+        plan = _decide(checkpoint, choice, name, device, workspace, progress)
+    except SvdcliError:
+        workspace.remove()
+        raise
+    design = CompressDesign(checkpoint, plan, name)
+    results, failed = _write(design, plan.factored, workspace, device, choice.recipe.seed, progress)
+    if failed:
+        plan = plan.with_dense({layer: f"{SOLVERS_FAILED}: {why}" for layer, why in failed.items()})
+        design = CompressDesign(checkpoint, plan, name)
+        workspace.set_aside()
+        results, _ = _write(design, plan.factored, workspace, device, choice.recipe.seed, progress)
+    _finish(design, results, workspace, progress)
+
+
+def _write(
+    design: Design,
+    layers: Sequence[LayerPlan],
+    workspace: Workspace,
+    device: torch.device,
+    seed: int,
+    progress: Progress,
+) -> tuple[dict[str, Result], dict[str, str]]:
+    """Lay the files out and do every unit: (results, layers on which every solver failed)."""
+    from svdcli.engine import run_units
+    from svdcli.files.writer import WeightWriter
+
+    blueprint = design.blueprint()
+    claimed = sum(path.stat().st_size for path in workspace.data.rglob("*") if path.is_file())
+    free = shutil.disk_usage(workspace.out.parent).free
+    if blueprint.total - claimed > free:
+        raise OSError(errno.ENOSPC, f"{blueprint.total - claimed} bytes are needed, {free} are free")
+    writer = WeightWriter(workspace.data, blueprint.files)
+    by_name = {layer.tensor.name: layer for layer in layers}
+    return run_units(design.checkpoint, design.units, by_name, writer, workspace, seed=seed, device=device, progress=progress)
+
+
+def _finish(design: Design, results: Mapping[str, Result], workspace: Workspace, progress: Progress) -> None:
+    """Headers, the files beside the weights, the record; read everything back with the reference reader; publish."""
+    from svdcli.files.writer import WeightWriter, write_file
+
+    blueprint = design.blueprint()
+    writer = WeightWriter(workspace.data, blueprint.files)
+    for file in blueprint.files:
+        writer.finish(file.name, design.metadata(file, results))
+        _open_with_safetensors(workspace.data / file.name)
+    for name, text in blueprint.texts.items():
+        write_file(workspace.data / name, [text])
+    for name in blueprint.carried:
+        with (design.checkpoint.path / name).open("rb") as source:
+            write_file(workspace.data / name, iter(lambda: source.read(CHUNK), b""))
+    if blueprint.record_bytes and isinstance(design, CompressDesign):
+        others = {name: size for name, size in blueprint.sizes().items() if name != RECORD}
+        files = {}
+        for done, (name, size) in enumerate(others.items()):
+            progress("check", name, done, len(others))
+            files[name] = (size, sha256_of(workspace.data / name))
+        write_file(workspace.data / RECORD, [design.record(results, files, blueprint.record_bytes)])
+    _check_sizes(workspace.data, blueprint.sizes())
+    workspace.publish()
+
+
+def _open_with_safetensors(path: Path) -> None:
+    """Every weight file is opened by the reference reader before anybody sees it."""
+    from safetensors import safe_open
+
+    with safe_open(str(path), framework="pt") as file:
+        file.keys()
+
+
+def _check_sizes(folder: Path, sizes: Mapping[str, int]) -> None:
+    for name, size in sizes.items():
+        found = (folder / name).stat().st_size
+        if found != size:
+            raise SvdcliError(f"{name} has {found} bytes where {size} were laid out", "the source changed while it was read")
+
+
+def sha256_of(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while data := stream.read(CHUNK):
+            digest.update(data)
+    return digest.hexdigest()
+
+
+# Where the output goes -----------------------------------------------------------------------------------------------
+
+
+def _identity(checkpoint: Checkpoint, *parts: object) -> str:
+    """The same for the same command on the same source: what a journal must match to be continued."""
+    values = [__version__, checkpoint.fingerprint(), checkpoint.state(), checkpoint.name, *parts]
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def _out_path(checkpoint: Checkpoint, out: str | Path | None, file_suffix: str, folder_suffix: str) -> Path:
+    if out is not None and str(out) != STANDARD:
+        return Path(out)
+    if checkpoint.temporary is not None:
+        if out is None:
+            raise UsageError("standard input has no name to derive the output's from", "give -o FILE, or -o - for a pipe")
+        return Path("model.safetensors")
+    if checkpoint.is_directory:
+        folder = checkpoint.path.resolve()
+        return (
+            checkpoint.path.parent / f"{folder.name}{folder_suffix}"
+            if checkpoint.path.name
+            else folder.parent / (folder.name + folder_suffix)
+        )
+    stem = checkpoint.path.name.rsplit(".", 1)[0]
+    return checkpoint.path.with_name(f"{stem.removesuffix('.svd')}{file_suffix}.safetensors")
+
+
+@contextmanager
+def _destination(
+    checkpoint: Checkpoint, out: str | Path | None, file_suffix: str, folder_suffix: str, force: bool
+) -> Iterator[Path]:
+    """The path to write to. Standard output gets its bytes from a temporary file once that is whole."""
+    if out is None or str(out) != STANDARD:
+        target = _out_path(checkpoint, out, file_suffix, folder_suffix)
+        _check_target(checkpoint, target, force)
+        yield target
+        return
+    if checkpoint.is_directory:
+        raise UsageError("a directory does not fit through standard output", "give -o FOLDER")
+    if sys.stdout.isatty():
+        raise UsageError("standard output is a terminal", "pipe it on, or give -o FILE")
+    folder = Path(tempfile.mkdtemp(prefix="svdcli-"))
+    try:
+        target = folder / "model.safetensors"
+        yield target
+        with target.open("rb") as stream:
+            shutil.copyfileobj(stream, sys.stdout.buffer, CHUNK)
+        sys.stdout.buffer.flush()
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _check_target(checkpoint: Checkpoint, target: Path, force: bool) -> None:
+    """Raises SvdcliError where writing to `target` would lose something or cannot work."""
+    parent = target.absolute().parent
+    if not parent.is_dir():
+        raise SvdcliError(f"the folder {parent} does not exist", "create it first")
+    source, goal = checkpoint.path.resolve(), target.resolve()
+    if source == goal or source in goal.parents or goal in source.parents:
+        raise SvdcliError(f"the output {target} is the source, or inside or around it", "choose another -o")
+    if not target.exists():
+        return
+    if target.is_dir() != checkpoint.is_directory:
+        raise SvdcliError(f"{target} is a {'directory' if target.is_dir() else 'file'}", "choose another -o")
+    if target.samefile(checkpoint.path):
+        raise SvdcliError(f"the output {target} is the source under another name", "choose another -o")
+    if force and target.is_dir() and not _looks_like_a_model(target):
+        raise SvdcliError(f"{target} does not look like a model", "remove it yourself, or choose another -o")
+    if not force and not Workspace(target, is_file=not checkpoint.is_directory).folder.exists():
+        raise SvdcliError(f"{target} exists", "use --force to replace it, or choose another -o")
+
+
+def _looks_like_a_model(folder: Path) -> bool:
+    inside = list(folder.iterdir())
+    return not inside or any(path.name == RECORD or path.suffix in (".safetensors", ".bin") for path in inside)
+
+
+@contextmanager
+def _disk_errors(target: Path) -> Iterator[None]:
+    """A full disk, in words that say what to do."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise SvdcliError(
+            f"cannot write {target}: {error.strerror}", "free space and run the same command again, it continues where it was"
+        ) from error

@@ -1,0 +1,214 @@
+"""What was asked (Recipe) and what was decided (Plan): frozen values with JSON both ways."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from svdcli.errors import UsageError
+from svdcli.plan.layout import LAYOUTS, stored_tensors
+from svdcli.plan.tensors import FACTORED_DTYPES, TensorInfo
+
+FORMAT = 1
+TARGETS = ("rank", "keep", "size", "energy", "error")
+ALLOCATIONS = ("uniform", "global")
+SOLVERS = ("auto", "svd", "gram", "randomized")
+NONFINITE = ("error", "skip")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What the person asked for. Everything here changes the output's bytes; device, threads and verbosity do not belong.
+
+    target is one of TARGETS; value is its number (a rank, a share in (0, 1], bytes).
+    Raises UsageError where the values cannot be met together.
+    """
+
+    target: str
+    value: float
+    allocate: str = "uniform"
+    floor: float = 0.6
+    multiple_of: int = 1
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    layers: tuple[str, ...] | None = None
+    layout: str = "factored"
+    dtype: str | None = None
+    solver: str = "auto"
+    seed: int = 0
+    nonfinite: str = "error"
+    max_shard_size: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, value, known in (
+            ("target", self.target, TARGETS),
+            ("--allocate", self.allocate, ALLOCATIONS),
+            ("--layout", self.layout, LAYOUTS),
+            ("--solver", self.solver, SOLVERS),
+            ("--nonfinite", self.nonfinite, NONFINITE),
+        ):
+            if value not in known:
+                raise UsageError(f"{name} {value!r} is unknown", f"use one of {', '.join(known)}")
+        if self.dtype is not None and self.dtype not in FACTORED_DTYPES:
+            raise UsageError(f"--dtype {self.dtype!r} cannot hold factors", f"use one of {', '.join(FACTORED_DTYPES)}")
+        self._check_numbers()
+
+    def _check_numbers(self) -> None:
+        if self.target in ("rank", "size") and not (self.value >= 1 and self.value == int(self.value)):
+            raise UsageError(f"--{self.target} {self.value:g} is not a whole number above 0", "give at least 1")
+        if self.target in ("keep", "energy") and not 0 < self.value <= 1:
+            raise UsageError(f"--{self.target} {self.value:g} is outside (0, 1]", "give a share such as 0.6")
+        if self.target == "error" and not 0 < self.value < 1:
+            raise UsageError(f"--error {self.value:g} is outside (0, 1)", "give a relative error such as 0.1")
+        if self.allocate == "global" and self.target in ("energy", "error"):
+            raise UsageError(
+                f"--allocate global needs a budget, and --{self.target} is a bound for each layer",
+                "use --keep, --size or --rank",
+            )
+        if self.target == "size" and self.layout == "dense":
+            raise UsageError("--size cannot be met in the dense layout, which saves no bytes", "use --layout factored or pivoted")
+        if not 0 <= self.floor <= 1:
+            raise UsageError(f"--floor {self.floor:g} is outside [0, 1]", "give a share of the uniform rank such as 0.6")
+        if self.multiple_of < 1:
+            raise UsageError(f"--multiple-of {self.multiple_of} is not a whole number above 0", "give at least 1")
+        if self.max_shard_size is not None and self.max_shard_size < 1:
+            raise UsageError(f"--max-shard-size {self.max_shard_size} is not a size", "give bytes such as 5GB")
+
+    @property
+    def shown_target(self) -> str:
+        return f"{self.target} {self.value:g}" if self.target != "size" else f"size {int(self.value)} bytes"
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """One selected layer: its rank, or None with the reason why it stays dense.
+
+    loss is the share of the weight's energy that the rank gives up, where the spectrum was measured.
+    """
+
+    tensor: TensorInfo
+    rank: int | None
+    layout: str
+    stored_dtype: str
+    solver: str
+    reason: str = ""
+    loss: float | None = None
+
+    def stored(self) -> tuple[TensorInfo, ...]:
+        if self.rank is None:
+            return (self.tensor,)
+        return stored_tensors(self.tensor, self.rank, self.layout, self.stored_dtype)
+
+    def left_dense(self, reason: str) -> LayerPlan:
+        return replace(self, rank=None, reason=reason, loss=None)
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A tensor that was not selected, and why."""
+
+    tensor: TensorInfo
+    reason: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What was decided for every tensor of one checkpoint."""
+
+    recipe: Recipe
+    fingerprint: str
+    layers: tuple[LayerPlan, ...]
+    skipped: tuple[Skipped, ...]
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def factored(self) -> tuple[LayerPlan, ...]:
+        return tuple(layer for layer in self.layers if layer.rank is not None)
+
+    def with_dense(self, reasons: dict[str, str]) -> Plan:
+        """The same plan with the named layers left dense."""
+        layers = tuple(
+            layer.left_dense(reasons[layer.tensor.name]) if layer.tensor.name in reasons else layer for layer in self.layers
+        )
+        return replace(self, layers=layers)
+
+    def to_json(self) -> dict[str, Any]:
+        """The plan as plain JSON; `layers`, `dense` and `skipped` map tensor names to what was decided."""
+        return {
+            "format": FORMAT,
+            "recipe": recipe_to_json(self.recipe),
+            "fingerprint": self.fingerprint,
+            "layers": {layer.tensor.name: _layer_to_json(layer) for layer in self.factored},
+            "dense": {
+                layer.tensor.name: _layer_to_json(layer) | {"reason": layer.reason} for layer in self.layers if layer.rank is None
+            },
+            "skipped": {s.tensor.name: _tensor_to_json(s.tensor) | {"reason": s.reason} for s in self.skipped},
+            "notes": list(self.notes),
+        }
+
+    @staticmethod
+    def from_json(data: Any) -> Plan:
+        """Read a plan back; also accepts the larger record that an output carries. Raises UsageError where it is not one."""
+        try:
+            if data["format"] > FORMAT:
+                raise UsageError(f"the plan has format {data['format']}, this svdcli knows {FORMAT}", "upgrade svdcli")
+            chosen = {**data["layers"], **data["dense"]}
+            return Plan(
+                recipe=recipe_from_json(data["recipe"]),
+                fingerprint=str(data["fingerprint"]),
+                layers=tuple(layer_from_json(name, item) for name, item in chosen.items()),
+                skipped=tuple(Skipped(_tensor_from_json(n, item), str(item["reason"])) for n, item in data["skipped"].items()),
+                notes=tuple(str(note) for note in data["notes"]),
+            )
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise UsageError(f"not a plan of svdcli ({error})", "write one with --save-plan") from error
+
+
+def recipe_to_json(recipe: Recipe) -> dict[str, Any]:
+    return asdict(recipe)
+
+
+def recipe_from_json(data: dict[str, Any]) -> Recipe:
+    known = dict(data)
+    for name in ("include", "exclude", "layers"):
+        if known.get(name) is not None:
+            known[name] = tuple(known[name])
+    return Recipe(**known)
+
+
+def _tensor_to_json(tensor: TensorInfo) -> dict[str, Any]:
+    return {"shape": list(tensor.shape), "dtype": tensor.dtype}
+
+
+def _tensor_from_json(name: str, data: dict[str, Any]) -> TensorInfo:
+    return TensorInfo(name, str(data["dtype"]), tuple(int(size) for size in data["shape"]))
+
+
+def _layer_to_json(layer: LayerPlan) -> dict[str, Any]:
+    item = _tensor_to_json(layer.tensor) | {
+        "rank": layer.rank,
+        "layout": layer.layout,
+        "stored_dtype": layer.stored_dtype,
+        "solver": layer.solver,
+    }
+    return item if layer.loss is None else item | {"loss": layer.loss}
+
+
+def layer_from_json(name: str, data: dict[str, Any]) -> LayerPlan:
+    tensor = _tensor_from_json(name, data)
+    if len(tensor.shape) != 2:
+        raise ValueError(f"{name} is not a matrix")
+    rank = data["rank"] if data["rank"] is None else int(data["rank"])
+    if rank is not None and not 1 <= rank <= min(tensor.shape):
+        raise ValueError(f"{name}: rank {rank} does not fit its shape {tensor.shape}")
+    if data["layout"] not in LAYOUTS:
+        raise ValueError(f"{name}: layout {data['layout']!r} is unknown")
+    return LayerPlan(
+        tensor=tensor,
+        rank=rank,
+        layout=str(data["layout"]),
+        stored_dtype=str(data["stored_dtype"]),
+        solver=str(data["solver"]),
+        reason=str(data.get("reason", "")),
+        loss=data.get("loss"),
+    )

@@ -1,0 +1,310 @@
+"""Values to what a person or a program reads: tables, progress, JSON, CSV. The only file that imports rich."""
+
+from __future__ import annotations
+
+import csv
+import io
+import itertools
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, TextIO
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from svdcli.engine import Progress
+    from svdcli.files.report import LayerRow, Report, Total
+    from svdcli.survey import Inspection, Spectrum, Verification
+
+_PIPE_WIDTH = 160
+_WIDE = 120
+_BARS = "▁▂▃▄▅▆▇█"
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+
+
+def console_for(stream: TextIO) -> Console:
+    """A console without surprises: no markup in names, no wrapping of lines in pipes beyond a generous width."""
+    width = None if stream.isatty() or "COLUMNS" in os.environ else _PIPE_WIDTH
+    return Console(file=stream, width=width, highlight=False, markup=False, emoji=False)
+
+
+# Numbers -------------------------------------------------------------------------------------------------------------
+
+
+def human(value: float, unit: str = "") -> str:
+    """1234567 -> 1.23M; with the unit B, 1.23 MB. Powers of 1000."""
+    sign, value = ("-", -value) if value < 0 else ("", value)
+    for scale, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= scale * 0.9995:
+            return f"{sign}{value / scale:.3g}{' ' if unit else ''}{letter}{unit}"
+    return f"{sign}{value:.0f}{' ' if unit else ''}{unit}"
+
+
+def _arrow(before: float, after: float, unit: str = "") -> str:
+    return f"{human(before, unit)} → {human(after, unit)}" if before != after else human(before, unit)
+
+
+def _percent(part: float, whole: float) -> str:
+    return f"{100 * part / whole:.1f} %" if whole else "0 %"
+
+
+def _short(name: str) -> str:
+    return name.removesuffix(".weight")
+
+
+def _shape(shape: Sequence[int]) -> str:
+    return "×".join(map(str, shape)) or "scalar"
+
+
+# report --------------------------------------------------------------------------------------------------------------
+
+
+def print_report(report: Report, stream: TextIO, *, grouped: bool) -> None:
+    """The table of savings, then the totals and what was left out."""
+    console = console_for(stream)
+    render_report(report, console, grouped=grouped)
+
+
+def render_report(report: Report, console: Console, *, grouped: bool) -> None:
+    wide = console.width >= _WIDE
+    groups = _grouped(report.layers) if grouped else [(_short(row.name), [row]) for row in report.layers]
+    prefix = "" if wide else _common_prefix([name for name, _ in groups])
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
+    table.add_column(f"Layer ({prefix}…)" if prefix else "Layer", overflow="fold", ratio=None)
+    for title in ("Shape", "Rank", "Parameters", "Memory"):
+        table.add_column(title, justify="right", no_wrap=True)
+    table.add_column("Loss" if report.predicted else "Error", justify="right", no_wrap=True)
+    if wide:
+        for title in ("Energy", "Saved", "Solver"):
+            table.add_column(title, justify="right", no_wrap=True)
+    for name, rows in groups:
+        table.add_row(*_report_cells(Text(name.removeprefix(prefix)), rows, wide), style="dim" if rows[0].rank is None else "")
+    console.print(table)
+    _print_totals(report, console)
+
+
+def _report_cells(name: Text, rows: Sequence[LayerRow], wide: bool) -> list[Text | str]:
+    first = rows[0]
+    if len(rows) > 1:
+        name.append(f"  {len(rows)} layers", style="dim")
+    errors = [e for row in rows if (e := row.predicted_loss if row.relative_error is None else row.relative_error) is not None]
+    cells: list[Text | str] = [
+        name,
+        _shape(first.shape),
+        _span([row.rank for row in rows if row.rank is not None]) or "dense",
+        _arrow(sum(r.parameters_before for r in rows), sum(r.parameters_after for r in rows)),
+        _arrow(sum(r.bytes_before for r in rows), sum(r.bytes_after for r in rows), "B"),
+        _span_of_floats(errors),
+    ]
+    if not wide:
+        return cells
+    kept = [row.energy_kept for row in rows if row.energy_kept is not None]
+    saved = _percent(sum(r.saved_bytes for r in rows), sum(r.bytes_before for r in rows))
+    solvers = ", ".join(dict.fromkeys(row.solver + ("*" if row.fell_back else "") for row in rows))
+    return [*cells, f"{100 * sum(kept) / len(kept):.1f} %" if kept else "", saved, solvers]
+
+
+def _span(values: Sequence[int]) -> str:
+    if not values:
+        return ""
+    return str(values[0]) if min(values) == max(values) else f"{min(values)}-{max(values)}"
+
+
+def _span_of_floats(values: Sequence[float]) -> str:
+    if not values:
+        return ""
+    low, high = f"{min(values):.3f}", f"{max(values):.3f}"
+    return low if low == high else f"{low}-{high}"
+
+
+def _grouped(rows: Sequence[LayerRow]) -> list[tuple[str, list[LayerRow]]]:
+    """Layers that differ by a block's number only, on one line: model.layers.*.mlp.up_proj."""
+    groups: dict[tuple[str, bool, tuple[int, ...]], list[LayerRow]] = {}
+    for row in rows:
+        groups.setdefault((_NUMBER.sub("*", _short(row.name)), row.rank is None, row.shape), []).append(row)
+    return [(_short(rows[0].name) if len(rows) == 1 else key[0], rows) for key, rows in groups.items()]
+
+
+def _common_prefix(names: Sequence[str]) -> str:
+    """Leading parts that all names share, with the dot; the last part always stays."""
+    split = [name.split(".")[:-1] for name in names]
+    if len(split) < 2:
+        return ""
+    shared = itertools.takewhile(lambda same: len(set(same)) == 1, zip(*split, strict=False))
+    return "".join(f"{parts[0]}." for parts in shared)
+
+
+def _print_totals(report: Report, console: Console) -> None:
+    factored = sum(row.rank is not None for row in report.layers)
+    lines = [
+        ("selected", f"{factored} of {len(report.layers)} layers factored   {_total_line(report.selected)}"),
+        ("whole output", _total_line(report.total)),
+    ]
+    errors = [(row.relative_error, row.name) for row in report.layers if row.relative_error is not None]
+    if errors:
+        mean = sum(error for error, _ in errors) / len(errors)
+        worst = max(errors)
+        lines.append(("relative error", f"mean {mean:.4f}, largest {worst[0]:.4f} ({_short(worst[1])})"))
+    lines += [("left dense", line) for line in _reasons([(r.name, r.reason) for r in report.layers if r.rank is None])]
+    lines += [("fell back", f"{_short(r.name)}: {', '.join(r.fell_back)}") for r in report.layers if r.fell_back]
+    lines += [("skipped", line) for line in _reasons([(item["name"], item["reason"]) for item in report.skipped])]
+    lines += [("left out", f"{name}: {reason}") for name, reason in report.left_out.items()]
+    lines += [("note", note) for note in report.notes]
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(style="bold", no_wrap=True)
+    grid.add_column(overflow="fold")
+    last = ""
+    for title, text in lines:
+        grid.add_row(title if title != last else "", Text(text))
+        last = title
+    console.print(grid)
+
+
+def _total_line(total: Total) -> str:
+    percent = _percent(total.saved_bytes, total.bytes_before)
+    return (
+        f"{_arrow(total.parameters_before, total.parameters_after)} parameters   "
+        f"{_arrow(total.bytes_before, total.bytes_after, 'B')}   saved {human(total.saved_bytes, 'B')} ({percent})"
+    )
+
+
+def _reasons(items: Sequence[tuple[str, str]]) -> list[str]:
+    """One line a reason: how many tensors it holds for, and their names where they are few."""
+    by_reason: dict[str, list[str]] = {}
+    for name, reason in items:
+        by_reason.setdefault(reason, []).append(_short(name))
+    lines = []
+    for reason, names in by_reason.items():
+        patterns = list(dict.fromkeys(_NUMBER.sub("*", name) for name in names))
+        shown = ", ".join(patterns[:3]) + (f" and {len(patterns) - 3} more" if len(patterns) > 3 else "")
+        lines.append(f"{len(names)}: {reason} ({shown})")
+    return lines
+
+
+# inspect, spectrum, verify --------------------------------------------------------------------------------------------
+
+
+def print_inspection(inspection: Inspection, stream: TextIO) -> None:
+    console = console_for(stream)
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
+    table.add_column("Tensor", overflow="fold")
+    for title in ("Dtype", "Shape", "Memory", "Break-even rank"):
+        table.add_column(title, justify="right", no_wrap=True)
+    table.add_column("Selected", overflow="fold")
+    for row in inspection.tensors:
+        even = "" if row.break_even is None else f"{row.break_even}  ({row.pivoted_break_even} pivoted)"
+        cells: list[Text | str] = [Text(row.name), row.dtype, _shape(row.shape), human(row.bytes, "B"), even]
+        table.add_row(*cells, Text(row.reason or "yes"), style="" if row.selected else "dim")
+    console.print(table)
+    chosen = len(inspection.selected)
+    share = _percent(inspection.selected_parameters, inspection.parameters)
+    console.print(
+        f"{human(inspection.parameters)} parameters, {human(inspection.bytes, 'B')}; {chosen} of {len(inspection.tensors)} "
+        f"tensors selected, {share} of the parameters"
+    )
+    if inspection.written_by_svdcli:
+        console.print("written by svdcli: see `svdcli report`")
+    for name, reason in inspection.left_out.items():
+        console.print(f"left out: {name}: {reason}")
+
+
+def sparkline(curve: Sequence[float], width: int) -> str:
+    """The decay of the singular values from 1 (full block) down."""
+    points = [curve[round(i * (len(curve) - 1) / (width - 1))] for i in range(width)]
+    return "".join(_BARS[min(len(_BARS) - 1, max(0, round(point * (len(_BARS) - 1))))] for point in points)
+
+
+def print_spectrum(spectrum: Spectrum, stream: TextIO) -> None:
+    console = console_for(stream)
+    wide = console.width >= _WIDE
+    prefix = "" if wide else _common_prefix([_short(row.name) for row in spectrum.layers])
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
+    table.add_column(f"Layer ({prefix}…)" if prefix else "Layer", overflow="fold")
+    titles = ("Shape", "Even", "Eff. rank", "90 %", "95 %", "99 %")
+    for title in (*titles, "Stable rank", "Largest") if wide else titles:
+        table.add_column(title, justify="right", no_wrap=True)
+    table.add_column("Decay", no_wrap=True)
+    for row in spectrum.layers:
+        cells = [_shape(row.shape), str(row.break_even), f"{row.effective_rank:.1f}"]
+        cells += [str(rank) for rank in (row.rank_90, row.rank_95, row.rank_99)]
+        if wide:
+            cells += [f"{row.stable_rank:.1f}", f"{row.sigma_max:.3g}"]
+        table.add_row(Text(_short(row.name).removeprefix(prefix)), *cells, sparkline(row.curve, 24 if wide else 10))
+    console.print(table)
+    console.print("Even: largest rank that saves parameters when factored. 90 %: rank that keeps 90 % of the energy.")
+
+
+def print_verification(verification: Verification, stream: TextIO) -> None:
+    console = console_for(stream)
+    kinds = list(dict.fromkeys(check.check for check in verification.checks))
+    for kind in kinds:
+        mine = [check for check in verification.checks if check.check == kind]
+        bad = [check for check in mine if not check.ok]
+        console.print(
+            f"{'FAILED' if bad else 'ok':<6}  {kind}: {len(mine) - len(bad)} of {len(mine)}", style="red" if bad else ""
+        )
+        for check in bad:
+            console.print(f"        {check.subject}: {check.detail}")
+
+
+# Machines ------------------------------------------------------------------------------------------------------------
+
+
+def print_json(data: Mapping[str, Any], stream: TextIO) -> None:
+    stream.write(json.dumps(data, indent=2, ensure_ascii=False) + "\n")
+
+
+def print_csv(rows: Sequence[Mapping[str, Any]], stream: TextIO) -> None:
+    """One line a row; lists are joined by spaces, shapes by x."""
+    text = io.StringIO()
+    if rows:
+        writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        for row in rows:
+            writer.writerow({key: _flat(key, value) for key, value in row.items()})
+    stream.write(text.getvalue())
+
+
+def _flat(key: str, value: object) -> object:
+    if isinstance(value, (tuple, list)):
+        return ("x" if key == "shape" else " ").join(map(str, value))
+    return "" if value is None else value
+
+
+@contextmanager
+def progress_on(stream: TextIO, *, quiet: bool) -> Iterator[Progress]:
+    """Bars with the time left on a terminal; nothing anywhere else."""
+    if quiet or not stream.isatty():
+        yield lambda phase, name, done, total: None
+        return
+    from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bars
+
+    columns = (
+        TextColumn("{task.description:<8}", markup=False),
+        BarColumn(bar_width=24),
+        TextColumn("{task.percentage:>3.0f} %"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[name]}", markup=False, table_column=None),
+    )
+    with Bars(*columns, console=console_for(stream), transient=True) as bars:
+        tasks: dict[str, Any] = {}
+
+        def step(phase: str, name: str, done: float, total: float) -> None:
+            if phase not in tasks:
+                tasks[phase] = bars.add_task(phase, total=total, name="")
+            bars.update(tasks[phase], completed=done, total=total, name=_short(name)[-40:])
+
+        yield step
+
+
+def print_lines(lines: Sequence[str], stream: TextIO) -> None:
+    stream.writelines(line + "\n" for line in lines)

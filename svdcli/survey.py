@@ -1,0 +1,306 @@
+"""The verbs that look: report, inspect, spectrum, verify. Nothing is written; report and inspect never import torch."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from svdcli.errors import NothingSelectedError, SvdcliError
+from svdcli.files.checkpoint import METADATA_KEY, RECORD, Checkpoint, open_checkpoint, open_from_pipe
+from svdcli.files.record import part_of_record, record_in, record_of, stored_layers
+from svdcli.files.report import JSON_VERSION, Report, newest_output, read_report, report_of
+from svdcli.pipeline import STANDARD, sha256_of, silent
+from svdcli.plan.layers import break_even, choose_layers
+from svdcli.plan.layout import largest_saving_rank
+from svdcli.plan.recipe import LayerPlan
+from svdcli.plan.tensors import TensorInfo
+
+if TYPE_CHECKING:
+    from svdcli.engine import Compute, Progress
+
+CURVE_POINTS = 24
+
+
+def report(path: str | Path | None = None) -> Report:
+    """What an output saved. Without a path the newest output in the current folder; "-" reads a pipe to its end.
+
+    Raises BadCheckpointError where svdcli did not write it.
+    """
+    if path is None:
+        return read_report(newest_output(Path()))
+    if str(path) != STANDARD:
+        return read_report(Path(path))
+    header = open_from_pipe()
+    record = record_in(header.metadata, "standard input")
+    if record is None:
+        raise SvdcliError("standard input was not written by svdcli compress", "try `svdcli inspect -`")
+    return report_of(record, {STANDARD: header.size}, STANDARD)
+
+
+# inspect -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class InspectRow:
+    """One tensor. break_even is the largest rank that saves parameters in the factored layout, pivoted_break_even in the
+    pivoted one; both None for tensors that would not be selected, which have a reason."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    parameters: int
+    bytes: int
+    selected: bool
+    reason: str
+    break_even: int | None
+    pivoted_break_even: int | None
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What is in a checkpoint and what compress would select."""
+
+    path: str
+    written_by_svdcli: bool
+    files: Mapping[str, int]
+    left_out: Mapping[str, str]
+    tensors: tuple[InspectRow, ...]
+    parameters: int
+    bytes: int
+    selected_parameters: int
+    selected_bytes: int
+
+    @property
+    def selected(self) -> tuple[InspectRow, ...]:
+        return tuple(row for row in self.tensors if row.selected)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"svdcli_json": JSON_VERSION, "kind": "inspection"} | asdict(self)
+
+
+def inspect(path: str | Path, *, include: Sequence[str] = (), exclude: Sequence[str] = ()) -> Inspection:
+    """List a checkpoint's tensors from its headers alone. Raises like `compress` for bad input and odd patterns."""
+    with open_checkpoint(path) as checkpoint:
+        selected, skipped = choose_layers(checkpoint.infos, include=include, exclude=exclude, tied=checkpoint.tied)
+        reasons = {item.tensor.name: item.reason for item in skipped}
+        return Inspection(
+            path=checkpoint.shown,
+            written_by_svdcli=record_of(checkpoint) is not None,
+            files=checkpoint.files | checkpoint.carried,
+            left_out=checkpoint.left_out,
+            tensors=tuple(_inspect_row(info, reasons) for info in checkpoint.infos),
+            parameters=checkpoint.parameters,
+            bytes=checkpoint.nbytes,
+            selected_parameters=sum(info.parameters for info in selected),
+            selected_bytes=sum(info.nbytes for info in selected),
+        )
+
+
+def _inspect_row(info: TensorInfo, reasons: Mapping[str, str]) -> InspectRow:
+    selected = info.name not in reasons
+    return InspectRow(
+        name=info.name,
+        dtype=info.dtype,
+        shape=info.shape,
+        parameters=info.parameters,
+        bytes=info.nbytes,
+        selected=selected,
+        reason=reasons.get(info.name, ""),
+        break_even=break_even(info.shape) if selected else None,
+        pivoted_break_even=largest_saving_rank(info, "pivoted", info.dtype) if selected else None,
+    )
+
+
+# spectrum ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SpectrumRow:
+    """The singular values of one layer in a few numbers.
+
+    effective_rank is exp of the entropy of sigma / sum(sigma) (Roy and Vetterli, 2007); stable_rank is
+    ||W||_F^2 / sigma_1^2; rank_N the smallest rank that keeps N % of the energy. curve holds sigma / sigma_1 at evenly
+    spaced places from the first singular value to the last.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    break_even: int
+    sigma_max: float
+    effective_rank: float
+    stable_rank: float
+    rank_90: int
+    rank_95: int
+    rank_99: int
+    curve: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    path: str
+    layers: tuple[SpectrumRow, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        return {"svdcli_json": JSON_VERSION, "kind": "spectrum"} | asdict(self)
+
+
+def spectrum(
+    path: str | Path,
+    *,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    layers: Sequence[str] | None = None,
+    compute: Compute | None = None,
+    progress: Progress = silent,
+) -> Spectrum:
+    """Measure the singular values of every layer that compress would select."""
+    from svdcli.engine import Compute, check_finite, measure
+
+    with open_checkpoint(path) as checkpoint:
+        if record_of(checkpoint) is not None:
+            raise SvdcliError(f"{checkpoint.shown} is compressed already", "look at the original, or expand it first")
+        selected, _ = choose_layers(checkpoint.infos, include=include, exclude=exclude, layers=layers, tied=checkpoint.tied)
+        if not selected:
+            raise NothingSelectedError(f"no layer of {checkpoint.shown} is selected", "see `svdcli inspect`")
+        device = (compute or Compute()).start()
+        found = measure(checkpoint, selected, spectra=True, device=device, workspace=None, progress=progress)
+        check_finite([name for name, layer in found.items() if not layer.finite])
+        rows = [_spectrum_row(tensor, found[tensor.name].energies or (), found[tensor.name].tails()) for tensor in selected]
+        return Spectrum(checkpoint.shown, tuple(rows))
+
+
+def _spectrum_row(tensor: TensorInfo, energies: Sequence[float], tails: Sequence[float]) -> SpectrumRow:
+    sigmas = [math.sqrt(energy) for energy in energies]
+    top, mass = (sigmas[0] or 1.0), (math.fsum(sigmas) or 1.0)
+    shares = [sigma / mass for sigma in sigmas if sigma > 0]
+    entropy = -math.fsum(share * math.log(share) for share in shares)
+    places = [round(i * (len(sigmas) - 1) / (CURVE_POINTS - 1)) for i in range(CURVE_POINTS)]
+    rank_90, rank_95, rank_99 = (next(r for r, tail in enumerate(tails) if tail <= cut) for cut in (0.1, 0.05, 0.01))
+    return SpectrumRow(
+        name=tensor.name,
+        shape=tensor.shape,
+        break_even=break_even(tensor.shape),
+        sigma_max=sigmas[0],
+        effective_rank=math.exp(entropy) if shares else 0.0,
+        stable_rank=math.fsum(energies) / top**2,
+        rank_90=rank_90,
+        rank_95=rank_95,
+        rank_99=rank_99,
+        curve=tuple(sigmas[place] / top for place in places),
+    )
+
+
+# verify --------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was looked at. detail says what was found."""
+
+    check: str
+    subject: str
+    ok: bool
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class Verification:
+    path: str
+    against: str | None
+    checks: tuple[Check, ...]
+
+    @property
+    def ok(self) -> bool:
+        return all(check.ok for check in self.checks)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"svdcli_json": JSON_VERSION, "kind": "verification", "ok": self.ok} | asdict(self)
+
+
+def verify(out: str | Path, against: str | Path | None = None, *, progress: Progress = silent) -> Verification:
+    """Does an output still hold what its record says; and, against its original, are the errors and the copies right.
+
+    Raises SvdcliError where `out` cannot be opened at all; everything else is a failed check.
+    """
+    with open_checkpoint(out) as checkpoint:
+        record = record_of(checkpoint)
+        if record is None or "recipe" not in record:
+            raise SvdcliError(f"{checkpoint.shown} is not a whole output of svdcli compress", "name what it wrote")
+        layers = stored_layers(checkpoint, record)
+        checks = [Check("header", name, True, f"{size} bytes") for name, size in checkpoint.files.items()]
+        checks += _check_digests(checkpoint, record, progress)
+        checks += _check_plan(checkpoint, record, layers)
+        if against is not None:
+            with open_checkpoint(against) as original:
+                checks += _check_against(checkpoint, record, layers, original, progress)
+        return Verification(checkpoint.shown, None if against is None else str(against), tuple(checks))
+
+
+def _check_digests(checkpoint: Checkpoint, record: Mapping[str, Any], progress: Progress) -> Iterator[Check]:
+    files = record.get("files", {})
+    for done, (name, item) in enumerate(files.items(), 1):
+        path = checkpoint.path / name
+        if not path.is_file():
+            yield Check("sha256", name, False, "missing")
+            continue
+        same = sha256_of(path) == item.get("sha256")
+        yield Check("sha256", name, same, "" if same else "differs from the record")
+        progress("check", name, done, len(files))
+    if checkpoint.is_directory:
+        for name in checkpoint.files | checkpoint.carried:
+            if name not in files and name != RECORD:
+                yield Check("sha256", name, False, "not in the record")
+
+
+def _check_plan(checkpoint: Checkpoint, record: Mapping[str, Any], layers: Sequence[LayerPlan]) -> Iterator[Check]:
+    stored = {tensor.name: layer for layer in layers for tensor in layer.stored()}
+    for file, metadata in checkpoint.metadata.items():
+        names = {stored[n].tensor.name for n, ref in checkpoint.tensors.items() if ref.file == file and n in stored}
+        expected = part_of_record(record, names) if checkpoint.is_directory else record
+        same = json.loads(metadata.get(METADATA_KEY, "null")) == json.loads(json.dumps(expected))
+        yield Check("header agrees with plan", file, same, f"{len(names)} layers" if same else "differs")
+    for name, item in {**record["dense"], **record["skipped"]}.items():
+        ref = checkpoint.tensors.get(name)
+        same = ref is not None and (ref.info.dtype, list(ref.info.shape)) == (item["dtype"], item["shape"])
+        yield Check("tensor as planned", name, same, "" if same else "missing, or of another shape or dtype")
+    for layer in layers:
+        if layer.layout == "pivoted":
+            rows = checkpoint.read_tensor(layer.stored()[-1].name)
+            same = rows.sort().values.tolist() == list(range(layer.tensor.shape[0]))
+            yield Check("row order", layer.tensor.name, same, "" if same else "svd_rows is no permutation")
+
+
+def _check_against(
+    checkpoint: Checkpoint,
+    record: Mapping[str, Any],
+    layers: Sequence[LayerPlan],
+    original: Checkpoint,
+    progress: Progress,
+) -> Iterator[Check]:
+    from svdcli.engine import stored_error
+
+    same = original.fingerprint() == record["source"]["fingerprint"]
+    yield Check("source", original.shown, same, "" if same else "is not the model that this output was made from")
+    factored = {layer.tensor.name: layer for layer in layers}
+    for done, (name, ref) in enumerate(original.tensors.items(), 1):
+        layer = factored.get(name)
+        if layer is None:
+            there = checkpoint.tensors.get(name)
+            equal = there is not None and there.info == ref.info and _same_bytes(checkpoint, original, name)
+            yield Check("bytes unchanged", name, equal, "" if equal else "differs from the original")
+        elif ref.info != layer.tensor:
+            yield Check("relative error", name, False, "the original has another shape or dtype")
+        else:
+            error = stored_error(original, checkpoint, layer)
+            noted = float(record["layers"][name]["relative_error"])
+            agrees = abs(error - noted) <= 1e-4 * noted + 1e-6
+            yield Check("relative error", name, agrees, f"{error:.6f}" + ("" if agrees else f", the record says {noted:.6f}"))
+        progress("check", name, done, len(original.tensors))
+
+
+def _same_bytes(one: Checkpoint, other: Checkpoint, name: str) -> bool:
+    return all(a == b for a, b in zip(one.chunks(name), other.chunks(name), strict=True))
