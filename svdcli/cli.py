@@ -8,6 +8,7 @@ import re
 import sys
 from contextlib import contextmanager
 from dataclasses import asdict
+from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
@@ -59,7 +60,18 @@ LayersFrom = Annotated[
 Device = Annotated[str, typer.Option("--device", help="cpu, cuda, mps or auto.")]
 Threads = Annotated[int | None, typer.Option("--threads", help="Threads for the mathematics.")]
 
-_SIZES = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+_SIZES = {
+    "": 1,
+    "B": 1,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "TB": 10**12,
+    "KIB": 2**10,
+    "MIB": 2**20,
+    "GIB": 2**30,
+    "TIB": 2**40,
+}
 _DTYPES = {
     **dict.fromkeys(("float32", "fp32", "f32", "float"), "F32"),
     **dict.fromkeys(("float16", "fp16", "f16", "half"), "F16"),
@@ -324,14 +336,10 @@ def verify(
 def parse_size(text: str, option: str) -> int:
     """350MB -> 350000000. KB, MB, GB, TB are powers of 1000, KiB and so on of 1024."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
-    unit = (
-        (match[2].upper() if match else "").removesuffix("B")
-        if match and match[2].upper() == "B"
-        else (match[2].upper() if match else "")
-    )
+    unit = match[2].upper() if match else ""
     if match is None or unit not in _SIZES:
         raise UsageError(f"{option} {text!r} is not a size", "give bytes such as 350MB or 1.5GiB")
-    return int(float(match[1]) * _SIZES[unit])
+    return int(Fraction(match[1]) * _SIZES[unit])
 
 
 def parse_dtype(text: str | None) -> str | None:

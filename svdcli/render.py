@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 _PIPE_WIDTH = 160
 _WIDE = 120
+_NARROW = 72
 _BARS = "▁▂▃▄▅▆▇█"
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
@@ -76,38 +77,40 @@ def render_report(report: Report, console: Console, *, grouped: bool) -> None:
     groups = _grouped(report.layers) if grouped else [(_short(row.name), [row]) for row in report.layers]
     prefix = "" if wide else _common_prefix([name for name, _ in groups])
     table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
-    table.add_column(f"Layer ({prefix}…)" if prefix else "Layer", overflow="fold", ratio=None)
-    for title in ("Shape", "Rank", "Parameters", "Memory"):
+    table.add_column(f"Layer ({prefix}…)" if prefix else "Layer", overflow="fold", min_width=12)
+    titles = ["Shape", "Rank", "Parameters", "Memory", "Loss" if report.predicted else "Error", "Energy", "Saved", "Solver"]
+    shown = titles if wide else titles[:5] if console.width >= _NARROW else [titles[1], titles[4], titles[6]]
+    for title in shown:
         table.add_column(title, justify="right", no_wrap=True)
-    table.add_column("Loss" if report.predicted else "Error", justify="right", no_wrap=True)
-    if wide:
-        for title in ("Energy", "Saved", "Solver"):
-            table.add_column(title, justify="right", no_wrap=True)
     for name, rows in groups:
-        table.add_row(*_report_cells(Text(name.removeprefix(prefix)), rows, wide), style="dim" if rows[0].rank is None else "")
+        cells = dict(zip(titles, _report_cells(rows), strict=True))
+        table.add_row(
+            _layer_name(name.removeprefix(prefix), rows), *map(cells.get, shown), style="dim" if rows[0].rank is None else ""
+        )
     console.print(table)
     _print_totals(report, console)
 
 
-def _report_cells(name: Text, rows: Sequence[LayerRow], wide: bool) -> list[Text | str]:
-    first = rows[0]
+def _layer_name(name: str, rows: Sequence[LayerRow]) -> Text:
+    text = Text(name)
     if len(rows) > 1:
-        name.append(f"  {len(rows)} layers", style="dim")
+        text.append(f"  {len(rows)} layers", style="dim")
+    return text
+
+
+def _report_cells(rows: Sequence[LayerRow]) -> list[str]:
     errors = [e for row in rows if (e := row.predicted_loss if row.relative_error is None else row.relative_error) is not None]
-    cells: list[Text | str] = [
-        name,
-        _shape(first.shape),
+    kept = [row.energy_kept for row in rows if row.energy_kept is not None]
+    return [
+        _shape(rows[0].shape),
         _span([row.rank for row in rows if row.rank is not None]) or "dense",
         _arrow(sum(r.parameters_before for r in rows), sum(r.parameters_after for r in rows)),
         _arrow(sum(r.bytes_before for r in rows), sum(r.bytes_after for r in rows), "B"),
         _span_of_floats(errors),
+        f"{100 * sum(kept) / len(kept):.1f} %" if kept else "",
+        _percent(sum(r.saved_bytes for r in rows), sum(r.bytes_before for r in rows)),
+        ", ".join(dict.fromkeys(row.solver + ("*" if row.fell_back else "") for row in rows)),
     ]
-    if not wide:
-        return cells
-    kept = [row.energy_kept for row in rows if row.energy_kept is not None]
-    saved = _percent(sum(r.saved_bytes for r in rows), sum(r.bytes_before for r in rows))
-    solvers = ", ".join(dict.fromkeys(row.solver + ("*" if row.fell_back else "") for row in rows))
-    return [*cells, f"{100 * sum(kept) / len(kept):.1f} %" if kept else "", saved, solvers]
 
 
 def _span(values: Sequence[int]) -> str:
@@ -193,14 +196,15 @@ def _reasons(items: Sequence[tuple[str, str]]) -> list[str]:
 def print_inspection(inspection: Inspection, stream: TextIO) -> None:
     console = console_for(stream)
     table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
-    table.add_column("Tensor", overflow="fold")
-    for title in ("Dtype", "Shape", "Memory", "Break-even rank"):
+    table.add_column("Tensor", overflow="fold", min_width=12)
+    roomy = console.width >= _NARROW
+    for title in ("Dtype", "Shape", "Memory", "Break-even rank") if roomy else ("Shape",):
         table.add_column(title, justify="right", no_wrap=True)
     table.add_column("Selected", overflow="fold")
     for row in inspection.tensors:
         even = "" if row.break_even is None else f"{row.break_even}  ({row.pivoted_break_even} pivoted)"
-        cells: list[Text | str] = [Text(row.name), row.dtype, _shape(row.shape), human(row.bytes, "B"), even]
-        table.add_row(*cells, Text(row.reason or "yes"), style="" if row.selected else "dim")
+        cells = [row.dtype, _shape(row.shape), human(row.bytes, "B"), even] if roomy else [_shape(row.shape)]
+        table.add_row(Text(row.name), *cells, Text(row.reason or "yes"), style="" if row.selected else "dim")
     console.print(table)
     chosen = len(inspection.selected)
     share = _percent(inspection.selected_parameters, inspection.parameters)
@@ -225,17 +229,17 @@ def print_spectrum(spectrum: Spectrum, stream: TextIO) -> None:
     wide = console.width >= _WIDE
     prefix = "" if wide else _common_prefix([_short(row.name) for row in spectrum.layers])
     table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
-    table.add_column(f"Layer ({prefix}…)" if prefix else "Layer", overflow="fold")
-    titles = ("Shape", "Even", "Eff. rank", "90 %", "95 %", "99 %")
-    for title in (*titles, "Stable rank", "Largest") if wide else titles:
+    table.add_column(f"Layer ({prefix}…)" if prefix else "Layer", overflow="fold", min_width=12)
+    titles = ["Eff. rank", "90 %", "95 %", "99 %", "Even", "Shape", "Stable rank", "Largest"]
+    shown = titles if wide else titles[:6] if console.width >= _NARROW else titles[:1]
+    for title in shown:
         table.add_column(title, justify="right", no_wrap=True)
     table.add_column("Decay", no_wrap=True)
     for row in spectrum.layers:
-        cells = [_shape(row.shape), str(row.break_even), f"{row.effective_rank:.1f}"]
-        cells += [str(rank) for rank in (row.rank_90, row.rank_95, row.rank_99)]
-        if wide:
-            cells += [f"{row.stable_rank:.1f}", f"{row.sigma_max:.3g}"]
-        table.add_row(Text(_short(row.name).removeprefix(prefix)), *cells, sparkline(row.curve, 24 if wide else 10))
+        cells = [f"{row.effective_rank:.1f}", str(row.rank_90), str(row.rank_95), str(row.rank_99)]
+        cells += [str(row.break_even), _shape(row.shape), f"{row.stable_rank:.1f}", f"{row.sigma_max:.3g}"]
+        decay = sparkline(row.curve, 24 if wide else 10)
+        table.add_row(Text(_short(row.name).removeprefix(prefix)), *cells[: len(shown)], decay)
     console.print(table)
     console.print("Even: largest rank that saves parameters when factored. 90 %: rank that keeps 90 % of the energy.")
 

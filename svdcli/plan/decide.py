@@ -153,6 +153,8 @@ def _within_size(
     smallest = plan_with([Choice(o.ranks[0]) if o.ranks else Choice(None, "no rank saves bytes") for o in options])
     reachable = predict(smallest)
     if reachable > size:
+        for _ in range(3):  # the record holds the size that was asked for, so its digits count too
+            reachable = predict(replace(smallest, recipe=replace(recipe, value=reachable)))
         raise UsageError(
             f"--size {size} is not reachable: the smallest output has {reachable} bytes", f"use --size {reachable} or more"
         )

@@ -84,7 +84,7 @@ def uniform_within(options: Sequence[Options], budget: int) -> list[Choice]:
     """The largest common share that fits the budget, then single ranks where they still fit."""
     low, high = 0.0, 1.0
     if sum(o.dense_cost for o in options) <= budget:
-        return uniform(options, 1.0)
+        return [_choice(option, None, "the size holds it whole") for option in options]
     for _ in range(60):
         middle = (low + high) / 2
         spent = sum(o.cost(c.rank) for o, c in zip(options, uniform(options, middle), strict=True))
@@ -92,7 +92,7 @@ def uniform_within(options: Sequence[Options], budget: int) -> list[Choice]:
     ranks = [c.rank for c in uniform(options, low)]
     left = budget - sum(o.cost(rank) for o, rank in zip(options, ranks, strict=True))
     _round_up(options, ranks, left)
-    return [_choice(o, rank, "the budget allows the whole layer") for o, rank in zip(options, ranks, strict=True)]
+    return [_choice(o, rank, "the size holds it whole") for o, rank in zip(options, ranks, strict=True)]
 
 
 def _round_up(options: Sequence[Options], ranks: list[int | None], left: int) -> None:

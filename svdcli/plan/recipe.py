@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -52,9 +53,12 @@ class Recipe:
         if self.dtype is not None and self.dtype not in FACTORED_DTYPES:
             raise UsageError(f"--dtype {self.dtype!r} cannot hold factors", f"use one of {', '.join(FACTORED_DTYPES)}")
         self._check_numbers()
+        if self.target in ("rank", "size"):
+            object.__setattr__(self, "value", int(self.value))
 
     def _check_numbers(self) -> None:
-        if self.target in ("rank", "size") and not (self.value >= 1 and self.value == int(self.value)):
+        whole = math.isfinite(self.value) and self.value >= 1 and self.value == int(self.value)
+        if self.target in ("rank", "size") and not whole:
             raise UsageError(f"--{self.target} {self.value:g} is not a whole number above 0", "give at least 1")
         if self.target in ("keep", "energy") and not 0 < self.value <= 1:
             raise UsageError(f"--{self.target} {self.value:g} is outside (0, 1]", "give a share such as 0.6")

@@ -1,0 +1,183 @@
+"""Small checkpoints, hostile files, and two ways to drive the command line. Plain functions; fixtures are in conftest.py."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+import struct
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from safetensors import deserialize
+from safetensors.torch import save_file
+
+INTEGERS = ("int64", "int32", "int16", "int8", "uint64", "uint32", "uint16", "uint8")
+EIGHT_BIT_FLOATS = ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu")
+
+
+# Checkpoints ---------------------------------------------------------------------------------------------------------
+
+
+def weight(rows: int, columns: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """A matrix with a decaying spectrum, as trained layers have."""
+    generator = torch.Generator().manual_seed(seed)
+    short = min(rows, columns)
+    left = torch.linalg.qr(torch.randn(rows, short, generator=generator)).Q
+    right = torch.linalg.qr(torch.randn(columns, short, generator=generator)).Q
+    return ((left * 2.0 * 0.9 ** torch.arange(short)) @ right.T).to(dtype).contiguous()
+
+
+def small_tensors() -> dict[str, torch.Tensor]:
+    """Two linear layers worth factoring, and a tensor of every dtype that torch and safetensors share."""
+    tensors = {
+        "layers.0.up.weight": weight(48, 40, 1),
+        "layers.0.down.weight": weight(40, 48, 2, torch.bfloat16),
+        "layers.0.up.bias": torch.linspace(-1, 1, 48),
+        "embed_tokens.weight": weight(64, 40, 3, torch.float16),
+        "norm.weight": torch.ones(40),
+        "odd.scalar": torch.tensor(3, dtype=torch.int32),
+        "odd.empty": torch.empty(0, 7),
+        "odd.double": torch.arange(5, dtype=torch.float64),
+        "odd.complex": torch.tensor([1 + 2j, -3j], dtype=torch.complex64),
+        "odd.bool": torch.tensor([True, False, True]),
+    }
+    for name in INTEGERS:
+        tensors[f"odd.{name}"] = torch.tensor([0, 1, 5], dtype=getattr(torch, name))
+    for name in filter(lambda name: hasattr(torch, name), EIGHT_BIT_FLOATS):
+        tensors[f"odd.{name}"] = torch.tensor([1.0, 2.0, 4.0]).to(getattr(torch, name))
+    return tensors
+
+
+def write_small(path: Path, metadata: Mapping[str, str] | None = None) -> Path:
+    """A small valid safetensors file with several dtypes, two layers of which are worth factoring."""
+    save_file(small_tensors(), path, metadata=dict(metadata) if metadata else None)
+    return path
+
+
+def write_model(folder: Path, config: Mapping[str, Any] | None = None) -> Path:
+    """The same as a Hugging Face directory."""
+    folder.mkdir()
+    write_small(folder / "model.safetensors", {"format": "pt"})
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama"} if config is None else config))
+    (folder / "tokenizer.json").write_text("{}")
+    return folder
+
+
+def write_sharded(
+    folder: Path, shards: Mapping[str, Mapping[str, torch.Tensor]], index: str = "model.safetensors.index.json"
+) -> Path:
+    """A directory of shards with the index that lists them."""
+    for name, tensors in shards.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(dict(tensors), path)
+    weight_map = {tensor: name for name, tensors in shards.items() for tensor in tensors}
+    (folder / index).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return folder
+
+
+def contents(path: Path) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
+    """What the reference reader finds in one file: dtype, shape and bytes of every tensor."""
+    found = deserialize(path.read_bytes())
+    return {name: (item["dtype"], tuple(item["shape"]), bytes(item["data"])) for name, item in found}
+
+
+# Hostile headers -----------------------------------------------------------------------------------------------------
+
+
+def framed(header: bytes | str | Mapping[str, Any], data: bytes = b"", *, length: int | None = None) -> bytes:
+    """The bytes of a safetensors file with this header, however wrong; length is what its first 8 bytes claim."""
+    raw = json.dumps(header) if isinstance(header, Mapping) else header
+    raw = raw.encode() if isinstance(raw, str) else raw
+    return struct.pack("<Q", len(raw) if length is None else length) + raw + data
+
+
+def entry(dtype: Any = "F32", shape: Any = (1,), offsets: Any = (0, 4)) -> dict[str, Any]:
+    """What a header says about one tensor."""
+    return {"dtype": dtype, "shape": shape, "data_offsets": offsets}
+
+
+# The command line ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Finished:
+    """How one command ended."""
+
+    code: int
+    out: bytes
+    err: str
+
+
+def run(
+    *args: str | Path,
+    input: bytes | None = None,  # noqa: A002
+    env: Mapping[str, str] | None = None,
+    prefix: Sequence[str] = (),
+) -> Finished:
+    """`svdcli ARGS` in a process of its own; prefix goes before the interpreter."""
+    done = subprocess.run(
+        [*prefix, sys.executable, "-m", "svdcli", *map(str, args)],
+        input=b"" if input is None else input,
+        env={**os.environ, **(env or {})},
+        capture_output=True,
+        timeout=120,
+        check=False,
+    )
+    return Finished(done.returncode, done.stdout, done.stderr.decode())
+
+
+def cli(
+    *args: str | Path,
+    input: bytes | None = None,  # noqa: A002
+    env: Mapping[str, str] | None = None,
+) -> Finished:
+    """`svdcli ARGS` in this process: the same as `run`, without the seconds that importing torch takes."""
+    from svdcli.cli import main
+
+    out = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True)
+    err = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", errors="backslashreplace", write_through=True)
+    code: Any = 0
+    with (
+        mock.patch.object(sys, "argv", ["svdcli", *map(str, args)]),
+        mock.patch.object(sys, "stdin", io.TextIOWrapper(io.BytesIO(input or b""), encoding="utf-8")),
+        mock.patch.dict(os.environ, {"COLUMNS": "160", **(env or {})}),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+    ):
+        try:
+            main()
+        except SystemExit as end:
+            code = end.code
+    return Finished(int(code or 0), out.buffer.getvalue(), err.buffer.getvalue().decode())
+
+
+def complaint(done: Finished, code: int = 1) -> str:
+    """The one line of a refusal. Fails where the command succeeded, said more or less, or met what it did not foresee."""
+    assert done.code == code, done
+    assert done.out == b""
+    assert done.err.startswith("svdcli: error: "), done.err
+    assert done.err.count("\n") == 1
+    assert done.err.endswith("\n")
+    assert "SVDCLI_DEBUG" not in done.err, f"not foreseen: {done.err}"
+    return done.err
+
+
+def tree(folder: Path) -> dict[str, str]:
+    """Every path below a folder with a digest of what is there: equal before and after where nothing was touched."""
+    return {str(path.relative_to(folder)): _digest(path) for path in sorted(folder.rglob("*"))}
+
+
+def _digest(path: Path) -> str:
+    if path.is_symlink():
+        return f"link to {os.readlink(path)}"
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "directory" if path.is_dir() else "special"

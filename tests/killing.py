@@ -1,0 +1,116 @@
+"""Stop a run at any file operation, then run it again. Used by test_nothing_lost.py in a process of its own.
+
+The parent imports everything once and never computes, so that forked children start instantly and may use threads. An audit
+hook counts every file operation on the output's side; at the chosen one the child gets a signal.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+from svdcli import cli, engine, pipeline  # noqa: F401  imported before the fork
+
+_EVENTS = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "shutil.rmtree", "os.truncate"}
+
+
+def run(arguments: list[str], out: Path, *, stop_at: int | None = None, kind: int = signal.SIGKILL, counter: int = -1) -> int:
+    """Fork, run the command line, and return the exit code (negative signal number where a signal ended it).
+
+    counter is a pipe's end that gets one byte for every file operation.
+    """
+    child = os.fork()
+    if child == 0:
+        _become(arguments, out, stop_at, kind, counter)
+    _, status = os.waitpid(child, 0)
+    return os.waitstatus_to_exitcode(status)
+
+
+def _become(arguments: list[str], out: Path, stop_at: int | None, kind: int, counter: int) -> None:
+    seen, near = 0, str(out.parent / out.name)
+
+    def hook(event: str, values: tuple[Any, ...]) -> None:
+        nonlocal seen
+        if event not in _EVENTS or not any(
+            str(value).startswith(near) for value in values if isinstance(value, (str, os.PathLike))
+        ):
+            return
+        seen += 1
+        if counter >= 0:
+            os.write(counter, b".")
+        if seen == stop_at:
+            os.kill(os.getpid(), kind)
+
+    sys.addaudithook(hook)
+    sys.argv = ["svdcli", *arguments]
+    sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    try:
+        cli.main()
+    except SystemExit as end:
+        os._exit(int(end.code or 0))
+    finally:
+        os._exit(99)
+
+
+def count(arguments: list[str], out: Path) -> int:
+    """File operations of an unbroken run."""
+    reader, writer = os.pipe()
+    run(arguments, out, counter=writer)
+    os.close(writer)
+    with os.fdopen(reader, "rb") as stream:
+        return len(stream.read())
+
+
+def snapshot(path: Path) -> dict[str, bytes] | None:
+    if not path.exists():
+        return None
+    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+    return {str(file.relative_to(path.parent)): file.read_bytes() for file in files}
+
+
+def try_point(arguments: list[str], out: Path, stop_at: int, kind: int, reference: dict[str, bytes] | None) -> str:
+    """What went wrong when the run was stopped there and started again; empty where nothing did."""
+    code = run(arguments, out, stop_at=stop_at, kind=kind)
+    after = snapshot(out)
+    if after is not None and after != reference:
+        return f"stopped at {stop_at} with code {code}: an output that is not whole"
+    unfinished = out.with_name(f"{out.name}.partial").exists()
+    again = run(arguments, out)
+    if again != 0 and (after is None or unfinished):
+        return f"stopped at {stop_at} with code {code}: the second run ended with {again}"
+    if snapshot(out) != reference:
+        return f"stopped at {stop_at} with code {code}: other bytes than an unbroken run"
+    left = [path.name for path in out.parent.iterdir() if path.name.startswith(out.name) and path != out]
+    return f"stopped at {stop_at}: left {left}" if left else ""
+
+
+def clean(out: Path) -> None:
+    import shutil
+
+    for path in list(out.parent.iterdir()):
+        if path.name.startswith(out.name):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def main() -> None:
+    """argv: JSON with arguments, out, points and signal. Prints JSON: operations, problems, and the codes that were seen."""
+    task = json.loads(sys.argv[1])
+    out, arguments, kind = Path(task["out"]), task["arguments"], int(task["signal"])
+    operations = count(arguments, out)
+    reference = snapshot(out)
+    clean(out)
+    points = sorted({1 + i * (operations - 1) // max(1, task["points"] - 1) for i in range(task["points"])})
+    problems = []
+    for point in points:
+        problem = try_point(arguments, out, point, kind, reference)
+        problems += [problem] if problem else []
+        clean(out)
+    print(json.dumps({"operations": operations, "points": len(points), "problems": problems}))
+
+
+if __name__ == "__main__":
+    main()

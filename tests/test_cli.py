@@ -1,0 +1,208 @@
+"""The command line: every command, its streams, its formats, its exit codes."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from helpers import cli
+from test_pipeline import RANKED, write_model
+
+import svdcli
+from svdcli import Recipe
+from svdcli.cli import parse_size
+from svdcli.errors import UsageError
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return write_model(tmp_path / "m")
+
+
+@pytest.fixture
+def output(model: Path, tmp_path: Path) -> Path:
+    svdcli.compress(model, tmp_path / "o", Recipe("rank", 20))
+    return tmp_path / "o"
+
+
+def test_compress_prints_a_table_of_what_it_saved(model: Path, tmp_path: Path) -> None:
+    done = cli("compress", model, "--rank", "20")
+    assert done.code == 0
+    assert (tmp_path / "m-svd").is_dir()
+    text = done.out.decode()
+    assert "3 of 3 layers factored" in text
+    assert re.search(r"layers\.\*\.up +2 layers +96×64 +20", text)
+    assert "embedding (embed_tokens)" in text
+    assert f"wrote {tmp_path / 'm-svd'}" in done.err
+
+
+def test_json_has_the_total_that_a_pipeline_asks_for(model: Path, tmp_path: Path) -> None:
+    done = cli("compress", model, "--keep", "0.5", "--json")
+    data = json.loads(done.out)
+    assert (data["svdcli_json"], data["kind"]) == (1, "report")
+    before = sum(file.stat().st_size for file in model.rglob("*") if file.is_file())
+    after = sum(file.stat().st_size for file in (tmp_path / "m-svd").rglob("*") if file.is_file())
+    assert data["total"]["saved_bytes"] == before - after
+    assert data["selected"]["keep"] <= 0.5
+
+
+def test_csv_is_a_line_a_layer(output: Path) -> None:
+    rows = list(csv.DictReader(io.StringIO(cli("report", output, "--csv").out.decode())))
+    assert {row["name"] for row in rows} == set(RANKED)
+    assert all(row["shape"] in ("96x64", "64x96") and int(row["rank"]) == 20 for row in rows)
+
+
+def test_report_lists_every_layer_and_groups_on_request(output: Path) -> None:
+    single, grouped = cli("report", output).out.decode(), cli("report", output, "--group").out.decode()
+    assert "layers.1.up" in single
+    assert "layers.*.up" in grouped
+
+
+def test_quiet_says_nothing_but_errors(model: Path, tmp_path: Path) -> None:
+    done = cli("compress", model, "--rank", "20", "-q")
+    assert (done.code, done.out, done.err) == (0, b"", "")
+    again = cli("compress", model, "--rank", "20", "-q")
+    assert again.code == 1
+    assert again.err.startswith("svdcli: error:")
+
+
+def test_inspect_and_its_names(model: Path) -> None:
+    assert cli("inspect", model, "--names").out.decode().split() == sorted(RANKED)
+    data = json.loads(cli("inspect", model, "--json").out)
+    even = {row["name"]: (row["break_even"], row["pivoted_break_even"]) for row in data["tensors"] if row["selected"]}
+    assert even["layers.0.up.weight"] == (38, 61)
+    assert "Break-even" in cli("inspect", model).out.decode()
+
+
+def test_names_flow_into_layers_from(model: Path, tmp_path: Path) -> None:
+    names = cli("inspect", model, "--names").out
+    chosen = b"\n".join(line for line in names.splitlines() if b"down" in line)
+    done = cli("compress", model, "--rank", "9", "--layers-from", "-", "--json", input=chosen)
+    data = json.loads(done.out)
+    assert [row["name"] for row in data["layers"]] == ["layers.0.down.weight"]
+    assert {item["reason"] for item in data["skipped"] if item["name"] in RANKED} == {"not in the list of layers"}
+
+
+def test_include_and_exclude(model: Path) -> None:
+    data = json.loads(
+        cli("compress", model, "--rank", "9", "--include", "layers.*", "--exclude", r"re:\.1\.", "--dry-run", "--json").out
+    )
+    assert {row["name"] for row in data["layers"]} == {"layers.0.up.weight", "layers.0.down.weight"}
+
+
+def test_a_full_name_overrides_the_rules_that_go_by_name(model: Path) -> None:
+    plain = json.loads(cli("compress", model, "--rank", "9", "--include", "*", "--dry-run", "--json").out)
+    exact = json.loads(cli("compress", model, "--rank", "9", "--include", "embed_tokens", "--dry-run", "--json").out)
+    assert {row["name"] for row in plain["layers"]} == set(RANKED)
+    assert {row["name"] for row in exact["layers"]} == {"embed_tokens.weight"}
+
+
+def test_spectrum(model: Path) -> None:
+    assert "▁" in cli("spectrum", model).out.decode()
+    assert len(json.loads(cli("spectrum", model, "--json").out)["layers"]) == 3
+    assert cli("spectrum", model, "--csv").out.decode().count("\n") == 4
+
+
+def test_expand_and_verify(model: Path, output: Path, tmp_path: Path) -> None:
+    assert cli("expand", output).code == 0
+    assert (tmp_path / "o-dense").is_dir()
+    done = cli("verify", output, "--against", model)
+    assert done.code == 0
+    assert "FAILED" not in done.out.decode()
+    (output / "tokenizer.json").write_text("changed")
+    bad = cli("verify", output, "--json")
+    assert bad.code == 1
+    assert json.loads(bad.out)["ok"] is False
+    assert "tokenizer.json" in bad.err
+
+
+def test_dry_run_and_plans(model: Path, tmp_path: Path) -> None:
+    plan = tmp_path / "plan.json"
+    dry = json.loads(cli("compress", model, "--keep", "0.5", "--dry-run", "--save-plan", plan, "--json").out)
+    assert dry["predicted"] is True
+    assert not (tmp_path / "m-svd").exists()
+    done = json.loads(cli("compress", model, "--plan", plan, "--json").out)
+    assert [row["rank"] for row in done["layers"]] == [row["rank"] for row in dry["layers"]]
+    record = tmp_path / "m-svd" / "svdcli.json"
+    again = json.loads(cli("compress", model, "--plan", record, "-o", tmp_path / "p", "--json").out)
+    assert [row["rank"] for row in again["layers"]] == [row["rank"] for row in dry["layers"]]
+
+
+def test_exit_codes(model: Path, output: Path) -> None:
+    assert cli("report", output).code == 0
+    assert cli("report", model).code == 1
+    assert cli("compress", model).code == 2
+    assert cli("compress", model, "--rank", "x").code == 2
+    assert cli("compress", model, "--keep", "0.5", "--exclude", "*").code == 3
+
+
+def test_a_pipe_from_end_to_end(model: Path, tmp_path: Path) -> None:
+    """cat m.safetensors | svdcli compress - --rank 20 -o - | svdcli report - --json"""
+    svdcli_ = f"{sys.executable} -m svdcli"
+    command = f"cat {model}/model.safetensors | {svdcli_} compress - --rank 20 -o - | {svdcli_} report - --json"
+    done = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    data = json.loads(done.stdout)
+    assert data["total"]["bytes_before"] == (model / "model.safetensors").stat().st_size
+    assert "layers factored" in done.stderr, "the table goes where the data does not"
+    assert "\x1b[" not in done.stderr
+
+
+def test_a_reader_that_leaves_early_is_no_traceback(output: Path) -> None:
+    command = f"{sys.executable} -m svdcli report {output} --json | head -c 10"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("width", [40, 80, 160])
+def test_tables_fit_their_terminal(output: Path, model: Path, width: int) -> None:
+    for arguments in (["report", output], ["inspect", model], ["spectrum", model]):
+        text = cli(*arguments, env={"COLUMNS": str(width)}).out.decode()
+        assert max(map(len, text.splitlines())) <= width
+        assert "up" in text
+
+
+def test_no_colour_in_pipes_and_under_no_color(output: Path) -> None:
+    assert "\x1b[" not in cli("report", output).out.decode()
+    script = f"TERM=xterm-256color NO_COLOR=1 {sys.executable} -m svdcli report {output}"
+    done = subprocess.run(["script", "-qec", script, "/dev/null"], capture_output=True, text=True, check=False)
+    assert not re.search(r"\x1b\[[0-9;]*3[0-7]m", done.stdout)
+
+
+def test_progress_shows_on_terminals_only(model: Path, tmp_path: Path) -> None:
+    command = f"{sys.executable} -m svdcli compress {model} -o {tmp_path / 't'} --rank 20"
+    piped = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert piped.stderr == f"svdcli: wrote {tmp_path / 't'}\n"
+    environment = os.environ | {"TERM": "xterm-256color", "COLUMNS": "100"}
+    shown = subprocess.run(
+        ["script", "-qec", f"{command} --force", "/dev/null"], capture_output=True, text=True, check=False, env=environment
+    )
+    assert "write" in shown.stdout
+    assert "%" in shown.stdout
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("350MB", 350_000_000), ("1.5GiB", 1_610_612_736), ("12", 12), ("7kb", 7000), (" 2 TB ", 2 * 10**12), ("5B", 5)],
+)
+def test_sizes(text: str, size: int) -> None:
+    assert parse_size(text, "--size") == size
+
+
+@pytest.mark.parametrize("text", ["", "MB", "-5MB", "1e9", "5 elephants", "0x10"])
+def test_sizes_that_are_none(text: str) -> None:
+    with pytest.raises(UsageError, match="is not a size"):
+        parse_size(text, "--size")
+
+
+def test_completion_is_offered() -> None:
+    done = cli("--show-completion", env={"SHELL": "/bin/bash"})
+    assert done.code in (0, 1)
+    assert "--install-completion" in cli("--help").out.decode()

@@ -1,0 +1,190 @@
+"""An output appears whole or not at all, whatever happens on the way; the same command continues; the source stays as it is."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import cli, weight
+from killing import snapshot
+from safetensors.torch import save_file
+from test_pipeline import write_model
+
+import svdcli
+from svdcli import Recipe
+from svdcli.errors import SvdcliError
+from svdcli.files.workspace import Workspace
+
+HERE = Path(__file__).parent
+
+
+def stop_everywhere(arguments: list[str], out: Path, points: int, kind: int) -> dict[str, object]:
+    task = {"arguments": arguments, "out": str(out), "points": points, "signal": int(kind)}
+    done = subprocess.run(
+        [sys.executable, str(HERE / "killing.py"), json.dumps(task)], capture_output=True, text=True, check=False, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    found: dict[str, object] = json.loads(done.stdout)
+    return found
+
+
+@pytest.mark.parametrize("kind", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM], ids=lambda kind: kind.name)
+def test_a_run_stopped_anywhere_continues_to_the_same_bytes(tmp_path: Path, kind: signal.Signals) -> None:
+    model = write_model(tmp_path / "m", shards=2)
+    before = snapshot(model)
+    arguments = ["compress", str(model), "-o", str(tmp_path / "o"), "--keep", "0.5", "--allocate", "global"]
+    found = stop_everywhere(arguments, tmp_path / "o", 40 if kind == signal.SIGKILL else 12, kind)
+    assert found["problems"] == []
+    assert int(str(found["points"])) >= min(12, int(str(found["operations"])))
+    assert snapshot(model) == before
+
+
+def test_a_file_and_its_replacement_survive_a_kill_anywhere(tmp_path: Path) -> None:
+    model = write_model(tmp_path / "m") / "model.safetensors"
+    out = tmp_path / "o.safetensors"
+    found = stop_everywhere(["compress", str(model), "-o", str(out), "--rank", "9"], out, 25, signal.SIGKILL)
+    assert found["problems"] == []
+
+
+def test_expand_survives_a_kill_anywhere(tmp_path: Path) -> None:
+    model = write_model(tmp_path / "m")
+    svdcli.compress(model, tmp_path / "s", Recipe("rank", 9))
+    found = stop_everywhere(["expand", str(tmp_path / "s"), "-o", str(tmp_path / "o")], tmp_path / "o", 20, signal.SIGKILL)
+    assert found["problems"] == []
+
+
+def test_a_torn_tensor_is_written_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = write_model(tmp_path / "m")
+    svdcli.compress(model, tmp_path / "whole", Recipe("rank", 9))
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("svdcli.pipeline._finish", stop)
+    with pytest.raises(KeyboardInterrupt):
+        svdcli.compress(model, tmp_path / "o", Recipe("rank", 9))
+    monkeypatch.undo()
+    data = tmp_path / "o.partial" / "data" / "model.safetensors"
+    assert data.read_bytes()[:8] == bytes(8), "a file without a header is no valid file"
+    torn = bytearray(data.read_bytes())
+    torn[-2000:] = bytes(2000)
+    data.write_bytes(torn)
+    svdcli.compress(model, tmp_path / "o", Recipe("rank", 9))
+    whole, again = snapshot(tmp_path / "whole"), snapshot(tmp_path / "o")
+    assert list((whole or {}).values()) == list((again or {}).values())
+
+
+def test_work_that_is_done_is_not_done_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from svdcli import engine
+
+    model, solved = write_model(tmp_path / "m"), []
+    real = engine.solve_layer
+
+    def solve(w: torch.Tensor, layer: object, *rest: object) -> object:
+        solved.append(layer)
+        if len(solved) == 3:
+            raise KeyboardInterrupt
+        return real(w, layer, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(engine, "solve_layer", solve)
+    with pytest.raises(KeyboardInterrupt):
+        svdcli.compress(model, tmp_path / "o", Recipe("rank", 9))
+    svdcli.compress(model, tmp_path / "o", Recipe("rank", 9))
+    assert len(solved) == 4, "two of three were in the journal"
+
+
+def test_other_settings_start_over_and_say_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = write_model(tmp_path / "m")
+    with monkeypatch.context() as patch:
+        patch.setattr("svdcli.pipeline._finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            svdcli.compress(model, tmp_path / "o", Recipe("rank", 9))
+    done = cli("compress", model, "-o", tmp_path / "o", "--rank", "10")
+    assert done.code == 0
+    assert "started over" in done.err
+    assert svdcli.verify(tmp_path / "o", model).ok
+
+
+def test_a_changed_source_is_not_mixed_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "m.safetensors"
+    save_file({"a.weight": weight(90, 70, 1), "b.weight": weight(90, 70, 2)}, path)
+    with monkeypatch.context() as patch:
+        patch.setattr("svdcli.pipeline._finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            svdcli.compress(path, None, Recipe("rank", 9))
+    save_file({"a.weight": weight(90, 70, 1), "b.weight": weight(90, 70, 3)}, path)
+    outcome = svdcli.compress(path, None, Recipe("rank", 9))
+    assert outcome.started_over
+    assert svdcli.verify(tmp_path / "m.svd.safetensors", path).ok
+
+
+def test_the_second_of_two_runs_refuses(tmp_path: Path) -> None:
+    model = write_model(tmp_path / "m")
+    workspace = Workspace(tmp_path / "o", is_file=False)
+    with workspace.locked():
+        done = cli("compress", model, "-o", tmp_path / "o", "--rank", "9")
+    assert done.code == 1
+    assert "another svdcli run is writing" in done.err
+
+
+def test_force_replaces_and_nothing_else_does(tmp_path: Path) -> None:
+    model = write_model(tmp_path / "m")
+    svdcli.compress(model, tmp_path / "o", Recipe("rank", 9))
+    before = snapshot(tmp_path / "o")
+    with pytest.raises(SvdcliError, match="exists"):
+        svdcli.compress(model, tmp_path / "o", Recipe("rank", 10))
+    assert snapshot(tmp_path / "o") == before
+    svdcli.compress(model, tmp_path / "o", Recipe("rank", 10), force=True)
+    assert svdcli.verify(tmp_path / "o", model).ok
+    assert {path.name for path in tmp_path.iterdir()} == {"m", "o"}
+
+
+@pytest.fixture
+def small_files() -> Iterator[None]:
+    """No file of this process may grow beyond 20 kB."""
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, old[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+def test_a_file_that_may_not_grow_is_one_line(tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    model = write_model(tmp_path / "m")
+    before = snapshot(model)
+    request.getfixturevalue("small_files")
+    done = cli("compress", model, "-o", tmp_path / "o", "--rank", "20")
+    assert done.code == 1
+    assert done.err.count("\n") == 1
+    assert "cannot write" in done.err
+    assert not (tmp_path / "o").exists()
+    assert snapshot(model) == before
+
+
+def test_a_full_disk_then_room_again(tmp_path: Path) -> None:
+    model, disk = write_model(tmp_path / "m"), tmp_path / "disk"
+    disk.mkdir()
+    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "svdcli", str(disk)], check=False).returncode:
+        pytest.skip("mounting a small disk takes root")
+    try:
+        done = cli("compress", model, "-o", disk / "o", "--rank", "20")
+        assert (done.code, done.err.count("\n")) == (1, 1)
+        assert os.strerror(errno.ENOSPC) in done.err or "are free" in done.err
+        assert not (disk / "o").exists()
+        subprocess.run(["mount", "-o", "remount,size=4m", str(disk)], check=True)
+        assert cli("compress", model, "-o", disk / "o", "--rank", "20").code == 0
+        assert svdcli.verify(disk / "o", model).ok
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
