@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,9 +21,7 @@ from svdcli.linalg.storage import dense_rows, residual_energy, to_stored
 from svdcli.plan.decide import Measured
 from svdcli.plan.recipe import LayerPlan
 from svdcli.plan.tensors import FACTORED_DTYPES, TensorInfo
-
-# Phase, name of what was just done, work done so far, all work; in seconds of a guess, good enough for the time left.
-Progress = Callable[[str, str, float, float], None]
+from svdcli.progress import Progress
 
 _NoConvergence: type[Exception] = torch.linalg.LinAlgError  # type: ignore[attr-defined]
 

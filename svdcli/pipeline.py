@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from svdcli import __version__
 from svdcli.errors import NothingSelectedError, SvdcliError, UsageError
 from svdcli.files.blueprint import CompressDesign, Design, ExpandDesign
-from svdcli.files.checkpoint import CHUNK, RECORD, Checkpoint, open_checkpoint
+from svdcli.files.checkpoint import CHUNK, RECORD, STANDARD, Checkpoint, open_checkpoint, sha256_of
 from svdcli.files.record import Result, make_record, record_of, source_json, stored_layers
 from svdcli.files.report import SOLVERS_FAILED, Report, read_report, report_of
 from svdcli.files.workspace import Workspace
@@ -25,17 +25,12 @@ from svdcli.plan.decide import Measured, decide, needs_spectra, rerun
 from svdcli.plan.layers import choose_layers
 from svdcli.plan.recipe import LayerPlan, Plan, Recipe, Skipped, recipe_to_json
 from svdcli.plan.tensors import TensorInfo
+from svdcli.progress import Progress, silent
 
 if TYPE_CHECKING:
     import torch
 
-    from svdcli.engine import Compute, Progress
-
-STANDARD = "-"
-
-
-def silent(phase: str, name: str, done: float, total: float) -> None:
-    """No progress."""
+    from svdcli.engine import Compute
 
 
 @dataclass(frozen=True)
@@ -288,14 +283,6 @@ def _check_sizes(folder: Path, sizes: Mapping[str, int]) -> None:
         found = (folder / name).stat().st_size
         if found != size:
             raise SvdcliError(f"{name} has {found} bytes where {size} were laid out", "the source changed while it was read")
-
-
-def sha256_of(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while data := stream.read(CHUNK):
-            digest.update(data)
-    return digest.hexdigest()
 
 
 # Where the output goes -----------------------------------------------------------------------------------------------

@@ -17,8 +17,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from svdcli.progress import Progress, silent
+
 if TYPE_CHECKING:
-    from svdcli.engine import Progress
     from svdcli.files.report import LayerRow, Report, Total
     from svdcli.survey import Inspection, Spectrum, Verification
 
@@ -48,7 +49,12 @@ def human(value: float, unit: str = "") -> str:
 
 
 def _arrow(before: float, after: float, unit: str = "") -> str:
-    return f"{human(before, unit)} → {human(after, unit)}" if before != after else human(before, unit)
+    """2.06 MB → 557 kB; a unit that both share is written once."""
+    first, second = human(before, unit), human(after, unit)
+    if before == after:
+        return first
+    same = unit and first.split(" ")[-1] == second.split(" ")[-1]
+    return f"{first.split(' ')[0] if same else first} → {second}"
 
 
 def _percent(part: float, whole: float) -> str:
@@ -75,30 +81,38 @@ def print_report(report: Report, stream: TextIO, *, grouped: bool) -> None:
 def render_report(report: Report, console: Console, *, grouped: bool) -> None:
     wide = console.width >= _WIDE
     groups = _grouped(report.layers) if grouped else [(_short(row.name), [row]) for row in report.layers]
-    prefix = "" if wide else _common_prefix([name for name, _ in groups])
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
-    table.add_column(f"Layer ({prefix}…)" if prefix else "Layer", overflow="fold", min_width=12)
+    table, prefix = _layer_table([name for name, _ in groups], console)
     titles = ["Shape", "Rank", "Parameters", "Memory", "Loss" if report.predicted else "Error", "Energy", "Saved", "Solver"]
     shown = titles if wide else titles[:5] if console.width >= _NARROW else [titles[1], titles[4], titles[6]]
     for title in shown:
         table.add_column(title, justify="right", no_wrap=True)
     for name, rows in groups:
-        cells = dict(zip(titles, _report_cells(rows), strict=True))
-        table.add_row(
-            _layer_name(name.removeprefix(prefix), rows), *map(cells.get, shown), style="dim" if rows[0].rank is None else ""
-        )
+        cells = dict(zip(titles, _report_cells(rows, wide), strict=True))
+        style = "dim" if rows[0].rank is None else ""
+        table.add_row(_layer_name(name.removeprefix(prefix), rows), *map(cells.get, shown), style=style)
     console.print(table)
     _print_totals(report, console)
+
+
+def _layer_table(names: Sequence[str], console: Console) -> tuple[Table, str]:
+    """An empty table with its first column, and the prefix that all names share, told above where space is scarce."""
+    prefix = "" if console.width >= _WIDE else _common_prefix(names)
+    if prefix:
+        console.print(f"\n{prefix}…", style="dim")
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1), show_edge=False)
+    longest = max((len(name) - len(prefix) for name in names), default=0)
+    table.add_column("Layer", overflow="fold", min_width=min(longest, max(12, console.width * 2 // 5)))
+    return table, prefix
 
 
 def _layer_name(name: str, rows: Sequence[LayerRow]) -> Text:
     text = Text(name)
     if len(rows) > 1:
-        text.append(f"  {len(rows)} layers", style="dim")
+        text.append(f" ×{len(rows)}", style="dim")
     return text
 
 
-def _report_cells(rows: Sequence[LayerRow]) -> list[str]:
+def _report_cells(rows: Sequence[LayerRow], wide: bool) -> list[str]:
     errors = [e for row in rows if (e := row.predicted_loss if row.relative_error is None else row.relative_error) is not None]
     kept = [row.energy_kept for row in rows if row.energy_kept is not None]
     return [
@@ -106,7 +120,7 @@ def _report_cells(rows: Sequence[LayerRow]) -> list[str]:
         _span([row.rank for row in rows if row.rank is not None]) or "dense",
         _arrow(sum(r.parameters_before for r in rows), sum(r.parameters_after for r in rows)),
         _arrow(sum(r.bytes_before for r in rows), sum(r.bytes_after for r in rows), "B"),
-        _span_of_floats(errors),
+        _span_of_floats(errors) if wide else f"{sum(errors) / len(errors):.3f}" if errors else "",
         f"{100 * sum(kept) / len(kept):.1f} %" if kept else "",
         _percent(sum(r.saved_bytes for r in rows), sum(r.bytes_before for r in rows)),
         ", ".join(dict.fromkeys(row.solver + ("*" if row.fell_back else "") for row in rows)),
@@ -146,7 +160,8 @@ def _common_prefix(names: Sequence[str]) -> str:
 def _print_totals(report: Report, console: Console) -> None:
     factored = sum(row.rank is not None for row in report.layers)
     lines = [
-        ("selected", f"{factored} of {len(report.layers)} layers factored   {_total_line(report.selected)}"),
+        ("factored", f"{factored} of {len(report.layers)} selected layers"),
+        ("selected", _total_line(report.selected)),
         ("whole output", _total_line(report.total)),
     ]
     errors = [(row.relative_error, row.name) for row in report.layers if row.relative_error is not None]
@@ -159,6 +174,7 @@ def _print_totals(report: Report, console: Console) -> None:
     lines += [("skipped", line) for line in _reasons([(item["name"], item["reason"]) for item in report.skipped])]
     lines += [("left out", f"{name}: {reason}") for name, reason in report.left_out.items()]
     lines += [("note", note) for note in report.notes]
+    console.print()
     grid = Table.grid(padding=(0, 2))
     grid.add_column(style="bold", no_wrap=True)
     grid.add_column(overflow="fold")
@@ -172,8 +188,8 @@ def _print_totals(report: Report, console: Console) -> None:
 def _total_line(total: Total) -> str:
     percent = _percent(total.saved_bytes, total.bytes_before)
     return (
-        f"{_arrow(total.parameters_before, total.parameters_after)} parameters   "
-        f"{_arrow(total.bytes_before, total.bytes_after, 'B')}   saved {human(total.saved_bytes, 'B')} ({percent})"
+        f"{_arrow(total.parameters_before, total.parameters_after)} parameters, "
+        f"{_arrow(total.bytes_before, total.bytes_after, 'B')}, saved {human(total.saved_bytes, 'B')} ({percent})"
     )
 
 
@@ -195,21 +211,24 @@ def _reasons(items: Sequence[tuple[str, str]]) -> list[str]:
 
 def print_inspection(inspection: Inspection, stream: TextIO) -> None:
     console = console_for(stream)
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
-    table.add_column("Tensor", overflow="fold", min_width=12)
-    roomy = console.width >= _NARROW
-    for title in ("Dtype", "Shape", "Memory", "Break-even rank") if roomy else ("Shape",):
+    table, prefix = _layer_table([_short(row.name) for row in inspection.tensors], console)
+    titles = ["Shape", "Break-even rank" if console.width >= _WIDE else "Even", "Dtype", "Memory"]
+    shown = len(titles) if console.width >= _WIDE else 3 if console.width >= _NARROW else 1
+    for title in titles[:shown]:
         table.add_column(title, justify="right", no_wrap=True)
     table.add_column("Selected", overflow="fold")
     for row in inspection.tensors:
-        even = "" if row.break_even is None else f"{row.break_even}  ({row.pivoted_break_even} pivoted)"
-        cells = [row.dtype, _shape(row.shape), human(row.bytes, "B"), even] if roomy else [_shape(row.shape)]
-        table.add_row(Text(row.name), *cells, Text(row.reason or "yes"), style="" if row.selected else "dim")
+        even = "" if row.break_even is None else str(row.break_even)
+        if even and console.width >= _WIDE:
+            even += f"  ({row.pivoted_break_even} pivoted)"
+        cells = [_shape(row.shape), even, row.dtype, human(row.bytes, "B")]
+        style = "" if row.selected else "dim"
+        table.add_row(Text(_short(row.name).removeprefix(prefix)), *cells[:shown], Text(row.reason or "yes"), style=style)
     console.print(table)
     chosen = len(inspection.selected)
     share = _percent(inspection.selected_parameters, inspection.parameters)
     console.print(
-        f"{human(inspection.parameters)} parameters, {human(inspection.bytes, 'B')}; {chosen} of {len(inspection.tensors)} "
+        f"\n{human(inspection.parameters)} parameters, {human(inspection.bytes, 'B')}; {chosen} of {len(inspection.tensors)} "
         f"tensors selected, {share} of the parameters"
     )
     if inspection.written_by_svdcli:
@@ -227,9 +246,7 @@ def sparkline(curve: Sequence[float], width: int) -> str:
 def print_spectrum(spectrum: Spectrum, stream: TextIO) -> None:
     console = console_for(stream)
     wide = console.width >= _WIDE
-    prefix = "" if wide else _common_prefix([_short(row.name) for row in spectrum.layers])
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
-    table.add_column(f"Layer ({prefix}…)" if prefix else "Layer", overflow="fold", min_width=12)
+    table, prefix = _layer_table([_short(row.name) for row in spectrum.layers], console)
     titles = ["Eff. rank", "90 %", "95 %", "99 %", "Even", "Shape", "Stable rank", "Largest"]
     shown = titles if wide else titles[:6] if console.width >= _NARROW else titles[:1]
     for title in shown:
@@ -238,10 +255,10 @@ def print_spectrum(spectrum: Spectrum, stream: TextIO) -> None:
     for row in spectrum.layers:
         cells = [f"{row.effective_rank:.1f}", str(row.rank_90), str(row.rank_95), str(row.rank_99)]
         cells += [str(row.break_even), _shape(row.shape), f"{row.stable_rank:.1f}", f"{row.sigma_max:.3g}"]
-        decay = sparkline(row.curve, 24 if wide else 10)
+        decay = sparkline(row.curve, 24 if wide else 8)
         table.add_row(Text(_short(row.name).removeprefix(prefix)), *cells[: len(shown)], decay)
     console.print(table)
-    console.print("Even: largest rank that saves parameters when factored. 90 %: rank that keeps 90 % of the energy.")
+    console.print("\nEven: largest rank that saves parameters when factored. 90 %: rank that keeps 90 % of the energy.")
 
 
 def print_verification(verification: Verification, stream: TextIO) -> None:
@@ -285,7 +302,7 @@ def _flat(key: str, value: object) -> object:
 def progress_on(stream: TextIO, *, quiet: bool) -> Iterator[Progress]:
     """Bars with the time left on a terminal; nothing anywhere else."""
     if quiet or not stream.isatty():
-        yield lambda phase, name, done, total: None
+        yield silent
         return
     from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
     from rich.progress import Progress as Bars

@@ -10,17 +10,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from svdcli.errors import NothingSelectedError, SvdcliError
-from svdcli.files.checkpoint import METADATA_KEY, RECORD, Checkpoint, open_checkpoint, open_from_pipe
+from svdcli.files.checkpoint import METADATA_KEY, RECORD, STANDARD, Checkpoint, open_checkpoint, open_from_pipe, sha256_of
 from svdcli.files.record import part_of_record, record_in, record_of, stored_layers
 from svdcli.files.report import JSON_VERSION, Report, newest_output, read_report, report_of
-from svdcli.pipeline import STANDARD, sha256_of, silent
 from svdcli.plan.layers import break_even, choose_layers
 from svdcli.plan.layout import largest_saving_rank
 from svdcli.plan.recipe import LayerPlan
 from svdcli.plan.tensors import TensorInfo
+from svdcli.progress import Progress, silent
 
 if TYPE_CHECKING:
-    from svdcli.engine import Compute, Progress
+    from svdcli.engine import Compute
 
 CURVE_POINTS = 24
 

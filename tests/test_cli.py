@@ -37,8 +37,8 @@ def test_compress_prints_a_table_of_what_it_saved(model: Path, tmp_path: Path) -
     assert done.code == 0
     assert (tmp_path / "m-svd").is_dir()
     text = done.out.decode()
-    assert "3 of 3 layers factored" in text
-    assert re.search(r"layers\.\*\.up +2 layers +96×64 +20", text)
+    assert "3 of 3 selected layers" in text
+    assert re.search(r"layers\.\*\.up ×2 +96×64 +20", text)
     assert "embedding (embed_tokens)" in text
     assert f"wrote {tmp_path / 'm-svd'}" in done.err
 
@@ -151,7 +151,7 @@ def test_a_pipe_from_end_to_end(model: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     data = json.loads(done.stdout)
     assert data["total"]["bytes_before"] == (model / "model.safetensors").stat().st_size
-    assert "layers factored" in done.stderr, "the table goes where the data does not"
+    assert "selected layers" in done.stderr, "the table goes where the data does not"
     assert "\x1b[" not in done.stderr
 
 

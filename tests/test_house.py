@@ -14,7 +14,8 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "svdcli"
 FLOORS = {
     "errors": 0,
-    "plan": 0,
+    "progress": 0,
+    "plan": 0.5,
     "linalg": 1,
     "files": 2,
     "models": 3,

@@ -11,7 +11,6 @@ import os
 import re
 import shutil
 import sys
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +25,7 @@ if TYPE_CHECKING:
 
     from svdcli.files.pickled import PickledFile
 
+STANDARD = "-"  # standard input or output, where a path is expected
 CHUNK = 1 << 24
 METADATA_KEY = "svdcli"
 RECORD = "svdcli.json"
@@ -187,7 +187,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
 
     Raises BadCheckpointError for anything that is not a sound checkpoint.
     """
-    if str(path) == "-":
+    if str(path) == STANDARD:
         return _open_stdin()
     path = Path(path)
     if not path.exists():
@@ -204,6 +204,14 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
 def read_file_header(path: Path) -> Header:
     with path.open("rb") as stream:
         return read_header(stream, os.fstat(stream.fileno()).st_size, str(path))
+
+
+def sha256_of(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while data := stream.read(CHUNK):
+            digest.update(data)
+    return digest.hexdigest()
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -324,6 +332,8 @@ def _list_other_files(checkpoint: Checkpoint, own: set[str | None]) -> None:
 def _open_stdin() -> Checkpoint:
     if sys.stdin.isatty():
         raise SvdcliError("standard input is a terminal", "pipe a safetensors file in, or give a path")
+    import tempfile
+
     folder = Path(tempfile.mkdtemp(prefix="svdcli-"))
     try:
         path = folder / "model.safetensors"

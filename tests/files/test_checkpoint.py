@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import pickle
+import tracemalloc
 import warnings
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -297,6 +298,18 @@ def test_junk_is_not_taken_for_code(folder: Path) -> None:
     """The advice to load it with torch would send a person the wrong way."""
     write_small(folder / "m.bin")
     assert "needs code" not in refused(folder / "m.bin")
+
+
+def test_a_small_pickle_cannot_ask_for_much_memory(folder: Path) -> None:
+    """A view that repeats one number is a few bytes in its file and any size in memory."""
+    torch.save({"a.weight": torch.zeros(1).expand(2**13, 2**13)}, folder / "m.bin")
+    tracemalloc.start()
+    try:
+        with contextlib.suppress(BadCheckpointError):
+            open_checkpoint(folder / "m.bin").fingerprint()
+        assert tracemalloc.get_traced_memory()[1] < 2**25
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
