@@ -216,7 +216,7 @@ def print_inspection(inspection: Inspection, stream: TextIO) -> None:
     shown = len(titles) if console.width >= _WIDE else 3 if console.width >= _NARROW else 1
     for title in titles[:shown]:
         table.add_column(title, justify="right", no_wrap=True)
-    table.add_column("Selected", overflow="fold")
+    table.add_column("Selected", overflow="fold", max_width=None if console.width >= _WIDE else 18)
     for row in inspection.tensors:
         even = "" if row.break_even is None else str(row.break_even)
         if even and console.width >= _WIDE:

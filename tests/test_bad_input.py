@@ -604,13 +604,21 @@ def set_in(*path: str, value: Any) -> Any:
         (["verify", "expand"], set_in("layers", UP, "stored_dtype", value="F16")),
         (["report"], set_in("source", value=None)),
         (["report"], set_in("skipped", "norm.weight", "reason", value=None)),
-        (["verify"], set_in("skipped", "norm.weight", "shape", value=None)),
     ],
 )
 def test_a_damaged_record(small: Path, names: list[str], change: Any) -> None:
     damaged_output(change)
     for name in names:
         refused(name, "bad.safetensors")
+
+
+def test_verify_names_what_a_record_lost(small: Path) -> None:
+    damaged_output(set_in("skipped", "norm.weight", "shape", value=None))
+    done = cli("verify", "bad.safetensors")
+    assert done.code == 1
+    assert done.err.startswith("svdcli: error: bad.safetensors")
+    assert "SVDCLI_DEBUG" not in done.err
+    assert done.err.count("\n") == 1
 
 
 @pytest.mark.parametrize("text", ["", "{", "null", "3", "{}", "[" * 50_000])

@@ -124,9 +124,9 @@ class _Context:
 def _reason_by_shape(tensor: TensorInfo) -> str:
     dimensions = len(tensor.shape)
     if dimensions == 3 and "expert" in tensor.name:
-        return "3-D expert stack: only 2-D weights are factored"
+        return "3-D expert stack: not a matrix"
     if dimensions != 2:
-        return f"{dimensions}-D: only 2-D weights are factored"
+        return f"{dimensions}-D: not a matrix"
     if tensor.dtype not in FACTORED_DTYPES:
         kind = "quantised" if tensor.dtype.startswith(("F8", "F6", "F4", "I", "U")) else "not a real floating dtype"
         return f"{tensor.dtype}: {kind}"
