@@ -302,12 +302,8 @@ def _out_path(checkpoint: Checkpoint, out: str | Path | None, file_suffix: str, 
             raise UsageError("standard input has no name to derive the output's from", "give -o FILE, or -o - for a pipe")
         return Path("model.safetensors")
     if checkpoint.is_directory:
-        folder = checkpoint.path.resolve()
-        return (
-            checkpoint.path.parent / f"{folder.name}{folder_suffix}"
-            if checkpoint.path.name
-            else folder.parent / (folder.name + folder_suffix)
-        )
+        folder = checkpoint.path if checkpoint.path.name not in ("", "..") else checkpoint.path.resolve()
+        return folder.with_name(f"{folder.name}{folder_suffix}")
     stem = checkpoint.path.name.rsplit(".", 1)[0]
     return checkpoint.path.with_name(f"{stem.removesuffix('.svd')}{file_suffix}.safetensors")
 

@@ -16,7 +16,7 @@ from svdcli.files.record import (
     render_record,
     source_json,
 )
-from svdcli.files.writer import OutFile, Unit, group_units, lay_out, safetensors_name, shard_stem
+from svdcli.files.writer import OutFile, Unit, group_units, lay_out, shard_stem
 from svdcli.plan.recipe import FORMAT, LayerPlan, Plan
 from svdcli.plan.tensors import TensorInfo
 
@@ -152,7 +152,7 @@ def directory_texts(
     texts: dict[str, bytes] = {}
     if config is not None and config != checkpoint.config:
         texts[checkpoint.config_name] = render_json(config)
-    if len(files) > 1 or checkpoint.index_metadata or any(safetensors_name(n) != n for n in checkpoint.files if "-of-" in n):
+    if len(files) > 1 or (checkpoint.has_index and "-of-" in files[0].name):
         totals = {"total_size": sum(tensor.nbytes for file in files for tensor in file.tensors)}
         if "total_parameters" in checkpoint.index_metadata:
             totals["total_parameters"] = sum(tensor.parameters for file in files for tensor in file.tensors)

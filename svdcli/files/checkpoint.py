@@ -63,6 +63,7 @@ class Checkpoint:
     files: dict[str, int] = field(default_factory=dict)
     metadata: dict[str, dict[str, str]] = field(default_factory=dict)
     config: dict[str, Any] | None = None
+    has_index: bool = False
     index_metadata: dict[str, Any] = field(default_factory=dict)
     carried: dict[str, int] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
@@ -256,7 +257,7 @@ def _add_file(checkpoint: Checkpoint, name: str) -> None:
 
 
 def _open_directory(path: Path) -> Checkpoint:
-    checkpoint = Checkpoint(path=path, name=path.resolve().name, is_directory=True)
+    checkpoint = Checkpoint(path=path, name=path.name or path.resolve().name, is_directory=True)
     config = path / checkpoint.config_name
     if config.is_file():
         checkpoint.config = read_json(config)
@@ -266,6 +267,7 @@ def _open_directory(path: Path) -> Checkpoint:
     for name in weights:
         _add_file(checkpoint, name)
     if index is not None:
+        checkpoint.has_index = True
         _check_index(checkpoint, index)
     _list_other_files(checkpoint, {*weights, index, RECORD})
     return checkpoint

@@ -13,7 +13,7 @@ import shlex
 import shutil
 import sys
 import tempfile
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 from unittest import mock
@@ -51,11 +51,9 @@ def output_of(command: str) -> str:
         mock.patch.object(sys, "argv", shlex.split(command)),
         redirect_stdout(text),
         redirect_stderr(text),
+        suppress(SystemExit),
     ):
-        try:
-            main()
-        except SystemExit:
-            pass
+        main()
     lines = [line.rstrip() for line in text.getvalue().splitlines()]
     return "\n".join(lines).strip("\n") + "\n"
 
