@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO
 import typer
 
 from svdcli import __version__
-from svdcli.errors import FAILED, INTERRUPTED, SvdcliError, UsageError
+from svdcli.errors import FAILED, INTERRUPTED, SvdcliError, UsageError, printable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     name="svdcli",
-    no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
@@ -87,6 +86,9 @@ def _root(
     if version:
         typer.echo(f"svdcli {__version__}")
         raise typer.Exit
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+        raise typer.Exit(2)
 
 
 @app.command(epilog="Example: svdcli compress my-llm/ --keep 0.6 --allocate global --json | jq .total.saved_bytes")
@@ -145,6 +147,10 @@ def compress(
     given = {name: float(value) for name, value in targets.items() if value is not None}
     if layers_from == "-" and model == "-":
         raise UsageError("standard input cannot be both the model and the list of layers", "write one of them to a file")
+    if json_ and csv_:
+        raise UsageError("--json and --csv exclude each other", "choose one")
+    if save_plan is not None:
+        _check_plan_path(Path(save_plan), model, output)
     recipe = plan = None
     if plan_file is not None:
         if given or layers_from or include or exclude:
@@ -377,6 +383,16 @@ def _read_plan(path: str) -> Plan:
     return Plan.from_json(data)
 
 
+def _check_plan_path(path: Path, model: str, output: str | None) -> None:
+    """A plan is small and is written last: it must neither fail then nor take the place of a model."""
+    if not path.absolute().parent.is_dir():
+        raise SvdcliError(f"the folder of {path} does not exist", "create it first")
+    taken = [Path(other).resolve() for other in (model, output) if other not in (None, "-")]
+    goal = path.resolve()
+    if any(goal == other or other in goal.parents for other in taken) or path.suffix == ".safetensors" or path.is_dir():
+        raise UsageError(f"--save-plan {path} is no place for a plan", "give a JSON file outside the model and the output")
+
+
 def _save_plan(path: str, plan: Plan) -> None:
     Path(path).write_text(json.dumps(plan.to_json(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
@@ -425,7 +441,7 @@ def _one_line_errors() -> Iterator[None]:
         if os.environ.get("SVDCLI_DEBUG") == "1":
             raise
         text, code = explain(error)
-        _note(f"error: {text}")
+        _note(f"error: {printable(text)}")
         sys.exit(code)
 
 
@@ -446,5 +462,8 @@ def explain(error: Exception) -> tuple[str, int]:
 
 def main() -> None:
     """The `svdcli` command."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     with _one_line_errors():
         sys.exit(app(standalone_mode=False) or 0)

@@ -41,8 +41,8 @@ class Compute:
     def start(self) -> torch.device:
         """Set the threads and find the device. Raises UsageError where this machine has no such device."""
         if self.threads is not None:
-            if self.threads < 1:
-                raise UsageError(f"--threads {self.threads} is not a whole number above 0", "give at least 1")
+            if not 1 <= self.threads <= 4096:
+                raise UsageError(f"--threads {self.threads} is outside [1, 4096]", "leave it out for torch's own choice")
             torch.set_num_threads(self.threads)
         available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
         if self.device == "auto":
@@ -70,7 +70,10 @@ def measure_layer(w: Tensor, *, spectra: bool, device: torch.device) -> Measured
         return Measured(finite=False, total=0.0)
     if not spectra:
         return Measured(finite=True, total=total)
-    energies = squared_singular_values(work).to("cpu", torch.float64)
+    exponent = math.frexp(float(work.abs().max()))[1]
+    # A power of two keeps every bit, and squares of very large or small weights inside the dtype's range.
+    energies = squared_singular_values(torch.ldexp(work, torch.tensor(-exponent))).to("cpu", torch.float64)
+    energies = torch.ldexp(energies, torch.tensor(2 * exponent))
     return Measured(finite=True, total=total, energies=tuple(energies.tolist()))
 
 
@@ -221,7 +224,7 @@ def _salvage(units: Sequence[Unit], writer: WeightWriter, workspace: Workspace) 
 
 def _places(unit: Unit, writer: WeightWriter) -> dict[str, list[Any]]:
     places = [writer.place(tensor.name) for tensor in unit.writes]
-    return {"files": [path.name for path, _ in places], "at": [offset for _, offset in places]}
+    return {"files": [writer.relative(path) for path, _ in places], "at": [offset for _, offset in places]}
 
 
 def _do_unit(

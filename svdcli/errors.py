@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
+import re
+
+_CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+
 OK, FAILED, USAGE, NOTHING_SELECTED, INTERRUPTED = 0, 1, 2, 3, 130
+
+
+def printable(text: str) -> str:
+    """Control characters as escapes: a name in a file must not steer the terminal."""
+    return _CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 class SvdcliError(Exception):

@@ -210,10 +210,11 @@ def _compress_into(
     name = workspace.out.name if workspace.is_file else None
     try:
         plan = _decide(checkpoint, choice, name, device, workspace, progress)
+        design = CompressDesign(checkpoint, plan, name)
+        design.blueprint()
     except SvdcliError:
         workspace.remove()
         raise
-    design = CompressDesign(checkpoint, plan, name)
     results, failed = _write(design, plan.factored, workspace, device, choice.recipe.seed, progress)
     if failed:
         plan = plan.with_dense({layer: f"{SOLVERS_FAILED}: {why}" for layer, why in failed.items()})
@@ -338,6 +339,10 @@ def _check_target(checkpoint: Checkpoint, target: Path, force: bool) -> None:
     parent = target.absolute().parent
     if not parent.is_dir():
         raise SvdcliError(f"the folder {parent} does not exist", "create it first")
+    if not checkpoint.is_directory and target.suffix != ".safetensors":
+        raise UsageError(f"the output {target} does not end in .safetensors", "that is what it will be")
+    if checkpoint.is_directory and target.suffix == ".safetensors":
+        raise UsageError(f"the output {target} would be a directory, as {checkpoint.shown} is", "give it another name")
     source, goal = checkpoint.path.resolve(), target.resolve()
     if source == goal or source in goal.parents or goal in source.parents:
         raise SvdcliError(f"the output {target} is the source, or inside or around it", "choose another -o")

@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from svdcli.errors import printable
 from svdcli.progress import Progress, silent
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ def _percent(part: float, whole: float) -> str:
 
 
 def _short(name: str) -> str:
-    return name.removesuffix(".weight")
+    return printable(name.removesuffix(".weight"))
 
 
 def _shape(shape: Sequence[int]) -> str:

@@ -265,7 +265,7 @@ def _check_plan(checkpoint: Checkpoint, record: Mapping[str, Any], layers: Seque
         yield Check("header agrees with plan", file, same, f"{len(names)} layers" if same else "differs")
     for name, item in {**record["dense"], **record["skipped"]}.items():
         ref = checkpoint.tensors.get(name)
-        same = ref is not None and (ref.info.dtype, list(ref.info.shape)) == (item["dtype"], item["shape"])
+        same = ref is not None and (ref.info.dtype, list(ref.info.shape)) == (item.get("dtype"), item.get("shape"))
         yield Check("tensor as planned", name, same, "" if same else "missing, or of another shape or dtype")
     for layer in layers:
         if layer.layout == "pivoted":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 from typing import Any
 
 from svdcli.files.checkpoint import METADATA_KEY, RECORD, Checkpoint
@@ -16,7 +17,7 @@ from svdcli.files.record import (
     render_record,
     source_json,
 )
-from svdcli.files.writer import OutFile, Unit, group_units, lay_out, shard_stem
+from svdcli.files.writer import OutFile, Unit, group_units, lay_out, safetensors_name, shard_stem
 from svdcli.plan.recipe import FORMAT, LayerPlan, Plan
 from svdcli.plan.tensors import TensorInfo
 
@@ -152,7 +153,7 @@ def directory_texts(
     texts: dict[str, bytes] = {}
     if config is not None and config != checkpoint.config:
         texts[checkpoint.config_name] = render_json(config)
-    if len(files) > 1 or (checkpoint.has_index and "-of-" in files[0].name):
+    if len(files) > 1 or (checkpoint.index_name is not None and "-of-" in files[0].name):
         totals = {"total_size": sum(tensor.nbytes for file in files for tensor in file.tensors)}
         if "total_parameters" in checkpoint.index_metadata:
             totals["total_parameters"] = sum(tensor.parameters for file in files for tensor in file.tensors)
@@ -160,8 +161,15 @@ def directory_texts(
             "metadata": checkpoint.index_metadata | totals,
             "weight_map": dict(sorted((tensor.name, file.name) for file in files for tensor in file.tensors)),
         }
-        texts[f"{shard_stem(files[0].name)}.safetensors.index.json"] = render_json(index)
+        texts[_index_name(checkpoint, files)] = render_json(index)
     return texts, {name: size for name, size in checkpoint.carried.items() if name not in texts}
+
+
+def _index_name(checkpoint: Checkpoint, files: Sequence[OutFile]) -> str:
+    """The name that loaders look for: the source's own where it has one."""
+    if checkpoint.index_name is not None:
+        return safetensors_name(checkpoint.index_name.removesuffix(".index.json")) + ".index.json"
+    return f"{PurePosixPath(shard_stem(files[0].name)).name}.safetensors.index.json"
 
 
 def _base_metadata(checkpoint: Checkpoint, group: Sequence[Unit]) -> Metadata:

@@ -13,7 +13,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from svdcli.errors import BadCheckpointError, SvdcliError
@@ -63,7 +63,7 @@ class Checkpoint:
     files: dict[str, int] = field(default_factory=dict)
     metadata: dict[str, dict[str, str]] = field(default_factory=dict)
     config: dict[str, Any] | None = None
-    has_index: bool = False
+    index_name: str | None = None
     index_metadata: dict[str, Any] = field(default_factory=dict)
     carried: dict[str, int] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
@@ -267,7 +267,6 @@ def _open_directory(path: Path) -> Checkpoint:
     for name in weights:
         _add_file(checkpoint, name)
     if index is not None:
-        checkpoint.has_index = True
         _check_index(checkpoint, index)
     _list_other_files(checkpoint, {*weights, index, RECORD})
     return checkpoint
@@ -294,7 +293,7 @@ def _weight_map(path: Path, index: str) -> dict[str, str]:
     weight_map = read_json(path / index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
         raise BadCheckpointError(f"{path / index} has no weight_map of file names", "write or download it again")
-    return weight_map
+    return {name: PurePosixPath(shard).as_posix() for name, shard in weight_map.items()}
 
 
 def _shards(path: Path, index: str) -> list[str]:
@@ -302,7 +301,11 @@ def _shards(path: Path, index: str) -> list[str]:
     for shard in shards:
         if Path(shard).is_absolute() or ".." in Path(shard).parts or "\\" in shard or "\0" in shard:
             raise BadCheckpointError(f"{path / index} names {shard!r}, outside the directory", "do not trust this checkpoint")
-        if not (path / shard).is_file():
+        try:
+            found = (path / shard).is_file()
+        except OSError:
+            found = False
+        if not found:
             raise BadCheckpointError(f"{path / index} names {shard!r}, which is missing", "download the missing shard")
     return shards
 
@@ -313,6 +316,7 @@ def _check_index(checkpoint: Checkpoint, index: str) -> None:
         if ref is None or ref.file != shard:
             raise BadCheckpointError(f"{checkpoint.path / index} says {name!r} is in {shard}, it is not", "download it again")
     metadata = read_json(checkpoint.path / index).get("metadata")
+    checkpoint.index_name = index
     checkpoint.index_metadata = metadata if isinstance(metadata, dict) else {}
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import operator
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -115,11 +117,18 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return fields
 
 
+def _count(text: str) -> int:
+    """JSON knows -0, the reference reader does not."""
+    if text.startswith("-"):
+        raise ValueError(f"{text} is negative")
+    return int(text)
+
+
 def _parse(raw: bytes, where: str) -> dict[str, Any]:
     if not raw.startswith(b"{"):
         raise _not_safetensors(where, "its header does not begin with '{'")
     try:
-        fields = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique)
+        fields = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique, parse_int=_count)
     except _DuplicateKeyError as error:
         raise _damaged(where, str(error)) from error
     except (ValueError, RecursionError) as error:
@@ -132,6 +141,10 @@ def _parse(raw: bytes, where: str) -> dict[str, Any]:
 def _check_metadata(metadata: object, where: str) -> dict[str, str]:
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise _damaged(where, "its __metadata__ is not a map of strings")
+    try:
+        "".join(itertools.chain(metadata, metadata.values())).encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise _damaged(where, "its __metadata__ is not Unicode text") from error
     return metadata
 
 
@@ -153,8 +166,8 @@ def _check_one(name: str, item: object, where: str) -> tuple[TensorInfo, int, in
         name.encode("utf-8")
     except UnicodeEncodeError as error:
         raise _damaged(where, f"the tensor name {name!r} is not Unicode text") from error
-    if not isinstance(item, dict) or not {"dtype", "shape", "data_offsets"} <= item.keys():
-        raise _damaged(where, f"tensor {name!r} lacks dtype, shape or data_offsets")
+    if not isinstance(item, dict) or item.keys() != {"dtype", "shape", "data_offsets"}:
+        raise _damaged(where, f"tensor {name!r} does not have dtype, shape and data_offsets, and nothing else")
     dtype, shape, offsets = item["dtype"], item["shape"], item["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
         raise _damaged(where, f"tensor {name!r} has the unknown dtype {dtype!r}")
@@ -163,6 +176,8 @@ def _check_one(name: str, item: object, where: str) -> tuple[TensorInfo, int, in
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(_is_count(value) for value in offsets):
         raise _damaged(where, f"tensor {name!r} has the offsets {str(offsets)[:60]}")
     info = TensorInfo(name, dtype, tuple(shape))
+    if any(product >= 2**64 for product in itertools.accumulate((*shape, DTYPE_BITS[dtype]), operator.mul)):
+        raise _damaged(where, f"tensor {name!r} has the shape {str(shape)[:60]}, more than 64 bits can count")
     if (info.parameters * DTYPE_BITS[dtype]) % 8 or offsets[1] - offsets[0] != info.nbytes:
         raise _damaged(where, f"tensor {name!r} holds {offsets[1] - offsets[0]} bytes, its shape and dtype need {info.nbytes}")
     return info, offsets[0], offsets[1]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pickle
+import struct
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ _WRAPPERS = ("state_dict", "model_state_dict", "model", "module")
 class PickledFile:
     """The tensors of one `torch.save` file, memory-mapped where its format allows.
 
-    tied maps each tensor to an earlier one with the same storage, offset and shape. left_out names what is no tensor.
+    tied maps each tensor to another one with the same storage, offset and shape. left_out names what is no tensor.
     Raises BadCheckpointError where the file needs code to unpickle, or is not a state dict.
     """
 
@@ -33,13 +35,19 @@ class PickledFile:
             if not isinstance(value, torch.Tensor):
                 self.left_out[str(name)] = f"a {type(value).__name__} in {path.name}, not a tensor"
                 continue
-            if value.layout != torch.strided or value.dtype not in DTYPE_NAMES:
+            if str(name) in self._tensors:
+                raise BadCheckpointError(f"{path} has two tensors called {str(name)!r}", "rename one of them")
+            if value.is_meta or value.layout != torch.strided or value.dtype not in DTYPE_NAMES:
                 raise BadCheckpointError(
                     f"{path}: tensor {name!r} is {value.layout} {value.dtype}, which safetensors cannot hold", "convert it first"
                 )
+            if value.nbytes > 16 * path.stat().st_size:
+                raise BadCheckpointError(
+                    f"{path}: tensor {name!r} needs {value.nbytes} bytes, far more than its file", "clone it first"
+                )
             place = (value.data_ptr(), tuple(value.shape), tuple(value.stride()))
             if value.numel() and place in seen:
-                self.tied[str(name)] = seen[place]
+                self.tied |= {str(name): seen[place], seen[place]: str(name)}
             seen.setdefault(place, str(name))
             self._tensors[str(name)] = value
 
@@ -52,6 +60,12 @@ class PickledFile:
 
 
 def _load(path: Path) -> object:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return _load_loudly(path)
+
+
+def _load_loudly(path: Path) -> object:
     try:
         try:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -61,13 +75,15 @@ def _load(path: Path) -> object:
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         needs = " ".join(str(error).split())
-        if "Unsupported global" in needs or "weights_only" in needs.lower():
+        if "Unsupported global" in needs or "Unsupported class" in needs or "Trying to " in needs:
             raise BadCheckpointError(
                 f"{path} needs code to unpickle, which svdcli never runs",
                 "where you trust it, load it with torch and write it with safetensors.torch.save_file(model.state_dict(), ...)",
             ) from error
         raise BadCheckpointError(f"{path} is not a PyTorch file ({needs[:80]})", "download it again") from error
-    except (RuntimeError, EOFError, ValueError, KeyError, IndexError, AttributeError, TypeError) as error:
+    except (FileNotFoundError, PermissionError):
+        raise
+    except (RuntimeError, OSError, EOFError, ValueError, LookupError, AttributeError, TypeError, struct.error) as error:
         raise BadCheckpointError(f"{path} is not a PyTorch file ({str(error)[:80]})", "download it again") from error
 
 

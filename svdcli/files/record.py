@@ -8,13 +8,14 @@ the same bytes.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from svdcli import __version__
-from svdcli.errors import BadCheckpointError
+from svdcli.errors import BadCheckpointError, UsageError
 from svdcli.files.checkpoint import METADATA_KEY, RECORD, Checkpoint, read_file_header, read_json
 from svdcli.plan.recipe import FORMAT, LayerPlan, Plan, layer_from_json
 
@@ -35,6 +36,8 @@ class Result:
 # As wide as a result can get: solvers and reasons come from short fixed lists.
 WIDEST = Result(1.234567e-100, "randomized float64", ("randomized float32: no convergence",) * 4)
 _SHA_WIDTH = 64
+_SOURCE = {"name", "fingerprint", "bytes", "parameters"}
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def source_json(checkpoint: Checkpoint, fingerprint: str) -> dict[str, Any]:
@@ -73,12 +76,18 @@ def part_of_record(record: Mapping[str, Any], names: set[str]) -> dict[str, Any]
 
 
 def render_metadata(record: Mapping[str, Any]) -> str:
-    return json.dumps(record, separators=(",", ":"), ensure_ascii=False)
+    return unicode_json(record, separators=(",", ":"))
+
+
+def unicode_json(data: Mapping[str, Any], **how: Any) -> str:
+    """JSON in plain letters, or in escapes where half a surrogate pair (a file name that is not UTF-8) has no letters."""
+    text = json.dumps(data, ensure_ascii=False, **how)
+    return text if text.isascii() or not _SURROGATE.search(text) else json.dumps(data, **how)
 
 
 def render_json(data: Mapping[str, Any]) -> bytes:
     """A JSON file as Hugging Face writes them: two spaces, a final newline."""
-    return (json.dumps(data, indent=2, ensure_ascii=False) + "\n").encode()
+    return (unicode_json(data, indent=2) + "\n").encode()
 
 
 def render_record(record: Mapping[str, Any], reserved: int | None = None) -> bytes:
@@ -144,4 +153,11 @@ def check_record(record: Any, where: str) -> dict[str, Any]:
         raise BadCheckpointError(f"{where}: its svdcli record is damaged", "write the output again")
     if record["format"] > FORMAT:
         raise BadCheckpointError(f"{where} has format {record['format']}, this svdcli knows {FORMAT}", "upgrade svdcli")
+    if "recipe" in record:
+        try:
+            Plan.from_json(record)
+            if not isinstance(record["left_out"], dict) or not record["source"].keys() >= _SOURCE:
+                raise KeyError("source")
+        except (UsageError, KeyError, TypeError, AttributeError) as error:
+            raise BadCheckpointError(f"{where}: its svdcli record is damaged", "write the output again") from error
     return record

@@ -15,6 +15,7 @@ from svdcli.errors import SvdcliError
 from svdcli.files.writer import sync
 
 SUFFIX = ".partial"
+_OWN = frozenset({"lock", "journal.jsonl", "data", "before", "replaced"})
 
 
 class Workspace:
@@ -48,6 +49,9 @@ class Workspace:
         path = self.folder / "lock"
         while True:
             self.folder.mkdir(exist_ok=True)
+            strange = [path.name for path in self.folder.iterdir() if path.name not in _OWN]
+            if strange:
+                raise SvdcliError(f"{self.folder} holds {strange[0]!r}, not svdcli's", "move it, or choose another -o")
             try:
                 descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
             except FileNotFoundError:

@@ -14,7 +14,7 @@ from svdcli.errors import SvdcliError
 from svdcli.files.header import render_header
 from svdcli.plan.tensors import DTYPE_BITS, TensorInfo
 
-_SHARD_STEM = re.compile(r"-\d{5}-of-\d{5}$")
+_SHARD_STEM = re.compile(r"-\d{5,}-of-\d{5,}$")
 
 
 @dataclass(frozen=True)
@@ -123,6 +123,9 @@ class WeightWriter:
     def place(self, tensor: str) -> tuple[Path, int]:
         file, offset = self._places[tensor]
         return self._folder / file, offset
+
+    def relative(self, path: Path) -> str:
+        return path.relative_to(self._folder).as_posix()
 
     def write(self, tensor: str, chunks: Iterable[bytes | bytearray | memoryview]) -> int:
         """Write one tensor's bytes at its offset and return their CRC-32."""

@@ -71,7 +71,7 @@ def _matches(pattern: str, name: str) -> bool:
             return re.search(pattern[3:], name) is not None
         except re.error as error:
             raise UsageError(f"{pattern!r} is not a regular expression ({error})", "see Python's re syntax") from error
-    return fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(module_of(name), pattern)
+    return any(pattern == text or fnmatch.fnmatchcase(text, pattern) for text in (name, module_of(name)))
 
 
 def _exact(layers: Sequence[str], names: Sequence[str]) -> set[str]:

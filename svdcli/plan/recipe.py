@@ -73,6 +73,8 @@ class Recipe:
             raise UsageError("--size cannot be met in the dense layout, which saves no bytes", "use --layout factored or pivoted")
         if not 0 <= self.floor <= 1:
             raise UsageError(f"--floor {self.floor:g} is outside [0, 1]", "give a share of the uniform rank such as 0.6")
+        if not 0 <= self.seed < 2**63:
+            raise UsageError(f"--seed {self.seed} is outside [0, 2^63)", "give a smaller one")
         if self.multiple_of < 1:
             raise UsageError(f"--multiple-of {self.multiple_of} is not a whole number above 0", "give at least 1")
         if self.max_shard_size is not None and self.max_shard_size < 1:
@@ -205,6 +207,11 @@ def layer_from_json(name: str, data: dict[str, Any]) -> LayerPlan:
     rank = data["rank"] if data["rank"] is None else int(data["rank"])
     if rank is not None and not 1 <= rank <= min(tensor.shape):
         raise ValueError(f"{name}: rank {rank} does not fit its shape {tensor.shape}")
+    for key in ("dtype", "stored_dtype"):
+        if data[key] not in FACTORED_DTYPES:
+            raise ValueError(f"{name}: {key} {data[key]!r} cannot be factored")
+    if str(data["solver"]).split(" ")[0] not in SOLVERS[1:]:
+        raise ValueError(f"{name}: solver {data['solver']!r} is unknown")
     if data["layout"] not in LAYOUTS:
         raise ValueError(f"{name}: layout {data['layout']!r} is unknown")
     return LayerPlan(
@@ -212,7 +219,7 @@ def layer_from_json(name: str, data: dict[str, Any]) -> LayerPlan:
         rank=rank,
         layout=str(data["layout"]),
         stored_dtype=str(data["stored_dtype"]),
-        solver=str(data["solver"]),
+        solver=str(data["solver"]).split(" ")[0],
         reason=str(data.get("reason", "")),
         loss=data.get("loss"),
     )
