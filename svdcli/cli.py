@@ -6,6 +6,7 @@ import json
 import os
 import re
 import sys
+import warnings
 from contextlib import contextmanager
 from dataclasses import asdict
 from fractions import Fraction
@@ -465,5 +466,7 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
+    # torch works without NumPy, and says at every start that it does
+    warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
     with _one_line_errors():
         sys.exit(app(standalone_mode=False) or 0)

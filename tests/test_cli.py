@@ -155,6 +155,15 @@ def test_a_pipe_from_end_to_end(model: Path, tmp_path: Path) -> None:
     assert "\x1b[" not in done.stderr
 
 
+def test_it_works_without_numpy_and_says_nothing_about_it(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "hidden" / "numpy").mkdir(parents=True)
+    (tmp_path / "hidden" / "numpy" / "__init__.py").write_text("raise ModuleNotFoundError(\"No module named 'numpy'\")")
+    command = [sys.executable, "-m", "svdcli", "compress", str(model), "-o", str(tmp_path / "o"), "--rank", "9"]
+    environment = os.environ | {"PYTHONPATH": str(tmp_path / "hidden")}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert (done.returncode, done.stderr) == (0, f"svdcli: wrote {tmp_path / 'o'}\n")
+
+
 def test_a_reader_that_leaves_early_is_no_traceback(output: Path) -> None:
     command = f"{sys.executable} -m svdcli report {output} --json | head -c 10"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
