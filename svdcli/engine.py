@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,6 +24,10 @@ from svdcli.plan.decide import Measured
 from svdcli.plan.recipe import LayerPlan
 from svdcli.plan.tensors import FACTORED_DTYPES, TensorInfo
 from svdcli.progress import Progress
+
+Item = TypeVar("Item")
+Answer = TypeVar("Answer")
+_WORKERS = 2
 
 _NoConvergence: type[Exception] = torch.linalg.LinAlgError  # type: ignore[attr-defined]
 
@@ -54,27 +60,49 @@ class Compute:
         return torch.device(self.device)
 
 
+def spread(work: Callable[[Item], Answer], items: Iterable[Item], device: torch.device) -> Iterator[Answer]:
+    """Do `work` on every item, two at a time on a CPU with two threads or more, and yield the answers as they come.
+
+    Each worker gets its share of the threads: reading and writing one layer then hides behind the mathematics of the other.
+    Two, so that memory still follows the largest layer. An error, or an interrupt, lets the work under way end first.
+    """
+    threads = torch.get_num_threads()
+    if device.type != "cpu" or threads < 2:
+        yield from map(work, items)
+        return
+    queue, running = iter(items), set[Future[Answer]]()
+    pool = ThreadPoolExecutor(_WORKERS, initializer=torch.set_num_threads, initargs=(threads // _WORKERS,))
+    try:
+        running = {pool.submit(work, item) for item in itertools.islice(queue, _WORKERS)}
+        while running:
+            done, running = wait(running, return_when=FIRST_COMPLETED)
+            running |= {pool.submit(work, item) for item in itertools.islice(queue, len(done))}
+            for future in done:
+                yield future.result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
 class LayerFailedError(Exception):
     """Every solver failed on a layer; str() says how each did."""
 
 
 def measure_layer(w: Tensor, *, spectra: bool, device: torch.device) -> Measured:
-    """Is the weight finite, what is its energy, and, where asked, its squared singular values.
+    """Is the weight finite, and, where asked, what are its squared singular values.
 
     Weights of 16 bits are measured through a float32 Gram matrix, whose noise is below their own rounding; others in float64.
     """
-    wide = w.dtype in (torch.float32, torch.float64) and spectra
-    work = w.to(device, _work_dtype(device, torch.float64 if wide or w.dtype == torch.float64 else torch.float32))
-    total = squared_norm(work)
-    if not math.isfinite(total) and not bool(torch.isfinite(w).all()):
-        return Measured(finite=False, total=0.0)
+    largest = max(abs(value) for value in map(float, w.aminmax()))
+    if not math.isfinite(largest):
+        return Measured(finite=False)
     if not spectra:
-        return Measured(finite=True, total=total)
-    exponent = math.frexp(float(work.abs().max()))[1]
+        return Measured(finite=True)
+    work = w.to(device, _work_dtype(device, torch.float64 if w.dtype in (torch.float32, torch.float64) else torch.float32))
+    exponent = math.frexp(largest)[1]
     # A power of two keeps every bit, and squares of very large or small weights inside the dtype's range.
     energies = squared_singular_values(torch.ldexp(work, torch.tensor(-exponent))).to("cpu", torch.float64)
     energies = torch.ldexp(energies, torch.tensor(2 * exponent))
-    return Measured(finite=True, total=total, energies=tuple(energies.tolist()))
+    return Measured(finite=True, energies=tuple(energies.tolist()))
 
 
 def measure(
@@ -91,18 +119,21 @@ def measure(
     share = 0.3 if spectra else 0.0
     total, done = math.fsum(guess_seconds(tensor, share=share) for tensor in tensors), 0.0
     found = {}
-    for tensor in tensors:
+
+    def look(tensor: TensorInfo) -> tuple[TensorInfo, dict[str, Any]]:
         line = known.get(tensor.name)
         if line is None or (spectra and line["energies"] is None and line["finite"]):
             layer = measure_layer(checkpoint.read_tensor(tensor.name), spectra=spectra, device=device)
-            line = {"measured": tensor.name, "finite": layer.finite, "total": layer.total, "energies": layer.energies}
+            line = {"measured": tensor.name, "finite": layer.finite, "energies": layer.energies}
             if workspace is not None:
                 workspace.note(line)
-        energies = None if line["energies"] is None else tuple(line["energies"])
-        found[tensor.name] = Measured(line["finite"], line["total"], energies)
+        return tensor, line
+
+    for tensor, line in spread(look, tensors, device):
+        found[tensor.name] = Measured(line["finite"], None if line["energies"] is None else tuple(line["energies"]))
         done += guess_seconds(tensor, share=share)
         progress("measure", tensor.name, done, total)
-    return found
+    return {tensor.name: found[tensor.name] for tensor in tensors}
 
 
 def solve_layer(w: Tensor, layer: LayerPlan, seed: int, device: torch.device) -> tuple[tuple[Tensor, ...], Result]:
@@ -191,16 +222,21 @@ def run_units(
     failed: dict[str, str] = {}
     _salvage(units, writer, workspace)
     total, done = math.fsum(_seconds(unit, layers.get(unit.name)) for unit in units), 0.0
-    for unit in units:
+
+    def do(unit: Unit) -> tuple[Unit, dict[str, Any]]:
         line = workspace.done.get(unit.name)
         if line is None or not _still_there(unit, line, writer):
             try:
                 line = _do_unit(checkpoint, unit, layers.get(unit.name), writer, seed, device)
             except LayerFailedError as error:
-                failed[unit.name] = str(error)
-                continue
+                return unit, {"failed": str(error)}
             workspace.done[unit.name] = line
             workspace.note(line)
+        return unit, line
+
+    for unit, line in spread(do, units, device):
+        if "failed" in line:
+            failed[unit.name] = line["failed"]
         if "error" in line:
             results[unit.name] = Result(line["error"], line["solver"], tuple(line["fell_back"]))
         done += _seconds(unit, layers.get(unit.name))

@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import shutil
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,6 +34,7 @@ class Workspace:
         self.done: dict[str, dict[str, Any]] = {}
         self.started_over = False
         self.before = self.folder / "before"
+        self._noting = threading.Lock()
         self._was_there = self.folder.exists()
         self._journal = self.folder / "journal.jsonl"
 
@@ -116,7 +118,7 @@ class Workspace:
     def note(self, line: dict[str, Any]) -> None:
         """Append one line to the journal."""
         data = json.dumps(line, separators=(",", ":")).encode() + b"\n"
-        with self._journal.open("ab", buffering=0) as stream:
+        with self._noting, self._journal.open("ab", buffering=0) as stream:
             stream.write(data)
 
     @property

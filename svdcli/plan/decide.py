@@ -31,16 +31,15 @@ _SIZE_ROUNDS = 12
 class Measured:
     """What a look at one layer's numbers found.
 
-    total is ||W||_F^2; energies its squared singular values in descending order, None where no policy needs them.
+    energies are its squared singular values in descending order, None where no policy needs them.
     """
 
     finite: bool
-    total: float
     energies: tuple[float, ...] | None = None
 
     def tails(self) -> list[float]:
         """Share of the energy beyond each rank 0 .. min(m, n)."""
-        return tails_of(self.energies or (), self.total)
+        return tails_of(self.energies or (), math.fsum(self.energies or ()))
 
 
 def needs_spectra(recipe: Recipe) -> bool:
