@@ -60,6 +60,7 @@ LayersFrom = Annotated[
 Device = Annotated[str, typer.Option("--device", help="cpu, cuda, mps or auto.")]
 Threads = Annotated[int | None, typer.Option("--threads", help="Threads for the mathematics.")]
 
+MANY_LAYERS = 64
 _SIZES = {
     "": 1,
     "B": 1,
@@ -239,7 +240,10 @@ def _say(outcome: Any, quiet: bool) -> None:
 @app.command(epilog="Example: svdcli report my-llm-svd --json | jq '.layers[] | {name, rank, relative_error}'")
 def report(
     output: Output = None,
-    group: Annotated[bool, typer.Option("--group", help="One line for layers that differ by the block's number only.")] = False,
+    group: Annotated[
+        bool | None,
+        typer.Option("--group/--every-layer", help="A line for each kind of layer, or for each; kinds where layers are many."),
+    ] = None,
     json_: Json = False,
     csv_: Csv = False,
 ) -> None:
@@ -249,7 +253,9 @@ def report(
     """
     from svdcli import survey
 
-    _show_report(survey.report(output), sys.stdout, json_, csv_, False, grouped=group)
+    found = survey.report(output)
+    grouped = len(found.layers) > MANY_LAYERS if group is None else group
+    _show_report(found, sys.stdout, json_, csv_, False, grouped=grouped)
 
 
 @app.command(epilog="Example: svdcli inspect my-llm --names | grep mlp | svdcli compress my-llm --layers-from - --keep 0.5")

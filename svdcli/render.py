@@ -92,7 +92,7 @@ def render_report(report: Report, console: Console, *, grouped: bool) -> None:
         style = "dim" if rows[0].rank is None else ""
         table.add_row(_layer_name(name.removeprefix(prefix), rows), *map(cells.get, shown), style=style)
     console.print(table)
-    _print_totals(report, console)
+    _print_totals(report, console, grouped=any(len(rows) > 1 for _, rows in groups))
 
 
 def _layer_table(names: Sequence[str], console: Console) -> tuple[Table, str]:
@@ -158,9 +158,10 @@ def _common_prefix(names: Sequence[str]) -> str:
     return "".join(f"{parts[0]}." for parts in shared)
 
 
-def _print_totals(report: Report, console: Console) -> None:
+def _print_totals(report: Report, console: Console, *, grouped: bool) -> None:
     factored = sum(row.rank is not None for row in report.layers)
-    lines = [
+    lines = [("lines", "one for each kind of layer; --every-layer for each")] if grouped else []
+    lines += [
         ("factored", f"{factored} of {len(report.layers)} selected layers"),
         ("selected", _total_line(report.selected)),
         ("whole output", _total_line(report.total)),

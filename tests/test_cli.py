@@ -12,7 +12,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers import cli
+from helpers import cli, weight
+from safetensors.torch import save_file
 from test_pipeline import RANKED, write_model
 
 import svdcli
@@ -63,6 +64,13 @@ def test_report_lists_every_layer_and_groups_on_request(output: Path) -> None:
     single, grouped = cli("report", output).out.decode(), cli("report", output, "--group").out.decode()
     assert "layers.1.up" in single
     assert "layers.*.up" in grouped
+
+
+def test_many_layers_are_grouped_unless_asked(tmp_path: Path) -> None:
+    save_file({f"layers.{i}.fc.weight": weight(40, 40, i) for i in range(70)}, tmp_path / "m.safetensors")
+    svdcli.compress(tmp_path / "m.safetensors", tmp_path / "o.safetensors", Recipe("rank", 9))
+    assert "layers.*.fc ×70" in cli("report", tmp_path / "o.safetensors").out.decode()
+    assert "layers.69.fc " in cli("report", tmp_path / "o.safetensors", "--every-layer").out.decode()
 
 
 def test_quiet_says_nothing_but_errors(model: Path, tmp_path: Path) -> None:

@@ -58,7 +58,9 @@ def gram(w: Tensor, rank: int, seed: int = 0) -> Factors:
     cut = values[: values.shape[0] - rank].clamp(min=0).sum(dtype=torch.float64).item()
     down = basis.T @ w
     sigma = torch.linalg.vector_norm(down, dim=1)
-    return _balanced(basis, sigma, _unit_rows(down, sigma), cut)
+    root = sigma.sqrt()
+    down.div_(root.clamp(min=torch.finfo(w.dtype).tiny)[:, None])
+    return Factors(basis.mul_(root), down, sigma, cut)
 
 
 def randomized(w: Tensor, rank: int, seed: int = 0, *, iterations: int = 2, oversampling: int = 16) -> Factors:
@@ -88,7 +90,7 @@ def gram_matrix(w: Tensor) -> Tensor:
     if m < 512:
         return w @ w.T
     out = torch.zeros(m, m, dtype=w.dtype, device=w.device)
-    edges = [m * i // 4 for i in range(5)]
+    edges = [m * i // 8 for i in range(9)]
     for top, bottom in itertools.pairwise(edges):
         torch.mm(w[top:bottom], w[:bottom].T, out=out[top:bottom, :bottom])
     return out
@@ -113,10 +115,6 @@ def _energy(values: Tensor) -> float:
 
 def _transposed(factors: Factors) -> Factors:
     return Factors(factors.down.T, factors.up.T, factors.sigma, factors.tail)
-
-
-def _unit_rows(rows: Tensor, norms: Tensor) -> Tensor:
-    return rows / norms.clamp(min=torch.finfo(rows.dtype).tiny)[:, None]
 
 
 def _balanced(left: Tensor, sigma: Tensor, right: Tensor, tail: float) -> Factors:

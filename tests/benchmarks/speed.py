@@ -43,11 +43,12 @@ PARTS = ("speed", "memory", "startup")
 
 @dataclass(frozen=True)
 class Run:
-    """One child process: wall clock, peak resident memory, and what it printed."""
+    """One child process: wall clock, peak resident memory, what it printed, and how many cores others kept busy meanwhile."""
 
     seconds: float
     peak: int
     output: str
+    others: float
 
     @property
     def json(self) -> Any:
@@ -101,7 +102,7 @@ class Bench:
         return self.runs[name]
 
     def note(self, name: str, run: Run) -> None:
-        self.raw[name] = {"seconds": run.seconds, "peak_bytes": run.peak}
+        self.raw[name] = {"seconds": run.seconds, "peak_bytes": run.peak, "cores_busy_with_others": run.others}
 
     def row(self, what: str, measured: str, bound: str = "", holds: bool | None = None) -> None:
         self.rows.append(Row(what, measured, bound, holds))
@@ -117,16 +118,25 @@ def say(text: str) -> None:
 def run(command: Sequence[str | Path | int]) -> Run:
     """Run a command to its end; its own wall clock and peak memory, as the kernel counted it."""
     with tempfile.TemporaryFile() as printed:
-        begin = time.perf_counter()
+        begin, busy = time.perf_counter(), busy_seconds()
         process = subprocess.Popen([str(part) for part in command], stdout=printed, stdin=subprocess.DEVNULL)
         _, status, usage = os.wait4(process.pid, 0)
         seconds = time.perf_counter() - begin
+        others = max(0.0, busy_seconds() - busy - usage.ru_utime - usage.ru_stime) / seconds
         process.returncode = os.waitstatus_to_exitcode(status)
         printed.seek(0)
         output = printed.read().decode()
     if process.returncode != 0:
         raise SystemExit(f"{' '.join(map(str, command))} ended with {process.returncode}")
-    return Run(seconds, usage.ru_maxrss * MAX_RSS_UNIT, output)
+    return Run(seconds, usage.ru_maxrss * MAX_RSS_UNIT, output, others)
+
+
+def busy_seconds() -> float:
+    """CPU time that all processes of this machine have used, where Linux counts it; else 0."""
+    with suppress(OSError), Path("/proc/stat").open() as stat:
+        ticks = [int(value) for value in stat.readline().split()[1:]]
+        return (sum(ticks) - ticks[3] - ticks[4]) / os.sysconf("SC_CLK_TCK")  # all but idle and waiting for the disk
+    return 0.0
 
 
 def python(*arguments: str | Path | int) -> Run:
@@ -273,8 +283,7 @@ def table(rows: Sequence[Row]) -> str:
 
 def machine() -> dict[str, Any]:
     versions = {name: version(name) for name in ("torch", "safetensors", "svdcli")}
-    load = os.getloadavg()[0]
-    return {"cores": os.cpu_count(), "system": platform.system(), "python": platform.python_version(), "load": load} | versions
+    return {"cores": os.cpu_count(), "system": platform.system(), "python": platform.python_version()} | versions
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -311,7 +320,8 @@ def main() -> None:
         if options.folder is None:
             with suppress(OSError):
                 shutil.rmtree(folder)
-    print(f"{about['cores']} cores, torch {about['torch']}, load {about['load']:.1f} at the start")
+    others = max((item["cores_busy_with_others"] for item in bench.raw.values() if item.get("seconds", 0) > 3), default=0.0)
+    print(f"{about['cores']} cores, torch {about['torch']}; other processes kept up to {others:.1f} cores busy meanwhile")
     print(table(bench.rows))
     if options.json is not None:
         results = {"machine": about, "rows": [asdict(row) for row in bench.rows], "raw": bench.raw}
