@@ -60,7 +60,6 @@ LayersFrom = Annotated[
 Device = Annotated[str, typer.Option("--device", help="cpu, cuda, mps or auto.")]
 Threads = Annotated[int | None, typer.Option("--threads", help="Threads for the mathematics.")]
 
-MANY_LAYERS = 64
 _SIZES = {
     "": 1,
     "B": 1,
@@ -251,10 +250,10 @@ def report(
 
     Without OUT the newest output in the current folder; - reads one from standard input.
     """
-    from svdcli import survey
+    from svdcli import render, survey
 
     found = survey.report(output)
-    grouped = len(found.layers) > MANY_LAYERS if group is None else group
+    grouped = len(found.layers) > render.MANY if group is None else group
     _show_report(found, sys.stdout, json_, csv_, False, grouped=grouped)
 
 

@@ -22,11 +22,12 @@ from svdcli.progress import Progress, silent
 
 if TYPE_CHECKING:
     from svdcli.files.report import LayerRow, Report, Total
-    from svdcli.survey import Inspection, Spectrum, Verification
+    from svdcli.survey import Inspection, InspectRow, Spectrum, Verification
 
 _PIPE_WIDTH = 160
 _WIDE = 120
 _NARROW = 72
+MANY = 64  # more lines than that, and kinds are shown in place of layers
 _BARS = "▁▂▃▄▅▆▇█"
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
@@ -106,7 +107,7 @@ def _layer_table(names: Sequence[str], console: Console) -> tuple[Table, str]:
     return table, prefix
 
 
-def _layer_name(name: str, rows: Sequence[LayerRow]) -> Text:
+def _layer_name(name: str, rows: Sequence[object]) -> Text:
     text = Text(name)
     if len(rows) > 1:
         text.append(f" ×{len(rows)}", style="dim")
@@ -213,19 +214,21 @@ def _reasons(items: Sequence[tuple[str, str]]) -> list[str]:
 
 def print_inspection(inspection: Inspection, stream: TextIO) -> None:
     console = console_for(stream)
-    table, prefix = _layer_table([_short(row.name) for row in inspection.tensors], console)
+    groups = _alike(inspection.tensors)
+    table, prefix = _layer_table([name for name, _ in groups], console)
     titles = ["Shape", "Break-even rank" if console.width >= _WIDE else "Even", "Dtype", "Memory"]
     shown = len(titles) if console.width >= _WIDE else 3 if console.width >= _NARROW else 1
     for title in titles[:shown]:
         table.add_column(title, justify="right", no_wrap=True)
     table.add_column("Selected", overflow="fold", max_width=None if console.width >= _WIDE else 18)
-    for row in inspection.tensors:
+    for name, rows in groups:
+        row = rows[0]
         even = "" if row.break_even is None else str(row.break_even)
         if even and console.width >= _WIDE:
             even += f"  ({row.pivoted_break_even} pivoted)"
-        cells = [_shape(row.shape), even, row.dtype, human(row.bytes, "B")]
+        cells = [_shape(row.shape), even, row.dtype, human(sum(r.bytes for r in rows), "B")]
         style = "" if row.selected else "dim"
-        table.add_row(Text(_short(row.name).removeprefix(prefix)), *cells[:shown], Text(row.reason or "yes"), style=style)
+        table.add_row(_layer_name(name.removeprefix(prefix), rows), *cells[:shown], Text(row.reason or "yes"), style=style)
     console.print(table)
     chosen = len(inspection.selected)
     share = _percent(inspection.selected_parameters, inspection.parameters)
@@ -233,10 +236,22 @@ def print_inspection(inspection: Inspection, stream: TextIO) -> None:
         f"\n{human(inspection.parameters)} parameters, {human(inspection.bytes, 'B')}; {chosen} of {len(inspection.tensors)} "
         f"tensors selected, {share} of the parameters"
     )
+    if len(groups) < len(inspection.tensors):
+        console.print("one line for each kind of tensor; --csv and --json list each")
     if inspection.written_by_svdcli:
         console.print("written by svdcli: see `svdcli report`")
     for name, reason in inspection.left_out.items():
         console.print(f"left out: {name}: {reason}")
+
+
+def _alike(tensors: Sequence[InspectRow]) -> list[tuple[str, list[InspectRow]]]:
+    """One group a tensor; where tensors are many, one a kind."""
+    if len(tensors) <= MANY:
+        return [(_short(row.name), [row]) for row in tensors]
+    groups: dict[tuple[object, ...], list[InspectRow]] = {}
+    for row in tensors:
+        groups.setdefault((_NUMBER.sub("*", _short(row.name)), row.shape, row.dtype, row.reason), []).append(row)
+    return [(str(key[0]) if len(rows) > 1 else _short(rows[0].name), rows) for key, rows in groups.items()]
 
 
 def sparkline(curve: Sequence[float], width: int) -> str:

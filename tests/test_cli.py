@@ -71,6 +71,8 @@ def test_many_layers_are_grouped_unless_asked(tmp_path: Path) -> None:
     svdcli.compress(tmp_path / "m.safetensors", tmp_path / "o.safetensors", Recipe("rank", 9))
     assert "layers.*.fc ×70" in cli("report", tmp_path / "o.safetensors").out.decode()
     assert "layers.69.fc " in cli("report", tmp_path / "o.safetensors", "--every-layer").out.decode()
+    assert "layers.*.fc ×70" in cli("inspect", tmp_path / "m.safetensors").out.decode()
+    assert cli("inspect", tmp_path / "m.safetensors", "--csv").out.decode().count("\n") == 71
 
 
 def test_quiet_says_nothing_but_errors(model: Path, tmp_path: Path) -> None:
