@@ -10,6 +10,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from svdcli.engine import Compute
     from svdcli.errors import SvdcliError
+    from svdcli.models.load import load
     from svdcli.pipeline import compress, expand
     from svdcli.plan.recipe import Plan, Recipe
     from svdcli.survey import inspect, report, spectrum, verify
@@ -23,6 +24,7 @@ __all__ = [
     "compress",
     "expand",
     "inspect",
+    "load",
     "report",
     "spectrum",
     "verify",
@@ -31,6 +33,7 @@ __all__ = [
 _HOMES = {
     "svdcli.engine": ("Compute",),
     "svdcli.errors": ("SvdcliError",),
+    "svdcli.models.load": ("load",),
     "svdcli.pipeline": ("compress", "expand"),
     "svdcli.plan.recipe": ("Plan", "Recipe"),
     "svdcli.survey": ("inspect", "report", "spectrum", "verify"),

@@ -122,6 +122,9 @@ def compress(
     max_shard_size: Annotated[
         str | None, typer.Option("--max-shard-size", help="Largest weight file of a directory, such as 5GB.")
     ] = None,
+    self_contained: Annotated[
+        bool, typer.Option("--self-contained", help="Add a Python file that opens the directory where svdcli is not installed.")
+    ] = False,
     nonfinite: Annotated[
         str, typer.Option("--nonfinite", help="NaN or infinity in a layer: error, or skip (leave it dense).")
     ] = "error",
@@ -177,6 +180,7 @@ def compress(
             seed,
             nonfinite,
             max_shard_size,
+            self_contained,
         )
     outcome = _compress(model, output, recipe, plan, _compute(device, threads), force, dry_run, quiet)
     if save_plan is not None:
@@ -190,9 +194,8 @@ def compress(
 def _recipe(*values: Any) -> Recipe:
     from svdcli.plan.recipe import Recipe
 
-    target, value, allocate, floor, multiple_of, include, exclude, layers_from, layout, dtype, solver, seed, nonfinite, shard = (
-        values
-    )
+    target, value, allocate, floor, multiple_of, include, exclude, layers_from, layout, dtype, solver, seed, *rest = values
+    nonfinite, shard, self_contained = rest
     return Recipe(
         target=target,
         value=value,
@@ -208,6 +211,7 @@ def _recipe(*values: Any) -> Recipe:
         seed=seed,
         nonfinite=nonfinite,
         max_shard_size=None if shard is None else parse_size(shard, "--max-shard-size"),
+        self_contained=self_contained,
     )
 
 

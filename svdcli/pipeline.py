@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING
 
 from svdcli import __version__
 from svdcli.errors import NothingSelectedError, SvdcliError, UsageError
-from svdcli.files.blueprint import CompressDesign, Design, ExpandDesign
+from svdcli.files.blueprint import Beside, CompressDesign, Design, ExpandDesign
 from svdcli.files.checkpoint import CHUNK, RECORD, STANDARD, Checkpoint, open_checkpoint, sha256_of
 from svdcli.files.record import Result, make_record, record_of, source_json, stored_layers
 from svdcli.files.report import SOLVERS_FAILED, Report, read_report, report_of
 from svdcli.files.workspace import Workspace
+from svdcli.models import standalone
 from svdcli.plan.decide import Measured, decide, needs_spectra, rerun
 from svdcli.plan.layers import choose_layers
 from svdcli.plan.recipe import LayerPlan, Plan, Recipe, Skipped, recipe_to_json
@@ -135,6 +136,11 @@ def _check_source(checkpoint: Checkpoint, recipe: Recipe) -> None:
     if quantised and recipe.layout != "dense":
         method = quantised.get("quant_method", "another tool") if isinstance(quantised, dict) else "another tool"
         raise SvdcliError(f"{checkpoint.shown} is quantised by {method}", "start from the unquantised model")
+    if recipe.self_contained:
+        if not (checkpoint.is_directory and checkpoint.transformers_opens_it):
+            raise UsageError("--self-contained is for directories with a config.json of transformers", "leave it out")
+        if (checkpoint.config or {}).get("auto_map"):
+            raise UsageError(f"{checkpoint.shown} brings its own code (auto_map)", "leave out --self-contained")
     if recipe.max_shard_size is not None and not checkpoint.is_directory:
         raise UsageError("--max-shard-size is for directories", "leave it out for a single file")
 
@@ -190,13 +196,21 @@ def _decide(
 
 def _decide_ranks(checkpoint: Checkpoint, choice: _Choice, name: str | None, measured: Mapping[str, Measured]) -> Plan:
     def predict(plan: Plan) -> int:
-        return CompressDesign(checkpoint, plan, name).blueprint().total
+        return _design(checkpoint, plan, name).blueprint().total
 
     return decide(choice.recipe, choice.fingerprint, choice.selected, choice.skipped, measured, predict)
 
 
+def _design(checkpoint: Checkpoint, plan: Plan, name: str | None) -> CompressDesign:
+    return CompressDesign(checkpoint, plan, name, _beside() if plan.recipe.self_contained else None)
+
+
+def _beside() -> Beside:
+    return Beside(standalone.FILE, standalone.standalone_source(), standalone.auto_map())
+
+
 def _predicted(checkpoint: Checkpoint, plan: Plan, name: str | None) -> Report:
-    sizes = CompressDesign(checkpoint, plan, name).blueprint().sizes()
+    sizes = _design(checkpoint, plan, name).blueprint().sizes()
     record = make_record(plan, source_json(checkpoint, plan.fingerprint), checkpoint.left_out)
     return report_of(record, sizes, checkpoint.shown, predicted=True)
 
@@ -210,7 +224,7 @@ def _compress_into(
     name = workspace.out.name if workspace.is_file else None
     try:
         plan = _decide(checkpoint, choice, name, device, workspace, progress)
-        design = CompressDesign(checkpoint, plan, name)
+        design = _design(checkpoint, plan, name)
         design.blueprint()
     except SvdcliError:
         workspace.remove()
@@ -218,7 +232,7 @@ def _compress_into(
     results, failed = _write(design, plan.factored, workspace, device, choice.recipe.seed, progress)
     if failed:
         plan = plan.with_dense({layer: f"{SOLVERS_FAILED}: {why}" for layer, why in failed.items()})
-        design = CompressDesign(checkpoint, plan, name)
+        design = _design(checkpoint, plan, name)
         workspace.set_aside()
         results, _ = _write(design, plan.factored, workspace, device, choice.recipe.seed, progress)
     _finish(design, results, workspace, progress)

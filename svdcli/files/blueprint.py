@@ -44,12 +44,21 @@ class Blueprint:
         return {f.name: f.size for f in self.files} | {n: len(t) for n, t in self.texts.items()} | dict(self.carried) | record
 
 
+@dataclass(frozen=True)
+class Beside:
+    """A Python file that opens the model where svdcli is not installed, and what config.json says about it."""
+
+    name: str
+    text: bytes
+    auto_map: Mapping[str, str]
+
+
 class CompressDesign:
     """How a plan becomes files. One value draws the blueprint, and later fills in the results."""
 
-    def __init__(self, checkpoint: Checkpoint, plan: Plan, out_name: str | None) -> None:
-        """out_name is the name of a file output, None for a directory."""
-        self.checkpoint, self.plan, self.out_name = checkpoint, plan, out_name
+    def __init__(self, checkpoint: Checkpoint, plan: Plan, out_name: str | None, beside: Beside | None = None) -> None:
+        """out_name is the name of a file output, None for a directory; beside is what makes a directory self-contained."""
+        self.checkpoint, self.plan, self.out_name, self.beside = checkpoint, plan, out_name, beside
         self.units = compress_units(checkpoint, plan)
         self._source = source_json(checkpoint, plan.fingerprint)
 
@@ -62,6 +71,9 @@ class CompressDesign:
         if self.out_name is not None:
             return Blueprint(tuple(files), {}, {}, 0)
         texts, carried = directory_texts(self.checkpoint, files, self._config())
+        if self.beside is not None:
+            texts[self.beside.name] = self.beside.text
+            carried.pop(self.beside.name, None)
         sizes = Blueprint(tuple(files), texts, carried, 0).sizes()
         with_files = self._record(None, {name: (size, "") for name, size in sizes.items()})
         return Blueprint(tuple(files), texts, carried, len(render_record(with_files)))
@@ -86,7 +98,8 @@ class CompressDesign:
         config = self.checkpoint.config
         if config is None or self.plan.recipe.layout == "dense" or not self.plan.factored:
             return config
-        return config | {"quantization_config": {"quant_method": "svdcli", "format": FORMAT, "layout": self.plan.recipe.layout}}
+        config = config | {"quantization_config": {"quant_method": "svdcli", "format": FORMAT, "layout": self.plan.recipe.layout}}
+        return config if self.beside is None else config | {"auto_map": self.beside.auto_map}
 
 
 class ExpandDesign:

@@ -14,7 +14,7 @@ from svdcli.plan.tensors import FACTORED_DTYPES, TensorInfo, module_of
 # The largest rank that saves must be at least this, or a layer has nothing worth sharing.
 SMALLEST_BREAK_EVEN = 8
 
-_EMBEDDING = re.compile(r"embed|(^|[._])(emb|wte|wpe|word_emb\w*|relative_attention_bias)($|[._])|^shared$", re.IGNORECASE)
+_EMBEDDING = re.compile(r"embed|(^|[._])(emb|wte|wpe|word_emb\w*|relative_attention_bias)($|[._])|(^|[.])shared$", re.IGNORECASE)
 _HEAD_LEAVES = frozenset({"lm_head", "embed_out", "head", "classifier", "score", "qa_outputs"})
 _HEAD_TOPS = frozenset({"lm_head", "embed_out", "output", "head", "classifier", "score", "qa_outputs", "proj_out", "cls"})
 _ROUTER_LEAVES = frozenset({"gate", "router", "shared_expert_gate"})

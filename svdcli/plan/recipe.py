@@ -39,6 +39,7 @@ class Recipe:
     seed: int = 0
     nonfinite: str = "error"
     max_shard_size: int | None = None
+    self_contained: bool = False
 
     def __post_init__(self) -> None:
         for name, value, known in (
@@ -52,6 +53,8 @@ class Recipe:
                 raise UsageError(f"{name} {value!r} is unknown", f"use one of {', '.join(known)}")
         if self.dtype is not None and self.dtype not in FACTORED_DTYPES:
             raise UsageError(f"--dtype {self.dtype!r} cannot hold factors", f"use one of {', '.join(FACTORED_DTYPES)}")
+        if self.self_contained and self.layout == "dense":
+            raise UsageError("--self-contained has nothing to add to the dense layout", "any loader opens it as it is")
         self._check_numbers()
         if self.target in ("rank", "size"):
             object.__setattr__(self, "value", int(self.value))

@@ -1,0 +1,248 @@
+"""Modules that stand where a dense layer stood: the same call, the same bias, a weight of rank r in two factors.
+
+Torch only, and nothing of svdcli: `compress --self-contained` ships this file beside the weights.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class LowRankLinear(nn.Module):
+    """y = x W^T + b with W (out, in) = up @ down: two plain nn.Linear children, known to PEFT, torchao and exporters."""
+
+    def __init__(self, in_features: int, out_features: int, rank: int, *, bias: bool, **how: Any) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.rank = in_features, out_features, rank
+        self.svd_down = nn.Linear(in_features, rank, bias=False, **how)
+        self.svd_up = nn.Linear(rank, out_features, bias=False, **how)
+        self.bias = nn.Parameter(torch.empty(out_features, **how)) if bias else None
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight (out, in), multiplied out only when something is computed with it."""
+        return lazy_weight(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.svd_up(self.svd_down(x))
+        return y if self.bias is None else y + self.bias
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
+
+
+class PivotedLinear(nn.Module):
+    """y = x W^T + b with W (out, in) = cat(down, up @ down)[rows]: r outputs are computed, the others combined from them."""
+
+    svd_rows: Tensor
+
+    def __init__(self, in_features: int, out_features: int, rank: int, *, bias: bool, **how: Any) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.rank = in_features, out_features, rank
+        self.svd_down = nn.Linear(in_features, rank, bias=False, **how)
+        self.svd_up = nn.Linear(rank, out_features - rank, bias=False, **how)
+        self.register_buffer("svd_rows", _rows(out_features, how))
+        self.bias = nn.Parameter(torch.empty(out_features, **how)) if bias else None
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight (out, in), multiplied out only when something is computed with it."""
+        return lazy_weight(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        kept = self.svd_down(x)
+        y = torch.cat((kept, self.svd_up(kept)), -1).index_select(-1, self.svd_rows)
+        return y if self.bias is None else y + self.bias
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
+
+
+class Matrix(nn.Module):
+    """A weight that is multiplied from the right: y = x @ weight, as GPT-2 stores its layers."""
+
+    def __init__(self, rows: int, columns: int, **how: Any) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(rows, columns, **how))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight
+
+
+class LowRankConv1D(nn.Module):
+    """y = x W + b with the stored weight W (in, out) = up @ down, for transformers' Conv1D."""
+
+    def __init__(self, in_features: int, out_features: int, rank: int, **how: Any) -> None:
+        super().__init__()
+        self.nx, self.nf, self.rank = in_features, out_features, rank
+        self.svd_up, self.svd_down = Matrix(in_features, rank, **how), Matrix(rank, out_features, **how)
+        self.bias = nn.Parameter(torch.empty(out_features, **how))
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight (in, out), multiplied out only when something is computed with it."""
+        return lazy_weight(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.svd_down(self.svd_up(x))
+        return y + self.bias
+
+
+class PivotedConv1D(nn.Module):
+    """y = x W + b with the stored weight W (in, out) = cat(down, up @ down)[rows], for transformers' Conv1D."""
+
+    svd_rows: Tensor
+
+    def __init__(self, in_features: int, out_features: int, rank: int, **how: Any) -> None:
+        super().__init__()
+        self.nx, self.nf, self.rank = in_features, out_features, rank
+        self.svd_up, self.svd_down = Matrix(in_features - rank, rank, **how), Matrix(rank, out_features, **how)
+        self.register_buffer("svd_rows", _rows(in_features, how))
+        self.bias = nn.Parameter(torch.empty(out_features, **how))
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight (in, out), multiplied out only when something is computed with it."""
+        return lazy_weight(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        ordered = x.index_select(-1, self.svd_rows.argsort())
+        y: Tensor = self.svd_down(ordered[..., : self.rank] + self.svd_up(ordered[..., self.rank :]))
+        return y + self.bias
+
+
+class LowRankEmbedding(nn.Module):
+    """Rows of W (num, dim) = up @ down."""
+
+    def __init__(self, num: int, dim: int, rank: int, padding_idx: int | None = None, **how: Any) -> None:
+        super().__init__()
+        self.num_embeddings, self.embedding_dim, self.rank, self.padding_idx = num, dim, rank, padding_idx
+        self.svd_up = nn.Embedding(num, rank, padding_idx=padding_idx, **how)
+        self.svd_down = Matrix(rank, dim, **how)
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense table (num, dim), multiplied out only when something is computed with it."""
+        return lazy_weight(self)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        y: Tensor = self.svd_down(self.svd_up(ids))
+        return y
+
+
+class PivotedEmbedding(nn.Module):
+    """Rows of W (num, dim) = cat(down, up @ down)[rows]."""
+
+    svd_rows: Tensor
+
+    def __init__(self, num: int, dim: int, rank: int, padding_idx: int | None = None, **how: Any) -> None:
+        super().__init__()
+        self.num_embeddings, self.embedding_dim, self.rank, self.padding_idx = num, dim, rank, padding_idx
+        self.svd_up = nn.Embedding(num - rank, rank, **how)
+        self.svd_down = Matrix(rank, dim, **how)
+        self.register_buffer("svd_rows", _rows(num, how))
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense table (num, dim), multiplied out only when something is computed with it."""
+        return lazy_weight(self)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        place = self.svd_rows[ids]
+        kept = self.svd_down.weight[place.clamp(max=self.rank - 1)]
+        if self.num_embeddings == self.rank:
+            return kept
+        combined = self.svd_down(self.svd_up((place - self.rank).clamp(min=0)))
+        return torch.where((place < self.rank)[..., None], kept, combined)
+
+
+LOW_RANK = (LowRankLinear, PivotedLinear, LowRankConv1D, PivotedConv1D, LowRankEmbedding, PivotedEmbedding)
+
+
+def low_rank_like(old: nn.Module, rank: int, *, pivoted: bool) -> nn.Module | None:
+    """An empty low-rank module on the meta device that can stand for `old`, or None where no such module exists."""
+    weight = getattr(old, "weight", None)
+    how: dict[str, Any] = {"device": "meta", "dtype": getattr(weight, "dtype", None)}
+    if isinstance(old, nn.Linear):
+        linear = PivotedLinear if pivoted else LowRankLinear
+        return linear(old.in_features, old.out_features, rank, bias=old.bias is not None, **how)
+    if isinstance(old, nn.Embedding):
+        table = PivotedEmbedding if pivoted else LowRankEmbedding
+        return table(old.num_embeddings, old.embedding_dim, rank, old.padding_idx, **how)
+    if type(old).__name__ == "Conv1D" and isinstance(weight, Tensor):  # of transformers, which this file must not import
+        conv = PivotedConv1D if pivoted else LowRankConv1D
+        return conv(weight.shape[0], weight.shape[1], rank, **how)
+    return None
+
+
+def dense_weight(up: Tensor, down: Tensor, rows: Tensor | None) -> Tensor:
+    """The matrix that stored factors stand for: up @ down, or cat(down, up @ down)[rows]."""
+    return up @ down if rows is None else torch.cat((down, up @ down))[rows.long()]
+
+
+def weight_of(module: nn.Module) -> Tensor:
+    """The dense weight of a low-rank module."""
+    return dense_weight(*_parts(module))
+
+
+def _parts(module: nn.Module) -> tuple[Tensor, Tensor, Tensor | None]:
+    up, down = module.get_parameter("svd_up.weight"), module.get_parameter("svd_down.weight")
+    return up, down, dict(module.named_buffers(recurse=False)).get("svd_rows")
+
+
+def lazy_weight(module: nn.Module) -> Tensor:
+    """What `.weight` answers: model code that only looks at its dtype or device must not pay for a product."""
+    if torch.compiler.is_compiling():
+        return weight_of(module)  # the compiler drops what is not used
+    return LazyWeight(module)
+
+
+class LazyWeight(Tensor):
+    """Knows its shape, dtype and device; is multiplied out when something is computed with it."""
+
+    _module: nn.Module
+
+    @staticmethod
+    def __new__(cls, module: nn.Module) -> LazyWeight:
+        up, down, rows = _parts(module)
+        shape = (up.shape[0] if rows is None else rows.shape[0], down.shape[1])
+        lazy: LazyWeight = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=up.dtype, device=up.device)
+        lazy._module = module
+        return lazy
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func not in _METADATA:
+            args, kwargs = _filled_in(args), _filled_in(kwargs)
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        """What reaches below autograd, such as printing."""
+        return func(*_filled_in(args), **_filled_in(kwargs or {}))
+
+
+_METADATA = {
+    Tensor.size,
+    Tensor.dim,
+    Tensor.is_floating_point,
+    *(getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "layout", "is_meta", "is_cuda")),
+}
+
+
+def _filled_in(value: Any) -> Any:
+    if isinstance(value, LazyWeight):
+        return weight_of(value._module)
+    if isinstance(value, (list, tuple)):
+        return type(value)([_filled_in(item) for item in value])
+    if isinstance(value, dict):
+        return {key: _filled_in(item) for key, item in value.items()}
+    return value
+
+
+def _rows(count: int, how: dict[str, Any]) -> Tensor:
+    return torch.empty(count, dtype=torch.int32, device=how.get("device"))
