@@ -1,0 +1,326 @@
+"""Opening: with svdcli.load, with stock transformers after the plugin's import, and without it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import zoo
+from helpers import weight
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+import svdcli
+import svdcli.models.hf
+from svdcli.errors import BadCheckpointError, SvdcliError, UsageError
+from svdcli.models.modules import LOW_RANK, LowRankEmbedding, LowRankLinear, PivotedEmbedding, PivotedLinear
+
+Written = Callable[[str], Path]
+Compressed = Callable[..., Path]
+
+
+def run_python(code: str, *arguments: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, check=False, env=environment or None
+    )
+
+
+# What opens ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", ["factored", "pivoted"])
+def test_stock_auto_classes_open_it_after_one_import(layout: str, compressed: Compressed) -> None:
+    out = compressed("llama", layout)
+    model, info = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
+    assert not any(info.values())
+    assert torch.equal(zoo.answer("llama", model), zoo.answer("llama", svdcli.load(out)))
+    assert AutoModel.from_pretrained(out).layers[0].mlp.up_proj.rank > 0
+
+
+@pytest.mark.parametrize("layout", ["factored", "pivoted"])
+def test_bfloat16_in_shards_with_a_rank_for_each_layer(layout: str, tmp_path: Path) -> None:
+    source = zoo.save("llama-tied", tmp_path / "model", torch.bfloat16, max_shard_size="60KB")
+    recipe = svdcli.Recipe("keep", 0.5, allocate="global", floor=0.2, layout=layout, max_shard_size=50_000)
+    outcome = svdcli.compress(source, tmp_path / "out", recipe)
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1
+    model = svdcli.load(tmp_path / "out")
+    ranks = {f"{name}.weight": m.rank for name, m in model.named_modules() if isinstance(m, LOW_RANK)}
+    assert ranks == {layer.tensor.name: layer.rank for layer in outcome.plan.factored}
+    assert len(set(ranks.values())) > 1
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+@pytest.mark.parametrize(
+    ("layout", "kind", "head"), [("factored", LowRankEmbedding, LowRankLinear), ("pivoted", PivotedEmbedding, PivotedLinear)]
+)
+@pytest.mark.parametrize(("family", "name"), [("llama-tied", "model.embed_tokens"), ("marian", "model.shared"), ("t5", "shared")])
+def test_a_factored_embedding_stays_tied_to_the_head(
+    family: str, name: str, layout: str, kind: type, head: type, written: Written, tmp_path: Path
+) -> None:
+    svdcli.compress(written(family), tmp_path / "out", svdcli.Recipe("rank", 12, layout=layout, include=(name, "*")))
+    model = svdcli.load(tmp_path / "out")
+    table, out = model.get_input_embeddings(), model.get_output_embeddings()
+    assert isinstance(table, kind)
+    assert isinstance(out, head)
+    assert out.svd_up.weight is table.svd_up.weight
+    assert out.svd_down.weight is table.svd_down.weight
+    dense = svdcli.load(svdcli.expand(tmp_path / "out", tmp_path / "dense"))
+    assert torch.allclose(zoo.answer(family, model), zoo.answer(family, dense), atol=2e-5, rtol=2e-5)
+    model.save_pretrained(tmp_path / "again")
+    assert torch.equal(zoo.answer(family, model), zoo.answer(family, svdcli.load(tmp_path / "again")))
+
+
+def test_device_map_and_dtype_reach_from_pretrained(compressed: Compressed) -> None:
+    model = svdcli.load(compressed("llama"), device_map={"": "cpu"}, dtype=torch.float64)
+    assert {p.dtype for p in model.parameters()} == {torch.float64}
+
+
+@pytest.mark.parametrize("layout", ["factored", "pivoted"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert", "t5"])
+def test_compiles_as_one_graph(family: str, layout: str, compressed: Compressed) -> None:
+    model = svdcli.load(compressed(family, layout))
+    expected = zoo.answer(family, model)
+    model.forward = torch.compile(model.forward, fullgraph=True, backend="eager")
+    assert torch.allclose(zoo.answer(family, model), expected, atol=1e-5)
+
+
+def test_dequantize_is_there_for_those_who_ask(compressed: Compressed) -> None:
+    out = compressed("llama", "pivoted")
+    config = AutoConfig.from_pretrained(out)
+    config.quantization_config["dequantize"] = True
+    dense = AutoModelForCausalLM.from_pretrained(out, config=config)
+    assert not any(isinstance(module, LOW_RANK) for module in dense.modules())
+    model = svdcli.load(out)
+    assert torch.allclose(zoo.answer("llama", dense), zoo.answer("llama", model), atol=2e-5)
+    assert torch.allclose(zoo.answer("llama", model.dequantize()), zoo.answer("llama", dense), atol=2e-5)
+
+
+def test_experts_in_one_stack_are_multiplied_out_and_it_says_so(compressed: Compressed, caplog: pytest.LogCaptureFixture) -> None:
+    import transformers
+
+    transformers.utils.logging.enable_propagation()
+    try:
+        model = svdcli.load(compressed("mixtral"))
+    finally:
+        transformers.utils.logging.disable_propagation()
+    assert "multiplied out" in caplog.text
+    assert isinstance(model.model.layers[0].mlp.experts.gate_up_proj, nn.Parameter)
+    assert isinstance(model.model.layers[0].self_attn.q_proj, LowRankLinear)
+
+
+def test_a_dense_model_opens_too(written: Written) -> None:
+    assert not any(isinstance(module, LOW_RANK) for module in svdcli.load(written("bert")).modules())
+
+
+# Into a module of one's own ------------------------------------------------------------------------------------------
+
+
+def mlp() -> nn.Module:
+    return nn.Sequential(nn.Linear(40, 48), nn.ReLU(), nn.Linear(48, 40, bias=False))
+
+
+def write_mlp(path: Path) -> Path:
+    save_file({"0.weight": weight(48, 40, 1), "0.bias": torch.linspace(-1, 1, 48), "2.weight": weight(40, 48, 2)}, path)
+    return path
+
+
+@pytest.mark.parametrize("layout", ["factored", "pivoted", "dense"])
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_file_loads_into_a_module(layout: str, device: str, tmp_path: Path) -> None:
+    svdcli.compress(write_mlp(tmp_path / "m.safetensors"), tmp_path / "o.safetensors", svdcli.Recipe("rank", 8, layout=layout))
+    with torch.device(device):
+        model = svdcli.load(tmp_path / "o.safetensors", into=mlp())
+    dense = mlp()
+    dense.load_state_dict(load_file(svdcli.expand(tmp_path / "o.safetensors", tmp_path / "d.safetensors")))
+    x = weight(5, 40, 7)
+    assert torch.allclose(model(x), dense(x), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("model", "says"),
+    [
+        (nn.Sequential(nn.Linear(40, 48), nn.ReLU()), "the module has no 2"),
+        (nn.Sequential(nn.Linear(40, 49), nn.ReLU(), nn.Linear(49, 40, bias=False)), "0 is [48, 40]"),
+        (nn.Sequential(nn.Linear(40, 48), nn.ReLU(), nn.Linear(48, 40)), "lacks 2.bias"),
+        (
+            nn.Sequential(nn.Linear(40, 48, bias=False), nn.ReLU(), nn.Linear(48, 40, bias=False)),
+            "holds, and the module does not, 0.bias",
+        ),
+        (nn.Sequential(nn.Linear(40, 48), nn.ReLU(), nn.Conv1d(40, 48, 1)), "cannot hold factors"),
+    ],
+    ids=["no module", "shape", "lacks", "more", "kind"],
+)
+def test_a_module_that_does_not_fit_is_refused(model: nn.Module, says: str, tmp_path: Path) -> None:
+    svdcli.compress(write_mlp(tmp_path / "m.safetensors"), tmp_path / "o.safetensors", svdcli.Recipe("rank", 8))
+    with pytest.raises(SvdcliError) as error:
+        svdcli.load(tmp_path / "o.safetensors", into=model)
+    assert says in str(error.value)
+
+
+def test_a_file_without_a_module_asks_for_one(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="into=module"):
+        svdcli.load(write_mlp(tmp_path / "m.safetensors"))
+
+
+# Without the plugin --------------------------------------------------------------------------------------------------
+
+STOCK = "import sys; from transformers import AutoModelForCausalLM as A; A.from_pretrained(sys.argv[1])"
+
+
+@pytest.mark.parametrize("layout", ["factored", "pivoted"])
+def test_without_the_plugin_it_fails_loudly(layout: str, compressed: Compressed) -> None:
+    done = run_python(STOCK, compressed("llama", layout))
+    assert done.returncode != 0
+    assert "svdcli" in done.stderr
+
+
+SELF_CONTAINED = """
+import sys, torch
+from transformers import AutoModelForCausalLM, AutoModel
+sys.modules["svdcli"] = None  # not installed
+for folder in sys.argv[1:]:
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    base = AutoModel.from_pretrained(folder, trust_remote_code=True)
+    assert type(base).__name__ == "LlamaModel", type(base)
+    torch.save(model(torch.arange(12)[None]).logits, f"{folder}-logits.pt")
+    model.save_pretrained(f"{folder}-again")
+"""
+
+
+def test_self_contained_opens_where_svdcli_is_not_installed(written: Written, tmp_path: Path) -> None:
+    outs = [tmp_path / "factored", tmp_path / "pivoted"]
+    for out in outs:
+        svdcli.compress(written("llama"), out, svdcli.Recipe("keep", 0.6, layout=out.name, self_contained=True))
+    done = run_python(SELF_CONTAINED, *outs, HF_HOME=str(tmp_path / "cache"), HF_HUB_OFFLINE="1")
+    assert done.returncode == 0, done.stderr
+    for out in outs:
+        expected = svdcli.load(out)(torch.arange(12)[None]).logits
+        assert torch.equal(torch.load(f"{out}-logits.pt"), expected)
+        assert torch.equal(svdcli.load(f"{out}-again")(torch.arange(12)[None]).logits, expected)
+        assert svdcli.verify(out, written("llama")).ok
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"auto_map": {"AutoModel": "x.Y"}}, "brings its own code"),
+        ({"model_type": None, "architectures": None}, "config.json of transformers"),
+    ],
+)
+def test_self_contained_refuses_what_it_cannot_serve(
+    change: dict[str, object], says: str, written: Written, tmp_path: Path
+) -> None:
+    source = shutil.copytree(written("llama"), tmp_path / "model")
+    config = json.loads((source / "config.json").read_text()) | change
+    (source / "config.json").write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
+    with pytest.raises(UsageError, match=says):
+        svdcli.compress(source, tmp_path / "out", svdcli.Recipe("keep", 0.6, self_contained=True))
+
+
+# What must not open --------------------------------------------------------------------------------------------------
+
+
+def edit_config(out: Path, **changes: object) -> None:
+    config = json.loads((out / "config.json").read_text())
+    config["quantization_config"] |= changes
+    (out / "config.json").write_text(json.dumps(config))
+
+
+def edit_tensors(out: Path, change: Callable[[dict[str, torch.Tensor]], object], *, forget: bool) -> None:
+    """Rewrite the weights; with forget as a model that transformers saved, which has no record of svdcli."""
+    path = out / "model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, {"format": "pt"})
+    if forget:
+        (out / "svdcli.json").unlink()
+
+
+UP = "model.layers.1.mlp.up_proj.svd_up.weight"
+DOWN = "model.layers.1.mlp.up_proj.svd_down.weight"
+CHANGES: dict[str, Callable[[dict[str, torch.Tensor]], object]] = {
+    "a missing factor": lambda tensors: tensors.pop(UP),
+    "another rank in one factor": lambda tensors: tensors.update({UP: tensors[UP][:, :-1].contiguous()}),
+    "another rank in both": lambda tensors: tensors.update(
+        {UP: tensors[UP][:, :4].contiguous(), DOWN: tensors[DOWN][:4].contiguous()}
+    ),
+    "another shape": lambda tensors: tensors.update({UP: tensors[UP][:-1].contiguous()}),
+    "a layer that no module takes": lambda tensors: tensors.update(
+        {UP.replace("layers.1", "layers.7"): tensors[UP].clone(), DOWN.replace("layers.1", "layers.7"): tensors[DOWN].clone()}
+    ),
+    "a missing tensor": lambda tensors: tensors.pop("model.norm.weight"),
+    "a tensor too many": lambda tensors: tensors.update({"model.layers.0.extra.weight": torch.ones(3)}),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_an_edited_directory_is_refused(change: str, compressed: Compressed, tmp_path: Path) -> None:
+    out = shutil.copytree(compressed("llama"), tmp_path / "out")
+    edit_tensors(out, CHANGES[change], forget=False)
+    with pytest.raises(BadCheckpointError):
+        svdcli.load(out)
+
+
+@pytest.mark.parametrize("change", [name for name in CHANGES if name != "another rank in both"])
+def test_so_is_one_that_lost_its_record(change: str, compressed: Compressed, tmp_path: Path) -> None:
+    out = shutil.copytree(compressed("llama"), tmp_path / "out")
+    edit_tensors(out, CHANGES[change], forget=True)
+    with pytest.raises(SvdcliError) as error:
+        svdcli.load(out)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "change", ["a missing factor", "another rank in one factor", "another shape", "a layer that no module takes"]
+)
+def test_stock_classes_refuse_it_as_well(change: str, compressed: Compressed, tmp_path: Path) -> None:
+    out = shutil.copytree(compressed("llama"), tmp_path / "out")
+    edit_tensors(out, CHANGES[change], forget=True)
+    with pytest.raises(ValueError, match=r"layers\.[17]\.mlp"):
+        AutoModelForCausalLM.from_pretrained(out)
+
+
+def test_a_newer_format_asks_for_an_upgrade(compressed: Compressed, tmp_path: Path) -> None:
+    out = shutil.copytree(compressed("llama"), tmp_path / "out")
+    edit_config(out, format=2)
+    with pytest.raises(BadCheckpointError, match="upgrade svdcli"):
+        svdcli.load(out)
+    with pytest.raises(ValueError, match="upgrade svdcli"):
+        AutoModelForCausalLM.from_pretrained(out)
+
+
+def test_a_config_that_lost_its_quantization_is_refused(compressed: Compressed, tmp_path: Path) -> None:
+    out = shutil.copytree(compressed("llama"), tmp_path / "out")
+    config = json.loads((out / "config.json").read_text())
+    del config["quantization_config"]
+    (out / "config.json").write_text(json.dumps(config))
+    with pytest.raises(BadCheckpointError, match="lost its quantization_config"):
+        svdcli.load(out)
+
+
+@pytest.mark.parametrize("architecture", ["GPT2LMHeadModel", "NoSuchModel"])
+def test_another_architecture_is_refused(architecture: str, compressed: Compressed, tmp_path: Path) -> None:
+    out = shutil.copytree(compressed("llama"), tmp_path / "out")
+    config = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps(config | {"architectures": [architecture]}))
+    with pytest.raises(SvdcliError):
+        svdcli.load(out)
+
+
+def test_a_class_without_the_module_is_refused(compressed: Compressed, tmp_path: Path) -> None:
+    """Fewer layers in config.json: the factors of the others have nowhere to go."""
+    out = shutil.copytree(compressed("llama"), tmp_path / "out")
+    config = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 1}))
+    with pytest.raises(SvdcliError, match=r"no module 'model\.layers\.1"):
+        svdcli.load(out)
+    with pytest.raises(ValueError, match=r"no module 'model\.layers\.1"):
+        AutoModelForCausalLM.from_pretrained(out)
