@@ -59,6 +59,10 @@ LayersFrom = Annotated[
 ]
 Device = Annotated[str, typer.Option("--device", help="cpu, cuda, mps or auto.")]
 Threads = Annotated[int | None, typer.Option("--threads", help="Threads for the mathematics.")]
+Text = Annotated[
+    str | None, typer.Option("--text", help="Text to read: a file, a folder of files, or - for standard input.", metavar="PATH")
+]
+SeqLen = Annotated[int | None, typer.Option("--seq-len", help="Tokens in a window; by default 2048 or what the model takes.")]
 
 _SIZES = {
     "": 1,
@@ -344,6 +348,65 @@ def verify(
     if not found.ok:
         bad = next(check for check in found.checks if not check.ok)
         raise SvdcliError(f"{output} does not verify: {bad.check}, {bad.subject} ({bad.detail})", "write the output again")
+
+
+@app.command("eval", epilog="Example: svdcli eval my-llm-svd --against my-llm --text held-out.txt --prompt 'def '")
+def eval_(
+    output: Annotated[str, typer.Argument(help="What compress wrote, or any model directory.", metavar="OUT")],
+    against: Annotated[
+        str | None, typer.Option("--against", help="The original: adds excess loss, KL divergence, agreement.", metavar="MODEL")
+    ] = None,
+    text: Text = None,
+    stdlib: Annotated[
+        bool, typer.Option("--stdlib", help="Held-out modules of Python's standard library, in place of --text.")
+    ] = False,
+    samples: Annotated[int, typer.Option("--samples", help="Windows of text, or sentences, spread evenly over it.")] = 128,
+    seq_len: SeqLen = None,
+    prompt: Annotated[
+        list[str] | None, typer.Option("--prompt", help="Print both continuations of this, side by side. Repeatable.")
+    ] = None,
+    new_tokens: Annotated[int, typer.Option("--new-tokens", help="Length of the continuations.")] = 48,
+    dtype: Annotated[
+        str | None, typer.Option("--dtype", help="Compute in this; by default float32 for small models on a CPU, else as stored.")
+    ] = None,
+    device: Device = "auto",
+    threads: Threads = None,
+    json_: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Measure a compressed model on text: perplexity with its error, and the distance from the original.
+
+    Encoders are compared by the cosine similarity of their sentence embeddings.
+    """
+    from svdcli import render
+    from svdcli.files.texts import read_texts
+
+    texts = read_texts(text, stdlib=stdlib, held_out=True) if text or stdlib or not prompt else None
+    for name, value in (("--samples", samples), ("--new-tokens", new_tokens)):
+        if value < 1:
+            raise UsageError(f"{name} {value} is not a whole number above 0", "give at least 1")
+    computed_in = parse_dtype(dtype)
+    where = _compute(device, threads).start()
+    from svdcli.files.bytes_of import TORCH_DTYPES
+    from svdcli.models.evaluate import evaluate
+
+    with render.progress_on(sys.stderr, quiet=quiet) as progress:
+        found = evaluate(
+            output,
+            texts,
+            against=against,
+            seq_len=seq_len,
+            samples=samples,
+            prompts=prompt or (),
+            new_tokens=new_tokens,
+            device=where,
+            dtype=None if computed_in is None else TORCH_DTYPES[computed_in],
+            progress=progress,
+        )
+    if json_:
+        render.print_json(found.to_json(), sys.stdout)
+    elif not quiet:
+        render.print_evaluation(found, sys.stdout)
 
 
 # Between argv and values ---------------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from svdcli.progress import Progress, silent
 
 if TYPE_CHECKING:
     from svdcli.files.report import LayerRow, Report, Total
+    from svdcli.models.evaluate import Continuation, Evaluation, Mean
     from svdcli.survey import Inspection, InspectRow, Spectrum, Verification
 
 _PIPE_WIDTH = 160
@@ -177,6 +178,13 @@ def _print_totals(report: Report, console: Console, *, grouped: bool) -> None:
     lines += [("skipped", line) for line in _reasons([(item["name"], item["reason"]) for item in report.skipped])]
     lines += [("left out", f"{name}: {reason}") for name, reason in report.left_out.items()]
     lines += [("note", note) for note in report.notes]
+    _print_grid(lines, console)
+
+
+def _print_grid(lines: Sequence[tuple[str, str]], console: Console) -> None:
+    """Titles and what belongs to them; a title that repeats is printed once."""
+    if not lines:
+        return
     console.print()
     grid = Table.grid(padding=(0, 2))
     grid.add_column(style="bold", no_wrap=True)
@@ -289,6 +297,53 @@ def print_verification(verification: Verification, stream: TextIO) -> None:
         )
         for check in bad:
             console.print(f"        {check.subject}: {check.detail}")
+
+
+# eval ----------------------------------------------------------------------------------------------------------------
+
+
+def print_evaluation(found: Evaluation, stream: TextIO) -> None:
+    console = console_for(stream)
+    if found.text:
+        console.print(f"{found.text}: {found.tokens} of {found.text_tokens} tokens, computed in {found.computed_in}\n")
+    if found.compressed is not None:
+        table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1), show_edge=False)
+        table.add_column("Model", overflow="fold")
+        for title in ("Perplexity", "Loss, nats a token", "Bits a byte"):
+            table.add_column(title, justify="right", no_wrap=True)
+        for scores in filter(None, (found.original, found.compressed)):
+            cells = (_plus_minus(scores.perplexity), _plus_minus(scores.loss), f"{scores.bits_per_byte:.4f}")
+            table.add_row(Text(printable(scores.path)), *cells)
+        console.print(table)
+    lines = []
+    if found.drift is not None:
+        drift = found.drift
+        lines += [("excess loss", f"{_plus_minus(drift.excess_loss)} nats a token")]
+        lines += [("KL divergence", f"{_plus_minus(drift.kl)} nats a token, from the original")]
+        lines += [("same next token", f"{100 * drift.top1.value:.1f} ± {100 * drift.top1.error:.1f} %")]
+    if found.similarity is not None:
+        similarity = found.similarity
+        lines += [("cosine similarity", f"mean {similarity.mean:.4f}, 5th percentile {similarity.percentile_5:.4f}")]
+        lines += [("", f"minimum {similarity.minimum:.4f}, over {similarity.sentences} sentences")]
+    _print_grid(lines, console)
+    for spoken in found.continuations:
+        _print_continuation(spoken, console)
+
+
+def _plus_minus(mean: Mean) -> str:
+    digits = 2 if mean.value >= 100 else 4 if mean.value < 10 else 3
+    return f"{mean.value:.{digits}f} ± {mean.error:.{digits}f}"
+
+
+def _print_continuation(spoken: Continuation, console: Console) -> None:
+    console.print(f"\n{printable(spoken.prompt)}", style="bold")
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1), show_edge=False, expand=True)
+    sides = [("Original", spoken.original), ("Compressed", spoken.compressed)]
+    texts = [(title, text) for title, text in sides if text is not None]
+    for title, _ in texts:
+        table.add_column(title, ratio=1, overflow="fold")
+    table.add_row(*(Text("\n".join(map(printable, text.split("\n")))) for _, text in texts))
+    console.print(table)
 
 
 # Machines ------------------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from svdcli.errors import BadCheckpointError, SvdcliError, UsageError
@@ -14,6 +15,7 @@ from svdcli.models.modules import low_rank_like
 from svdcli.plan.recipe import FORMAT, LayerPlan
 
 METHOD = "svdcli"
+_SMALL = 4 * 10**9
 
 
 def load(path: str | Path, *, into: nn.Module | None = None, **options: Any) -> nn.Module:
@@ -37,6 +39,24 @@ def load(path: str | Path, *, into: nn.Module | None = None, **options: Any) -> 
                 f"{checkpoint.shown} has no config.json that names a model", "give the module: load(path, into=module)"
             )
         return _load_transformers(checkpoint, options)
+
+
+def load_quietly(path: str | Path, device: torch.device, dtype: torch.dtype | None = None) -> Any:
+    """A transformers model for svdcli's own commands, on its device and without the library's progress bars.
+
+    Without dtype: float32 on a CPU for models of up to 4 GB (many CPUs are an order slower in 16 bits), else as stored.
+    """
+    with open_checkpoint(path) as checkpoint:
+        small = sum(checkpoint.files.values()) <= _SMALL
+    if dtype is None and device.type == "cpu" and small:
+        dtype = torch.float32
+    logging = _transformers().utils.logging
+    logging.disable_progress_bar()
+    try:
+        model = load(path, dtype=dtype or "auto")
+    finally:
+        logging.enable_progress_bar()
+    return model.to(device).eval()
 
 
 def _check(checkpoint: Checkpoint) -> None:
@@ -79,13 +99,18 @@ def _load_transformers(checkpoint: Checkpoint, options: dict[str, Any]) -> nn.Mo
     return result
 
 
-def _model_class(checkpoint: Checkpoint, options: dict[str, Any]) -> Any:
+def _transformers() -> Any:
     try:
         import transformers
 
         import svdcli.models.hf  # noqa: F401
     except ImportError as error:
         raise SvdcliError("opening a model needs transformers 5.12 or later", "pip install 'svdcli[transformers]'") from error
+    return transformers
+
+
+def _model_class(checkpoint: Checkpoint, options: dict[str, Any]) -> Any:
+    transformers = _transformers()
     names = (checkpoint.config or {}).get("architectures") or ["AutoModel"]
     found = getattr(transformers, str(names[0]), None)
     if found is not None:

@@ -1,0 +1,67 @@
+"""Text to calibrate and to evaluate on: a file, a folder, standard input, or the standard library's source."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from svdcli.errors import SvdcliError, UsageError
+from svdcli.files.checkpoint import STANDARD
+from svdcli.files.stdlib_text import stdlib_modules
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Documents with the name that a person gave them. digest is the SHA-256 of all of them, in order."""
+
+    name: str
+    documents: tuple[str, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(len(document.encode()) for document in self.documents)
+
+    @property
+    def digest(self) -> str:
+        whole = hashlib.sha256()
+        for document in self.documents:
+            whole.update(document.encode() + b"\0")
+        return whole.hexdigest()
+
+
+def read_texts(path: str | None, *, stdlib: bool, held_out: bool) -> Texts:
+    """The text of `--text PATH` (a file, a folder of files, `-`) or of `--stdlib`, its held-out half or the other.
+
+    Files of a folder that are not UTF-8 are passed over. Raises UsageError where both or neither are given, SvdcliError
+    where there is no text.
+    """
+    if (path is None) != stdlib:
+        raise UsageError("give --text FILE or --stdlib, one of them", "--text takes a file, a folder or -")
+    if path is None:
+        half = "held-out modules" if held_out else "modules that are not held out"
+        found = Texts(f"standard library, {half}", tuple(text for _, text in stdlib_modules(held_out=held_out)))
+    elif path == STANDARD:
+        found = Texts("standard input", (sys.stdin.buffer.read().decode("utf-8"),))
+    elif Path(path).is_dir():
+        found = Texts(path, tuple(_documents(Path(path))))
+    elif Path(path).exists():
+        found = Texts(path, (Path(path).read_text(encoding="utf-8"),))
+    else:
+        raise SvdcliError(f"{path} does not exist", "check the path of --text")
+    if not any(document.strip() for document in found.documents):
+        raise SvdcliError(f"{found.name} holds no text", "give another --text")
+    return found
+
+
+def _documents(folder: Path) -> list[str]:
+    texts = []
+    for file in sorted(folder.rglob("*")):
+        hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
+        if file.is_file() and not hidden:
+            try:
+                texts.append(file.read_text(encoding="utf-8"))
+            except UnicodeDecodeError:
+                continue
+    return texts
