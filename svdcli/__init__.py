@@ -10,6 +10,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from svdcli.engine import Compute
     from svdcli.errors import SvdcliError
+    from svdcli.models.export import export_onnx
     from svdcli.models.load import load
     from svdcli.pipeline import compress, expand
     from svdcli.plan.recipe import Plan, Recipe
@@ -23,6 +24,7 @@ __all__ = [
     "__version__",
     "compress",
     "expand",
+    "export_onnx",
     "inspect",
     "load",
     "report",
@@ -33,6 +35,7 @@ __all__ = [
 _HOMES = {
     "svdcli.engine": ("Compute",),
     "svdcli.errors": ("SvdcliError",),
+    "svdcli.models.export": ("export_onnx",),
     "svdcli.models.load": ("load",),
     "svdcli.pipeline": ("compress", "expand"),
     "svdcli.plan.recipe": ("Plan", "Recipe"),

@@ -350,7 +350,7 @@ def verify(
         raise SvdcliError(f"{output} does not verify: {bad.check}, {bad.subject} ({bad.detail})", "write the output again")
 
 
-@app.command("eval", epilog="Example: svdcli eval my-llm-svd --against my-llm --text held-out.txt --prompt 'def '")
+@app.command(epilog="Example: svdcli eval my-llm-svd --against my-llm --text held-out.txt --prompt 'def '", name="eval")
 def eval_(
     output: Annotated[str, typer.Argument(help="What compress wrote, or any model directory.", metavar="OUT")],
     against: Annotated[
@@ -407,6 +407,71 @@ def eval_(
         render.print_json(found.to_json(), sys.stdout)
     elif not quiet:
         render.print_evaluation(found, sys.stdout)
+
+
+@app.command(epilog="Example: svdcli export my-llm-svd --onnx my-llm.onnx")
+def export(
+    output: Annotated[str, typer.Argument(help="What compress wrote, or any model directory.", metavar="OUT")],
+    onnx: Annotated[str, typer.Option("--onnx", help="The ONNX file to write; needs svdcli[onnx].", metavar="FILE")],
+    dtype: Annotated[str, typer.Option("--dtype", help="Of weights and outputs: float32 or float16.")] = "float32",
+    force: Force = False,
+    json_: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write a model as ONNX, its factors as two matrix products, and check it against onnxruntime.
+
+    For text encoders, decoders (without a cache) and vision models; batch and sequence lengths are free.
+    """
+    from svdcli import render
+    from svdcli.models.export import export_onnx
+
+    with render.progress_on(sys.stderr, quiet=quiet) as progress:
+        found = export_onnx(output, onnx, dtype=parse_dtype(dtype) or dtype, force=force, progress=progress)
+    if not quiet:
+        _note(f"wrote {found.path}")
+        if found.checked is None:
+            _note("onnxruntime is not installed, so this was not checked; pip install 'svdcli[onnx]'")
+        else:
+            _note(f"onnxruntime gives torch's outputs, up to {found.checked:.0e} of the largest")
+    if json_:
+        render.print_json(found.to_json(), sys.stdout)
+
+
+@app.command(epilog="Example: svdcli bench my-llm-svd --against my-llm --json | jq .ratios.decode.median")
+def bench(
+    output: Annotated[str, typer.Argument(help="What compress wrote, or any model directory.", metavar="OUT")],
+    against: Annotated[str, typer.Option("--against", help="The model to compare with: the original.", metavar="MODEL")],
+    prompt_tokens: Annotated[int, typer.Option("--prompt-tokens", help="Length of the prompt.")] = 128,
+    new_tokens: Annotated[int, typer.Option("--new-tokens", help="Tokens written after it.")] = 32,
+    batch: Annotated[int, typer.Option("--batch", help="Prompts at a time.")] = 1,
+    rounds: Annotated[int, typer.Option("--rounds", help="How often both are measured, after one round to warm up.")] = 5,
+    device: Device = "auto",
+    threads: Threads = None,
+    json_: Json = False,
+    csv_: Annotated[bool, typer.Option("--csv", help="Print CSV on standard output, a line a measure.")] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Measure speed and memory of a compressed model beside its original: tokens/s, time to load, peak memory, file size.
+
+    Each is in a process of its own, and they take turns.
+    """
+    from svdcli import render
+    from svdcli.models import speed
+
+    with render.progress_on(sys.stderr, quiet=quiet) as progress:
+        found = speed.bench(
+            output,
+            against,
+            prompt_tokens=prompt_tokens,
+            new_tokens=new_tokens,
+            batch=batch,
+            rounds=rounds,
+            device=device,
+            threads=threads,
+            progress=progress,
+        )
+    if _machine(found.to_json(), [asdict(row) for row in found.measures], json_, csv_, sys.stdout) and not quiet:
+        render.print_bench(found, sys.stdout)
 
 
 # Between argv and values ---------------------------------------------------------------------------------------------

@@ -18,13 +18,15 @@ from torch import Tensor
 from svdcli.errors import SvdcliError, UsageError
 from svdcli.files.bytes_of import TORCH_DTYPES, bytes_of
 from svdcli.files.checkpoint import Checkpoint
+from svdcli.files.moments import LayerMoments, Moments
 from svdcli.files.record import Result
 from svdcli.files.workspace import Workspace
 from svdcli.files.writer import Unit, WeightWriter, checksum_at, chunks_at
-from svdcli.linalg.solvers import SOLVERS, Factors, squared_norm, squared_singular_values
+from svdcli.linalg.solvers import SOLVERS, Factors, squared_norm, squared_singular_values, transposed
 from svdcli.linalg.storage import dense_rows, residual_energy, to_stored
+from svdcli.linalg.whitening import Metric, refit_bias, weighted, weighted_energies, weighted_error
 from svdcli.plan.decide import Measured
-from svdcli.plan.recipe import LayerPlan
+from svdcli.plan.recipe import WEIGHTED, LayerPlan, Recipe
 from svdcli.plan.tensors import FACTORED_DTYPES, TensorInfo
 from svdcli.progress import Progress
 
@@ -98,12 +100,61 @@ def spread(work: Callable[[Item], Answer], items: Iterable[Item], device: torch.
         pool.shutdown(wait=True, cancel_futures=True)
 
 
+@dataclass(frozen=True)
+class Calibration:
+    """The moments that a recipe counts with, and how much of them."""
+
+    moments: Moments
+    metric: str
+
+    def kind(self, name: str) -> str:
+        """The metric of one layer: "" where the moments say nothing of it."""
+        known = self.moments.kind(name)
+        if self.moments.provenance.gradients and known == "inputs" and self.metric != "inputs":
+            return ""  # no gradient reached it, so nothing compares it with the others
+        if self.metric == "diagonal" and known == "full":
+            return "diagonal"
+        return known if self.metric in ("auto", "full", "diagonal") or not known else "inputs"
+
+    def of(self, layer: LayerPlan) -> LayerMoments | None:
+        """The moments of one planned layer, cut to its metric."""
+        return self.cut(layer.tensor.name, layer.metric) if layer.metric else None
+
+    def cut(self, name: str, kind: str) -> LayerMoments:
+        found = self.moments.of(name)
+        if found is None:
+            raise SvdcliError(f"the calibration lacks {name}, which the plan needs", "give the calibration it was made with")
+        outputs = None if kind == "inputs" else found.outputs
+        if kind == "diagonal" and outputs is not None and outputs.ndim == 2:
+            outputs = outputs.diagonal().contiguous()
+        return LayerMoments(found.inputs, found.mean, outputs, found.transposed)
+
+
+def check_metric(recipe: Recipe, moments: Moments) -> None:
+    """Raises UsageError where the recipe asks for gradients that the calibration did not measure."""
+    if recipe.metric in ("diagonal", "full") and not moments.provenance.gradients:
+        raise UsageError(
+            f"--metric {recipe.metric} needs gradients, which the calibration left out", "calibrate with --gradients"
+        )
+
+
+def _metric(moments: LayerMoments, device: torch.device, *, centred: bool) -> Metric:
+    """In float64 on a device that has it. A bias that follows the mean leaves only what varies around it."""
+    inputs = moments.inputs.to(device, torch.float64)
+    if centred:
+        mean = moments.mean.to(device, torch.float64)
+        inputs = inputs - torch.outer(mean, mean)
+    return Metric(inputs, None if moments.outputs is None else moments.outputs.to(device))
+
+
 class LayerFailedError(Exception):
     """Every solver failed on a layer; str() says how each did."""
 
 
-def measure_layer(w: Tensor, *, spectra: bool, device: torch.device) -> Measured:
-    """Is the weight finite, and, where asked, what are its squared singular values.
+def measure_layer(
+    w: Tensor, *, spectra: bool, device: torch.device, moments: LayerMoments | None = None, centred: bool = False
+) -> Measured:
+    """Is the weight finite, and, where asked, what are its squared singular values, in the metric of its moments if any.
 
     Weights of 16 bits are measured through a float32 Gram matrix, whose noise is below their own rounding; others in float64.
     """
@@ -112,6 +163,11 @@ def measure_layer(w: Tensor, *, spectra: bool, device: torch.device) -> Measured
         return Measured(finite=False)
     if not spectra:
         return Measured(finite=True)
+    if moments is not None:
+        where = torch.device("cpu") if device.type == "mps" else device
+        matrix = (w.T if moments.transposed else w).to(where)
+        weighed = weighted_energies(matrix, _metric(moments, where, centred=centred))
+        return Measured(finite=True, energies=tuple(weighed.tolist()))
     work = w.to(device, _work_dtype(device, torch.float64 if w.dtype in (torch.float32, torch.float64) else torch.float32))
     exponent = math.frexp(largest)[1]
     # A power of two keeps every bit, and squares of very large or small weights inside the dtype's range.
@@ -128,8 +184,9 @@ def measure(
     device: torch.device,
     workspace: Workspace | None,
     progress: Progress,
+    calibration: Calibration | None = None,
 ) -> dict[str, Measured]:
-    """Measure every layer that the journal does not have yet."""
+    """Measure every layer that the journal does not have yet; with a calibration, in its metric."""
     known = workspace.measured if workspace is not None else {}
     share = 0.3 if spectra else 0.0
     total, done = math.fsum(guess_seconds(tensor, share=share) for tensor in tensors), 0.0
@@ -138,20 +195,38 @@ def measure(
     def look(tensor: TensorInfo) -> tuple[TensorInfo, dict[str, Any]]:
         line = known.get(tensor.name)
         if line is None or (spectra and line["energies"] is None and line["finite"]):
-            layer = measure_layer(checkpoint.read_tensor(tensor.name), spectra=spectra, device=device)
-            line = {"measured": tensor.name, "finite": layer.finite, "energies": layer.energies}
+            kind = "" if calibration is None else calibration.kind(tensor.name)
+            moments = calibration.cut(tensor.name, kind) if calibration is not None and kind else None
+            bias = bias_of(checkpoint, tensor, moments)
+            w = checkpoint.read_tensor(tensor.name)
+            layer = measure_layer(w, spectra=spectra, device=device, moments=moments, centred=bias is not None)
+            line = {"measured": tensor.name, "finite": layer.finite, "energies": layer.energies, "metric": kind}
+            line["refit"] = bias is not None
             if workspace is not None:
                 workspace.note(line)
         return tensor, line
 
     for tensor, line in spread(look, tensors, device):
-        found[tensor.name] = Measured(line["finite"], None if line["energies"] is None else tuple(line["energies"]))
+        energies = None if line["energies"] is None else tuple(line["energies"])
+        bias = checkpoint.tensors[f"{tensor.module}.bias"].info if line["refit"] else None
+        found[tensor.name] = Measured(line["finite"], energies, line["metric"], bias)
         done += guess_seconds(tensor, share=share)
         progress("measure", tensor.name, done, total)
     return {tensor.name: found[tensor.name] for tensor in tensors}
 
 
-def solve_layer(w: Tensor, layer: LayerPlan, seed: int, device: torch.device) -> tuple[tuple[Tensor, ...], Result]:
+def bias_of(checkpoint: Checkpoint, tensor: TensorInfo, moments: LayerMoments | None) -> TensorInfo | None:
+    """The bias that can be refitted when this weight is truncated; None where there is none, or nothing is known of the mean."""
+    ref = checkpoint.tensors.get(f"{tensor.module}.bias")
+    if moments is None or ref is None or ref.info.dtype not in FACTORED_DTYPES:
+        return None
+    outputs = tensor.shape[1 if moments.transposed else 0]
+    return ref.info if ref.info.shape == (outputs,) else None
+
+
+def solve_layer(
+    w: Tensor, layer: LayerPlan, seed: int, device: torch.device, moments: LayerMoments | None = None
+) -> tuple[tuple[Tensor, ...], Result]:
     """The stored tensors of one layer and the exact error of what they stand for.
 
     A solver that does not converge, or whose result is worse than its spectrum promised, gives way to the next of
@@ -164,20 +239,62 @@ def solve_layer(w: Tensor, layer: LayerPlan, seed: int, device: torch.device) ->
         work = w.to(device, dtype)
         label = solver if dtype == _attempts(layer, device)[0][1] else f"{solver} {str(dtype).removeprefix('torch.')}"
         try:
-            factors = SOLVERS[solver](work, layer.rank, seed)
+            factors = _factor(work, layer, solver, seed, moments)
             stored = tuple(t.cpu() for t in to_stored(factors, layer.layout, TORCH_DTYPES[layer.stored_dtype]))
         except _NoConvergence:
             fell_back.append(f"{label}: no convergence")
             continue
         total = squared_norm(work)
         error = residual_energy(work, tuple(t.to(device) for t in stored), layer.layout)
-        problem = _problem(layer, solver, dtype, factors, error, total)
+        if solver == WEIGHTED and moments is not None:
+            problem = _weighted_problem(work, stored, layer, factors, moments)
+        else:
+            problem = _problem(layer, solver, dtype, factors, error, total)
         if problem:
             fell_back.append(f"{label}: {problem}")
             continue
         relative = math.sqrt(max(0.0, error) / total) if total > 0 else 0.0
         return stored, Result(relative, label, tuple(fell_back))
     raise LayerFailedError(", ".join(fell_back))
+
+
+def _factor(work: Tensor, layer: LayerPlan, solver: str, seed: int, moments: LayerMoments | None) -> Factors:
+    rank = int(layer.rank or 0)
+    if solver != WEIGHTED or moments is None:
+        return SOLVERS[solver](work, rank, seed)
+    metric = _metric(moments, work.device, centred=layer.bias is not None)
+    return transposed(weighted(work.T, rank, metric)) if moments.transposed else weighted(work, rank, metric)
+
+
+def _dense(stored: tuple[Tensor, ...], layer: LayerPlan, moments: LayerMoments, device: torch.device) -> Tensor:
+    """What the stored factors stand for, (out, in) in float64."""
+    dense = dense_rows(tuple(part.to(device) for part in stored), layer.layout, torch.float64, slice(None))
+    return dense.T if moments.transposed else dense
+
+
+def _weighted_problem(work: Tensor, stored: tuple[Tensor, ...], layer: LayerPlan, factors: Factors, moments: LayerMoments) -> str:
+    """Does the stored layer's error in the metric keep what the spectrum promised, rounding aside."""
+    w = work.T if moments.transposed else work
+    error = weighted_error(
+        w, _dense(stored, layer, moments, work.device), _metric(moments, work.device, centred=layer.bias is not None)
+    )
+    if not math.isfinite(error):
+        return "not finite"
+    total = factors.tail + float(factors.sigma.square().sum())
+    rounding = FACTORED_DTYPES[layer.stored_dtype] ** 2 * (8 if layer.layout == "factored" else 256)
+    return "missed its spectrum" if error > 1.01 * factors.tail + (rounding + 1e-9) * total else ""
+
+
+def _refitted(
+    checkpoint: Checkpoint, w: Tensor, stored: tuple[Tensor, ...], layer: LayerPlan, moments: LayerMoments | None
+) -> Tensor:
+    """The bias that takes up the mean of what the truncation loses; as it was where a plain solver had to step in."""
+    assert layer.bias is not None
+    bias = checkpoint.read_tensor(layer.bias.name)
+    if moments is None:
+        return bias
+    approx = _dense(stored, layer, moments, torch.device("cpu"))
+    return refit_bias(w.T if moments.transposed else w, approx, moments.mean, bias)
 
 
 def stored_error(original: Checkpoint, compressed: Checkpoint, layer: LayerPlan) -> float:
@@ -192,7 +309,7 @@ def stored_error(original: Checkpoint, compressed: Checkpoint, layer: LayerPlan)
 def _attempts(layer: LayerPlan, device: torch.device) -> list[tuple[str, torch.dtype]]:
     wide = layer.tensor.dtype == "F64" or layer.stored_dtype == "F64"
     first = (layer.solver, _work_dtype(device, torch.float64 if wide else torch.float32))
-    later = _LADDER if layer.solver == "randomized" else _LADDER[1:]
+    later = _LADDER if layer.solver in ("randomized", WEIGHTED) else _LADDER[1:]
     ladder = [(solver, _work_dtype(device, torch.float64 if wide else dtype)) for solver, dtype in later]
     return list(dict.fromkeys([first, *ladder]))
 
@@ -231,6 +348,7 @@ def run_units(
     seed: int,
     device: torch.device,
     progress: Progress,
+    calibration: Calibration | None = None,
 ) -> tuple[dict[str, Result], dict[str, str]]:
     """Do every unit that the journal does not have; (results of factored layers, failed layers with the reasons)."""
     results: dict[str, Result] = {}
@@ -242,7 +360,7 @@ def run_units(
         line = workspace.done.get(unit.name)
         if line is None or not _still_there(unit, line, writer):
             try:
-                line = _do_unit(checkpoint, unit, layers.get(unit.name), writer, seed, device)
+                line = _do_unit(checkpoint, unit, layers.get(unit.name), writer, seed, device, calibration)
             except LayerFailedError as error:
                 return unit, {"failed": str(error)}
             workspace.done[unit.name] = line
@@ -279,12 +397,22 @@ def _places(unit: Unit, writer: WeightWriter) -> dict[str, list[Any]]:
 
 
 def _do_unit(
-    checkpoint: Checkpoint, unit: Unit, layer: LayerPlan | None, writer: WeightWriter, seed: int, device: torch.device
+    checkpoint: Checkpoint,
+    unit: Unit,
+    layer: LayerPlan | None,
+    writer: WeightWriter,
+    seed: int,
+    device: torch.device,
+    calibration: Calibration | None,
 ) -> dict[str, Any]:
     line: dict[str, Any] = {"unit": unit.name}
     chunks: list[Iterator[bytes | bytearray | memoryview]]
     if unit.kind == "factor" and layer is not None:
-        stored, result = solve_layer(checkpoint.read_tensor(unit.name), layer, seed, device)
+        w = checkpoint.read_tensor(unit.name)
+        moments = None if calibration is None else calibration.of(layer)
+        stored, result = solve_layer(w, layer, seed, device, moments)
+        if layer.bias is not None:
+            stored = (*stored, _refitted(checkpoint, w, stored, layer, moments))
         chunks = [iter([bytes_of(tensor)]) for tensor in stored]
         line |= {"error": result.relative_error, "solver": result.solver, "fell_back": list(result.fell_back)}
     elif unit.kind == "expand" and layer is not None:

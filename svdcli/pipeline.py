@@ -31,7 +31,7 @@ from svdcli.progress import Progress, silent
 if TYPE_CHECKING:
     import torch
 
-    from svdcli.engine import Compute
+    from svdcli.engine import Calibration, Compute
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,7 @@ def compress(
     recipe: Recipe | None = None,
     *,
     plan: Plan | None = None,
+    calibration: str | Path | None = None,
     compute: Compute | None = None,
     force: bool = False,
     dry_run: bool = False,
@@ -58,7 +59,8 @@ def compress(
     """Replace the selected layers of `model` by the factors of their truncated SVD and write the result to `out`.
 
     model is a file, a directory or "-"; out defaults to `<stem>.svd.safetensors` or `<name>-svd` beside it and may be "-"
-    for standard output. Exactly one of recipe and plan decides what happens. The output appears whole or not at all; a run
+    for standard output. Exactly one of recipe and plan decides what happens. calibration is a file of `svdcli calibrate`: errors
+    then count by what they do to the layers' outputs, or to the model's loss. The output appears whole or not at all; a run
     that was cut short continues where it stopped when it is called again.
     Raises SvdcliError or a child of it, and OSError where the file system refuses.
     """
@@ -71,14 +73,14 @@ def compress(
     with open_checkpoint(model) as checkpoint:
         _check_source(checkpoint, recipe)
         device = (compute or Compute()).start()
-        choice = _choose(checkpoint, recipe, plan)
+        choice = _choose(checkpoint, recipe, plan, calibration)
         if dry_run:
             name = None if checkpoint.is_directory else _out_path(checkpoint, out, ".svd", "-svd").name
             decided = _decide(checkpoint, choice, name, device, None, progress)
             return Outcome(_predicted(checkpoint, decided, name), decided, None)
         with _destination(checkpoint, out, ".svd", "-svd", force) as target:
             workspace = Workspace(target, is_file=not checkpoint.is_directory)
-            identity = _identity(checkpoint, "compress", recipe_to_json(recipe), plan and plan.to_json())
+            identity = _identity(checkpoint, "compress", recipe_to_json(choice.recipe), plan and plan.to_json())
             with _disk_errors(target), workspace.locked():
                 if workspace.resume(identity, force=force):
                     _compress_into(workspace, checkpoint, choice, device, progress)
@@ -126,6 +128,7 @@ class _Choice:
     selected: tuple[TensorInfo, ...]
     skipped: tuple[Skipped, ...]
     fingerprint: str
+    calibration: Calibration | None = None
 
 
 def _check_source(checkpoint: Checkpoint, recipe: Recipe) -> None:
@@ -145,8 +148,9 @@ def _check_source(checkpoint: Checkpoint, recipe: Recipe) -> None:
         raise UsageError("--max-shard-size is for directories", "leave it out for a single file")
 
 
-def _choose(checkpoint: Checkpoint, recipe: Recipe, plan: Plan | None) -> _Choice:
+def _choose(checkpoint: Checkpoint, recipe: Recipe, plan: Plan | None, calibration: str | Path | None) -> _Choice:
     fingerprint = checkpoint.fingerprint()
+    recipe, found = _calibrated(recipe, calibration, fingerprint, checkpoint.shown)
     if plan is not None:
         plan = rerun(plan, {info.name: info for info in checkpoint.infos}, fingerprint)
         selected, skipped = tuple(layer.tensor for layer in plan.layers), plan.skipped
@@ -156,7 +160,28 @@ def _choose(checkpoint: Checkpoint, recipe: Recipe, plan: Plan | None) -> _Choic
         )
     if not selected:
         raise NothingSelectedError(f"no layer of {checkpoint.shown} is selected{_main_reason(skipped)}", "see `svdcli inspect`")
-    return _Choice(recipe, plan, selected, skipped, fingerprint)
+    return _Choice(recipe, plan, selected, skipped, fingerprint, found)
+
+
+def _calibrated(
+    recipe: Recipe, calibration: str | Path | None, fingerprint: str, shown: str
+) -> tuple[Recipe, Calibration | None]:
+    """The recipe with the digest of its calibration, and the calibration, checked to be of this model."""
+    if calibration is None:
+        if recipe.calibration is not None:
+            raise UsageError("the plan was made with a calibration", "give the same one with --calibration")
+        if recipe.metric != "auto":
+            raise UsageError(f"--metric {recipe.metric} says how a calibration counts", "give --calibration too")
+        return recipe, None
+    from svdcli.engine import Calibration, check_metric
+    from svdcli.files.moments import check_provenance, open_moments
+
+    moments = open_moments(calibration)
+    check_provenance(moments, fingerprint, shown)
+    if recipe.calibration not in (None, moments.digest):
+        raise UsageError(f"{calibration} is not the calibration that the plan was made with", "give the same one")
+    check_metric(recipe, moments)
+    return replace(recipe, calibration=moments.digest), Calibration(moments, recipe.metric)
 
 
 def _main_reason(skipped: Sequence[Skipped]) -> str:
@@ -180,7 +205,15 @@ def _decide(
 
     recipe = choice.recipe
     spectra = choice.plan is None and needs_spectra(recipe)
-    measured = measure(checkpoint, choice.selected, spectra=spectra, device=device, workspace=workspace, progress=progress)
+    measured = measure(
+        checkpoint,
+        choice.selected,
+        spectra=spectra,
+        device=device,
+        workspace=workspace,
+        progress=progress,
+        calibration=choice.calibration,
+    )
     bad = [tensor.name for tensor in choice.selected if not measured[tensor.name].finite]
     if recipe.nonfinite == "error":
         check_finite(bad)
@@ -229,12 +262,12 @@ def _compress_into(
     except SvdcliError:
         workspace.remove()
         raise
-    results, failed = _write(design, plan.factored, workspace, device, choice.recipe.seed, progress)
+    results, failed = _write(design, plan.factored, workspace, device, choice.recipe.seed, progress, choice.calibration)
     if failed:
         plan = plan.with_dense({layer: f"{SOLVERS_FAILED}: {why}" for layer, why in failed.items()})
         design = _design(checkpoint, plan, name)
         workspace.set_aside()
-        results, _ = _write(design, plan.factored, workspace, device, choice.recipe.seed, progress)
+        results, _ = _write(design, plan.factored, workspace, device, choice.recipe.seed, progress, choice.calibration)
     _finish(design, results, workspace, progress)
 
 
@@ -245,6 +278,7 @@ def _write(
     device: torch.device,
     seed: int,
     progress: Progress,
+    calibration: Calibration | None = None,
 ) -> tuple[dict[str, Result], dict[str, str]]:
     """Lay the files out and do every unit: (results, layers on which every solver failed)."""
     from svdcli.engine import run_units
@@ -257,7 +291,17 @@ def _write(
         raise OSError(errno.ENOSPC, f"{blueprint.total - claimed} bytes are needed, {free} are free")
     writer = WeightWriter(workspace.data, blueprint.files)
     by_name = {layer.tensor.name: layer for layer in layers}
-    return run_units(design.checkpoint, design.units, by_name, writer, workspace, seed=seed, device=device, progress=progress)
+    return run_units(
+        design.checkpoint,
+        design.units,
+        by_name,
+        writer,
+        workspace,
+        seed=seed,
+        device=device,
+        progress=progress,
+        calibration=calibration,
+    )
 
 
 def _finish(design: Design, results: Mapping[str, Result], workspace: Workspace, progress: Progress) -> None:

@@ -286,9 +286,14 @@ def _check_against(
     same = original.fingerprint() == record["source"]["fingerprint"]
     yield Check("source", original.shown, same, "" if same else "is not the model that this output was made from")
     factored = {layer.tensor.name: layer for layer in layers}
+    refitted = {layer.bias.name: layer.bias for layer in layers if layer.bias is not None}
     for done, (name, ref) in enumerate(original.tensors.items(), 1):
         layer = factored.get(name)
-        if layer is None:
+        if name in refitted:
+            there = checkpoint.tensors.get(name)
+            same = there is not None and there.info == ref.info == refitted[name]
+            yield Check("bias refitted", name, same, "" if same else "missing, or of another shape or dtype")
+        elif layer is None:
             there = checkpoint.tensors.get(name)
             equal = there is not None and there.info == ref.info and _same_bytes(checkpoint, original, name)
             yield Check("bytes unchanged", name, equal, "" if equal else "differs from the original")

@@ -129,14 +129,17 @@ def compress_units(checkpoint: Checkpoint, plan: Plan) -> list[Unit]:
     """One unit a tensor of the source. The first factored layer of a directory that transformers would open also gets a
     zero-size tensor under its old name: a loader without svdcli then fails loudly instead of making weights up."""
     layers = {layer.tensor.name: layer for layer in plan.factored}
+    refitted = {layer.bias.name for layer in plan.factored if layer.bias is not None}
     tripwire = checkpoint.is_directory and checkpoint.transformers_opens_it and plan.recipe.layout != "dense"
     units = []
     for name, ref in checkpoint.tensors.items():
         layer = layers.get(name)
+        if name in refitted:
+            continue  # written with its layer
         if layer is None:
             units.append(Unit(name, "copy", (name,), (ref.info,), ref.file))
             continue
-        writes = layer.stored()
+        writes = layer.stored() if layer.bias is None else (*layer.stored(), layer.bias)
         if tripwire:
             writes, tripwire = (*writes, TensorInfo(name, layer.stored_dtype, (0,))), False
         units.append(Unit(name, "factor", (name,), writes, ref.file))

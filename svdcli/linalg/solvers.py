@@ -34,7 +34,7 @@ def svd(w: Tensor, rank: int, seed: int = 0) -> Factors:
     Raises torch.linalg.LinAlgError where LAPACK does not converge.
     """
     if w.shape[0] < w.shape[1]:
-        return _transposed(svd(w.T, rank, seed))
+        return transposed(svd(w.T, rank, seed))
     q, square = None, w
     if 2 * w.shape[0] >= 3 * w.shape[1]:
         q, square = torch.linalg.qr(w)
@@ -51,7 +51,7 @@ def gram(w: Tensor, rank: int, seed: int = 0) -> Factors:
     Raises torch.linalg.LinAlgError where LAPACK does not converge.
     """
     if w.shape[0] > w.shape[1]:
-        return _transposed(gram(w.T, rank, seed))
+        return transposed(gram(w.T, rank, seed))
     values, vectors = torch.linalg.eigh(gram_matrix(w))
     basis = vectors[:, -rank:].flip(1)
     del vectors
@@ -69,7 +69,7 @@ def randomized(w: Tensor, rank: int, seed: int = 0, *, iterations: int = 2, over
     Worth it for ranks below about 5 % of min(m, n). More iterations first, then more oversampling, where the error matters.
     """
     if w.shape[0] < w.shape[1]:
-        return _transposed(randomized(w.T, rank, seed, iterations=iterations, oversampling=oversampling))
+        return transposed(randomized(w.T, rank, seed, iterations=iterations, oversampling=oversampling))
     width = min(rank + oversampling, w.shape[1])
     generator = torch.Generator().manual_seed(seed)
     probe = torch.randn(w.shape[1], width, generator=generator, dtype=torch.float32).to(w)
@@ -113,7 +113,8 @@ def _energy(values: Tensor) -> float:
     return float(values.to(torch.float64).square().sum())
 
 
-def _transposed(factors: Factors) -> Factors:
+def transposed(factors: Factors) -> Factors:
+    """The factors of W^T."""
     return Factors(factors.down.T, factors.up.T, factors.sigma, factors.tail)
 
 

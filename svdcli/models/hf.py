@@ -124,18 +124,14 @@ class SvdQuantizer(HfQuantizer):  # type: ignore[misc]
             model._keys_to_ignore_on_load_missing = both if isinstance(known, set) else list(both)
 
     def _replace(self, model: Any, stored: dict[str, Stored]) -> None:
-        modules, mapping, meta = dict(model.named_modules()), get_model_conversion_mapping(model), model.state_dict()
-        renamings = [item for item in mapping if isinstance(item, WeightRenaming)]
-        converters = [item for item in mapping if isinstance(item, WeightConverter)]
+        modules = dict(model.named_modules())
         homeless = []
-        for name, layer in stored.items():
-            key, fused = rename_source_key(f"{name}.weight", renamings, converters, model.base_model_prefix, meta)
-            target = key.removesuffix(".weight")
-            if fused is not None:
+        for name, target in module_names(model, stored).items():
+            if target is None:
                 self.fused.append(name)
             elif target in modules:
-                model.set_submodule(target, _low_rank(target, modules[target], layer))
-                self.replaced[target] = layer
+                model.set_submodule(target, _low_rank(target, modules[target], stored[name]))
+                self.replaced[target] = stored[name]
             else:
                 homeless.append(name)
         self._tell_homeless(model, stored, homeless)
@@ -209,6 +205,19 @@ class SvdQuantizer(HfQuantizer):  # type: ignore[misc]
                 dense.bias = module.bias  # type: ignore[assignment]
                 model.set_submodule(name, dense)
         return model
+
+
+def module_names(model: Any, stored: Iterable[str]) -> dict[str, str | None]:
+    """Where transformers puts what a checkpoint calls `name`: the name of a module, which may not exist in this model, or
+    None where several weights of the checkpoint go into one parameter."""
+    mapping, meta = get_model_conversion_mapping(model), model.state_dict()
+    renamings = [item for item in mapping if isinstance(item, WeightRenaming)]
+    converters = [item for item in mapping if isinstance(item, WeightConverter)]
+    places: dict[str, str | None] = {}
+    for name in stored:
+        key, fused = rename_source_key(f"{name}.weight", renamings, converters, model.base_model_prefix, meta)
+        places[name] = None if fused is not None else key.removesuffix(".weight")
+    return places
 
 
 def read_stored(files: Iterable[str]) -> dict[str, Stored]:

@@ -50,13 +50,21 @@ def load_quietly(path: str | Path, device: torch.device, dtype: torch.dtype | No
         small = sum(checkpoint.files.values()) <= _SMALL
     if dtype is None and device.type == "cpu" and small:
         dtype = torch.float32
+    return _without_bars(path, dtype or "auto").to(device).eval()
+
+
+def load_stored(path: str | Path) -> Any:
+    """A transformers model in its stored dtype, whose weights stay in the file until they are used; nothing is trained."""
+    return _without_bars(path, "auto").requires_grad_(False).eval()
+
+
+def _without_bars(path: str | Path, dtype: torch.dtype | str) -> nn.Module:
     logging = _transformers().utils.logging
     logging.disable_progress_bar()
     try:
-        model = load(path, dtype=dtype or "auto")
+        return load(path, dtype=dtype)
     finally:
         logging.enable_progress_bar()
-    return model.to(device).eval()
 
 
 def _check(checkpoint: Checkpoint) -> None:

@@ -19,7 +19,7 @@ from svdcli.plan.ranks import (
     uniform,
     uniform_within,
 )
-from svdcli.plan.recipe import LayerPlan, Plan, Recipe, Skipped
+from svdcli.plan.recipe import WEIGHTED, LayerPlan, Plan, Recipe, Skipped
 from svdcli.plan.tensors import TensorInfo
 
 # Up to this short side LAPACK's SVD takes milliseconds, and there is nothing to win with a Gram matrix.
@@ -31,19 +31,27 @@ _SIZE_ROUNDS = 12
 class Measured:
     """What a look at one layer's numbers found.
 
-    energies are its squared singular values in descending order, None where no policy needs them.
+    energies are its squared singular values in descending order, in the metric of the calibration where there is one; None
+    where no policy needs them. metric says which that is ("" plain). bias is the layer's own, where it will be refitted.
     """
 
     finite: bool
     energies: tuple[float, ...] | None = None
+    metric: str = ""
+    bias: TensorInfo | None = None
 
     def tails(self) -> list[float]:
         """Share of the energy beyond each rank 0 .. min(m, n)."""
         return tails_of(self.energies or (), math.fsum(self.energies or ()))
 
+    def losses(self) -> list[float]:
+        """What each rank gives up: the predicted rise of the loss, half the tail, where gradients are known; else tails()."""
+        scale = 0.5 * math.fsum(self.energies or ()) if self.metric in ("diagonal", "full") else 1.0
+        return [scale * tail for tail in self.tails()]
+
 
 def needs_spectra(recipe: Recipe) -> bool:
-    return recipe.allocate == "global" or recipe.target in ("energy", "error")
+    return recipe.allocate == "global" or recipe.target in ("energy", "error") or recipe.calibration is not None
 
 
 def decide(
@@ -59,19 +67,24 @@ def decide(
     predict gives the bytes of the whole output under a plan; only --size asks for it.
     Raises UsageError where --size is below the smallest reachable size.
     """
-    bad = {t.name for t in selected if not measured[t.name].finite}
-    sound = [tensor for tensor in selected if tensor.name not in bad]
+    out = {t.name: "holds NaN or infinity" for t in selected if not measured[t.name].finite}
+    if recipe.calibration is not None:
+        out |= {
+            t.name: "was not calibrated: it saw no input" for t in selected if not measured[t.name].metric and t.name not in out
+        }
+    sound = [tensor for tensor in selected if tensor.name not in out]
     tails = {t.name: measured[t.name].tails() for t in sound} if needs_spectra(recipe) else {}
+    lost = {t.name: measured[t.name].losses() for t in sound} if needs_spectra(recipe) else {}
 
     def plan_with(choices: Sequence[Choice]) -> Plan:
         by_name = {tensor.name: choice for tensor, choice in zip(sound, choices, strict=True)}
-        by_name |= {name: Choice(None, "holds NaN or infinity") for name in bad}
-        layers = tuple(_layer_plan(tensor, by_name[tensor.name], recipe, tails.get(tensor.name)) for tensor in selected)
+        by_name |= {name: Choice(None, reason) for name, reason in out.items()}
+        layers = tuple(_layer_plan(t, by_name[t.name], recipe, lost.get(t.name), measured[t.name]) for t in selected)
         return Plan(recipe, fingerprint, layers, tuple(skipped))
 
     unit = "bytes" if recipe.target == "size" else "parameters"
     options = [options_of(tensor, recipe, unit=unit) for tensor in sound]
-    losses = [tails.get(tensor.name, []).__getitem__ for tensor in sound]
+    losses = [lost.get(tensor.name, []).__getitem__ for tensor in sound]
     if recipe.target == "size":
         return _within_size(recipe, options, losses, plan_with, predict)
     if recipe.target in ("energy", "error"):
@@ -85,8 +98,10 @@ def decide(
     return plan_with(choices)
 
 
-def _layer_plan(tensor: TensorInfo, choice: Choice, recipe: Recipe, tails: Sequence[float] | None) -> LayerPlan:
-    solver = recipe.solver
+def _layer_plan(
+    tensor: TensorInfo, choice: Choice, recipe: Recipe, losses: Sequence[float] | None, measured: Measured
+) -> LayerPlan:
+    solver = WEIGHTED if measured.metric else recipe.solver
     if solver == "auto":
         solver = "svd" if min(tensor.shape) <= _SVD_IS_CHEAP else "gram"
     return LayerPlan(
@@ -96,7 +111,9 @@ def _layer_plan(tensor: TensorInfo, choice: Choice, recipe: Recipe, tails: Seque
         stored_dtype=recipe.dtype or tensor.dtype,
         solver=solver,
         reason=choice.reason,
-        loss=None if tails is None or choice.rank is None else float(f"{tails[choice.rank]:.6e}"),
+        loss=None if losses is None or choice.rank is None else float(f"{losses[choice.rank]:.6e}"),
+        metric=measured.metric,
+        bias=None if choice.rank is None else measured.bias,
     )
 
 

@@ -14,14 +14,17 @@ FORMAT = 1
 TARGETS = ("rank", "keep", "size", "energy", "error")
 ALLOCATIONS = ("uniform", "global")
 SOLVERS = ("auto", "svd", "gram", "randomized")
+WEIGHTED = "weighted"  # the solver of calibrated layers; not to be asked for
 NONFINITE = ("error", "skip")
+METRICS = ("auto", "inputs", "diagonal", "full")
 
 
 @dataclass(frozen=True)
 class Recipe:
     """What the person asked for. Everything here changes the output's bytes; device, threads and verbosity do not belong.
 
-    target is one of TARGETS; value is its number (a rank, a share in (0, 1], bytes).
+    target is one of TARGETS; value is its number (a rank, a share in (0, 1], bytes). calibration is the digest of a file of
+    moments, metric how much of them counts: the inputs alone, or the loss gradients besides.
     Raises UsageError where the values cannot be met together.
     """
 
@@ -40,6 +43,8 @@ class Recipe:
     nonfinite: str = "error"
     max_shard_size: int | None = None
     self_contained: bool = False
+    calibration: str | None = None
+    metric: str = "auto"
 
     def __post_init__(self) -> None:
         for name, value, known in (
@@ -48,6 +53,7 @@ class Recipe:
             ("--layout", self.layout, LAYOUTS),
             ("--solver", self.solver, SOLVERS),
             ("--nonfinite", self.nonfinite, NONFINITE),
+            ("--metric", self.metric, METRICS),
         ):
             if value not in known:
                 raise UsageError(f"{name} {value!r} is unknown", f"use one of {', '.join(known)}")
@@ -92,7 +98,9 @@ class Recipe:
 class LayerPlan:
     """One selected layer: its rank, or None with the reason why it stays dense.
 
-    loss is the share of the weight's energy that the rank gives up, where the spectrum was measured.
+    loss is what the rank gives up, where the spectrum was measured: the share of the weight's energy (of the outputs' with
+    metric "inputs"), or, with metric "diagonal" or "full", the predicted rise of the model's own loss. bias names the bias that
+    is refitted to the inputs' mean.
     """
 
     tensor: TensorInfo
@@ -102,6 +110,8 @@ class LayerPlan:
     solver: str
     reason: str = ""
     loss: float | None = None
+    metric: str = ""
+    bias: TensorInfo | None = None
 
     def stored(self) -> tuple[TensorInfo, ...]:
         if self.rank is None:
@@ -109,7 +119,7 @@ class LayerPlan:
         return stored_tensors(self.tensor, self.rank, self.layout, self.stored_dtype)
 
     def left_dense(self, reason: str) -> LayerPlan:
-        return replace(self, rank=None, reason=reason, loss=None)
+        return replace(self, rank=None, reason=reason, loss=None, bias=None)
 
 
 @dataclass(frozen=True)
@@ -200,7 +210,13 @@ def _layer_to_json(layer: LayerPlan) -> dict[str, Any]:
         "stored_dtype": layer.stored_dtype,
         "solver": layer.solver,
     }
-    return item if layer.loss is None else item | {"loss": layer.loss}
+    if layer.loss is not None:
+        item["loss"] = layer.loss
+    if layer.metric:
+        item["metric"] = layer.metric
+    if layer.bias is not None:
+        item["bias"] = {"name": layer.bias.name} | _tensor_to_json(layer.bias)
+    return item
 
 
 def layer_from_json(name: str, data: dict[str, Any]) -> LayerPlan:
@@ -213,8 +229,11 @@ def layer_from_json(name: str, data: dict[str, Any]) -> LayerPlan:
     for key in ("dtype", "stored_dtype"):
         if data[key] not in FACTORED_DTYPES:
             raise ValueError(f"{name}: {key} {data[key]!r} cannot be factored")
-    if str(data["solver"]).split(" ")[0] not in SOLVERS[1:]:
+    if str(data["solver"]).split(" ")[0] not in (*SOLVERS[1:], WEIGHTED):
         raise ValueError(f"{name}: solver {data['solver']!r} is unknown")
+    if data.get("metric", "") not in ("", *METRICS[1:]):
+        raise ValueError(f"{name}: metric {data['metric']!r} is unknown")
+    bias = data.get("bias")
     if data["layout"] not in LAYOUTS:
         raise ValueError(f"{name}: layout {data['layout']!r} is unknown")
     return LayerPlan(
@@ -225,4 +244,6 @@ def layer_from_json(name: str, data: dict[str, Any]) -> LayerPlan:
         solver=str(data["solver"]).split(" ")[0],
         reason=str(data.get("reason", "")),
         loss=data.get("loss"),
+        metric=str(data.get("metric", "")),
+        bias=None if bias is None else _tensor_from_json(str(bias["name"]), bias),
     )

@@ -1,0 +1,306 @@
+"""Second moments of every layer's inputs, and of the loss gradients at its outputs, from text that the model reads.
+
+The loss is the model's own (labels are sampled from its predictions), so that half the two-sided error of a weight change is the
+expected rise of the loss: the Fisher information in the Kronecker-factored form of Martens and Grosse (K-FAC, 2015). An encoder
+without a head is judged by its normalised sentence embedding e: gradients of e . z with z ~ N(0, I), and half the error is the
+expected 1 - cosine.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from svdcli.errors import SvdcliError
+from svdcli.files.checkpoint import Checkpoint, open_checkpoint
+from svdcli.files.moments import Provenance, Spool, write_moments
+from svdcli.files.texts import Texts
+from svdcli.models.evaluate import batches_of
+from svdcli.models.load import load_stored
+from svdcli.models.stream import Stream
+from svdcli.models.tokens import kind_of, load_tokenizer, sentences_of, window_length, windows_of
+from svdcli.plan.layers import choose_layers
+from svdcli.progress import Progress, silent
+
+Batch = dict[str, Tensor]
+
+# Outputs wider than this get the diagonal of H only: m * m numbers, and a factorisation of them, would dwarf the rest.
+FULL_OUTPUTS = 4096
+_TOKENS_IN_A_BATCH = 2048
+_SHARE_OF_MEMORY = 0.25
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """What was measured, and what it took. uncalibrated lists selected weights that saw no input."""
+
+    path: str
+    layers: int
+    inputs: int
+    tokens: int
+    gradients: bool
+    rounds: int
+    uncalibrated: tuple[str, ...]
+
+
+def calibrate(
+    model: str | Path,
+    texts: Texts,
+    out: Path,
+    *,
+    samples: int = 256,
+    seq_len: int | None = None,
+    gradients: bool = True,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    seed: int = 0,
+    device: torch.device | None = None,
+    memory: int | None = None,
+    progress: Progress = silent,
+) -> Calibrated:
+    """Read `samples` windows of text (sentences for an encoder) and write the moments of the selected layers to `out`.
+
+    memory bounds the hidden states that are kept between blocks (bytes; by default a quarter of what is free): where the text
+    needs more, it is read in rounds. Raises SvdcliError for a model that does not read text, and for one that answers with NaN,
+    with the name of the first layer that does.
+    """
+    with open_checkpoint(model) as checkpoint:
+        network = load_stored(model)
+        tokenizer = load_tokenizer(model)
+        batches, tokens, length = _batches(network, tokenizer, texts, samples, seq_len, str(model))
+        layers = _modules_of(network, checkpoint, include, exclude)
+        per_round = _batches_in_a_round(network, batches, gradients, memory)
+        rounds = [batches[start : start + per_round] for start in range(0, len(batches), per_round)]
+        torch.manual_seed(seed)
+        with tempfile.TemporaryDirectory(dir=out.absolute().parent, prefix=f".{out.name}.spool-") as folder:
+            gather = _Gather(network, layers, Spool(Path(folder)), progress, len(rounds))
+            stream = Stream(network, device or torch.device("cpu"), torch.float32, gather.visit)
+            for number, batch in enumerate(rounds):
+                gather.begin(number, batch, backwards=gradients, units=len(stream.units))
+                stream.run(batch, gather.seed if gradients else None, set(layers.values()))
+            unit = "nats" if gather.nats else "1 - cosine"
+            provenance = Provenance(
+                checkpoint.fingerprint(), texts.name, texts.digest, tokens, samples, length, seed, gradients, unit
+            )
+            keys = gather.keys()
+            write_moments(out, gather.spool, gather.scales(), keys, provenance)
+        missing = tuple(name for name in layers if name not in keys)
+        inputs = len({item["input"] for item in keys.values()})
+        return Calibrated(str(out), len(keys), inputs, tokens, gradients, len(rounds), missing)
+
+
+def _batches(
+    model: Any, tokenizer: Any, texts: Texts, samples: int, seq_len: int | None, shown: str
+) -> tuple[list[Batch], int, int]:
+    """What the model reads: (batches, tokens in all, tokens in a window)."""
+    kind = kind_of(model)
+    if kind == "other":
+        raise SvdcliError(
+            f"{shown} does not read text ({type(model).__name__})", "calibrate knows language models and text encoders"
+        )
+    length = window_length(model, seq_len)
+    if kind == "decoder" or model.config.is_encoder_decoder:
+        ids = windows_of(tokenizer, texts, length, samples).ids
+        size = max(1, _TOKENS_IN_A_BATCH // ids.shape[1])
+        batches = [{"input_ids": part} for part in ids.split(size)]
+        if model.config.is_encoder_decoder:
+            batches = [batch | {"decoder_input_ids": batch["input_ids"]} for batch in batches]
+        return batches, ids.numel(), ids.shape[1]
+    lines = sorted(sentences_of(texts, samples), key=len)
+    batches = list(batches_of(tokenizer, lines, length, 16, torch.device("cpu")))
+    return batches, sum(int(batch["attention_mask"].sum()) for batch in batches), length
+
+
+def _modules_of(model: Any, checkpoint: Checkpoint, include: Sequence[str], exclude: Sequence[str]) -> dict[str, str]:
+    """{name of a selected weight in the checkpoint: name of its module}, for weights that a module of their own holds."""
+    from svdcli.models.hf import module_names
+
+    selected, _ = choose_layers(checkpoint.infos, include=include, exclude=exclude, tied=checkpoint.tied)
+    found = module_names(model, [info.module for info in selected])
+    modules = dict(model.named_modules())
+    return {
+        info.name: target
+        for info in selected
+        if (target := found.get(info.module)) is not None
+        and (isinstance(modules[target], nn.Linear) or type(modules[target]).__name__ == "Conv1D")
+    }
+
+
+def _batches_in_a_round(model: Any, batches: Sequence[Batch], gradients: bool, memory: int | None) -> int:
+    config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
+    width = next(
+        (value for n in ("hidden_size", "d_model", "n_embd") if isinstance(value := getattr(config, n, None), int)), 1024
+    )
+    depth = sum((isinstance(module, nn.ModuleList) and len(module)) or 0 for module in model.modules())
+    largest = max(batch["input_ids"].numel() for batch in batches)
+    each = largest * width * 4 * ((2 * depth + 4) if gradients else 4)
+    room = memory if memory is not None else int(_SHARE_OF_MEMORY * free_memory())
+    return max(1, room // each)
+
+
+def free_memory() -> int:
+    """Bytes of memory that can be had without swapping, where the system tells; else 4 GB."""
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return 4 * 10**9
+
+
+@dataclass
+class _Gather:
+    """Hooks on the selected layers, and the sums of the unit whose turn it is."""
+
+    model: Any
+    layers: dict[str, str]
+    spool: Spool
+    progress: Progress
+    rounds: int
+    phase: str = ""
+    mask: Tensor | None = None
+    nats: bool = True
+    sums: dict[str, Tensor] = field(default_factory=dict)
+    rows: dict[str, int] = field(default_factory=dict)
+    events: int = 0
+    leaders: dict[str, str] = field(default_factory=dict)
+    seen: list[tuple[Tensor, str]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        for name, target in self.layers.items():
+            module = self.model.get_submodule(target)
+            module.register_forward_pre_hook(self._input_hook(name))
+            module.register_forward_hook(self._output_hook(name))
+
+    def begin(self, number: int, batches: Sequence[Batch], *, backwards: bool, units: int) -> None:
+        self.number, self.batches, self.backwards, self.units, self.steps = number, batches, backwards, units, 0
+
+    def visit(self, phase: str, unit: str, batch: int, total: int) -> None:
+        self.phase, self.seen = phase, []
+        if phase.endswith("done"):
+            for key, value in self.sums.items():
+                self.spool.add(key, value)
+            self.sums = {}
+            self._tell(unit)
+        else:
+            mask = self.batches[batch].get("attention_mask")
+            self.mask = None if mask is None or bool(mask.all()) else mask.bool()
+
+    def _tell(self, unit: str) -> None:
+        """A step forwards counts as one, a step backwards as three: the block is computed again and differentiated twice."""
+        self.steps += 1 if self.phase == "forward done" else 3
+        whole = self.units * (4 if self.backwards else 1)
+        done = self.number + min(1.0, self.steps / whole)
+        self.progress("calibrate", unit, done, self.rounds)
+
+    def _input_hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            if self.phase == "forward":
+                x = inputs[0]
+                leader = next((n for tensor, n in self.seen if tensor is x or _same_memory(tensor, x)), name)
+                if self.leaders.setdefault(name, leader) != leader:
+                    raise SvdcliError(f"{name} shares its input only sometimes", "calibrate it alone with --include")
+                if leader == name:
+                    self.seen.append((x, name))
+                    self._add_inputs(name, self._rows(x, name))
+
+        return hook
+
+    def _add_inputs(self, name: str, rows: Tensor) -> None:
+        self.rows[name] = self.rows.get(name, 0) + rows.shape[0]
+        width = rows.shape[1]
+        for key, shape in ((f"input.{name}", (width, width)), (f"mean.{name}", (width,))):
+            if key not in self.sums:
+                self.sums[key] = torch.zeros(shape, dtype=torch.float32, device=rows.device)
+        self.sums[f"input.{name}"].addmm_(rows.T, rows)
+        self.sums[f"mean.{name}"] += rows.sum(0)
+
+    def _output_hook(self, name: str) -> Callable[[nn.Module, Any, Tensor], None]:
+        def hook(module: nn.Module, inputs: Any, output: Tensor) -> None:
+            if self.phase == "backward" and output.requires_grad:
+                output.register_hook(lambda gradient: self._add_outputs(name, self._rows(gradient.detach(), name)))
+
+        return hook
+
+    def _add_outputs(self, name: str, rows: Tensor) -> None:
+        key, width = f"output.{name}", rows.shape[1]
+        full = width <= FULL_OUTPUTS
+        if key not in self.sums:
+            self.sums[key] = torch.zeros((width, width) if full else (width,), dtype=torch.float32, device=rows.device)
+        if full:
+            self.sums[key].addmm_(rows.T, rows)
+        else:
+            self.sums[key] += rows.square().sum(0)
+
+    def _rows(self, values: Tensor, name: str) -> Tensor:
+        """(tokens, width) in float32, without padding. Raises SvdcliError where a value is not finite."""
+        values = values.float()
+        if self.mask is not None and values.shape[:-1] == self.mask.shape:
+            values = values[self.mask.to(values.device)]
+        values = values.reshape(-1, values.shape[-1])
+        if not bool(torch.isfinite(values.sum())):
+            raise SvdcliError(
+                f"{name} meets NaN or infinity", "the model itself answers so on this text; check it with `svdcli eval`"
+            )
+        return values
+
+    # What is differentiated
+
+    def seed(self, batch: int, output: Any) -> tuple[Tensor, Tensor]:
+        """The tensor to differentiate for one batch, and its gradient."""
+        mask = self.batches[batch].get("attention_mask")
+        logits = getattr(output, "logits", None)
+        if logits is not None:
+            return logits, self._sampled(logits, mask)
+        self.nats = False
+        hidden: Tensor = output.last_hidden_state
+        leaf = hidden.detach().requires_grad_()
+        weights = (mask if mask is not None else torch.ones(leaf.shape[:2])).to(leaf)[..., None]
+        with torch.enable_grad():
+            embedding = nn.functional.normalize((leaf * weights).sum(1) / weights.sum(1), dim=-1)
+            (embedding * torch.randn(embedding.shape).to(embedding)).sum().backward()
+        self.events += leaf.shape[0]
+        assert leaf.grad is not None
+        return hidden, leaf.grad
+
+    def _sampled(self, logits: Tensor, mask: Tensor | None) -> Tensor:
+        """Gradient of the summed loss at logits (..., classes) for labels drawn from the predictions themselves."""
+        gradient = logits.detach().float().softmax(-1)
+        flat = gradient.view(-1, gradient.shape[-1])
+        labels = torch.multinomial(flat.cpu(), 1).to(flat.device)
+        flat.scatter_add_(1, labels, torch.full_like(labels, -1, dtype=flat.dtype))
+        if mask is not None and mask.shape == logits.shape[:-1]:
+            gradient = gradient * mask.to(gradient)[..., None]
+            self.events += int(mask.sum())
+        else:
+            self.events += flat.shape[0]
+        return gradient.to(logits.dtype)
+
+    # What is written
+
+    def keys(self) -> dict[str, dict[str, Any]]:
+        outputs = self.spool.shapes
+        return {
+            name: {
+                "input": leader,
+                "output": f"output.{name}" if f"output.{name}" in outputs else None,
+                "transposed": not isinstance(self.model.get_submodule(self.layers[name]), nn.Linear),
+            }
+            for name, leader in self.leaders.items()
+        }
+
+    def scales(self) -> dict[str, float]:
+        """Inputs are averaged over rows, gradients summed over the losses: an error counts for every row that a loss reads."""
+        ends = {key: key.partition(".") for key in self.spool.shapes}
+        return {key: 1 / max(1, self.events if kind == "output" else self.rows[name]) for key, (kind, _, name) in ends.items()}
+
+
+def _same_memory(one: Tensor, other: Tensor) -> bool:
+    return one.data_ptr() == other.data_ptr() and one.shape == other.shape and one.stride() == other.stride()

@@ -1,0 +1,256 @@
+"""Run a model over many batches one block at a time, forwards and, where asked, backwards.
+
+Every batch's forward pass runs in a thread of its own that stops where the next block begins; the blocks take their turns, each
+with its weights in memory once for all batches. That works for any architecture, since the code between the blocks is the
+model's own. Backwards, every block is computed again from its kept inputs. Memory follows the largest block and the hidden
+states between blocks, not the model, whose stored weights stay in the file until their turn.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+Visit = Callable[[str, str, int, int], None]
+Seed = Callable[[int, Any], tuple[Tensor, Tensor]]
+
+
+def units_of(model: nn.Module) -> dict[str, nn.Module]:
+    """What takes turns, by name: the members of every list of blocks, and all modules outside them that own parameters."""
+    units: dict[str, nn.Module] = {}
+
+    def walk(name: str, module: nn.Module) -> None:
+        if next(module.parameters(recurse=False), None) is not None:
+            units[name] = module
+            return
+        blocks = isinstance(module, nn.ModuleList) and len(module) > 1
+        for child_name, child in module.named_children():
+            path = f"{name}.{child_name}" if name else child_name
+            if blocks and next(child.parameters(), None) is not None:
+                units[path] = child
+            else:
+                walk(path, child)
+
+    walk("", model)
+    return units
+
+
+@dataclass
+class _Call:
+    """One pass of one batch through one unit: what went in and came out, and how the code around it is differentiated."""
+
+    unit: str
+    leaves: list[Any]
+    spec: Any
+    outer: list[Tensor | None]
+    outputs: list[Tensor]
+
+
+@dataclass
+class _Batch:
+    """A forward pass that can be stopped and continued. Only one runs at any time."""
+
+    index: int
+    run: Callable[[], None]
+    calls: list[_Call] = field(default_factory=list)
+    waits_for: str | None = None
+    error: BaseException | None = None
+    go: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
+    arrived: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
+    abandoned: bool = False
+
+    def body(self) -> None:
+        try:
+            self.go.acquire()
+            if not self.abandoned:
+                self.run()
+        except BaseException as error:
+            self.error = error
+        self.waits_for = None
+        self.arrived.release()
+
+    def advance(self) -> None:
+        """Continue until the next unit begins, or to the end. Raises what the forward pass raised."""
+        self.go.release()
+        self.arrived.acquire()
+        if self.error is not None:
+            raise self.error
+
+    def stop_before(self, unit: str) -> None:
+        self.waits_for = unit
+        self.arrived.release()
+        self.go.acquire()
+        if self.abandoned:
+            raise _AbandonedError
+
+
+class _AbandonedError(BaseException):
+    """Ends the threads that are still waiting after an error in another one."""
+
+
+class Stream:
+    """A model whose blocks take turns on `device`, computed in `dtype`; its parameters may lie anywhere.
+
+    visit(phase, unit, batch, batches) is called before every unit of every batch with phase "forward" or "backward", and with
+    phase "done" when all batches are through a unit ("forward done", "backward done").
+    """
+
+    def __init__(self, model: Any, device: torch.device, dtype: torch.dtype, visit: Visit) -> None:
+        self.model, self.device, self.dtype, self.visit = model, device, dtype, visit
+        for config in {id(c): c for module in model.modules() if (c := getattr(module, "config", None)) is not None}.values():
+            if hasattr(config, "use_cache"):
+                config.use_cache = False  # a block that is computed twice would cache twice
+        self.units = units_of(model)
+        self._plain = {name: unit.forward for name, unit in self.units.items()}
+        self._current: _Batch | None = None
+        self._keep = False
+        inside = {id(module) for unit in self.units.values() for module in unit.modules()}
+        for module in model.modules():
+            if id(module) not in inside:
+                for name, buffer in module.named_buffers(recurse=False):
+                    setattr(module, name, buffer.to(device))
+
+    def run(self, inputs: Sequence[dict[str, Tensor]], seed: Seed | None = None, wanted: Collection[str] = ()) -> None:
+        """All batches forwards; with seed(batch, output) -> (tensor, its gradient) backwards as well.
+
+        wanted names the modules whose gradients matter: what comes before the first of them is not differentiated.
+        """
+        self._keep = seed is not None
+        batches: list[_Batch] = []
+
+        def forward(index: int) -> None:
+            with torch.set_grad_enabled(self._keep):
+                output = self.model(**{key: value.to(self.device) for key, value in inputs[index].items()})
+                if seed is None:
+                    return
+                tensor, gradient = seed(index, output)
+            del output
+            torch.autograd.backward([tensor], [gradient])
+            del tensor, gradient
+            # The last unit still has its turn; its output (logits, as a rule) is too large to keep for later.
+            last = batches[index].calls.pop()
+            self.visit("backward", last.unit, index, len(inputs))
+            self._differentiate(last)
+
+        batches += [_Batch(index, partial(forward, index)) for index in range(len(inputs))]
+        with self._wrapped():
+            self._forwards(batches)
+        if seed is not None:
+            self._backwards(batches, wanted)
+
+    @contextmanager
+    def _wrapped(self) -> Iterator[None]:
+        for name, unit in self.units.items():
+            unit.forward = self._turn_taking(name)
+        try:
+            yield
+        finally:
+            for unit in self.units.values():
+                del unit.forward  # the class's own again
+
+    def _turn_taking(self, name: str) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            batch = self._current
+            if batch is None or batch.waits_for == name:
+                raise RuntimeError(f"{name} was called out of turn")
+            batch.stop_before(name)
+            self._current = batch
+            return self._call(batch, name, args, kwargs)
+
+        return forward
+
+    def _call(self, batch: _Batch, name: str, args: Any, kwargs: Any) -> Any:
+        """One unit of one batch, cut off from the graph around it, so that it can be differentiated on its own."""
+        leaves, spec = tree_flatten((args, kwargs))
+        inner = [leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        args, kwargs = tree_unflatten(inner, spec)
+        with torch.no_grad():
+            result = self._plain[name](*args, **kwargs)
+        if not self._keep:
+            return result
+        outputs, out_spec = tree_flatten(result)
+        fresh = [out.detach().requires_grad_() if _differentiable(out) else out for out in outputs]
+        outer = [leaf if isinstance(leaf, Tensor) and leaf.requires_grad else None for leaf in leaves]
+        batch.calls.append(_Call(name, inner, spec, outer, [out for out in fresh if _differentiable(out)]))
+        return tree_unflatten(fresh, out_spec)
+
+    def _forwards(self, batches: Sequence[_Batch]) -> None:
+        threads = [threading.Thread(target=batch.body, daemon=True) for batch in batches]
+        for thread in threads:
+            thread.start()
+        try:
+            for batch in batches:
+                self._advance(batch)
+            while (name := next((b.waits_for for b in batches if b.waits_for is not None), None)) is not None:
+                turn = [batch for batch in batches if batch.waits_for == name]
+                with self._in_memory(name):
+                    for batch in turn:
+                        self.visit("forward", name, batch.index, len(batches))
+                        self._advance(batch)
+                self.visit("forward done", name, len(batches), len(batches))
+        finally:
+            for batch in batches:
+                batch.abandoned = True
+                batch.go.release()
+            for thread in threads:
+                thread.join()
+
+    def _advance(self, batch: _Batch) -> None:
+        self._current = batch
+        batch.advance()
+
+    def _backwards(self, batches: Sequence[_Batch], wanted: Collection[str]) -> None:
+        order = [call.unit for call in batches[0].calls]
+        inside = {name for name in order if any(target == name or target.startswith(f"{name}.") for target in wanted)}
+        stop = next((place for place, name in enumerate(order) if name in inside or not wanted), len(order))
+        for place in range(len(order) - 1, stop - 1, -1):
+            name = order[place]
+            with self._in_memory(name):
+                for batch in batches:
+                    self.visit("backward", name, batch.index, len(batches))
+                    self._differentiate(batch.calls.pop())
+            self.visit("backward done", name, len(batches), len(batches))
+
+    def _differentiate(self, call: _Call) -> None:
+        """Compute one unit again, this time with a graph, and hand the gradient on to what came before it."""
+        gradients = [out.grad for out in call.outputs]
+        if all(gradient is None for gradient in gradients):
+            return
+        inner = [leaf.requires_grad_() if _differentiable(leaf) else leaf for leaf in call.leaves]
+        args, kwargs = tree_unflatten(inner, call.spec)
+        with torch.enable_grad():
+            outputs = [out for out in tree_flatten(self._plain[call.unit](*args, **kwargs))[0] if _differentiable(out)]
+        pairs = [(out, grad) for out, grad in zip(outputs, gradients, strict=True) if grad is not None and out.requires_grad]
+        torch.autograd.backward([out for out, _ in pairs], [grad for _, grad in pairs])
+        onward = [
+            (outer, leaf.grad)
+            for outer, leaf in zip(call.outer, inner, strict=True)
+            if outer is not None and leaf.grad is not None
+        ]
+        if onward:
+            torch.autograd.backward([outer for outer, _ in onward], [grad for _, grad in onward])
+
+    @contextmanager
+    def _in_memory(self, name: str) -> Iterator[None]:
+        """The unit's parameters and buffers on the device in the compute dtype, for as long as its turn lasts."""
+        unit = self.units[name]
+        stored = [(tensor, tensor.data) for tensor in (*unit.parameters(), *unit.buffers())]
+        for tensor, data in stored:
+            tensor.data = data.to(self.device, self.dtype if data.is_floating_point() else data.dtype)
+        try:
+            yield
+        finally:
+            for tensor, data in stored:
+                tensor.data = data
+
+
+def _differentiable(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
