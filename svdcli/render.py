@@ -23,6 +23,7 @@ from svdcli.progress import Progress, silent
 if TYPE_CHECKING:
     from svdcli.files.report import LayerRow, Report, Total
     from svdcli.models.evaluate import Continuation, Evaluation, Mean
+    from svdcli.models.speed import Bench
     from svdcli.survey import Inspection, InspectRow, Spectrum, Verification
 
 _PIPE_WIDTH = 160
@@ -344,6 +345,41 @@ def _print_continuation(spoken: Continuation, console: Console) -> None:
         table.add_column(title, ratio=1, overflow="fold")
     table.add_row(*(Text("\n".join(map(printable, text.split("\n")))) for _, text in texts))
     console.print(table)
+
+
+# bench ---------------------------------------------------------------------------------------------------------------
+
+
+def print_bench(found: Bench, stream: TextIO) -> None:
+    console = console_for(stream)
+    names = {"load": "time to load", "memory": "memory at rest", "files": "weights on disk"}
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1), show_edge=False)
+    table.add_column("", no_wrap=True)
+    for title in ("Original", "Compressed", "Ratio"):
+        table.add_column(title, justify="right", no_wrap=True)
+    table.add_column("Lowest to highest", overflow="fold")
+    for row in found.measures:
+        name = names.get(row.measure, row.measure) + (f", {row.unit}" if row.unit == "tokens/s" else "")
+        values = [_measured(value, row.unit) for value in (row.original, row.compressed)]
+        spread = "" if row.lowest is None or row.highest is None else f"{row.lowest:.2f} to {row.highest:.2f}"
+        table.add_row(name, *values, "" if row.ratio is None else f"{row.ratio:.2f}", spread)
+    console.print(table)
+    plural = "" if found.threads == 1 else "s"
+    size = f"{found.batch} × " if found.batch > 1 else ""
+    new = "" if found.original.decode is None else f", {found.new_tokens} new ones"
+    lines = [
+        ("original", printable(found.against)),
+        ("compressed", printable(found.path)),
+        ("dtype", " and ".join(dict.fromkeys((found.original.dtype, found.compressed.dtype)))),
+        ("device", f"{found.device}, {found.threads} thread{plural}"),
+        ("work", f"prompts of {size}{found.prompt_tokens} tokens{new}"),
+        ("rounds", f"{found.rounds}, by turns, each model in a process of its own"),
+    ]
+    _print_grid(lines, console)
+
+
+def _measured(value: float, unit: str) -> str:
+    return human(value, "B") if unit == "B" else f"{value:.2f} s" if unit == "s" else f"{value:.4g}"
 
 
 # Machines ------------------------------------------------------------------------------------------------------------

@@ -39,7 +39,8 @@ def passes(version: str) -> bool:
         wanted = [str(ROOT), f"transformers=={version}", "accelerate", "tokenizers", "pytest", "hypothesis"]
         subprocess.run([python, "-m", "pip", "install", "-q", "-c", constraints, *wanted], check=True)
         tests = [ROOT / "tests" / "models" / f"test_{name}.py" for name in TESTS]
-        return subprocess.run([python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests], cwd=ROOT, check=False).returncode == 0
+        command = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests]
+        return subprocess.run(command, cwd=ROOT, check=False).returncode == 0
 
 
 def main() -> None:
