@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import re
@@ -19,11 +20,13 @@ from svdcli import __version__
 from svdcli.errors import FAILED, INTERRUPTED, SvdcliError, UsageError, printable
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from svdcli.engine import Compute
-    from svdcli.files.report import Report
-    from svdcli.plan.recipe import Plan, Recipe
+    from svdcli.models.calibrate import Forecast
+    from svdcli.pipeline import Outcome, Reading
+    from svdcli.plan.recipe import Plan
+    from svdcli.progress import Progress
 
 app = typer.Typer(
     name="svdcli",
@@ -62,6 +65,8 @@ Threads = Annotated[int | None, typer.Option("--threads", help="Threads for the 
 Text = Annotated[
     str | None, typer.Option("--text", help="Text to read: a file, a folder of files, or - for standard input.", metavar="PATH")
 ]
+Stdlib = Annotated[bool, typer.Option("--stdlib", help="Modules of Python's standard library, in place of --text.")]
+Samples = Annotated[int, typer.Option("--samples", help="Windows of text, or sentences, spread evenly over it.")]
 SeqLen = Annotated[int | None, typer.Option("--seq-len", help="Tokens in a window; by default 2048 or what the model takes.")]
 
 _SIZES = {
@@ -111,13 +116,29 @@ def compress(
     error: Annotated[
         float | None, typer.Option("--error", help="Target: relative Frobenius error that no layer exceeds.")
     ] = None,
-    allocate: Annotated[str, typer.Option("--allocate", help="uniform, or global: ranks where they are worth most.")] = "uniform",
-    floor: Annotated[float, typer.Option("--floor", help="With global: least rank, as a share of the uniform one.")] = 0.6,
+    text: Text = None,
+    stdlib: Stdlib = False,
+    calibration: Annotated[
+        str | None, typer.Option("--calibration", help="Count errors by this file of `svdcli calibrate`.", metavar="FILE")
+    ] = None,
+    metric: Annotated[
+        str, typer.Option("--metric", help="How much of a calibration counts: auto, inputs, diagonal or full.")
+    ] = "auto",
+    samples: Samples = 256,
+    seq_len: SeqLen = None,
+    allocate: Annotated[
+        str | None, typer.Option("--allocate", help="uniform, or global: ranks where they are worth most (with text: global).")
+    ] = None,
+    floor: Annotated[
+        float | None, typer.Option("--floor", help="With global: least rank, as a share of the uniform one (0.6; with text: 0).")
+    ] = None,
     multiple_of: Annotated[int, typer.Option("--multiple-of", help="Only ranks that are multiples of this.")] = 1,
     include: Include = None,
     exclude: Exclude = None,
     layers_from: LayersFrom = None,
-    layout: Annotated[str, typer.Option("--layout", help="factored, pivoted or dense.")] = "factored",
+    layout: Annotated[
+        str | None, typer.Option("--layout", help="factored, pivoted or dense (factored; with text: pivoted).")
+    ] = None,
     dtype: Annotated[str | None, typer.Option("--dtype", help="Dtype of the factors; by default the source's.")] = None,
     solver: Annotated[str, typer.Option("--solver", help="auto, svd, gram or randomized.")] = "auto",
     device: Device = "auto",
@@ -153,12 +174,16 @@ def compress(
         "error": error,
     }
     given = {name: float(value) for name, value in targets.items() if value is not None}
-    if layers_from == "-" and model == "-":
-        raise UsageError("standard input cannot be both the model and the list of layers", "write one of them to a file")
+    if [layers_from, model, text].count("-") > 1:
+        raise UsageError("standard input can be one thing only: the model, the list of layers or the text", "use files")
     if json_ and csv_:
         raise UsageError("--json and --csv exclude each other", "choose one")
     if save_plan is not None:
         _check_plan_path(Path(save_plan), model, output)
+    reading = None
+    if text or stdlib:
+        reading = _reading(text, stdlib, samples, seq_len, quiet)
+    calibrated = reading is not None or calibration is not None
     recipe = plan = None
     if plan_file is not None:
         if given or layers_from or include or exclude:
@@ -169,73 +194,62 @@ def compress(
             names = ", ".join(f"--{name}" for name in targets)
             raise UsageError(f"give exactly one target, not {len(given)}", f"one of {names}, or --plan")
         target, value = next(iter(given.items()))
-        recipe = _recipe(
-            target,
-            value,
-            allocate,
-            floor,
-            multiple_of,
-            include,
-            exclude,
-            layers_from,
-            layout,
-            dtype,
-            solver,
-            seed,
-            nonfinite,
-            max_shard_size,
-            self_contained,
+        from svdcli.plan.recipe import Recipe, best_defaults
+
+        defaults = best_defaults(target, calibrated=calibrated)
+        recipe = Recipe(
+            target=target,
+            value=value,
+            allocate=allocate or defaults["allocate"],
+            floor=defaults["floor"] if floor is None else floor,
+            multiple_of=multiple_of,
+            include=tuple(include or ()),
+            exclude=tuple(exclude or ()),
+            layers=read_layers(layers_from),
+            layout=layout or defaults["layout"],
+            dtype=parse_dtype(dtype),
+            solver=solver,
+            seed=seed,
+            nonfinite=nonfinite,
+            max_shard_size=None if max_shard_size is None else parse_size(max_shard_size, "--max-shard-size"),
+            self_contained=self_contained,
+            metric=metric,
         )
-    outcome = _compress(model, output, recipe, plan, _compute(device, threads), force, dry_run, quiet)
+    from svdcli import pipeline
+
+    with _working(quiet) as progress:
+        outcome = pipeline.compress(
+            model,
+            output,
+            recipe,
+            plan=plan,
+            calibration=calibration,
+            reading=reading,
+            compute=_compute(device, threads),
+            force=force,
+            dry_run=dry_run,
+            progress=progress,
+        )
     if save_plan is not None:
         _save_plan(save_plan, outcome.plan)
     _say(outcome, quiet)
-    _show_report(outcome.report, _data_stream(output), json_, csv_, quiet, grouped=not every_layer)
+    _show_outcome(outcome, _data_stream(output), json_, csv_, quiet, grouped=not every_layer)
     if outcome.report.failed:
         raise SvdcliError(f"{len(outcome.report.failed)} layers stayed dense because every solver failed", "see the report")
 
 
-def _recipe(*values: Any) -> Recipe:
-    from svdcli.plan.recipe import Recipe
+def _reading(text: str | None, stdlib: bool, samples: int, seq_len: int | None, quiet: bool) -> Reading:
+    """The text to calibrate on, with what it will cost told before it starts."""
+    from svdcli.files.texts import read_texts
+    from svdcli.pipeline import Reading
 
-    target, value, allocate, floor, multiple_of, include, exclude, layers_from, layout, dtype, solver, seed, *rest = values
-    nonfinite, shard, self_contained = rest
-    return Recipe(
-        target=target,
-        value=value,
-        allocate=allocate,
-        floor=floor,
-        multiple_of=multiple_of,
-        include=tuple(include or ()),
-        exclude=tuple(exclude or ()),
-        layers=read_layers(layers_from),
-        layout=layout,
-        dtype=parse_dtype(dtype),
-        solver=solver,
-        seed=seed,
-        nonfinite=nonfinite,
-        max_shard_size=None if shard is None else parse_size(shard, "--max-shard-size"),
-        self_contained=self_contained,
-    )
+    at_least_one("--samples", samples)
+    texts = read_texts(text, stdlib=stdlib, held_out=False)
+    texts, held_out = (texts, read_texts(None, stdlib=True, held_out=True)) if stdlib else texts.split(0.9)
+    return Reading(texts, held_out, samples, seq_len, _announce(quiet))
 
 
-def _compress(
-    model: str,
-    output: str | None,
-    recipe: Recipe | None,
-    plan: Plan | None,
-    compute: Compute,
-    force: bool,
-    dry: bool,
-    quiet: bool,
-) -> Any:
-    from svdcli import pipeline, render
-
-    with render.progress_on(sys.stderr, quiet=quiet) as progress:
-        return pipeline.compress(model, output, recipe, plan=plan, compute=compute, force=force, dry_run=dry, progress=progress)
-
-
-def _say(outcome: Any, quiet: bool) -> None:
+def _say(outcome: Outcome, quiet: bool) -> None:
     if quiet:
         return
     if outcome.started_over:
@@ -262,7 +276,8 @@ def report(
 
     found = survey.report(output)
     grouped = len(found.layers) > render.MANY if group is None else group
-    _show_report(found, sys.stdout, json_, csv_, False, grouped=grouped)
+    if _machine(found.to_json(), [asdict(row) for row in found.layers], json_, csv_, sys.stdout):
+        render.print_report(found, sys.stdout, grouped=grouped)
 
 
 @app.command(epilog="Example: svdcli inspect my-llm --names | grep mlp | svdcli compress my-llm --layers-from - --keep 0.5")
@@ -299,7 +314,7 @@ def spectrum(
     """Measure each selected layer's singular values: effective rank, rank for 90, 95 and 99 % of the energy, decay."""
     from svdcli import render, survey
 
-    with render.progress_on(sys.stderr, quiet=quiet) as progress:
+    with _working(quiet) as progress:
         found = survey.spectrum(
             model,
             include=include or (),
@@ -320,9 +335,9 @@ def expand(
     quiet: Quiet = False,
 ) -> None:
     """Turn an output of compress back into an ordinary checkpoint: original names, shapes and dtypes."""
-    from svdcli import pipeline, render
+    from svdcli import pipeline
 
-    with render.progress_on(sys.stderr, quiet=quiet) as progress:
+    with _working(quiet) as progress:
         path = pipeline.expand(output, dense, force=force, progress=progress)
     if path is not None and not quiet:
         _note(f"wrote {path}")
@@ -341,7 +356,7 @@ def verify(
     """Check that an output still holds what its record says: SHA-256, headers, plan; and errors against the original."""
     from svdcli import render, survey
 
-    with render.progress_on(sys.stderr, quiet=quiet) as progress:
+    with _working(quiet) as progress:
         found = survey.verify(output, against, progress=progress)
     if _machine(found.to_json(), [asdict(check) for check in found.checks], json_, csv_, sys.stdout) and not quiet:
         render.print_verification(found, sys.stdout)
@@ -357,10 +372,8 @@ def eval_(
         str | None, typer.Option("--against", help="The original: adds excess loss, KL divergence, agreement.", metavar="MODEL")
     ] = None,
     text: Text = None,
-    stdlib: Annotated[
-        bool, typer.Option("--stdlib", help="Held-out modules of Python's standard library, in place of --text.")
-    ] = False,
-    samples: Annotated[int, typer.Option("--samples", help="Windows of text, or sentences, spread evenly over it.")] = 128,
+    stdlib: Stdlib = False,
+    samples: Samples = 128,
     seq_len: SeqLen = None,
     prompt: Annotated[
         list[str] | None, typer.Option("--prompt", help="Print both continuations of this, side by side. Repeatable.")
@@ -382,15 +395,14 @@ def eval_(
     from svdcli.files.texts import read_texts
 
     texts = read_texts(text, stdlib=stdlib, held_out=True) if text or stdlib or not prompt else None
-    for name, value in (("--samples", samples), ("--new-tokens", new_tokens)):
-        if value < 1:
-            raise UsageError(f"{name} {value} is not a whole number above 0", "give at least 1")
+    at_least_one("--samples", samples)
+    at_least_one("--new-tokens", new_tokens)
     computed_in = parse_dtype(dtype)
     where = _compute(device, threads).start()
     from svdcli.files.bytes_of import TORCH_DTYPES
     from svdcli.models.evaluate import evaluate
 
-    with render.progress_on(sys.stderr, quiet=quiet) as progress:
+    with _working(quiet) as progress:
         found = evaluate(
             output,
             texts,
@@ -409,6 +421,132 @@ def eval_(
         render.print_evaluation(found, sys.stdout)
 
 
+@app.command(epilog="Example: svdcli calibrate my-llm --text corpus/ -o stats.safetensors")
+def calibrate(
+    model: Model,
+    output: Annotated[str, typer.Option("-o", "--output", help="The file of moments to write.", metavar="FILE")],
+    text: Text = None,
+    stdlib: Stdlib = False,
+    samples: Samples = 256,
+    seq_len: SeqLen = None,
+    gradients: Annotated[
+        bool | None,
+        typer.Option("--gradients/--no-gradients", help="Moments of the loss gradients too; by default where memory allows."),
+    ] = None,
+    sensitivity: Annotated[
+        bool, typer.Option("--sensitivity", help="Also measure what the output loses when each layer alone is cut.")
+    ] = False,
+    include: Include = None,
+    exclude: Exclude = None,
+    seed: Annotated[int, typer.Option("--seed", help="Seed of the sampled labels.")] = 0,
+    device: Device = "auto",
+    threads: Threads = None,
+    force: Force = False,
+    json_: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Read text with MODEL and write what its layers see and how much their outputs matter, for compress --calibration.
+
+    The model is in memory a block at a time.
+    """
+    from svdcli import render
+    from svdcli.files.texts import read_texts
+
+    at_least_one("--samples", samples)
+    texts = read_texts(text, stdlib=stdlib, held_out=False)
+    goal = Path(output)
+    if not goal.absolute().parent.is_dir():
+        raise SvdcliError(f"the folder {goal.absolute().parent} does not exist", "create it first")
+    if goal.is_dir() or goal.suffix != ".safetensors":
+        raise UsageError(f"-o {output} does not end in .safetensors", "that is what it will be")
+    if goal.exists() and not force:
+        raise SvdcliError(f"{output} exists", "use --force to replace it, or choose another -o")
+    where = _compute(device, threads).start()
+    from svdcli.models.calibrate import calibrate as run
+
+    with _working(quiet) as progress:
+        found = run(
+            model,
+            texts,
+            goal,
+            samples=samples,
+            seq_len=seq_len,
+            gradients=gradients,
+            sensitivity=sensitivity,
+            include=include or (),
+            exclude=exclude or (),
+            seed=seed,
+            device=where,
+            announce=_announce(quiet),
+            progress=progress,
+        )
+    if not quiet:
+        _note(f"wrote {found.path}: {found.layers} layers, {found.inputs} distinct inputs, {render.human(found.bytes, 'B')}")
+        for name in found.uncalibrated[:3]:
+            _note(f"{printable(name)} saw no input, and stays dense when compress uses this ({len(found.uncalibrated)} such)")
+    if json_:
+        render.print_json(found.to_json(), sys.stdout)
+
+
+@app.command(epilog="Example: svdcli heal my-llm-svd --teacher my-llm --text corpus/ --minutes 30")
+def heal(
+    output: Annotated[str, typer.Argument(help="What compress wrote, factored or pivoted.", metavar="OUT")],
+    teacher: Annotated[str, typer.Option("--teacher", help="The original.", metavar="MODEL")],
+    text: Text = None,
+    stdlib: Stdlib = False,
+    healed: Annotated[
+        str | None, typer.Option("-o", "--output", help="Where to write; by default OUT with -healed.", metavar="PATH")
+    ] = None,
+    minutes: Annotated[float | None, typer.Option("--minutes", help="Time for all blocks together, shared out evenly.")] = None,
+    steps: Annotated[
+        int | None, typer.Option("--steps", help="Steps for each block (400, where --minutes is not given).")
+    ] = None,
+    samples: Samples = 256,
+    seq_len: SeqLen = None,
+    seed: Annotated[int, typer.Option("--seed", help="Seed of the order in which text is read.")] = 0,
+    device: Device = "auto",
+    threads: Threads = None,
+    force: Force = False,
+    every_layer: Annotated[bool, typer.Option("--every-layer", help="A table line for every layer, not for every kind.")] = False,
+    json_: Json = False,
+    csv_: Csv = False,
+    quiet: Quiet = False,
+) -> None:
+    """Refine the factors of OUT block by block, so that each block answers as the original's does.
+
+    A run that was cut short continues with the block it had reached. OUT is not touched.
+    """
+    from svdcli.files.texts import read_texts
+    from svdcli.healing import Effort
+    from svdcli.healing import heal as run
+
+    at_least_one("--samples", samples)
+    if steps is not None:
+        at_least_one("--steps", steps)
+    if minutes is not None and not 0 < minutes < 1e6:
+        raise UsageError(f"--minutes {minutes:g} is not a time", "give minutes above 0")
+    if json_ and csv_:
+        raise UsageError("--json and --csv exclude each other", "choose one")
+    effort = Effort(steps if steps or minutes else 400, None if minutes is None else 60 * minutes)
+    texts = read_texts(text, stdlib=stdlib, held_out=False)
+    with _working(quiet) as progress:
+        outcome = run(
+            output,
+            teacher,
+            texts,
+            healed,
+            effort=effort,
+            samples=samples,
+            seq_len=seq_len,
+            seed=seed,
+            compute=_compute(device, threads),
+            force=force,
+            progress=progress,
+        )
+    _say(outcome, quiet)
+    _show_outcome(outcome, sys.stdout, json_, csv_, quiet, grouped=not every_layer)
+
+
 @app.command(epilog="Example: svdcli export my-llm-svd --onnx my-llm.onnx")
 def export(
     output: Annotated[str, typer.Argument(help="What compress wrote, or any model directory.", metavar="OUT")],
@@ -425,7 +563,7 @@ def export(
     from svdcli import render
     from svdcli.models.export import export_onnx
 
-    with render.progress_on(sys.stderr, quiet=quiet) as progress:
+    with _working(quiet) as progress:
         found = export_onnx(output, onnx, dtype=parse_dtype(dtype) or dtype, force=force, progress=progress)
     if not quiet:
         _note(f"wrote {found.path}")
@@ -458,7 +596,7 @@ def bench(
     from svdcli import render
     from svdcli.models import speed
 
-    with render.progress_on(sys.stderr, quiet=quiet) as progress:
+    with _working(quiet) as progress:
         found = speed.bench(
             output,
             against,
@@ -484,6 +622,11 @@ def parse_size(text: str, option: str) -> int:
     if match is None or unit not in _SIZES:
         raise UsageError(f"{option} {text!r} is not a size", "give bytes such as 350MB or 1.5GiB")
     return int(Fraction(match[1]) * _SIZES[unit])
+
+
+def at_least_one(option: str, value: int) -> None:
+    if value < 1:
+        raise UsageError(f"{option} {value} is not a whole number above 0", "give at least 1")
 
 
 def parse_dtype(text: str | None) -> str | None:
@@ -540,11 +683,18 @@ def _data_stream(output: str | None) -> TextIO:
     return sys.stderr if output == "-" else sys.stdout
 
 
-def _show_report(report: Report, stream: TextIO, json_: bool, csv_: bool, quiet: bool, *, grouped: bool) -> None:
+def _show_outcome(outcome: Outcome, stream: TextIO, json_: bool, csv_: bool, quiet: bool, *, grouped: bool) -> None:
+    """The report of what was written, and what was measured of it."""
     from svdcli import render
 
-    if _machine(report.to_json(), [asdict(row) for row in report.layers], json_, csv_, stream) and not quiet:
+    report, measured = outcome.report, outcome.measured
+    data = report.to_json() | {"measured": None if measured is None else measured.to_json()}
+    if _machine(data, [asdict(row) for row in report.layers], json_, csv_, stream) and not quiet:
         render.print_report(report, stream, grouped=grouped)
+        if measured is not None:
+            render.print_measured(measured, stream)
+    if outcome.not_measured and not quiet:
+        _note(f"the loss was not measured: {outcome.not_measured}; see `svdcli eval`")
 
 
 def _machine(data: dict[str, Any], rows: Sequence[dict[str, Any]], json_: bool, csv_: bool, stream: TextIO) -> bool:
@@ -558,6 +708,32 @@ def _machine(data: dict[str, Any], rows: Sequence[dict[str, Any]], json_: bool, 
     elif csv_:
         render.print_csv(rows, stream)
     return not (json_ or csv_)
+
+
+def _announce(quiet: bool) -> Callable[[Forecast], None]:
+    """Tell on standard error what a calibration will take."""
+    from svdcli import render
+
+    def tell(forecast: Forecast) -> None:
+        rounds = "" if forecast.rounds == 1 else f" in {forecast.rounds} rounds"
+        what = "inputs and loss gradients" if forecast.gradients else "inputs"
+        _note(f"calibrating on {forecast.tokens:,} tokens, windows of {forecast.seq_len}{rounds}: moments of {what}")
+        state = render.human(forecast.state_bytes, "B")
+        _note(f"about {render.duration(forecast.seconds)}, and {state} for hidden states between blocks")
+        if forecast.reason:
+            _note(f"no gradients: {forecast.reason}")
+
+    return (lambda forecast: None) if quiet else tell
+
+
+@contextmanager
+def _working(quiet: bool) -> Iterator[Progress]:
+    """Around everything that may take long: progress on a terminal, and the garbage collector that start-up did without."""
+    from svdcli import render
+
+    gc.enable()
+    with render.progress_on(sys.stderr, quiet=quiet) as progress:
+        yield progress
 
 
 def _note(text: str) -> None:

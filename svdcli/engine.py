@@ -6,10 +6,10 @@ import ctypes
 import itertools
 import math
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
@@ -18,13 +18,13 @@ from torch import Tensor
 from svdcli.errors import SvdcliError, UsageError
 from svdcli.files.bytes_of import TORCH_DTYPES, bytes_of
 from svdcli.files.checkpoint import Checkpoint
-from svdcli.files.moments import LayerMoments, Moments
+from svdcli.files.moments import LayerMoments, Moments, metric_of
 from svdcli.files.record import Result
 from svdcli.files.workspace import Workspace
 from svdcli.files.writer import Unit, WeightWriter, checksum_at, chunks_at
 from svdcli.linalg.solvers import SOLVERS, Factors, squared_norm, squared_singular_values, transposed
 from svdcli.linalg.storage import dense_rows, residual_energy, to_stored
-from svdcli.linalg.whitening import Metric, refit_bias, weighted, weighted_energies, weighted_error
+from svdcli.linalg.whitening import refit_bias, weighted, weighted_energies, weighted_error
 from svdcli.plan.decide import Measured
 from svdcli.plan.recipe import WEIGHTED, LayerPlan, Recipe
 from svdcli.plan.tensors import FACTORED_DTYPES, TensorInfo
@@ -107,14 +107,27 @@ class Calibration:
     moments: Moments
     metric: str
 
+    @property
+    def unit(self) -> str:
+        """Of the predicted losses: that of the model's own loss where gradients or sensitivities count, else none."""
+        known = self.moments.provenance
+        counts = known.sensitivity and not known.gradients if self.metric == "inputs" else known.gradients or known.sensitivity
+        return known.unit if counts else ""
+
     def kind(self, name: str) -> str:
         """The metric of one layer: "" where the moments say nothing of it."""
         known = self.moments.kind(name)
         if self.moments.provenance.gradients and known == "inputs" and self.metric != "inputs":
             return ""  # no gradient reached it, so nothing compares it with the others
+        if self.moments.provenance.sensitivity and self.moments.weight(name) is None:
+            return ""
         if self.metric == "diagonal" and known == "full":
             return "diagonal"
         return known if self.metric in ("auto", "full", "diagonal") or not known else "inputs"
+
+    def weight(self, name: str, kind: str) -> float | None:
+        """The measured sensitivity of one layer, where it was measured in the metric that counts here."""
+        return self.moments.weight(name) if kind and kind == self.moments.kind(name) else None
 
     def of(self, layer: LayerPlan) -> LayerMoments | None:
         """The moments of one planned layer, cut to its metric."""
@@ -138,13 +151,17 @@ def check_metric(recipe: Recipe, moments: Moments) -> None:
         )
 
 
-def _metric(moments: LayerMoments, device: torch.device, *, centred: bool) -> Metric:
-    """In float64 on a device that has it. A bias that follows the mean leaves only what varies around it."""
-    inputs = moments.inputs.to(device, torch.float64)
-    if centred:
-        mean = moments.mean.to(device, torch.float64)
-        inputs = inputs - torch.outer(mean, mean)
-    return Metric(inputs, None if moments.outputs is None else moments.outputs.to(device))
+@dataclass(frozen=True)
+class Ready:
+    """Layers whose stored tensors exist already, bias included where it is the layer's, and which solver they came from."""
+
+    tensors: Callable[[LayerPlan], tuple[Tensor, ...]]
+    results: Mapping[str, Result]
+
+    def take(self, w: Tensor, layer: LayerPlan) -> tuple[tuple[Tensor, ...], Result]:
+        """The tensors of one layer, and their exact error against its weight."""
+        tensors = self.tensors(layer)
+        return tensors, replace(self.results[layer.tensor.name], relative_error=_relative_error(w, tensors, layer))
 
 
 class LayerFailedError(Exception):
@@ -166,7 +183,7 @@ def measure_layer(
     if moments is not None:
         where = torch.device("cpu") if device.type == "mps" else device
         matrix = (w.T if moments.transposed else w).to(where)
-        weighed = weighted_energies(matrix, _metric(moments, where, centred=centred))
+        weighed = weighted_energies(matrix, metric_of(moments, where, centred=centred))
         return Measured(finite=True, energies=tuple(weighed.tolist()))
     work = w.to(device, _work_dtype(device, torch.float64 if w.dtype in (torch.float32, torch.float64) else torch.float32))
     exponent = math.frexp(largest)[1]
@@ -202,6 +219,7 @@ def measure(
             layer = measure_layer(w, spectra=spectra, device=device, moments=moments, centred=bias is not None)
             line = {"measured": tensor.name, "finite": layer.finite, "energies": layer.energies, "metric": kind}
             line["refit"] = bias is not None
+            line["weight"] = None if calibration is None else calibration.weight(tensor.name, kind)
             if workspace is not None:
                 workspace.note(line)
         return tensor, line
@@ -209,7 +227,7 @@ def measure(
     for tensor, line in spread(look, tensors, device):
         energies = None if line["energies"] is None else tuple(line["energies"])
         bias = checkpoint.tensors[f"{tensor.module}.bias"].info if line["refit"] else None
-        found[tensor.name] = Measured(line["finite"], energies, line["metric"], bias)
+        found[tensor.name] = Measured(line["finite"], energies, line["metric"], bias, line["weight"])
         done += guess_seconds(tensor, share=share)
         progress("measure", tensor.name, done, total)
     return {tensor.name: found[tensor.name] for tensor in tensors}
@@ -262,7 +280,7 @@ def _factor(work: Tensor, layer: LayerPlan, solver: str, seed: int, moments: Lay
     rank = int(layer.rank or 0)
     if solver != WEIGHTED or moments is None:
         return SOLVERS[solver](work, rank, seed)
-    metric = _metric(moments, work.device, centred=layer.bias is not None)
+    metric = metric_of(moments, work.device, centred=layer.bias is not None)
     return transposed(weighted(work.T, rank, metric)) if moments.transposed else weighted(work, rank, metric)
 
 
@@ -276,7 +294,7 @@ def _weighted_problem(work: Tensor, stored: tuple[Tensor, ...], layer: LayerPlan
     """Does the stored layer's error in the metric keep what the spectrum promised, rounding aside."""
     w = work.T if moments.transposed else work
     error = weighted_error(
-        w, _dense(stored, layer, moments, work.device), _metric(moments, work.device, centred=layer.bias is not None)
+        w, _dense(stored, layer, moments, work.device), metric_of(moments, work.device, centred=layer.bias is not None)
     )
     if not math.isfinite(error):
         return "not finite"
@@ -299,9 +317,12 @@ def _refitted(
 
 def stored_error(original: Checkpoint, compressed: Checkpoint, layer: LayerPlan) -> float:
     """The relative Frobenius error of one stored layer against the original weight, from the files."""
-    weight = original.read_tensor(layer.tensor.name)
-    work = weight.to(torch.float64 if "F64" in (layer.tensor.dtype, layer.stored_dtype) else torch.float32)
     stored = tuple(compressed.read_tensor(tensor.name) for tensor in layer.stored())
+    return _relative_error(original.read_tensor(layer.tensor.name), stored, layer)
+
+
+def _relative_error(weight: Tensor, stored: tuple[Tensor, ...], layer: LayerPlan) -> float:
+    work = weight.to(torch.float64 if "F64" in (layer.tensor.dtype, layer.stored_dtype) else torch.float32)
     total = squared_norm(work)
     return math.sqrt(residual_energy(work, stored, layer.layout) / total) if total > 0 else 0.0
 
@@ -349,6 +370,7 @@ def run_units(
     device: torch.device,
     progress: Progress,
     calibration: Calibration | None = None,
+    ready: Ready | None = None,
 ) -> tuple[dict[str, Result], dict[str, str]]:
     """Do every unit that the journal does not have; (results of factored layers, failed layers with the reasons)."""
     results: dict[str, Result] = {}
@@ -360,7 +382,7 @@ def run_units(
         line = workspace.done.get(unit.name)
         if line is None or not _still_there(unit, line, writer):
             try:
-                line = _do_unit(checkpoint, unit, layers.get(unit.name), writer, seed, device, calibration)
+                line = _do_unit(checkpoint, unit, layers.get(unit.name), writer, seed, device, calibration, ready)
             except LayerFailedError as error:
                 return unit, {"failed": str(error)}
             workspace.done[unit.name] = line
@@ -404,14 +426,15 @@ def _do_unit(
     seed: int,
     device: torch.device,
     calibration: Calibration | None,
+    ready: Ready | None,
 ) -> dict[str, Any]:
     line: dict[str, Any] = {"unit": unit.name}
     chunks: list[Iterator[bytes | bytearray | memoryview]]
     if unit.kind == "factor" and layer is not None:
         w = checkpoint.read_tensor(unit.name)
         moments = None if calibration is None else calibration.of(layer)
-        stored, result = solve_layer(w, layer, seed, device, moments)
-        if layer.bias is not None:
+        stored, result = solve_layer(w, layer, seed, device, moments) if ready is None else ready.take(w, layer)
+        if layer.bias is not None and ready is None:
             stored = (*stored, _refitted(checkpoint, w, stored, layer, moments))
         chunks = [iter([bytes_of(tensor)]) for tensor in stored]
         line |= {"error": result.relative_error, "solver": result.solver, "fell_back": list(result.fell_back)}

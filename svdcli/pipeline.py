@@ -8,7 +8,7 @@ import json
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,7 +20,7 @@ from svdcli.files.blueprint import Beside, CompressDesign, Design, ExpandDesign
 from svdcli.files.checkpoint import CHUNK, RECORD, STANDARD, Checkpoint, open_checkpoint, sha256_of
 from svdcli.files.record import Result, make_record, record_of, source_json, stored_layers
 from svdcli.files.report import SOLVERS_FAILED, Report, read_report, report_of
-from svdcli.files.workspace import Workspace
+from svdcli.files.workspace import MOMENTS, Workspace
 from svdcli.models import standalone
 from svdcli.plan.decide import Measured, decide, needs_spectra, rerun
 from svdcli.plan.layers import choose_layers
@@ -31,17 +31,37 @@ from svdcli.progress import Progress, silent
 if TYPE_CHECKING:
     import torch
 
-    from svdcli.engine import Calibration, Compute
+    from svdcli.engine import Calibration, Compute, Ready
+    from svdcli.files.texts import Texts
+    from svdcli.models.calibrate import Forecast
+    from svdcli.models.evaluate import Evaluation
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Text to calibrate on while compressing, and how much of it; held_out is to measure on what the result is worth."""
+
+    texts: Texts
+    held_out: Texts | None = None
+    samples: int = 256
+    seq_len: int | None = None
+    announce: Callable[[Forecast], None] = lambda forecast: None
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What compress did or would do: the report, the plan behind it, and where the output is (None for a dry run)."""
+    """What compress did or would do: the report, the plan behind it, and where the output is (None for a dry run).
+
+    measured is how far the output is from the original on text that calibration did not read, where there was such text;
+    not_measured says why it is missing.
+    """
 
     report: Report
     plan: Plan
     path: Path | None
     started_over: bool = False
+    measured: Evaluation | None = None
+    not_measured: str = ""
 
 
 def compress(
@@ -51,6 +71,7 @@ def compress(
     *,
     plan: Plan | None = None,
     calibration: str | Path | None = None,
+    reading: Reading | None = None,
     compute: Compute | None = None,
     force: bool = False,
     dry_run: bool = False,
@@ -60,8 +81,8 @@ def compress(
 
     model is a file, a directory or "-"; out defaults to `<stem>.svd.safetensors` or `<name>-svd` beside it and may be "-"
     for standard output. Exactly one of recipe and plan decides what happens. calibration is a file of `svdcli calibrate`: errors
-    then count by what they do to the layers' outputs, or to the model's loss. The output appears whole or not at all; a run
-    that was cut short continues where it stopped when it is called again.
+    then count by what they do to the layers' outputs, or to the model's loss; reading does that calibration here and now. The
+    output appears whole or not at all; a run that was cut short continues where it stopped when it is called again.
     Raises SvdcliError or a child of it, and OSError where the file system refuses.
     """
     from svdcli.engine import Compute
@@ -70,27 +91,72 @@ def compress(
         raise UsageError("give exactly one of a recipe and a plan")
     recipe = plan.recipe if plan is not None else recipe
     assert recipe is not None
+    if calibration is not None and reading is not None:
+        raise UsageError("give a calibration or a text, not both", "leave out one of them")
     with open_checkpoint(model) as checkpoint:
         _check_source(checkpoint, recipe)
         device = (compute or Compute()).start()
-        choice = _choose(checkpoint, recipe, plan, calibration)
         if dry_run:
-            name = None if checkpoint.is_directory else _out_path(checkpoint, out, ".svd", "-svd").name
-            decided = _decide(checkpoint, choice, name, device, None, progress)
-            return Outcome(_predicted(checkpoint, decided, name), decided, None)
-        with _destination(checkpoint, out, ".svd", "-svd", force) as target:
+            return _predict(checkpoint, out, recipe, plan, _Source(calibration, reading), device, progress)
+        with destination(checkpoint, out, ".svd", "-svd", force) as target:
             workspace = Workspace(target, is_file=not checkpoint.is_directory)
-            identity = _identity(checkpoint, "compress", recipe_to_json(choice.recipe), plan and plan.to_json())
-            with _disk_errors(target), workspace.locked():
-                if workspace.resume(identity, force=force):
+            with disk_errors(target), workspace.locked():
+                workspace.begin()
+                source = _Source(calibration, reading)
+                choice = _choose(checkpoint, recipe, plan, source.file(checkpoint, workspace.folder, recipe, device, progress))
+                same = identity(checkpoint, "compress", recipe_to_json(choice.recipe), plan and plan.to_json())
+                if workspace.resume(same, force=force):
                     _compress_into(workspace, checkpoint, choice, device, progress)
             report = read_report(target)
+            measured, why = (None, "") if reading is None else _measure(checkpoint, target, reading, device, progress)
             return Outcome(
                 replace(report, path=str(out)) if out is not None else report,
                 Plan.from_json(record_of(open_checkpoint(target))),
                 None if out == STANDARD else target,
                 workspace.started_over,
+                measured,
+                why,
             )
+
+
+def _measure(
+    checkpoint: Checkpoint, target: Path, reading: Reading, device: torch.device, progress: Progress
+) -> tuple[Evaluation | None, str]:
+    """(how far the output is from the original on the held-out text, why that could not be measured)."""
+    from svdcli.models.calibrate import free_memory
+    from svdcli.models.evaluate import evaluate
+
+    both = 2 * (checkpoint.nbytes + sum(path.stat().st_size for path in target.glob("*.safetensors")))
+    if both > _SHARE_TO_MEASURE * free_memory():
+        return None, f"both models at once may need {both / 1e9:.1f} GB"
+    if reading.held_out is None:
+        return None, "no text was held out"
+    how = {"seq_len": reading.seq_len, "samples": _WINDOWS_TO_MEASURE, "device": device}
+    try:
+        return evaluate(target, reading.held_out, against=checkpoint.path, **how, progress=progress), ""
+    except SvdcliError as error:
+        return None, str(error)
+
+
+_SHARE_TO_MEASURE = 0.8
+_WINDOWS_TO_MEASURE = 32
+
+
+def _predict(
+    checkpoint: Checkpoint,
+    out: str | Path | None,
+    recipe: Recipe,
+    plan: Plan | None,
+    source: _Source,
+    device: torch.device,
+    progress: Progress,
+) -> Outcome:
+    """What a dry run tells."""
+    with tempfile.TemporaryDirectory(prefix="svdcli-") as folder:
+        choice = _choose(checkpoint, recipe, plan, source.file(checkpoint, Path(folder), recipe, device, progress))
+        name = None if checkpoint.is_directory else _out_path(checkpoint, out, ".svd", "-svd").name
+        decided = _decide(checkpoint, choice, name, device, None, progress)
+        return Outcome(_predicted(checkpoint, decided, name), decided, None)
 
 
 def expand(model: str | Path, out: str | Path | None = None, *, force: bool = False, progress: Progress = silent) -> Path | None:
@@ -106,17 +172,45 @@ def expand(model: str | Path, out: str | Path | None = None, *, force: bool = Fa
         if record is None:
             raise SvdcliError(f"{checkpoint.shown} was not written by svdcli compress", "there is nothing to expand")
         layers = stored_layers(checkpoint, record)
-        with _destination(checkpoint, out, ".dense", "-dense", force) as target:
+        with destination(checkpoint, out, ".dense", "-dense", force) as target:
             workspace = Workspace(target, is_file=not checkpoint.is_directory)
-            with _disk_errors(target), workspace.locked():
-                if workspace.resume(_identity(checkpoint, "expand"), force=force):
+            with disk_errors(target), workspace.locked():
+                if workspace.resume(identity(checkpoint, "expand"), force=force):
                     design = ExpandDesign(checkpoint, layers, target.name if workspace.is_file else None)
-                    results, _ = _write(design, layers, workspace, torch.device("cpu"), 0, progress)
-                    _finish(design, results, workspace, progress)
+                    results, _ = write(design, layers, workspace, torch.device("cpu"), 0, progress)
+                    finish(design, results, workspace, progress)
             return None if out == STANDARD else target
 
 
 # Deciding ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Where the calibration comes from: a file, a text that is read now, or nowhere."""
+
+    path: str | Path | None
+    reading: Reading | None
+
+    def file(
+        self, checkpoint: Checkpoint, folder: Path, recipe: Recipe, device: torch.device, progress: Progress
+    ) -> str | Path | None:
+        """The file of moments; one of the same text that an earlier run left in `folder` is used again."""
+        if self.reading is None:
+            return self.path
+        from svdcli.models.calibrate import calibrate
+
+        reading, gradients = self.reading, _GRADIENTS.get(recipe.metric, True)
+        asked = (checkpoint.fingerprint(), reading.texts.digest, reading.samples, reading.seq_len, gradients)
+        found = folder / f"{hashlib.sha256(repr(asked).encode()).hexdigest()[:16]}.{MOMENTS}"
+        if not found.exists():
+            how = {"samples": reading.samples, "seq_len": reading.seq_len, "gradients": gradients, "device": device}
+            calibrate(checkpoint.path, reading.texts, found, **how, announce=reading.announce, progress=progress)
+        return found
+
+
+# Whether a metric needs the moments of gradients; None leaves that to the memory there is.
+_GRADIENTS = {"inputs": False, "auto": None}
 
 
 @dataclass(frozen=True)
@@ -231,14 +325,15 @@ def _decide_ranks(checkpoint: Checkpoint, choice: _Choice, name: str | None, mea
     def predict(plan: Plan) -> int:
         return _design(checkpoint, plan, name).blueprint().total
 
-    return decide(choice.recipe, choice.fingerprint, choice.selected, choice.skipped, measured, predict)
+    unit = "" if choice.calibration is None else choice.calibration.unit
+    return decide(choice.recipe, choice.fingerprint, choice.selected, choice.skipped, measured, predict, unit)
 
 
 def _design(checkpoint: Checkpoint, plan: Plan, name: str | None) -> CompressDesign:
-    return CompressDesign(checkpoint, plan, name, _beside() if plan.recipe.self_contained else None)
+    return CompressDesign(checkpoint, plan, name, beside() if plan.recipe.self_contained else None)
 
 
-def _beside() -> Beside:
+def beside() -> Beside:
     return Beside(standalone.FILE, standalone.standalone_source(), standalone.auto_map())
 
 
@@ -262,16 +357,16 @@ def _compress_into(
     except SvdcliError:
         workspace.remove()
         raise
-    results, failed = _write(design, plan.factored, workspace, device, choice.recipe.seed, progress, choice.calibration)
+    results, failed = write(design, plan.factored, workspace, device, choice.recipe.seed, progress, choice.calibration)
     if failed:
         plan = plan.with_dense({layer: f"{SOLVERS_FAILED}: {why}" for layer, why in failed.items()})
         design = _design(checkpoint, plan, name)
         workspace.set_aside()
-        results, _ = _write(design, plan.factored, workspace, device, choice.recipe.seed, progress, choice.calibration)
-    _finish(design, results, workspace, progress)
+        results, _ = write(design, plan.factored, workspace, device, choice.recipe.seed, progress, choice.calibration)
+    finish(design, results, workspace, progress)
 
 
-def _write(
+def write(
     design: Design,
     layers: Sequence[LayerPlan],
     workspace: Workspace,
@@ -279,6 +374,7 @@ def _write(
     seed: int,
     progress: Progress,
     calibration: Calibration | None = None,
+    ready: Ready | None = None,
 ) -> tuple[dict[str, Result], dict[str, str]]:
     """Lay the files out and do every unit: (results, layers on which every solver failed)."""
     from svdcli.engine import run_units
@@ -301,10 +397,11 @@ def _write(
         device=device,
         progress=progress,
         calibration=calibration,
+        ready=ready,
     )
 
 
-def _finish(design: Design, results: Mapping[str, Result], workspace: Workspace, progress: Progress) -> None:
+def finish(design: Design, results: Mapping[str, Result], workspace: Workspace, progress: Progress) -> None:
     """Headers, the files beside the weights, the record; read everything back with the reference reader; publish."""
     from svdcli.files.writer import WeightWriter, write_file
 
@@ -347,7 +444,7 @@ def _check_sizes(folder: Path, sizes: Mapping[str, int]) -> None:
 # Where the output goes -----------------------------------------------------------------------------------------------
 
 
-def _identity(checkpoint: Checkpoint, *parts: object) -> str:
+def identity(checkpoint: Checkpoint, *parts: object) -> str:
     """The same for the same command on the same source: what a journal must match to be continued."""
     values = [__version__, checkpoint.fingerprint(), checkpoint.state(), checkpoint.name, *parts]
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
@@ -368,7 +465,7 @@ def _out_path(checkpoint: Checkpoint, out: str | Path | None, file_suffix: str, 
 
 
 @contextmanager
-def _destination(
+def destination(
     checkpoint: Checkpoint, out: str | Path | None, file_suffix: str, folder_suffix: str, force: bool
 ) -> Iterator[Path]:
     """The path to write to. Standard output gets its bytes from a temporary file once that is whole."""
@@ -422,7 +519,7 @@ def _looks_like_a_model(folder: Path) -> bool:
 
 
 @contextmanager
-def _disk_errors(target: Path) -> Iterator[None]:
+def disk_errors(target: Path) -> Iterator[None]:
     """A full disk, in words that say what to do."""
     try:
         yield

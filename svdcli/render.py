@@ -52,6 +52,13 @@ def human(value: float, unit: str = "") -> str:
     return f"{sign}{value:.0f}{' ' if unit else ''}{unit}"
 
 
+def duration(seconds: float) -> str:
+    """42 s, 7 min, 3.4 h."""
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
 def _arrow(before: float, after: float, unit: str = "") -> str:
     """2.06 MB → 557 kB; a unit that both share is written once."""
     first, second = human(before, unit), human(after, unit)
@@ -174,12 +181,33 @@ def _print_totals(report: Report, console: Console, *, grouped: bool) -> None:
         mean = sum(error for error, _ in errors) / len(errors)
         worst = max(errors)
         lines.append(("relative error", f"mean {mean:.4f}, largest {worst[0]:.4f} ({_short(worst[1])})"))
+    lines += _loss_lines(report)
     lines += [("left dense", line) for line in _reasons([(r.name, r.reason) for r in report.layers if r.rank is None])]
     lines += [("fell back", f"{_short(r.name)}: {', '.join(r.fell_back)}") for r in report.layers if r.fell_back]
     lines += [("skipped", line) for line in _reasons([(item["name"], item["reason"]) for item in report.skipped])]
     lines += [("left out", f"{name}: {reason}") for name, reason in report.left_out.items()]
     lines += [("note", note) for note in report.notes]
     _print_grid(lines, console)
+
+
+def _loss_lines(report: Report) -> list[tuple[str, str]]:
+    """What the layers' losses make of the model's, and what healing did to its blocks."""
+    lines = []
+    if report.predicted_loss is not None:
+        unit = "nats a token" if report.loss_unit == "nats" else report.loss_unit
+        text = f"{report.predicted_loss:.4g} {unit}, summed over the layers"
+        if report.expected_loss is not None:
+            text = f"{report.expected_loss:.4g} {unit} above the original ({report.predicted_loss:.4g} summed over the layers)"
+        lines.append(("expected loss", text))
+    if report.healing is not None:
+        blocks = report.healing["blocks"]
+        lines.append(
+            ("healed", f"on {printable(report.healing['text'])}; relative error of each block on text it did not train on")
+        )
+        for name, item in blocks.items():
+            change = f"{item['before']:.3e} → {item['after']:.3e}" if item["after"] < item["before"] else "nothing better found"
+            lines.append(("", f"{printable(name)}: {change}, {item['steps']} steps"))
+    return lines
 
 
 def _print_grid(lines: Sequence[tuple[str, str]], console: Console) -> None:
@@ -303,6 +331,16 @@ def print_verification(verification: Verification, stream: TextIO) -> None:
 # eval ----------------------------------------------------------------------------------------------------------------
 
 
+def print_measured(found: Evaluation, stream: TextIO) -> None:
+    """What compress bought, in three lines."""
+    console = console_for(stream)
+    lines = _drift_lines(found)
+    if found.original is not None and found.compressed is not None:
+        both = f"{_plus_minus(found.original.perplexity)} → {_plus_minus(found.compressed.perplexity)}"
+        lines.insert(0, ("perplexity", f"{both}, {found.tokens:,} tokens that calibration did not read"))
+    _print_grid(lines, console)
+
+
 def print_evaluation(found: Evaluation, stream: TextIO) -> None:
     console = console_for(stream)
     if found.text:
@@ -316,6 +354,13 @@ def print_evaluation(found: Evaluation, stream: TextIO) -> None:
             cells = (_plus_minus(scores.perplexity), _plus_minus(scores.loss), f"{scores.bits_per_byte:.4f}")
             table.add_row(Text(printable(scores.path)), *cells)
         console.print(table)
+    lines = _drift_lines(found)
+    _print_grid(lines, console)
+    for spoken in found.continuations:
+        _print_continuation(spoken, console)
+
+
+def _drift_lines(found: Evaluation) -> list[tuple[str, str]]:
     lines = []
     if found.drift is not None:
         drift = found.drift
@@ -326,9 +371,7 @@ def print_evaluation(found: Evaluation, stream: TextIO) -> None:
         similarity = found.similarity
         lines += [("cosine similarity", f"mean {similarity.mean:.4f}, 5th percentile {similarity.percentile_5:.4f}")]
         lines += [("", f"minimum {similarity.minimum:.4f}, over {similarity.sentences} sentences")]
-    _print_grid(lines, console)
-    for spoken in found.continuations:
-        _print_continuation(spoken, console)
+    return lines
 
 
 def _plus_minus(mean: Mean) -> str:

@@ -21,6 +21,7 @@ FLOORS = {
     "models": 3,
     "engine": 4,
     "pipeline": 5,
+    "healing": 6,
     "survey": 6,
     "render": 7,
     "cli": 8,

@@ -1,7 +1,8 @@
 """The file of `svdcli calibrate`: second moments of layers' inputs and of the loss gradients at their outputs.
 
 A safetensors file. `mean.K` (n,) and `input.K` (n, n) are of the input that a group of layers shares, K being the name of the
-first of them; `output.L` is (m, m) or, diagonal only, (m,). All float32; the metadata key `svdcli_moments` says which layer has
+first of them; `output.L` is (m, m) or, diagonal only, (m,); `sensitivity.L` (2,) is what the model loses when L alone is cut,
+and the share of L's energy that the cut gave up. All float32; the metadata key `svdcli_moments` says which layer has
 which, and where they come from.
 """
 
@@ -22,6 +23,7 @@ from svdcli.errors import BadCheckpointError, SvdcliError
 from svdcli.files.bytes_of import bytes_of
 from svdcli.files.checkpoint import Checkpoint, open_checkpoint
 from svdcli.files.writer import Unit, WeightWriter, lay_out
+from svdcli.linalg.whitening import Metric
 from svdcli.plan.tensors import TensorInfo
 
 METADATA = "svdcli_moments"
@@ -30,7 +32,7 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class Provenance:
-    """Which model read which text. unit is that of half the two-sided error: nats, or 1 - cosine."""
+    """Which model read which text. unit is that of the predicted loss: nats, or 1 - cosine."""
 
     fingerprint: str
     text: str
@@ -40,6 +42,7 @@ class Provenance:
     seq_len: int
     seed: int
     gradients: bool
+    sensitivity: bool
     unit: str
 
 
@@ -54,6 +57,15 @@ class LayerMoments:
     mean: Tensor
     outputs: Tensor | None
     transposed: bool
+
+
+def metric_of(moments: LayerMoments, device: torch.device, *, centred: bool) -> Metric:
+    """How a layer's error counts, in float64. A bias that follows the mean leaves only what varies around it."""
+    inputs = moments.inputs.to(device, torch.float64)
+    if centred:
+        mean = moments.mean.to(device, torch.float64)
+        inputs = inputs - torch.outer(mean, mean)
+    return Metric(inputs, None if moments.outputs is None else moments.outputs.to(device))
 
 
 class Spool:
@@ -116,6 +128,13 @@ class Moments:
             None if output is None else self._checkpoint.read_tensor(output),
             bool(keys["transposed"]),
         )
+
+    def weight(self, name: str) -> float | None:
+        """Loss of the model for the whole of a layer's energy, from its measured sensitivity; None where there is none."""
+        if f"sensitivity.{name}" not in self._checkpoint.tensors:
+            return None
+        loss, share = self._checkpoint.read_tensor(f"sensitivity.{name}").tolist()
+        return float(loss / share) if share > 0 else 0.0
 
     def kind(self, name: str) -> str:
         """What is known of the layer: "" nothing, "inputs", "diagonal" or "full" moments of the gradients besides."""

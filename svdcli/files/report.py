@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -10,7 +11,9 @@ from typing import Any
 from svdcli.errors import BadCheckpointError
 from svdcli.files.checkpoint import RECORD, read_file_header
 from svdcli.files.record import read_record
+from svdcli.plan.expected import expected_loss
 from svdcli.plan.layout import stored_tensors
+from svdcli.plan.recipe import Healing
 from svdcli.plan.tensors import TensorInfo
 
 JSON_VERSION = 1
@@ -57,7 +60,12 @@ class Total:
 
 @dataclass(frozen=True)
 class Report:
-    """The truth about one output, or, with predicted=True, about a plan for one."""
+    """The truth about one output, or, with predicted=True, about a plan for one.
+
+    predicted_loss is the sum over the layers in loss_unit ("nats" a prediction, "1 - cosine", "" where layers' losses are shares
+    of their own energy and do not add up); expected_loss is what the model is likely to show, corrected as measured. healing
+    tells text and blocks where the factors were refined.
+    """
 
     path: str
     predicted: bool
@@ -71,6 +79,10 @@ class Report:
     total: Total
     files: Mapping[str, int]
     failed: tuple[str, ...] = field(default=())
+    loss_unit: str = ""
+    predicted_loss: float | None = None
+    expected_loss: float | None = None
+    healing: Mapping[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
         return {"svdcli_json": JSON_VERSION, "kind": "report"} | asdict(self)
@@ -99,6 +111,8 @@ def report_of(record: Mapping[str, Any], sizes: Mapping[str, int], path: str, *,
         source = record["source"]
         parameters = source["parameters"] - selected.saved_parameters
         total = _sums(source["parameters"], parameters, source["bytes"], sum(sizes.values()))
+        unit, healing = str(record.get("loss_unit", "")), record.get("healing")
+        loss = math.fsum(row.predicted_loss or 0.0 for row in rows) if unit and healing is None else None
         return Report(
             path=path,
             predicted=predicted,
@@ -112,6 +126,10 @@ def report_of(record: Mapping[str, Any], sizes: Mapping[str, int], path: str, *,
             total=total,
             files=dict(sizes),
             failed=tuple(row.name for row in rows if row.reason.startswith(SOLVERS_FAILED)),
+            loss_unit=unit,
+            predicted_loss=loss,
+            expected_loss=None if loss is None else expected_loss(loss, unit),
+            healing=None if healing is None else Healing.from_json(healing).to_json(),
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise BadCheckpointError(f"{path}: its svdcli record is damaged ({error})", "write the output again") from error

@@ -23,6 +23,19 @@ class Texts:
     def nbytes(self) -> int:
         return sum(len(document.encode()) for document in self.documents)
 
+    def split(self, share: float) -> tuple[Texts, Texts]:
+        """The first `share` of all characters, and the rest; a document may be cut in two."""
+        left = int(share * sum(map(len, self.documents)))
+        first, rest = [], []
+        for document in self.documents:
+            first.append(document[:left])
+            rest.append(document[len(first[-1]) :])
+            left -= len(first[-1])
+        return (
+            Texts(f"{self.name}, first {share:.0%}", tuple(filter(None, first))),
+            Texts(f"{self.name}, last {1 - share:.0%}", tuple(filter(None, rest))),
+        )
+
     @property
     def digest(self) -> str:
         whole = hashlib.sha256()

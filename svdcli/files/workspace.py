@@ -16,13 +16,16 @@ from svdcli.errors import SvdcliError
 from svdcli.files.writer import sync
 
 SUFFIX = ".partial"
-_OWN = frozenset({"lock", "journal.jsonl", "data", "before", "replaced"})
+MOMENTS = "moments.safetensors"
+BLOCKS = "blocks"
+_OWN = frozenset({"lock", "journal.jsonl", "data", "before", "replaced", MOMENTS, BLOCKS})
 
 
 class Workspace:
     """The folder beside OUT in which a run works; holds `data/` (the files to be), `journal.jsonl` and `lock`.
 
-    measured and done are what earlier runs of the same command left in the journal.
+    measured, done and healed are what earlier runs of the same command left in the journal. `*.moments.safetensors` is a
+    calibration made on the way, `blocks/` holds factors that were healed.
     """
 
     def __init__(self, out: Path, *, is_file: bool) -> None:
@@ -32,11 +35,13 @@ class Workspace:
         self.data = self.folder / "data"
         self.measured: dict[str, dict[str, Any]] = {}
         self.done: dict[str, dict[str, Any]] = {}
+        self.healed: dict[str, dict[str, Any]] = {}
         self.started_over = False
         self.before = self.folder / "before"
         self._noting = threading.Lock()
         self._was_there = self.folder.exists()
         self._journal = self.folder / "journal.jsonl"
+        self._had_journal = self._journal.exists()
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -51,7 +56,7 @@ class Workspace:
         path = self.folder / "lock"
         while True:
             self.folder.mkdir(exist_ok=True)
-            strange = [path.name for path in self.folder.iterdir() if path.name not in _OWN]
+            strange = [path.name for path in self.folder.iterdir() if path.name not in _OWN and MOMENTS not in path.name]
             if strange:
                 raise SvdcliError(f"{self.folder} holds {strange[0]!r}, not svdcli's", "move it, or choose another -o")
             try:
@@ -67,6 +72,11 @@ class Workspace:
                 return descriptor
             os.close(descriptor)
 
+    def begin(self) -> None:
+        """Tell in the journal that work goes on, before it is known what exactly it will be."""
+        if not self._journal.exists():
+            self.note({"begun": True})
+
     def resume(self, identity: str, *, force: bool) -> bool:
         """Read the journal of an earlier run, or start afresh where there is none or it was another command's.
 
@@ -75,7 +85,7 @@ class Workspace:
         """
         lines = self._read_journal()
         same = bool(lines) and lines[0].get("identity") == identity
-        published = "publishing" in lines[-1] if same else self._was_there and not lines and not force
+        published = "publishing" in lines[-1] if same else self._was_there and not self._had_journal and not force
         if published and self.out.exists() and not self.target.exists():
             self.remove()
             return False
@@ -84,9 +94,11 @@ class Workspace:
         if same:
             self.measured = {line["measured"]: line for line in lines if "measured" in line}
             self.done = {line["unit"]: line for line in lines if "unit" in line}
+            self.healed = {line["block"]: line for line in lines if "block" in line}
             return True
-        self.started_over = bool(lines)
-        shutil.rmtree(self.data, ignore_errors=True)
+        self.started_over = any("identity" in line for line in lines)
+        for path in (self.data, self.folder / BLOCKS):
+            shutil.rmtree(path, ignore_errors=True)
         self._journal.unlink(missing_ok=True)
         self.note({"identity": identity})
         return True
@@ -139,7 +151,7 @@ class Workspace:
 
     def remove(self) -> None:
         """Remove the folder, the journal last: what a kill leaves behind then still tells what happened."""
-        for path in (self.data, self.before, self.folder / "replaced"):
+        for path in (self.data, self.before, self.folder / "replaced", self.folder / BLOCKS):
             shutil.rmtree(path, ignore_errors=True)
         self._journal.unlink(missing_ok=True)
         shutil.rmtree(self.folder, ignore_errors=True)

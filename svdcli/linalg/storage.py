@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
-from svdcli.linalg.solvers import Factors
+from svdcli.linalg.solvers import Factors, squared_norm
 
 
 def pivot(factors: Factors) -> tuple[Tensor, Tensor, Tensor]:
@@ -63,14 +65,16 @@ def dense_rows(stored: tuple[Tensor, ...], layout: str, compute: torch.dtype, at
 
 
 def residual_energy(w: Tensor, stored: tuple[Tensor, ...], layout: str) -> float:
-    """||W - W_stored||_F^2 of what is stored, rounding included; products in w's dtype, the sum in float64."""
+    """||W - W_stored||_F^2 of what is stored, rounding included; products in w's dtype, sums as in `squared_norm`."""
     if layout == "factored":
-        stored = (stored[0], stored[1].to(w.dtype))
-    elif layout == "pivoted":
+        up, down = stored[0], stored[1].to(w.dtype)
+        return math.fsum(squared_norm(torch.addmm(w[at], up[at].to(w.dtype), down, alpha=-1)) for at in _slices(w))
+    if layout == "pivoted":
         stored = (stored[0].to(w.dtype), *stored[1:])
-    total = 0.0
-    step = max(1, 2**20 // w.shape[1])
-    for start in range(0, w.shape[0], step):
-        at = slice(start, start + step)
-        total += (w[at] - dense_rows(stored, layout, w.dtype, at)).to(torch.float64).square_().sum().item()
-    return total
+    return math.fsum(squared_norm(w[at] - dense_rows(stored, layout, w.dtype, at)) for at in _slices(w))
+
+
+def _slices(w: Tensor) -> list[slice]:
+    """Rows of w in blocks of at most a few million numbers."""
+    step = max(1, 2**21 // w.shape[1])
+    return [slice(start, start + step) for start in range(0, w.shape[0], step)]

@@ -9,8 +9,9 @@ expected 1 - cosine.
 from __future__ import annotations
 
 import tempfile
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,12 @@ from torch import Tensor, nn
 
 from svdcli.errors import SvdcliError
 from svdcli.files.checkpoint import Checkpoint, open_checkpoint
-from svdcli.files.moments import Provenance, Spool, write_moments
+from svdcli.files.moments import LayerMoments, Provenance, Spool, write_moments
+from svdcli.files.report import JSON_VERSION
 from svdcli.files.texts import Texts
 from svdcli.models.evaluate import batches_of
 from svdcli.models.load import load_stored
+from svdcli.models.sensitivity import embedding_of, sensitivities
 from svdcli.models.stream import Stream
 from svdcli.models.tokens import kind_of, load_tokenizer, sentences_of, window_length, windows_of
 from svdcli.plan.layers import choose_layers
@@ -34,6 +37,25 @@ Batch = dict[str, Tensor]
 FULL_OUTPUTS = 4096
 _TOKENS_IN_A_BATCH = 2048
 _SHARE_OF_MEMORY = 0.25
+_SPEED_IN_PRACTICE = 0.4
+# Sensitivities compare whole distributions, which says much with little text.
+_SENSITIVITY_BATCHES = 4
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What calibration will take, told before it starts. state_bytes are hidden states kept between blocks; seconds is a guess.
+
+    Where gradients were left to choose and are not measured, reason says why.
+    """
+
+    tokens: int
+    seq_len: int
+    rounds: int
+    gradients: bool
+    state_bytes: int
+    seconds: float
+    reason: str = ""
 
 
 @dataclass(frozen=True)
@@ -45,57 +67,72 @@ class Calibrated:
     inputs: int
     tokens: int
     gradients: bool
+    sensitivity: bool
     rounds: int
+    bytes: int
     uncalibrated: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        return {"svdcli_json": JSON_VERSION, "kind": "calibration"} | asdict(self)
 
 
 def calibrate(
     model: str | Path,
     texts: Texts,
-    out: Path,
+    out: str | Path,
     *,
     samples: int = 256,
     seq_len: int | None = None,
-    gradients: bool = True,
+    gradients: bool | None = None,
+    sensitivity: bool = False,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     seed: int = 0,
     device: torch.device | None = None,
     memory: int | None = None,
+    announce: Callable[[Forecast], None] = lambda forecast: None,
     progress: Progress = silent,
 ) -> Calibrated:
     """Read `samples` windows of text (sentences for an encoder) and write the moments of the selected layers to `out`.
 
-    memory bounds the hidden states that are kept between blocks (bytes; by default a quarter of what is free): where the text
-    needs more, it is read in rounds. Raises SvdcliError for a model that does not read text, and for one that answers with NaN,
-    with the name of the first layer that does.
+    gradients adds the moments of the loss gradients; None leaves that to the memory there is. sensitivity adds what the model's
+    output loses when each layer alone is cut, from forward passes over a few of the windows. memory bounds the hidden states
+    that are kept between blocks (bytes; by default a quarter of what is free): where the text needs more, it is read in rounds.
+    Raises SvdcliError for a model that does not read text, and for one that answers with NaN, with the name of the first layer
+    that does.
     """
+    out = Path(out)
     with open_checkpoint(model) as checkpoint:
         network = load_stored(model)
         tokenizer = load_tokenizer(model)
-        batches, tokens, length = _batches(network, tokenizer, texts, samples, seq_len, str(model))
+        batches, tokens, length = read_batches(network, tokenizer, texts, samples, seq_len, str(model))
         layers = _modules_of(network, checkpoint, include, exclude)
-        per_round = _batches_in_a_round(network, batches, gradients, memory)
-        rounds = [batches[start : start + per_round] for start in range(0, len(batches), per_round)]
+        room = memory if memory is not None else int(_SHARE_OF_MEMORY * free_memory())
+        forecast = _forecast(network, batches, gradients, room, tokens, length)
+        announce(forecast)
+        size = -(-len(batches) // forecast.rounds)
+        rounds = [batches[start : start + size] for start in range(0, len(batches), size)]
         torch.manual_seed(seed)
         with tempfile.TemporaryDirectory(dir=out.absolute().parent, prefix=f".{out.name}.spool-") as folder:
             gather = _Gather(network, layers, Spool(Path(folder)), progress, len(rounds))
             stream = Stream(network, device or torch.device("cpu"), torch.float32, gather.visit)
             for number, batch in enumerate(rounds):
-                gather.begin(number, batch, backwards=gradients, units=len(stream.units))
-                stream.run(batch, gather.seed if gradients else None, set(layers.values()))
+                gather.begin(number, batch, backwards=forecast.gradients, units=len(stream.units))
+                stream.run(batch, gather.seed if forecast.gradients else None, set(layers.values()), gather.look)
+            if sensitivity:
+                gather.add_sensitivities(stream, batches, room)
             unit = "nats" if gather.nats else "1 - cosine"
-            provenance = Provenance(
-                checkpoint.fingerprint(), texts.name, texts.digest, tokens, samples, length, seed, gradients, unit
-            )
+            how = (seed, forecast.gradients, sensitivity, unit)
+            provenance = Provenance(checkpoint.fingerprint(), texts.name, texts.digest, tokens, samples, length, *how)
             keys = gather.keys()
             write_moments(out, gather.spool, gather.scales(), keys, provenance)
         missing = tuple(name for name in layers if name not in keys)
         inputs = len({item["input"] for item in keys.values()})
-        return Calibrated(str(out), len(keys), inputs, tokens, gradients, len(rounds), missing)
+        measured = (tokens, forecast.gradients, sensitivity, len(rounds), out.stat().st_size)
+        return Calibrated(str(out), len(keys), inputs, *measured, missing)
 
 
-def _batches(
+def read_batches(
     model: Any, tokenizer: Any, texts: Texts, samples: int, seq_len: int | None, shown: str
 ) -> tuple[list[Batch], int, int]:
     """What the model reads: (batches, tokens in all, tokens in a window)."""
@@ -132,16 +169,49 @@ def _modules_of(model: Any, checkpoint: Checkpoint, include: Sequence[str], excl
     }
 
 
-def _batches_in_a_round(model: Any, batches: Sequence[Batch], gradients: bool, memory: int | None) -> int:
-    config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
-    width = next(
-        (value for n in ("hidden_size", "d_model", "n_embd") if isinstance(value := getattr(config, n, None), int)), 1024
-    )
+def _forecast(model: Any, batches: Sequence[Batch], gradients: bool | None, room: int, tokens: int, length: int) -> Forecast:
+    """In how many rounds the text is read, and whether with gradients: hidden states of a round must fit into `room`."""
+    with_gradients, reason = gradients is not False, ""
+    each = _state_bytes(model, batches, gradients=with_gradients)
+    if gradients is None and each > room:
+        with_gradients, reason = False, f"hidden states of {each / 1e9:.1f} GB a batch do not fit into {room / 1e9:.1f} GB"
+        each = _state_bytes(model, batches, gradients=False)
+    rounds = -(-len(batches) // max(1, room // each))
+    kept = each * -(-len(batches) // rounds)
+    return Forecast(tokens, length, rounds, with_gradients, kept, _guess(model, tokens, with_gradients), reason)
+
+
+def _state_bytes(model: Any, batches: Sequence[Batch], *, gradients: bool) -> int:
+    """Hidden states of the largest batch: what goes into a block, and, with gradients, into every block at once."""
+    width = width_of(model)
     depth = sum((isinstance(module, nn.ModuleList) and len(module)) or 0 for module in model.modules())
     largest = max(batch["input_ids"].numel() for batch in batches)
-    each = largest * width * 4 * ((2 * depth + 4) if gradients else 4)
-    room = memory if memory is not None else int(_SHARE_OF_MEMORY * free_memory())
-    return max(1, room // each)
+    return largest * width * 4 * ((2 * depth + 4) if gradients else 4)
+
+
+def width_of(model: Any) -> int:
+    """Width of the hidden states between blocks."""
+    config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
+    return next((value for n in ("hidden_size", "d_model", "n_embd") if isinstance(value := getattr(config, n, None), int)), 1024)
+
+
+def _guess(model: Any, tokens: int, gradients: bool) -> float:
+    """Seconds from a count of operations and the speed of one product: forwards 2 a weight and token, with gradients 6 more;
+    the moments take as many again."""
+    shapes = [module.weight.shape for module in model.modules() if isinstance(module, nn.Linear)]
+    weights = sum(shape.numel() for shape in shapes)
+    moments = sum(shape[1] ** 2 + (shape[0] ** 2 if gradients and shape[0] <= FULL_OUTPUTS else 0) for shape in shapes)
+    return tokens * (weights * (8 if gradients else 2) + 2 * moments) / (_SPEED_IN_PRACTICE * _operations_a_second())
+
+
+def _operations_a_second() -> float:
+    """Of one float32 product of this process, on the CPU."""
+    a = torch.ones(512, 512)
+    torch.mm(a, a)
+    begin = time.perf_counter()
+    for _ in range(4):
+        torch.mm(a, a)
+    return 4 * 2 * 512**3 / (time.perf_counter() - begin)
 
 
 def free_memory() -> int:
@@ -251,6 +321,10 @@ class _Gather:
             )
         return values
 
+    def look(self, batch: int, output: Any) -> None:
+        """A model without logits is judged by its embeddings."""
+        self.nats = getattr(output, "logits", None) is not None
+
     # What is differentiated
 
     def seed(self, batch: int, output: Any) -> tuple[Tensor, Tensor]:
@@ -262,9 +336,8 @@ class _Gather:
         self.nats = False
         hidden: Tensor = output.last_hidden_state
         leaf = hidden.detach().requires_grad_()
-        weights = (mask if mask is not None else torch.ones(leaf.shape[:2])).to(leaf)[..., None]
         with torch.enable_grad():
-            embedding = nn.functional.normalize((leaf * weights).sum(1) / weights.sum(1), dim=-1)
+            embedding = embedding_of(leaf, mask)
             (embedding * torch.randn(embedding.shape).to(embedding)).sum().backward()
         self.events += leaf.shape[0]
         assert leaf.grad is not None
@@ -285,6 +358,25 @@ class _Gather:
 
     # What is written
 
+    def add_sensitivities(self, stream: Stream, batches: Sequence[Batch], room: int) -> None:
+        """Measure them on batches spread over the text, and put them beside the moments."""
+        self.phase = ""
+        few = [batches[len(batches) * i // _SENSITIVITY_BATCHES] for i in range(min(_SENSITIVITY_BATCHES, len(batches)))]
+        each = sum(_state_bytes(self.model, [batch], gradients=False) for batch in few)
+        known = {name: self.layers[name] for name in self.leaders}
+        found = sensitivities(stream, few, known, self._moments_of, max(1, room // each), self.progress)
+        for name, values in found.items():
+            self.spool.add(f"sensitivity.{name}", torch.tensor(values))
+
+    def _moments_of(self, name: str) -> LayerMoments:
+        keys, scales = self.keys()[name], self.scales()
+
+        def get(key: str) -> Tensor:
+            return self.spool.get(key) * scales[key]
+
+        outputs = None if keys["output"] is None else get(keys["output"])
+        return LayerMoments(get(f"input.{keys['input']}"), get(f"mean.{keys['input']}"), outputs, keys["transposed"])
+
     def keys(self) -> dict[str, dict[str, Any]]:
         outputs = self.spool.shapes
         return {
@@ -298,8 +390,11 @@ class _Gather:
 
     def scales(self) -> dict[str, float]:
         """Inputs are averaged over rows, gradients summed over the losses: an error counts for every row that a loss reads."""
-        ends = {key: key.partition(".") for key in self.spool.shapes}
-        return {key: 1 / max(1, self.events if kind == "output" else self.rows[name]) for key, (kind, _, name) in ends.items()}
+
+        def scale(kind: str, name: str) -> float:
+            return 1 / max(1, {"output": self.events, "sensitivity": 1}.get(kind) or self.rows[name])
+
+        return {key: scale(*key.split(".", 1)) for key in self.spool.shapes}
 
 
 def _same_memory(one: Tensor, other: Tensor) -> bool:

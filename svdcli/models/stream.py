@@ -19,16 +19,22 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from svdcli.models.modules import LOW_RANK
+
 Visit = Callable[[str, str, int, int], None]
 Seed = Callable[[int, Any], tuple[Tensor, Tensor]]
+Read = Callable[[int, Any], None]
 
 
 def units_of(model: nn.Module) -> dict[str, nn.Module]:
-    """What takes turns, by name: the members of every list of blocks, and all modules outside them that own parameters."""
+    """What takes turns, by name: the members of every list of blocks, and all modules outside them that own parameters.
+
+    A compressed model has the same units as its original: a low-rank module counts as the layer that it stands for.
+    """
     units: dict[str, nn.Module] = {}
 
     def walk(name: str, module: nn.Module) -> None:
-        if next(module.parameters(recurse=False), None) is not None:
+        if isinstance(module, LOW_RANK) or next(module.parameters(recurse=False), None) is not None:
             units[name] = module
             return
         blocks = isinstance(module, nn.ModuleList) and len(module) > 1
@@ -62,6 +68,8 @@ class _Batch:
     run: Callable[[], None]
     calls: list[_Call] = field(default_factory=list)
     waits_for: str | None = None
+    arguments: tuple[Any, Any] = ((), {})
+    result: Any = None
     error: BaseException | None = None
     go: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
     arrived: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
@@ -84,8 +92,8 @@ class _Batch:
         if self.error is not None:
             raise self.error
 
-    def stop_before(self, unit: str) -> None:
-        self.waits_for = unit
+    def stop_before(self, unit: str, args: Any, kwargs: Any) -> None:
+        self.waits_for, self.arguments = unit, (args, kwargs)
         self.arrived.release()
         self.go.acquire()
         if self.abandoned:
@@ -96,11 +104,38 @@ class _AbandonedError(BaseException):
     """Ends the threads that are still waiting after an error in another one."""
 
 
+@dataclass
+class Turn:
+    """One unit, in memory, and the batches that wait before it. call is its forward pass, for whoever wants to try it."""
+
+    name: str
+    unit: nn.Module
+    call: Callable[..., Any]
+    batches: list[_Batch]
+    advance: Callable[[_Batch], None]
+
+    @property
+    def arguments(self) -> list[tuple[Any, Any]]:
+        """(args, kwargs) of the unit for every batch, cut off from the graph that made them."""
+        return [_detached(batch.arguments) for batch in self.batches]
+
+    def go(self, *, keep: bool = False) -> list[Tensor]:
+        """Send every batch through the unit, as far as the next one; with keep, what came out of it (its first tensor)."""
+        results = []
+        for batch in self.batches:
+            self.advance(batch)
+            if keep:
+                results.append(first_tensor(batch.result))
+            batch.result = None
+        return results
+
+
 class Stream:
     """A model whose blocks take turns on `device`, computed in `dtype`; its parameters may lie anywhere.
 
     visit(phase, unit, batch, batches) is called before every unit of every batch with phase "forward" or "backward", and with
-    phase "done" when all batches are through a unit ("forward done", "backward done").
+    phase "done" when all batches are through a unit ("forward done", "backward done"). gradients(unit, batch, gradient), where
+    it is set, gets the gradient at what each unit sends on.
     """
 
     def __init__(self, model: Any, device: torch.device, dtype: torch.dtype, visit: Visit) -> None:
@@ -110,6 +145,7 @@ class Stream:
                 config.use_cache = False  # a block that is computed twice would cache twice
         self.units = units_of(model)
         self._plain = {name: unit.forward for name, unit in self.units.items()}
+        self.gradients: Callable[[str, int, Tensor], None] | None = None
         self._current: _Batch | None = None
         self._keep = False
         inside = {id(module) for unit in self.units.values() for module in unit.modules()}
@@ -118,10 +154,17 @@ class Stream:
                 for name, buffer in module.named_buffers(recurse=False):
                     setattr(module, name, buffer.to(device))
 
-    def run(self, inputs: Sequence[dict[str, Tensor]], seed: Seed | None = None, wanted: Collection[str] = ()) -> None:
+    def run(
+        self,
+        inputs: Sequence[dict[str, Tensor]],
+        seed: Seed | None = None,
+        wanted: Collection[str] = (),
+        read: Read | None = None,
+    ) -> None:
         """All batches forwards; with seed(batch, output) -> (tensor, its gradient) backwards as well.
 
         wanted names the modules whose gradients matter: what comes before the first of them is not differentiated.
+        read(batch, output) sees what the model answers to each batch, where nothing is differentiated.
         """
         self._keep = seed is not None
         batches: list[_Batch] = []
@@ -130,6 +173,8 @@ class Stream:
             with torch.set_grad_enabled(self._keep):
                 output = self.model(**{key: value.to(self.device) for key, value in inputs[index].items()})
                 if seed is None:
+                    if read is not None:
+                        read(index, output)
                     return
                 tensor, gradient = seed(index, output)
             del output
@@ -138,13 +183,25 @@ class Stream:
             # The last unit still has its turn; its output (logits, as a rule) is too large to keep for later.
             last = batches[index].calls.pop()
             self.visit("backward", last.unit, index, len(inputs))
-            self._differentiate(last)
+            self._differentiate(last, index)
 
         batches += [_Batch(index, partial(forward, index)) for index in range(len(inputs))]
         with self._wrapped():
             self._forwards(batches)
         if seed is not None:
             self._backwards(batches, wanted)
+
+    def turns(self, inputs: Sequence[dict[str, Tensor]]) -> Iterator[Turn]:
+        """The units one after the other; who asks for the turns must send each on with `Turn.go`. Nothing is differentiated."""
+
+        def forward(index: int) -> None:
+            with torch.no_grad():
+                self.model(**{key: value.to(self.device) for key, value in inputs[index].items()})
+
+        self._keep = False
+        batches = [_Batch(index, partial(forward, index)) for index in range(len(inputs))]
+        with self._wrapped():
+            yield from self._turns(batches)
 
     @contextmanager
     def _wrapped(self) -> Iterator[None]:
@@ -161,16 +218,18 @@ class Stream:
             batch = self._current
             if batch is None or batch.waits_for == name:
                 raise RuntimeError(f"{name} was called out of turn")
-            batch.stop_before(name)
+            batch.stop_before(name, args, kwargs)
+            batch.arguments = ((), {})
             self._current = batch
-            return self._call(batch, name, args, kwargs)
+            batch.result = self._call(batch, name, args, kwargs)
+            return batch.result
 
         return forward
 
     def _call(self, batch: _Batch, name: str, args: Any, kwargs: Any) -> Any:
         """One unit of one batch, cut off from the graph around it, so that it can be differentiated on its own."""
         leaves, spec = tree_flatten((args, kwargs))
-        inner = [leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        inner = [_cut(leaf) for leaf in leaves]
         args, kwargs = tree_unflatten(inner, spec)
         with torch.no_grad():
             result = self._plain[name](*args, **kwargs)
@@ -183,6 +242,15 @@ class Stream:
         return tree_unflatten(fresh, out_spec)
 
     def _forwards(self, batches: Sequence[_Batch]) -> None:
+        for turn in self._turns(batches):
+            for batch in turn.batches:
+                self.visit("forward", turn.name, batch.index, len(batches))
+                self._advance(batch)
+                batch.result = None
+            self.visit("forward done", turn.name, len(batches), len(batches))
+
+    def _turns(self, batches: Sequence[_Batch]) -> Iterator[Turn]:
+        """Start all batches; again and again the unit that the first of them waits for, with all that wait for it."""
         threads = [threading.Thread(target=batch.body, daemon=True) for batch in batches]
         for thread in threads:
             thread.start()
@@ -190,12 +258,9 @@ class Stream:
             for batch in batches:
                 self._advance(batch)
             while (name := next((b.waits_for for b in batches if b.waits_for is not None), None)) is not None:
-                turn = [batch for batch in batches if batch.waits_for == name]
+                waiting = [batch for batch in batches if batch.waits_for == name]
                 with self._in_memory(name):
-                    for batch in turn:
-                        self.visit("forward", name, batch.index, len(batches))
-                        self._advance(batch)
-                self.visit("forward done", name, len(batches), len(batches))
+                    yield Turn(name, self.units[name], self._plain[name], waiting, self._advance)
         finally:
             for batch in batches:
                 batch.abandoned = True
@@ -216,12 +281,14 @@ class Stream:
             with self._in_memory(name):
                 for batch in batches:
                     self.visit("backward", name, batch.index, len(batches))
-                    self._differentiate(batch.calls.pop())
+                    self._differentiate(batch.calls.pop(), batch.index)
             self.visit("backward done", name, len(batches), len(batches))
 
-    def _differentiate(self, call: _Call) -> None:
+    def _differentiate(self, call: _Call, index: int) -> None:
         """Compute one unit again, this time with a graph, and hand the gradient on to what came before it."""
         gradients = [out.grad for out in call.outputs]
+        if self.gradients is not None and gradients[0] is not None:
+            self.gradients(call.unit, index, gradients[0])
         if all(gradient is None for gradient in gradients):
             return
         inner = [leaf.requires_grad_() if _differentiable(leaf) else leaf for leaf in call.leaves]
@@ -252,5 +319,20 @@ class Stream:
                 tensor.data = data
 
 
+def first_tensor(result: Any) -> Tensor:
+    """The first floating tensor in what a unit returns: a block's hidden states."""
+    found: Tensor = next(leaf for leaf in tree_flatten(result)[0] if _differentiable(leaf))
+    return found
+
+
 def _differentiable(value: Any) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def _cut(value: Any) -> Any:
+    return value.detach() if isinstance(value, Tensor) else value
+
+
+def _detached(values: Any) -> Any:
+    leaves, spec = tree_flatten(values)
+    return tree_unflatten([_cut(leaf) for leaf in leaves], spec)

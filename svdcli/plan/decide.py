@@ -32,21 +32,26 @@ class Measured:
     """What a look at one layer's numbers found.
 
     energies are its squared singular values in descending order, in the metric of the calibration where there is one; None
-    where no policy needs them. metric says which that is ("" plain). bias is the layer's own, where it will be refitted.
+    where no policy needs them. metric says which that is ("" plain). bias is the layer's own, where it will be refitted. weight
+    is the loss of the model that its whole energy stands for, where that was measured.
     """
 
     finite: bool
     energies: tuple[float, ...] | None = None
     metric: str = ""
     bias: TensorInfo | None = None
+    weight: float | None = None
 
     def tails(self) -> list[float]:
         """Share of the energy beyond each rank 0 .. min(m, n)."""
         return tails_of(self.energies or (), math.fsum(self.energies or ()))
 
     def losses(self) -> list[float]:
-        """What each rank gives up: the predicted rise of the loss, half the tail, where gradients are known; else tails()."""
-        scale = 0.5 * math.fsum(self.energies or ()) if self.metric in ("diagonal", "full") else 1.0
+        """What each rank gives up: the predicted rise of the model's loss where it was measured (its share of weight) or follows
+        from gradients (half the tail); else tails()."""
+        scale = self.weight if self.weight is not None else 1.0
+        if self.weight is None and self.metric in ("diagonal", "full"):
+            scale = 0.5 * math.fsum(self.energies or ())
         return [scale * tail for tail in self.tails()]
 
 
@@ -61,6 +66,7 @@ def decide(
     skipped: Sequence[Skipped],
     measured: Mapping[str, Measured],
     predict: Callable[[Plan], int],
+    loss_unit: str = "",
 ) -> Plan:
     """A rank, or dense with a reason, for every selected layer.
 
@@ -80,7 +86,7 @@ def decide(
         by_name = {tensor.name: choice for tensor, choice in zip(sound, choices, strict=True)}
         by_name |= {name: Choice(None, reason) for name, reason in out.items()}
         layers = tuple(_layer_plan(t, by_name[t.name], recipe, lost.get(t.name), measured[t.name]) for t in selected)
-        return Plan(recipe, fingerprint, layers, tuple(skipped))
+        return Plan(recipe, fingerprint, layers, tuple(skipped), loss_unit=loss_unit)
 
     unit = "bytes" if recipe.target == "size" else "parameters"
     options = [options_of(tensor, recipe, unit=unit) for tensor in sound]
@@ -215,4 +221,4 @@ def rerun(plan: Plan, tensors: Mapping[str, TensorInfo], fingerprint: str) -> Pl
     known = {layer.tensor.name for layer in plan.layers}
     old = {item.tensor.name: item.reason for item in plan.skipped}
     skipped = tuple(Skipped(t, old.get(t.name, "not in the plan")) for t in tensors.values() if t.name not in known)
-    return replace(plan, fingerprint=fingerprint, skipped=skipped)
+    return replace(plan, fingerprint=fingerprint, skipped=skipped, healing=None)

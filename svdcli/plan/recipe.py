@@ -94,6 +94,14 @@ class Recipe:
         return f"{self.target} {self.value:g}" if self.target != "size" else f"size {int(self.value)} bytes"
 
 
+def best_defaults(target: str, *, calibrated: bool) -> dict[str, Any]:
+    """What --allocate, --floor and --layout are where a person does not say. With a calibration, losses of different layers
+    compare, and the best is what was measured to be best: ranks where they are worth most, without a floor, stored pivoted."""
+    if not calibrated:
+        return {"allocate": "uniform", "floor": 0.6, "layout": "factored"}
+    return {"allocate": "uniform" if target in ("energy", "error") else "global", "floor": 0.0, "layout": "pivoted"}
+
+
 @dataclass(frozen=True)
 class LayerPlan:
     """One selected layer: its rank, or None with the reason why it stays dense.
@@ -131,14 +139,46 @@ class Skipped:
 
 
 @dataclass(frozen=True)
+class Healing:
+    """How the factors were refined after they were solved: on which text, and what came of each block.
+
+    blocks maps a block to its relative squared error before and after, and the steps between.
+    """
+
+    text: str
+    text_sha256: str
+    samples: int
+    seq_len: int
+    blocks: dict[str, tuple[float, float, int]]
+
+    def to_json(self) -> dict[str, Any]:
+        blocks = {
+            name: {"before": before, "after": after, "steps": steps} for name, (before, after, steps) in self.blocks.items()
+        }
+        return asdict(self) | {"blocks": blocks}
+
+    @staticmethod
+    def from_json(data: dict[str, Any]) -> Healing:
+        blocks = {
+            str(name): (float(item["before"]), float(item["after"]), int(item["steps"])) for name, item in data["blocks"].items()
+        }
+        return Healing(str(data["text"]), str(data["text_sha256"]), int(data["samples"]), int(data["seq_len"]), blocks)
+
+
+@dataclass(frozen=True)
 class Plan:
-    """What was decided for every tensor of one checkpoint."""
+    """What was decided for every tensor of one checkpoint.
+
+    loss_unit is that of the layers' losses: "nats" or "1 - cosine" of the model, "" for shares of a layer's own energy.
+    """
 
     recipe: Recipe
     fingerprint: str
     layers: tuple[LayerPlan, ...]
     skipped: tuple[Skipped, ...]
     notes: tuple[str, ...] = field(default=())
+    loss_unit: str = ""
+    healing: Healing | None = None
 
     @property
     def factored(self) -> tuple[LayerPlan, ...]:
@@ -153,6 +193,9 @@ class Plan:
 
     def to_json(self) -> dict[str, Any]:
         """The plan as plain JSON; `layers`, `dense` and `skipped` map tensor names to what was decided."""
+        more: dict[str, Any] = {"loss_unit": self.loss_unit} if self.loss_unit else {}
+        if self.healing is not None:
+            more["healing"] = self.healing.to_json()
         return {
             "format": FORMAT,
             "recipe": recipe_to_json(self.recipe),
@@ -163,7 +206,7 @@ class Plan:
             },
             "skipped": {s.tensor.name: _tensor_to_json(s.tensor) | {"reason": s.reason} for s in self.skipped},
             "notes": list(self.notes),
-        }
+        } | more
 
     @staticmethod
     def from_json(data: Any) -> Plan:
@@ -178,6 +221,8 @@ class Plan:
                 layers=tuple(layer_from_json(name, item) for name, item in chosen.items()),
                 skipped=tuple(Skipped(_tensor_from_json(n, item), str(item["reason"])) for n, item in data["skipped"].items()),
                 notes=tuple(str(note) for note in data["notes"]),
+                loss_unit=str(data.get("loss_unit", "")),
+                healing=Healing.from_json(data["healing"]) if data.get("healing") is not None else None,
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UsageError(f"not a plan of svdcli ({error})", "write one with --save-plan") from error

@@ -16,43 +16,21 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import shutil
 import statistics
-import subprocess
-import sys
-import tempfile
-import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).resolve().parent
+from common import HERE, Run, building_in, circumstances, machine, mega, parser, python, say, svdcli, table, verdict, write_json
+
 KEEP = "0.5"
 LARGEST_LAYER = 2048 * 5632 * 4  # in float32
-MAX_RSS_UNIT = 1 if sys.platform == "darwin" else 1024
 STARTUP_RUNS = 7
 FLOAT32_LAYERS = 4  # before rounding, errors are compared on at most so many layers
 PARTS = ("speed", "memory", "startup")
-
-
-@dataclass(frozen=True)
-class Run:
-    """One child process: wall clock, peak resident memory, what it printed, and how many cores others kept busy meanwhile."""
-
-    seconds: float
-    peak: int
-    output: str
-    others: float
-
-    @property
-    def json(self) -> Any:
-        return json.loads(self.output)
 
 
 @dataclass(frozen=True)
@@ -106,47 +84,6 @@ class Bench:
 
     def row(self, what: str, measured: str, bound: str = "", holds: bool | None = None) -> None:
         self.rows.append(Row(what, measured, bound, holds))
-
-
-# Child processes -----------------------------------------------------------------------------------------------------
-
-
-def say(text: str) -> None:
-    print(f"... {text}", file=sys.stderr, flush=True)
-
-
-def run(command: Sequence[str | Path | int]) -> Run:
-    """Run a command to its end; its own wall clock and peak memory, as the kernel counted it."""
-    with tempfile.TemporaryFile() as printed:
-        begin, busy = time.perf_counter(), busy_seconds()
-        process = subprocess.Popen([str(part) for part in command], stdout=printed, stdin=subprocess.DEVNULL)
-        _, status, usage = os.wait4(process.pid, 0)
-        seconds = time.perf_counter() - begin
-        others = max(0.0, busy_seconds() - busy - usage.ru_utime - usage.ru_stime) / seconds
-        process.returncode = os.waitstatus_to_exitcode(status)
-        printed.seek(0)
-        output = printed.read().decode()
-    if process.returncode != 0:
-        raise SystemExit(f"{' '.join(map(str, command))} ended with {process.returncode}")
-    return Run(seconds, usage.ru_maxrss * MAX_RSS_UNIT, output, others)
-
-
-def busy_seconds() -> float:
-    """CPU time that all processes of this machine have used, where Linux counts it; else 0."""
-    with suppress(OSError), Path("/proc/stat").open() as stat:
-        ticks = [int(value) for value in stat.readline().split()[1:]]
-        return (sum(ticks) - ticks[3] - ticks[4]) / os.sysconf("SC_CLK_TCK")  # all but idle and waiting for the disk
-    return 0.0
-
-
-def python(*arguments: str | Path | int) -> Run:
-    return run([sys.executable, *arguments])
-
-
-def svdcli(*arguments: str | Path | int) -> Run:
-    """The installed command of this environment."""
-    command = Path(sys.executable).with_name("svdcli")
-    return run([command, *arguments]) if command.exists() else python("-m", "svdcli", *arguments)
 
 
 # Speed and accuracy --------------------------------------------------------------------------------------------------
@@ -239,10 +176,6 @@ def measure_memory(bench: Bench) -> None:
     )
 
 
-def mega(count: float) -> str:
-    return f"{count / 1e6:.0f} MB"
-
-
 # Start-up ------------------------------------------------------------------------------------------------------------
 
 
@@ -272,34 +205,18 @@ def median_seconds(task: Callable[[], Run]) -> float:
 # The table -----------------------------------------------------------------------------------------------------------
 
 
-def table(rows: Sequence[Row]) -> str:
-    """A Markdown table with its columns lined up."""
-    verdict = {True: "yes", False: "NO", None: ""}
-    cells = [("what", "measured", "bound", "holds"), *((r.what, r.measured, r.bound, verdict[r.holds]) for r in rows)]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = [" | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in cells]
-    return "\n".join(f"| {line} |" for line in (lines[0], " | ".join("-" * width for width in widths), *lines[1:]))
-
-
-def machine() -> dict[str, Any]:
-    versions = {name: version(name) for name in ("torch", "safetensors", "svdcli")}
-    return {"cores": os.cpu_count(), "system": platform.system(), "python": platform.python_version()} | versions
-
-
-def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=PARTS, action="append", help="this part; repeatable")
-    parser.add_argument("--layers", type=int, default=22, help="layers of the checkpoint (22)")
-    parser.add_argument("--baseline-layers", type=int, default=4, help="layers that the straight script solves (4); scaled up")
-    parser.add_argument("--quick", action="store_true", help="the same as --layers 2 --baseline-layers 1")
-    parser.add_argument("--folder", type=Path, help="build here and leave everything; else a temporary folder is used")
-    parser.add_argument("--json", type=Path, help="write what was measured to this file")
-    options = parser.parse_args(argv)
-    if options.quick:
-        options.layers, options.baseline_layers = 2, 1
-    if not 1 <= options.baseline_layers <= options.layers:
-        parser.error("--baseline-layers is 1 to --layers")
-    return options
+def parse() -> argparse.Namespace:
+    options = parser(__doc__)
+    options.add_argument("--only", choices=PARTS, action="append", help="this part; repeatable")
+    options.add_argument("--layers", type=int, default=22, help="layers of the checkpoint (22)")
+    options.add_argument("--baseline-layers", type=int, default=4, help="layers that the straight script solves (4); scaled up")
+    options.add_argument("--quick", action="store_true", help="the same as --layers 2 --baseline-layers 1")
+    found = options.parse_args()
+    if found.quick:
+        found.layers, found.baseline_layers = 2, 1
+    if not 1 <= found.baseline_layers <= found.layers:
+        options.error("--baseline-layers is 1 to --layers")
+    return found
 
 
 def measure(bench: Bench, parts: Sequence[str]) -> None:
@@ -310,22 +227,14 @@ def measure(bench: Bench, parts: Sequence[str]) -> None:
 
 def main() -> None:
     options = parse()
-    folder = options.folder or Path(tempfile.mkdtemp(prefix="svdcli-speed-"))
-    folder.mkdir(parents=True, exist_ok=True)
-    bench = Bench(folder, options.layers, options.baseline_layers)
-    about = machine()
-    try:
+    with building_in(options.folder) as folder:
+        bench = Bench(folder, options.layers, options.baseline_layers)
         measure(bench, options.only or PARTS)
-    finally:
-        if options.folder is None:
-            with suppress(OSError):
-                shutil.rmtree(folder)
     others = max((item["cores_busy_with_others"] for item in bench.raw.values() if item.get("seconds", 0) > 3), default=0.0)
-    print(f"{about['cores']} cores, torch {about['torch']}; other processes kept up to {others:.1f} cores busy meanwhile")
-    print(table(bench.rows))
-    if options.json is not None:
-        results = {"machine": about, "rows": [asdict(row) for row in bench.rows], "raw": bench.raw}
-        options.json.write_text(json.dumps(results, indent=2) + "\n")
+    print(circumstances(others))
+    lines = [(row.what, row.measured, row.bound, verdict(row.holds)) for row in bench.rows]
+    print(table([("what", "measured", "bound", "holds"), *lines]))
+    write_json(options.json, {"machine": machine(), "rows": [asdict(row) for row in bench.rows], "raw": bench.raw})
 
 
 if __name__ == "__main__":

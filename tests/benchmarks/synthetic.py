@@ -11,36 +11,28 @@ import json
 import os
 import sys
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import torch
+from llama import SHAPES
 
 from svdcli.files.bytes_of import bytes_of
 from svdcli.files.header import render_header
 from svdcli.plan.tensors import TensorInfo
 
-HIDDEN, FFN, HEADS, KV_HEADS, VOCAB = 2048, 5632, 32, 4, 32000
-KV = HIDDEN // HEADS * KV_HEADS
+TINYLLAMA = replace(SHAPES["tinyllama"], vocab=32000)
 STRENGTH, DECAY, DIRECTIONS, SCALE = 0.5, 0.5, 256, 0.02
 LAYERS_PER_SHARD = 2
-SHAPES = {
-    "input_layernorm": (HIDDEN,),
-    "self_attn.q_proj": (HIDDEN, HIDDEN),
-    "self_attn.k_proj": (KV, HIDDEN),
-    "self_attn.v_proj": (KV, HIDDEN),
-    "self_attn.o_proj": (HIDDEN, HIDDEN),
-    "post_attention_layernorm": (HIDDEN,),
-    "mlp.gate_proj": (FFN, HIDDEN),
-    "mlp.up_proj": (FFN, HIDDEN),
-    "mlp.down_proj": (HIDDEN, FFN),
-}
 
 
 def build(folder: Path, layers: int, shallower: Path | None = None) -> None:
     """Write config.json, the index and every shard; a shard that `shallower` has too becomes a hard link to it."""
     folder.mkdir(parents=True)
     known = _contents(shallower) if shallower is not None else {}
-    shards = _shards(layers)
+    shape = replace(TINYLLAMA, layers=layers)
+    # embedding and head in a shard of their own, then a few layers to each
+    shards = [shape.ends, *(shape.layers_from(first, LAYERS_PER_SHARD) for first in range(0, layers, LAYERS_PER_SHARD))]
     weight_map: dict[str, str] = {}
     for number, tensors in enumerate(shards, 1):
         name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
@@ -53,32 +45,7 @@ def build(folder: Path, layers: int, shallower: Path | None = None) -> None:
     total = sum(tensor.nbytes for shard in shards for tensor in shard)
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
-    (folder / "config.json").write_text(json.dumps(_config(layers), indent=2))
-
-
-def _config(layers: int) -> dict[str, object]:
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_size": HIDDEN,
-        "intermediate_size": FFN,
-        "num_hidden_layers": layers,
-        "num_attention_heads": HEADS,
-        "num_key_value_heads": KV_HEADS,
-        "vocab_size": VOCAB,
-        "tie_word_embeddings": False,
-        "dtype": "bfloat16",
-    }
-
-
-def _shards(layers: int) -> list[list[TensorInfo]]:
-    """Embedding and head in a shard of their own, then a few layers to each."""
-    ends = {"model.embed_tokens.weight": (VOCAB, HIDDEN), "model.norm.weight": (HIDDEN,), "lm_head.weight": (VOCAB, HIDDEN)}
-    shards = [[TensorInfo(name, "BF16", shape) for name, shape in ends.items()]]
-    for first in range(0, layers, LAYERS_PER_SHARD):
-        numbers = range(first, min(first + LAYERS_PER_SHARD, layers))
-        shards.append([TensorInfo(f"model.layers.{i}.{k}.weight", "BF16", shape) for i in numbers for k, shape in SHAPES.items()])
-    return shards
+    (folder / "config.json").write_text(shape.config)
 
 
 def _contents(folder: Path) -> dict[frozenset[str], Path]:
@@ -104,7 +71,7 @@ def _weight(tensor: TensorInfo) -> torch.Tensor:
     generator = torch.Generator().manual_seed(zlib.crc32(tensor.name.encode()))
     rows, columns = tensor.shape
     weight = torch.randn(rows, columns, generator=generator)
-    if VOCAB not in tensor.shape:
+    if TINYLLAMA.vocab not in tensor.shape:
         fall = STRENGTH * torch.arange(1, DIRECTIONS + 1).pow(-DECAY)
         left = torch.randn(rows, DIRECTIONS, generator=generator) * fall
         weight.addmm_(left, torch.randn(DIRECTIONS, columns, generator=generator))

@@ -1,0 +1,194 @@
+"""The verb that refines: heal. A compressed directory and its original in, a compressed directory of the same size out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from svdcli.engine import Compute, Ready
+from svdcli.errors import SvdcliError, UsageError
+from svdcli.files.blueprint import CompressDesign
+from svdcli.files.checkpoint import Checkpoint, open_checkpoint
+from svdcli.files.record import Result, record_of, stored_layers
+from svdcli.files.report import read_report
+from svdcli.files.texts import Texts
+from svdcli.files.workspace import BLOCKS, Workspace
+from svdcli.models.calibrate import read_batches
+from svdcli.models.heal import Effort, HealedBlock, heal_blocks
+from svdcli.models.load import load_stored
+from svdcli.models.tokens import load_tokenizer
+from svdcli.pipeline import Outcome, beside, destination, disk_errors, finish, identity, write
+from svdcli.plan.recipe import Healing, LayerPlan, Plan
+from svdcli.progress import Progress, silent
+
+__all__ = ["Effort", "heal"]
+
+
+def heal(
+    out: str | Path,
+    teacher: str | Path,
+    texts: Texts,
+    healed: str | Path | None = None,
+    *,
+    effort: Effort = Effort(steps=400),  # noqa: B008  frozen
+    samples: int = 256,
+    seq_len: int | None = None,
+    seed: int = 0,
+    compute: Compute | None = None,
+    force: bool = False,
+    progress: Progress = silent,
+) -> Outcome:
+    """Refine the factors of `out` block by block on text, towards what the blocks of `teacher` answer (`models.heal`).
+
+    out is a directory that compress wrote from teacher, factored or pivoted; healed defaults to `<out>-healed`. Ranks, layout
+    and bytes stay; no block is left worse on text that it was not trained on. A run that was cut short continues with the
+    block it had reached. Raises SvdcliError or a child of it.
+    """
+    with open_checkpoint(out) as compressed, open_checkpoint(teacher) as original:
+        job = _Job(compressed, original, _plan_of(compressed, original), texts, effort, samples, seq_len, seed)
+        device = (compute or Compute()).start()
+        with destination(compressed, healed, ".healed", "-healed", force) as target:
+            workspace = Workspace(target, is_file=False)
+            with disk_errors(target), workspace.locked():
+                if workspace.resume(job.identity(), force=force):
+                    job.refine(workspace, device, progress)
+                    job.publish(workspace, device, progress)
+            report = read_report(target)
+            return Outcome(
+                report if healed is None else replace(report, path=str(healed)),
+                Plan.from_json(record_of(open_checkpoint(target))),
+                target,
+                workspace.started_over,
+            )
+
+
+def _plan_of(compressed: Checkpoint, original: Checkpoint) -> Plan:
+    """The plan behind a compressed directory. Raises SvdcliError where it cannot be healed with this original."""
+    if not (compressed.is_directory and compressed.transformers_opens_it):
+        raise SvdcliError(f"{compressed.shown} has no config.json that names a model", "heal opens Hugging Face directories")
+    record = record_of(compressed)
+    if record is None:
+        raise SvdcliError(f"{compressed.shown} was not written by svdcli compress", "compress the model first")
+    plan = Plan.from_json(record)
+    if plan.recipe.layout == "dense":
+        raise UsageError(f"{compressed.shown} has the dense layout, which holds no factors", "compress it again")
+    if plan.fingerprint != original.fingerprint():
+        raise SvdcliError(f"{original.shown} is not the model that {compressed.shown} was made from", "give that as --teacher")
+    stored_layers(compressed, record)
+    return plan
+
+
+@dataclass
+class _Job:
+    """One healing: what goes in, and the blocks that are done."""
+
+    compressed: Checkpoint
+    original: Checkpoint
+    plan: Plan
+    texts: Texts
+    effort: Effort
+    samples: int
+    seq_len: int | None
+    seed: int
+
+    def identity(self) -> str:
+        effort = (self.effort.steps, self.effort.seconds)
+        asked = (self.texts.digest, effort, self.samples, self.seq_len, self.seed)
+        return identity(self.compressed, "heal", self.original.fingerprint(), repr(asked))
+
+    def refine(self, workspace: Workspace, device: Any, progress: Progress) -> None:
+        """Train what is not in the journal yet; fills places, blocks and window."""
+        teacher, student = load_stored(self.original.path), load_stored(self.compressed.path)
+        tokenizer = load_tokenizer(self.compressed.path)
+        batches, _, self.window = read_batches(teacher, tokenizer, self.texts, self.samples, self.seq_len, self.original.shown)
+        self.places = _places(student, self.plan)
+        folder = workspace.folder / BLOCKS
+        folder.mkdir(exist_ok=True)
+        self.blocks: dict[str, HealedBlock] = {}
+        for block in heal_blocks(
+            teacher,
+            student,
+            batches,
+            self.effort,
+            trainable=lambda name: name in self.places,
+            known=lambda name: _read_block(workspace, name),
+            seed=self.seed,
+            device=device,
+            progress=progress,
+        ):
+            if block.name not in workspace.healed:
+                _write_block(workspace, block)
+            self.blocks[block.name] = block
+        if not self.blocks:
+            raise SvdcliError(f"no block of {self.compressed.shown} holds factors", "there is nothing to heal")
+
+    def publish(self, workspace: Workspace, device: Any, progress: Progress) -> None:
+        """Write the directory anew: the plan of before, with the refined factors."""
+        weights = {self.places[name]: tensor for block in self.blocks.values() for name, tensor in block.weights.items()}
+        blocks = {block.name: (block.before, block.after, block.steps) for block in self.blocks.values()}
+        healing = Healing(self.texts.name, self.texts.digest, self.samples, self.window, blocks)
+        left = [place for place in self.places.values() if place not in weights and not place.endswith("svd_rows")]
+        notes = self.plan.notes
+        if left:
+            notes = (*notes, f"heal left {len(left)} tensors as they were, since no block holds them: {', '.join(left[:3])}")
+        plan = replace(self.plan, healing=healing, notes=notes)
+        files = beside() if plan.recipe.self_contained else None
+        design = CompressDesign(self.original, plan, None, files)
+        ready = Ready(lambda layer: self._tensors(layer, weights), self._results())
+        results, _ = write(design, plan.factored, workspace, device, 0, progress, ready=ready)
+        finish(design, results, workspace, progress)
+
+    def _tensors(self, layer: LayerPlan, weights: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+        names = [tensor.name for tensor in layer.stored()] + ([layer.bias.name] if layer.bias is not None else [])
+        return tuple(weights[name] if name in weights else self.compressed.read_tensor(name) for name in names)
+
+    def _results(self) -> dict[str, Result]:
+        layers = (record_of(self.compressed) or {})["layers"]
+        return {name: Result(0.0, str(item["solver"]), tuple(item.get("fell_back", ()))) for name, item in layers.items()}
+
+
+def _places(student: nn.Module, plan: Plan) -> dict[str, str]:
+    """{name of a parameter that may change: name of its tensor in the checkpoint}."""
+    from svdcli.models.hf import module_names
+
+    found = module_names(student, [layer.tensor.module for layer in plan.factored])
+    places = {}
+    for layer in plan.factored:
+        target = found[layer.tensor.module]
+        if target is None:
+            continue
+        for tensor in layer.stored():
+            places[f"{target}{tensor.name.removeprefix(layer.tensor.module)}"] = tensor.name
+        if layer.bias is not None:
+            places[f"{target}.bias"] = layer.bias.name
+    return places
+
+
+def _file(workspace: Workspace, name: str) -> Path:
+    return workspace.folder / BLOCKS / f"{name}.safetensors"
+
+
+def _write_block(workspace: Workspace, block: HealedBlock) -> None:
+    """The factors first, the line in the journal after them."""
+    from safetensors.torch import save_file
+
+    path = _file(workspace, block.name)
+    partly = path.with_suffix(".partial")
+    save_file({name: tensor.contiguous() for name, tensor in block.weights.items()}, partly)
+    partly.rename(path)
+    line = {"block": block.name, "before": block.before, "after": block.after, "steps": block.steps}
+    workspace.note(line)
+    workspace.healed[block.name] = line
+
+
+def _read_block(workspace: Workspace, name: str) -> HealedBlock | None:
+    from safetensors.torch import load_file
+
+    line, path = workspace.healed.get(name), _file(workspace, name)
+    if line is None or not path.is_file():
+        return None
+    return HealedBlock(name, line["before"], line["after"], line["steps"], load_file(path))
