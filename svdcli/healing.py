@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from svdcli.engine import Compute, Ready
@@ -17,8 +19,9 @@ from svdcli.files.record import Result, record_of, stored_layers
 from svdcli.files.report import read_report
 from svdcli.files.texts import Texts
 from svdcli.files.workspace import BLOCKS, Workspace
-from svdcli.models.calibrate import read_batches
-from svdcli.models.heal import Effort, HealedBlock, heal_blocks
+from svdcli.models.calibrate import SHARE_OF_MEMORY, free_memory, read_batches, state_bytes
+from svdcli.models.fisher import Batch, block_moments
+from svdcli.models.heal import Effort, HealedBlock, blocks_of, heal_blocks
 from svdcli.models.load import load_stored
 from svdcli.models.tokens import load_tokenizer
 from svdcli.pipeline import Outcome, beside, destination, disk_errors, finish, identity, write
@@ -26,6 +29,8 @@ from svdcli.plan.recipe import Healing, LayerPlan, Plan
 from svdcli.progress import Progress, silent
 
 __all__ = ["Effort", "heal"]
+
+_MOMENT_BATCHES = 32
 
 
 def heal(
@@ -100,20 +105,23 @@ class _Job:
         asked = (self.texts.digest, effort, self.samples, self.seq_len, self.seed)
         return identity(self.compressed, "heal", self.original.fingerprint(), repr(asked))
 
-    def refine(self, workspace: Workspace, device: Any, progress: Progress) -> None:
+    def refine(self, workspace: Workspace, device: torch.device, progress: Progress) -> None:
         """Train what is not in the journal yet; fills places, blocks and window."""
         teacher, student = load_stored(self.original.path), load_stored(self.compressed.path)
         tokenizer = load_tokenizer(self.compressed.path)
         batches, _, self.window = read_batches(teacher, tokenizer, self.texts, self.samples, self.seq_len, self.original.shown)
         self.places = _places(student, self.plan)
-        folder = workspace.folder / BLOCKS
-        folder.mkdir(exist_ok=True)
+        (workspace.folder / BLOCKS).mkdir(exist_ok=True)
+        begin = time.monotonic()
+        moments = _moments(teacher, batches, self.seed, device, progress)
+        seconds = None if self.effort.seconds is None else max(0.0, self.effort.seconds - (time.monotonic() - begin))
         self.blocks: dict[str, HealedBlock] = {}
         for block in heal_blocks(
             teacher,
             student,
             batches,
-            self.effort,
+            Effort(self.effort.steps, seconds),
+            moments=moments,
             trainable=lambda name: name in self.places,
             known=lambda name: _read_block(workspace, name),
             seed=self.seed,
@@ -126,7 +134,7 @@ class _Job:
         if not self.blocks:
             raise SvdcliError(f"no block of {self.compressed.shown} holds factors", "there is nothing to heal")
 
-    def publish(self, workspace: Workspace, device: Any, progress: Progress) -> None:
+    def publish(self, workspace: Workspace, device: torch.device, progress: Progress) -> None:
         """Write the directory anew: the plan of before, with the refined factors."""
         weights = {self.places[name]: tensor for block in self.blocks.values() for name, tensor in block.weights.items()}
         blocks = {block.name: (block.before, block.after, block.steps) for block in self.blocks.values()}
@@ -149,6 +157,19 @@ class _Job:
     def _results(self) -> dict[str, Result]:
         layers = (record_of(self.compressed) or {})["layers"]
         return {name: Result(0.0, str(item["solver"]), tuple(item.get("fell_back", ()))) for name, item in layers.items()}
+
+
+def _moments(teacher: Any, batches: Sequence[Batch], seed: int, device: torch.device, progress: Progress) -> dict[str, Tensor]:
+    """How much each direction of each block's output matters, from batches spread over the text."""
+    progress("moments", "", 0, 1)
+    torch.manual_seed(seed)
+    count = min(len(batches), _MOMENT_BATCHES)
+    few = [batches[len(batches) * i // count] for i in range(count)]
+    room = int(SHARE_OF_MEMORY * free_memory())
+    at_a_time = max(1, room // state_bytes(teacher, few, gradients=True))
+    found = block_moments(teacher, few, blocks_of(teacher), at_a_time, device)
+    progress("moments", "", 1, 1)
+    return found
 
 
 def _places(student: nn.Module, plan: Plan) -> dict[str, str]:

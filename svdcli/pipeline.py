@@ -131,9 +131,16 @@ def _measure(
         return None, f"both models at once may need {both / 1e9:.1f} GB"
     if reading.held_out is None:
         return None, "no text was held out"
-    how = {"seq_len": reading.seq_len, "samples": _WINDOWS_TO_MEASURE, "device": device}
     try:
-        return evaluate(target, reading.held_out, against=checkpoint.path, **how, progress=progress), ""
+        return evaluate(
+            target,
+            reading.held_out,
+            against=checkpoint.path,
+            seq_len=reading.seq_len,
+            samples=_WINDOWS_TO_MEASURE,
+            device=device,
+            progress=progress,
+        ), ""
     except SvdcliError as error:
         return None, str(error)
 
@@ -204,8 +211,17 @@ class _Source:
         asked = (checkpoint.fingerprint(), reading.texts.digest, reading.samples, reading.seq_len, gradients)
         found = folder / f"{hashlib.sha256(repr(asked).encode()).hexdigest()[:16]}.{MOMENTS}"
         if not found.exists():
-            how = {"samples": reading.samples, "seq_len": reading.seq_len, "gradients": gradients, "device": device}
-            calibrate(checkpoint.path, reading.texts, found, **how, announce=reading.announce, progress=progress)
+            calibrate(
+                checkpoint.path,
+                reading.texts,
+                found,
+                samples=reading.samples,
+                seq_len=reading.seq_len,
+                gradients=gradients,
+                device=device,
+                announce=reading.announce,
+                progress=progress,
+            )
         return found
 
 

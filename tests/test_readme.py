@@ -10,7 +10,12 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent / "readme"))
+sys.path.insert(0, str(Path(__file__).parent / "models"))
+import zoo
 from regenerate import BLOCK, PICTURE, README, render_picture, render_readme, workshop
+
+from svdcli.files.checkpoint import open_checkpoint
+from svdcli.plan.layers import choose_layers
 
 
 @pytest.fixture(scope="module")
@@ -43,3 +48,28 @@ def test_every_python_block_runs() -> None:
 def test_install_lines_use_the_constraints() -> None:
     for line in re.findall(r"^pip install .*$", README.read_text(), re.MULTILINE):
         assert "-c tests/constraints.txt" in line, line
+
+
+# Applications --------------------------------------------------------------------------------------------------------
+
+ROW = re.compile(
+    r"^\| `(?P<family>[a-z0-9-]+)` \| (?P<task>[^|]+) \| `(?P<kind>\w+)`[^|]* \| (?P<run>[^|]+) \| (?P<dense>[^|]+) \|$",
+    re.MULTILINE,
+)
+APPLICATIONS = {row["family"]: row for row in ROW.finditer(README.read_text())}
+
+
+def test_every_family_has_its_row() -> None:
+    assert list(APPLICATIONS) == list(zoo.FAMILIES)
+
+
+@pytest.mark.parametrize("name", zoo.FAMILIES)
+def test_a_row_tells_what_the_tests_run(name: str, tmp_path: Path) -> None:
+    row, family = APPLICATIONS[name], zoo.FAMILIES[name]
+    assert (row["task"], row["kind"]) == (family.task, type(family.build()).__name__)
+    assert row["run"] == "full rank, round trip" + (", generate" if family.generates else "")
+    _, skipped = choose_layers(open_checkpoint(zoo.save(name, tmp_path / "model")).infos)
+    dense = {item.tensor.module for item in skipped if len(item.tensor.shape) > 1}
+    told = set(re.findall(r"`([a-z0-9_.]+)`", row["dense"])) - {"save_pretrained"}
+    assert {weight for weight in dense if any(f".{weight}".endswith(f".{word}") for word in told)} == dense
+    assert {word for word in told if any(f".{weight}".endswith(f".{word}") for weight in dense)} == told

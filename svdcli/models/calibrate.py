@@ -1,9 +1,7 @@
 """Second moments of every layer's inputs, and of the loss gradients at its outputs, from text that the model reads.
 
-The loss is the model's own (labels are sampled from its predictions), so that half the two-sided error of a weight change is the
-expected rise of the loss: the Fisher information in the Kronecker-factored form of Martens and Grosse (K-FAC, 2015). An encoder
-without a head is judged by its normalised sentence embedding e: gradients of e . z with z ~ N(0, I), and half the error is the
-expected 1 - cosine.
+The loss is the model's own (`fisher`), so that half the two-sided error of a weight change is the expected rise of the loss: the
+Fisher information in the Kronecker-factored form of Martens and Grosse (K-FAC, 2015).
 """
 
 from __future__ import annotations
@@ -24,19 +22,18 @@ from svdcli.files.moments import LayerMoments, Provenance, Spool, write_moments
 from svdcli.files.report import JSON_VERSION
 from svdcli.files.texts import Texts
 from svdcli.models.evaluate import batches_of
+from svdcli.models.fisher import Batch, ModelLoss
 from svdcli.models.load import load_stored
-from svdcli.models.sensitivity import embedding_of, sensitivities
+from svdcli.models.sensitivity import sensitivities
 from svdcli.models.stream import Stream
 from svdcli.models.tokens import kind_of, load_tokenizer, sentences_of, window_length, windows_of
 from svdcli.plan.layers import choose_layers
 from svdcli.progress import Progress, silent
 
-Batch = dict[str, Tensor]
-
 # Outputs wider than this get the diagonal of H only: m * m numbers, and a factorisation of them, would dwarf the rest.
 FULL_OUTPUTS = 4096
 _TOKENS_IN_A_BATCH = 2048
-_SHARE_OF_MEMORY = 0.25
+SHARE_OF_MEMORY = 0.25
 _SPEED_IN_PRACTICE = 0.4
 # Sensitivities compare whole distributions, which says much with little text.
 _SENSITIVITY_BATCHES = 4
@@ -107,7 +104,7 @@ def calibrate(
         tokenizer = load_tokenizer(model)
         batches, tokens, length = read_batches(network, tokenizer, texts, samples, seq_len, str(model))
         layers = _modules_of(network, checkpoint, include, exclude)
-        room = memory if memory is not None else int(_SHARE_OF_MEMORY * free_memory())
+        room = memory if memory is not None else int(SHARE_OF_MEMORY * free_memory())
         forecast = _forecast(network, batches, gradients, room, tokens, length)
         announce(forecast)
         size = -(-len(batches) // forecast.rounds)
@@ -118,10 +115,10 @@ def calibrate(
             stream = Stream(network, device or torch.device("cpu"), torch.float32, gather.visit)
             for number, batch in enumerate(rounds):
                 gather.begin(number, batch, backwards=forecast.gradients, units=len(stream.units))
-                stream.run(batch, gather.seed if forecast.gradients else None, set(layers.values()), gather.look)
+                stream.run(batch, gather.loss.seed if forecast.gradients else None, set(layers.values()), gather.loss.look)
             if sensitivity:
                 gather.add_sensitivities(stream, batches, room)
-            unit = "nats" if gather.nats else "1 - cosine"
+            unit = "nats" if gather.loss.nats else "1 - cosine"
             how = (seed, forecast.gradients, sensitivity, unit)
             provenance = Provenance(checkpoint.fingerprint(), texts.name, texts.digest, tokens, samples, length, *how)
             keys = gather.keys()
@@ -172,16 +169,16 @@ def _modules_of(model: Any, checkpoint: Checkpoint, include: Sequence[str], excl
 def _forecast(model: Any, batches: Sequence[Batch], gradients: bool | None, room: int, tokens: int, length: int) -> Forecast:
     """In how many rounds the text is read, and whether with gradients: hidden states of a round must fit into `room`."""
     with_gradients, reason = gradients is not False, ""
-    each = _state_bytes(model, batches, gradients=with_gradients)
+    each = state_bytes(model, batches, gradients=with_gradients)
     if gradients is None and each > room:
         with_gradients, reason = False, f"hidden states of {each / 1e9:.1f} GB a batch do not fit into {room / 1e9:.1f} GB"
-        each = _state_bytes(model, batches, gradients=False)
+        each = state_bytes(model, batches, gradients=False)
     rounds = -(-len(batches) // max(1, room // each))
     kept = each * -(-len(batches) // rounds)
     return Forecast(tokens, length, rounds, with_gradients, kept, _guess(model, tokens, with_gradients), reason)
 
 
-def _state_bytes(model: Any, batches: Sequence[Batch], *, gradients: bool) -> int:
+def state_bytes(model: Any, batches: Sequence[Batch], *, gradients: bool) -> int:
     """Hidden states of the largest batch: what goes into a block, and, with gradients, into every block at once."""
     width = width_of(model)
     depth = sum((isinstance(module, nn.ModuleList) and len(module)) or 0 for module in model.modules())
@@ -236,10 +233,9 @@ class _Gather:
     rounds: int
     phase: str = ""
     mask: Tensor | None = None
-    nats: bool = True
+    loss: ModelLoss = field(default_factory=ModelLoss)
     sums: dict[str, Tensor] = field(default_factory=dict)
     rows: dict[str, int] = field(default_factory=dict)
-    events: int = 0
     leaders: dict[str, str] = field(default_factory=dict)
     seen: list[tuple[Tensor, str]] = field(default_factory=list)
 
@@ -251,6 +247,7 @@ class _Gather:
 
     def begin(self, number: int, batches: Sequence[Batch], *, backwards: bool, units: int) -> None:
         self.number, self.batches, self.backwards, self.units, self.steps = number, batches, backwards, units, 0
+        self.loss.batches = batches
 
     def visit(self, phase: str, unit: str, batch: int, total: int) -> None:
         self.phase, self.seen = phase, []
@@ -321,48 +318,13 @@ class _Gather:
             )
         return values
 
-    def look(self, batch: int, output: Any) -> None:
-        """A model without logits is judged by its embeddings."""
-        self.nats = getattr(output, "logits", None) is not None
-
-    # What is differentiated
-
-    def seed(self, batch: int, output: Any) -> tuple[Tensor, Tensor]:
-        """The tensor to differentiate for one batch, and its gradient."""
-        mask = self.batches[batch].get("attention_mask")
-        logits = getattr(output, "logits", None)
-        if logits is not None:
-            return logits, self._sampled(logits, mask)
-        self.nats = False
-        hidden: Tensor = output.last_hidden_state
-        leaf = hidden.detach().requires_grad_()
-        with torch.enable_grad():
-            embedding = embedding_of(leaf, mask)
-            (embedding * torch.randn(embedding.shape).to(embedding)).sum().backward()
-        self.events += leaf.shape[0]
-        assert leaf.grad is not None
-        return hidden, leaf.grad
-
-    def _sampled(self, logits: Tensor, mask: Tensor | None) -> Tensor:
-        """Gradient of the summed loss at logits (..., classes) for labels drawn from the predictions themselves."""
-        gradient = logits.detach().float().softmax(-1)
-        flat = gradient.view(-1, gradient.shape[-1])
-        labels = torch.multinomial(flat.cpu(), 1).to(flat.device)
-        flat.scatter_add_(1, labels, torch.full_like(labels, -1, dtype=flat.dtype))
-        if mask is not None and mask.shape == logits.shape[:-1]:
-            gradient = gradient * mask.to(gradient)[..., None]
-            self.events += int(mask.sum())
-        else:
-            self.events += flat.shape[0]
-        return gradient.to(logits.dtype)
-
     # What is written
 
     def add_sensitivities(self, stream: Stream, batches: Sequence[Batch], room: int) -> None:
         """Measure them on batches spread over the text, and put them beside the moments."""
         self.phase = ""
         few = [batches[len(batches) * i // _SENSITIVITY_BATCHES] for i in range(min(_SENSITIVITY_BATCHES, len(batches)))]
-        each = sum(_state_bytes(self.model, [batch], gradients=False) for batch in few)
+        each = sum(state_bytes(self.model, [batch], gradients=False) for batch in few)
         known = {name: self.layers[name] for name in self.leaders}
         found = sensitivities(stream, few, known, self._moments_of, max(1, room // each), self.progress)
         for name, values in found.items():
@@ -392,7 +354,7 @@ class _Gather:
         """Inputs are averaged over rows, gradients summed over the losses: an error counts for every row that a loss reads."""
 
         def scale(kind: str, name: str) -> float:
-            return 1 / max(1, {"output": self.events, "sensitivity": 1}.get(kind) or self.rows[name])
+            return 1 / max(1, {"output": self.loss.events, "sensitivity": 1}.get(kind) or self.rows[name])
 
         return {key: scale(*key.split(".", 1)) for key in self.spool.shapes}
 

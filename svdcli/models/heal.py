@@ -2,7 +2,8 @@
 
 Both models read the same text, a block at a time. A block of the compressed model gets what the compressed blocks before it
 send on, and learns to give what the original block gives in the original's own stream: it makes up for the errors before it,
-too (block refinement as in AA-SVD, 2026). Only the factors, and biases that were refitted, change.
+too (block refinement as in AA-SVD, 2026). An error d of a block's output counts as d^T H d, with H the second moment of the
+model's loss gradient there: as much as the model's loss will feel it. Only the factors, and biases that were refitted, change.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from svdcli.models.modules import LOW_RANK
 from svdcli.models.stream import Stream, Turn, first_tensor
 from svdcli.progress import Progress, silent
 
-RATE = 0.02  # largest step of a weight, as a share of its tensor's root mean square
+DAMPING = 0.1
+RATE = 0.002  # largest step of a weight, as a share of its tensor's root mean square
 WARM_UP = 0.05
 HELD_OUT_ONE_IN = 8
 _CHECKS = 20
@@ -42,7 +44,7 @@ class Effort:
 
 @dataclass(frozen=True)
 class HealedBlock:
-    """One block. before and after are ||compressed - original||^2 / ||original||^2 of its output on text that it was not
+    """One block. before and after are d^T H d of its output, over y^T H y of the original's output y, on text that it was not
     trained on; after is never larger, and equal where nothing was found that is better. weights are its new factors by name."""
 
     name: str
@@ -59,6 +61,7 @@ def heal_blocks(
     effort: Effort,
     *,
     trainable: Callable[[str], bool],
+    moments: Mapping[str, Tensor] | None = None,
     known: Callable[[str], HealedBlock | None] = lambda name: None,
     seed: int = 0,
     device: torch.device | None = None,
@@ -66,7 +69,8 @@ def heal_blocks(
 ) -> Iterator[HealedBlock]:
     """Train block after block and yield each as it is done; blocks that `known` has are taken from there.
 
-    trainable tells by name which parameters of the student may change. Raises SvdcliError where the two models do not have the
+    trainable tells by name which parameters of the student may change; moments are those of `fisher.block_moments`, without
+    which every direction of a block's output counts the same. Raises SvdcliError where the two models do not have the
     same blocks, and where a block answers with NaN.
     """
     where = device or torch.device("cpu")
@@ -86,7 +90,7 @@ def heal_blocks(
                 spent = time.monotonic() - begin
                 share = None if effort.seconds is None else effort.seconds * (number + 1 - taken) / total - spent
                 course = _Course(effort.steps, share, partial(_tell, progress, mine.name, number, total))
-                block = _Trainer(mine, targets, batches, weights, stored, course, seed).train()
+                block = _Trainer(mine, targets, batches, weights, stored, course, seed, (moments or {}).get(mine.name)).train()
             else:
                 taken += 1
             for name, parameter in weights.items():
@@ -113,7 +117,7 @@ def _nobody(phase: str, unit: str, batch: int, total: int) -> None:
 
 def _trainable(unit: nn.Module, name: str, allowed: Callable[[str], bool]) -> dict[str, nn.Parameter]:
     """The parameters of the low-rank modules in one unit that may change, by their names in the whole model."""
-    found = {}
+    found: dict[str, nn.Parameter] = {}
     for path, module in unit.named_modules(prefix=name):
         if isinstance(module, LOW_RANK):
             found |= {full: p for full, p in module.named_parameters(prefix=path) if allowed(full)}
@@ -156,6 +160,7 @@ class _Trainer:
         stored: Mapping[str, torch.dtype],
         course: _Course,
         seed: int,
+        moment: Tensor | None,
     ) -> None:
         self.turn, self.calls, self.targets, self.weights, self.course = turn, turn.arguments, targets, weights, course
         self.dtypes = {name: stored[name] for name in weights}
@@ -165,6 +170,7 @@ class _Trainer:
         self.held = [place for place in places if place % HELD_OUT_ONE_IN == HELD_OUT_ONE_IN - 1] or list(places)
         self.read = [place for place in places if place not in self.held] or self.held
         self.generator = torch.Generator().manual_seed(seed)
+        self.root = None if moment is None else _root(moment)
 
     def train(self) -> HealedBlock:
         original = {name: weight.data.clone() for name, weight in self.weights.items()}
@@ -210,7 +216,10 @@ class _Trainer:
         mask = self.masks[place]
         if mask is not None and mask.shape == target.shape[:2]:
             output, target = output[mask.to(output.device)], target[mask.to(target.device)]
-        return (output - target).square().sum(), target.square().sum()
+        wrong, whole = output - target, target
+        if self.root is not None:
+            wrong, whole = wrong @ self.root, whole @ self.root
+        return wrong.square().sum(), whole.square().sum()
 
     @torch.no_grad()
     def _score(self) -> float:
@@ -230,6 +239,14 @@ class _Trainer:
 
     def _rounded(self) -> dict[str, Tensor]:
         return {name: weight.detach().to("cpu", self.dtypes[name], copy=True) for name, weight in self.weights.items()}
+
+
+def _root(moment: Tensor) -> Tensor:
+    """L with L L^T = H, damped as in `linalg.whitening`: ||d L||^2 is d^T H d."""
+    h = moment.to(torch.float64)
+    damped = h + DAMPING * h.diagonal().mean() * torch.eye(h.shape[0], dtype=h.dtype, device=h.device)
+    root: Tensor = torch.linalg.cholesky(damped).to(torch.float32)
+    return root
 
 
 def _rms(weight: Tensor) -> float:

@@ -16,12 +16,11 @@ from torch import Tensor, nn
 from svdcli.files.moments import LayerMoments, metric_of
 from svdcli.linalg.solvers import transposed
 from svdcli.linalg.whitening import weighted
+from svdcli.models.fisher import Batch, embedding_of
 from svdcli.models.stream import Stream
 from svdcli.progress import Progress
 
 CUT = 0.25  # of min(m, n)
-
-Batch = dict[str, Tensor]
 
 
 def sensitivities(
@@ -66,7 +65,7 @@ class _Cutter:
 
     def visit(self, phase: str, unit: str, index: int, total: int) -> None:
         if self.whole is not None:
-            self.whole[0].weight.data = self.whole[1]  # type: ignore[union-attr]
+            self.whole[0].get_parameter("weight").data = self.whole[1]
             self.whole = None
         copy = index // len(self.batches) - 1
         if phase != "forward" or copy < 0:
@@ -114,12 +113,6 @@ def _answer(output: Any, batch: Batch) -> tuple[Tensor, Callable[[Tensor, Tensor
     if mask is not None and mask.shape == rows.shape[:-1]:
         rows = rows[mask.bool().to(rows.device)]
     return rows.reshape(-1, rows.shape[-1]), _divergence
-
-
-def embedding_of(hidden: Tensor, mask: Tensor | None) -> Tensor:
-    """Normalised sentence embeddings (batch, width): the mean of hidden (batch, length, width) where mask is set."""
-    weights = (mask if mask is not None else torch.ones(hidden.shape[:2])).to(hidden)[..., None]
-    return nn.functional.normalize((hidden * weights).sum(1) / weights.sum(1), dim=-1)
 
 
 def _divergence(whole: Tensor, cut: Tensor) -> Tensor:

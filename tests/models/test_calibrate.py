@@ -177,8 +177,16 @@ def assert_same_moments(one: Moments, other: Moments) -> None:
 # Moments -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("family", ["llama", "gpt2", "t5", "marian", "qwen3"])
+@pytest.mark.parametrize(
+    ("family", "dtype"),
+    [
+        ("llama", torch.float32),
+        ("llama", torch.bfloat16),
+        ("gpt2", torch.float32),
+        ("t5", torch.float32),
+        ("marian", torch.bfloat16),
+    ],
+)
 def test_moments_are_the_sums_of_ordinary_passes(family: str, dtype: torch.dtype, readable: Readable, tmp_path: Path) -> None:
     path = readable(family, dtype)
     moments, done = run(path, tmp_path / "c.safetensors", seed=3)
@@ -284,13 +292,13 @@ def test_rounds_add_up_to_the_same_moments(family: str, gradients: bool, readabl
 
 def test_hidden_states_fit_into_the_memory_or_a_batch_is_all_there_is(readable: Readable, tmp_path: Path) -> None:
     told: list[Forecast] = []
-    room = [forecast(readable("llama"), tmp_path, told, memory) for memory in (10**9, 10**6, 2 * 10**5, 1)]
+    room = [forecast(readable("llama"), tmp_path, told, memory) for memory in (10**9, 2 * 10**5, 1)]
     assert [item.rounds for item in told] == sorted(item.rounds for item in told)
     assert all(item.state_bytes <= memory for item, memory in zip(told[:-1], room, strict=False))
 
 
 def forecast(model: Path, folder: Path, told: list[Forecast], memory: int) -> int:
-    run(model, folder / "c.safetensors", samples=30, gradients=True, memory=memory, announce=told.append)
+    run(model, folder / "c.safetensors", samples=12, gradients=True, memory=memory, announce=told.append)
     return memory
 
 
@@ -411,11 +419,11 @@ def test_the_predicted_loss_is_of_the_size_of_the_divergence(readable: Readable,
     """K-FAC takes the tokens of a window as independent of each other, and inputs as independent of gradients. The first is
     wrong where a change of one layer reaches the same prediction through many alike tokens: values above all."""
     path = louder(readable("llama"), tmp_path / "m")
-    moments, _ = run(path, tmp_path / "c", samples=24)
+    moments, _ = run(path, tmp_path / "c", samples=16)
     model = svdcli.load(path, dtype=torch.float64)
     for name in moments.layers:
         d = nudge(model, name)
-        ratio = predicted(moments.of(name), d) / divergence(model, token_batches(path, 24), name, d)
+        ratio = predicted(moments.of(name), d) / divergence(model, token_batches(path, 16), name, d)
         assert (0.25 if "v_proj" in name else 0.6) < ratio < 1.4, name
 
 
@@ -504,7 +512,7 @@ def test_what_does_not_read_text_is_refused(readable: Readable, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("before", [None, b"what was there"])
-@pytest.mark.parametrize("stop_at", [0, 2, 5])
+@pytest.mark.parametrize("stop_at", [0, 5])
 def test_the_file_appears_whole_or_not_at_all(before: bytes | None, stop_at: int, readable: Readable, tmp_path: Path) -> None:
     out, calls = tmp_path / "c.safetensors", []
 

@@ -47,9 +47,12 @@ def test_compressed_it_loads_runs_saves_and_loads(family: str, layout: str, comp
     assert torch.equal(answer, zoo.answer(family, svdcli.load(tmp_path / "again")))
 
 
+@pytest.mark.parametrize("layout", ["factored", "pivoted"])
 @pytest.mark.parametrize("family", [name for name, family in zoo.FAMILIES.items() if family.generates])
-def test_generates_as_the_dense_model_of_the_same_weights_does(family: str, compressed: Compressed, tmp_path: Path) -> None:
-    out = compressed(family)
+def test_generates_as_the_dense_model_of_the_same_weights_does(
+    family: str, layout: str, compressed: Compressed, tmp_path: Path
+) -> None:
+    out = compressed(family, layout)
     inputs = {k: v for k, v in zoo.FAMILIES[family].inputs.items() if not k.startswith("decoder_")}
     one, other = svdcli.load(out), svdcli.load(svdcli.expand(out, tmp_path / "dense"))
     how = {"max_new_tokens": 6, "do_sample": False}

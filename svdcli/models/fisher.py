@@ -1,0 +1,86 @@
+"""The loss whose curvature counts: the model's own, with labels drawn from its predictions (the Fisher information).
+
+An encoder without a head is judged by its normalised sentence embedding e: gradients of e . z with z ~ N(0, I), so that half the
+squared error in their metric is the expected 1 - cosine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from svdcli.models.stream import Stream
+
+Batch = dict[str, Tensor]
+
+
+class ModelLoss:
+    """What a backward pass through `Stream` starts from. events counts predictions (embeddings); nats tells which it was."""
+
+    def __init__(self) -> None:
+        self.batches: Sequence[Batch] = ()
+        self.events = 0
+        self.nats = True
+
+    def look(self, batch: int, output: Any) -> None:
+        """A model without logits is judged by its embeddings."""
+        self.nats = getattr(output, "logits", None) is not None
+
+    def seed(self, batch: int, output: Any) -> tuple[Tensor, Tensor]:
+        """The tensor to differentiate for one batch, and its gradient."""
+        self.look(batch, output)
+        mask = self.batches[batch].get("attention_mask")
+        if self.nats:
+            return output.logits, self._sampled(output.logits, mask)
+        hidden: Tensor = output.last_hidden_state
+        leaf = hidden.detach().requires_grad_()
+        with torch.enable_grad():
+            embedding = embedding_of(leaf, mask)
+            (embedding * torch.randn(embedding.shape).to(embedding)).sum().backward()
+        self.events += leaf.shape[0]
+        assert leaf.grad is not None
+        return hidden, leaf.grad
+
+    def _sampled(self, logits: Tensor, mask: Tensor | None) -> Tensor:
+        """Gradient of the summed loss at logits (..., classes) for labels drawn from the predictions themselves."""
+        gradient = logits.detach().float().softmax(-1)
+        flat = gradient.view(-1, gradient.shape[-1])
+        labels = torch.multinomial(flat.cpu(), 1).to(flat.device)
+        flat.scatter_add_(1, labels, torch.full_like(labels, -1, dtype=flat.dtype))
+        if mask is not None and mask.shape == logits.shape[:-1]:
+            gradient = gradient * mask.to(gradient)[..., None]
+            self.events += int(mask.sum())
+        else:
+            self.events += flat.shape[0]
+        return gradient.to(logits.dtype)
+
+
+def embedding_of(hidden: Tensor, mask: Tensor | None) -> Tensor:
+    """Normalised sentence embeddings (batch, width): the mean of hidden (batch, length, width) where mask is set."""
+    weights = (mask if mask is not None else torch.ones(hidden.shape[:2])).to(hidden)[..., None]
+    return nn.functional.normalize((hidden * weights).sum(1) / weights.sum(1), dim=-1)
+
+
+def block_moments(
+    model: nn.Module, batches: Sequence[Batch], blocks: Collection[str], at_a_time: int, device: torch.device
+) -> dict[str, Tensor]:
+    """Second moments (width, width) of the loss gradient at the output of every block, averaged over predictions.
+
+    at_a_time bounds how many batches are under way together.
+    """
+    loss, sums = ModelLoss(), dict[str, Tensor]()
+
+    def add(unit: str, batch: int, gradient: Tensor) -> None:
+        if unit in blocks:
+            rows = gradient.reshape(-1, gradient.shape[-1]).float()
+            sums[unit] = sums[unit].addmm_(rows.T, rows) if unit in sums else rows.T @ rows
+
+    stream = Stream(model, device, torch.float32, lambda *_: None)
+    stream.gradients = add
+    for start in range(0, len(batches), at_a_time):
+        loss.batches = batches[start : start + at_a_time]
+        stream.run(loss.batches, loss.seed)
+    return {unit: total / max(1, loss.events) for unit, total in sums.items()}
