@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import logging
 import os
 import re
 import sys
@@ -781,5 +782,7 @@ def main() -> None:
             stream.reconfigure(errors="backslashreplace")
     # torch works without NumPy, and says at every start that it does
     warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
+    for library in ("torchao", "torch.utils._pytree"):  # what they say when transformers imports them is nobody's business here
+        logging.getLogger(library).setLevel(logging.ERROR)
     with _one_line_errors():
         sys.exit(app(standalone_mode=False) or 0)

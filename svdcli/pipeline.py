@@ -96,14 +96,17 @@ def compress(
     with open_checkpoint(model) as checkpoint:
         _check_source(checkpoint, recipe)
         device = (compute or Compute()).start()
+        source = _Source(calibration, reading)
         if dry_run:
-            return _predict(checkpoint, out, recipe, plan, _Source(calibration, reading), device, progress)
+            return _predict(checkpoint, out, recipe, plan, source, device, progress)
+        choice = None if reading is not None else _choose(checkpoint, recipe, plan, calibration)
         with destination(checkpoint, out, ".svd", "-svd", force) as target:
             workspace = Workspace(target, is_file=not checkpoint.is_directory)
             with disk_errors(target), workspace.locked():
-                workspace.begin()
-                source = _Source(calibration, reading)
-                choice = _choose(checkpoint, recipe, plan, source.file(checkpoint, workspace.folder, recipe, device, progress))
+                if choice is None:
+                    with workspace.beginning():
+                        file = source.file(checkpoint, workspace.folder, recipe, device, progress)
+                        choice = _choose(checkpoint, recipe, plan, file)
                 same = identity(checkpoint, "compress", recipe_to_json(choice.recipe), plan and plan.to_json())
                 if workspace.resume(same, force=force):
                     _compress_into(workspace, checkpoint, choice, device, progress)

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
-import torch
-from helpers import write_small
+
+# Fixtures import what they need: the process that only deals out tests to workers needs none of it.
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """A worker for each core, up to four; none where files are named, whose tests start at once and can be debugged."""
+    return 0 if any(".py" in argument for argument in config.args) else min(4, os.cpu_count() or 1)
 
 
 @pytest.fixture(autouse=True, scope="session")
 def _few_threads() -> None:
     """Tiny matrices gain nothing from threads, and results stay the same on every machine."""
+    import torch
+
     torch.set_num_threads(1)
 
 
@@ -25,6 +34,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def small(folder: Path) -> Path:
     """A small valid file, `m.safetensors`, in `folder`."""
+    from helpers import write_small
+
     return write_small(folder / "m.safetensors")
 
 

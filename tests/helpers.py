@@ -6,10 +6,12 @@ import contextlib
 import hashlib
 import io
 import json
+import multiprocessing
 import os
 import struct
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -159,6 +161,33 @@ def cli(
         except SystemExit as end:
             code = end.code
     return Finished(int(code or 0), out.buffer.getvalue(), err.buffer.getvalue().decode())
+
+
+_FORKED = multiprocessing.get_context("forkserver")
+_FORKED.set_forkserver_preload(["torch", "transformers.modeling_utils", "peft", "torchao.quantization"])
+
+
+def run_code(code: str, *arguments: str | Path, folder: Path) -> Finished:
+    """The same as `python -c CODE ARGUMENTS` with `folder` as the current one, but for the seconds that importing torch and
+    transformers takes: its process is forked from one that has these, and neither svdcli nor anything that a test has done."""
+    with tempfile.TemporaryDirectory() as place:
+        streams = [Path(place) / "out", Path(place) / "err"]
+        process = _FORKED.Process(target=_run_forked, args=(code, list(map(str, arguments)), folder, streams))
+        process.start()
+        process.join(120)
+        process.kill()
+        process.join()
+        done = Finished(process.exitcode or 0, streams[0].read_bytes(), streams[1].read_text())
+        process.close()
+    return done
+
+
+def _run_forked(code: str, arguments: list[str], folder: Path, streams: list[Path]) -> None:
+    for number, stream in enumerate(streams, 1):
+        os.dup2(os.open(stream, os.O_WRONLY | os.O_CREAT), number)
+    os.chdir(folder)
+    sys.argv = ["-c", *arguments]
+    exec(code, {"__name__": "__main__"})
 
 
 def complaint(done: Finished, code: int = 1) -> str:

@@ -1,7 +1,9 @@
 """Stop a run at any file operation, then run it again. Used by test_nothing_lost.py in a process of its own.
 
-The parent imports everything once and never computes, so that forked children start instantly and may use threads. An audit
-hook counts every file operation on the output's side; at the chosen one the child gets a signal.
+A task a line comes on standard input, as JSON with arguments, out, points and signal; the answer goes to standard output: the
+operations of an unbroken run, how many of them were tried, and what went wrong. The parent imports everything once and never
+computes, so that forked children start instantly and may use threads. An audit hook counts every file operation on the
+output's side; at the chosen one the child gets a signal.
 """
 
 from __future__ import annotations
@@ -96,20 +98,25 @@ def clean(out: Path) -> None:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def main() -> None:
-    """argv: JSON with arguments, out, points and signal. Prints JSON: operations, problems, and the codes that were seen."""
-    task = json.loads(sys.argv[1])
-    out, arguments, kind = Path(task["out"]), task["arguments"], int(task["signal"])
+def answer(arguments: list[str], out: Path, points: int, kind: int) -> dict[str, Any]:
+    """Stop at that many operations, spread evenly over all of them."""
     operations = count(arguments, out)
     reference = snapshot(out)
     clean(out)
-    points = sorted({1 + i * (operations - 1) // max(1, task["points"] - 1) for i in range(task["points"])})
+    tried = sorted({1 + i * (operations - 1) // max(1, points - 1) for i in range(points)})
     problems = []
-    for point in points:
+    for point in tried:
         problem = try_point(arguments, out, point, kind, reference)
         problems += [problem] if problem else []
         clean(out)
-    print(json.dumps({"operations": operations, "points": len(points), "problems": problems}))
+    return {"operations": operations, "points": len(tried), "problems": problems}
+
+
+def main() -> None:
+    for line in sys.stdin:
+        task = json.loads(line)
+        found = answer(task["arguments"], Path(task["out"]), task["points"], task["signal"])
+        print(json.dumps(found), flush=True)  # nothing may be left in the buffer that the next child inherits
 
 
 if __name__ == "__main__":

@@ -196,9 +196,8 @@ def test_no_colour_in_pipes_and_under_no_color(output: Path) -> None:
 
 
 def test_progress_shows_on_terminals_only(model: Path, tmp_path: Path) -> None:
+    assert cli("compress", model, "-o", tmp_path / "t", "--rank", "20").err == f"svdcli: wrote {tmp_path / 't'}\n"
     command = f"{sys.executable} -m svdcli compress {model} -o {tmp_path / 't'} --rank 20"
-    piped = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
-    assert piped.stderr == f"svdcli: wrote {tmp_path / 't'}\n"
     environment = os.environ | {"TERM": "xterm-256color", "COLUMNS": "100"}
     shown = subprocess.run(
         ["script", "-qec", f"{command} --force", "/dev/null"], capture_output=True, text=True, check=False, env=environment

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from helpers import run_code
 
 sys.path.insert(0, str(Path(__file__).parent / "readme"))
 sys.path.insert(0, str(Path(__file__).parent / "models"))
@@ -40,9 +40,9 @@ def test_every_file_that_readme_links_to_is_there() -> None:
 
 def test_every_python_block_runs() -> None:
     for block in re.findall(r"^```python\n(.*?)^```$", README.read_text(), re.DOTALL | re.MULTILINE):
-        with workshop():
-            done = subprocess.run([sys.executable, "-c", block], capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
+        with workshop() as folder:
+            done = run_code(block, folder=folder)
+        assert done.code == 0, done.err
 
 
 def test_install_lines_use_the_constraints() -> None:

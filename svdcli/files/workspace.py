@@ -72,10 +72,18 @@ class Workspace:
                 return descriptor
             os.close(descriptor)
 
-    def begin(self) -> None:
-        """Tell in the journal that work goes on, before it is known what exactly it will be."""
-        if not self._journal.exists():
+    @contextmanager
+    def beginning(self) -> Iterator[None]:
+        """Around what goes before `resume`: the journal tells that work goes on, before it is known what exactly it will be.
+        A refusal leaves nothing behind that was not there."""
+        if not self._had_journal:
             self.note({"begun": True})
+        try:
+            yield
+        except SvdcliError:
+            if not self._was_there:
+                self.remove()
+            raise
 
     def resume(self, identity: str, *, force: bool) -> bool:
         """Read the journal of an earlier run, or start afresh where there is none or it was another command's.

@@ -27,8 +27,9 @@ DAMPING = 0.1
 RATE = 0.002  # largest step of a weight, as a share of its tensor's root mean square
 WARM_UP = 0.05
 HELD_OUT_ONE_IN = 8
-_CHECKS = 20
-_PATIENCE = 6
+_MOST_HELD_OUT = 4  # batches: more would cost as much as the training
+_CHECKS = 10
+_PATIENCE = 5
 
 Batch = dict[str, Tensor]
 Call = tuple[Any, Any]
@@ -167,7 +168,7 @@ class _Trainer:
         masks = [batches[batch.index].get("attention_mask") for batch in turn.batches]
         self.masks = [None if mask is None or bool(mask.all()) else mask.bool() for mask in masks]
         places = range(len(self.calls))
-        self.held = [place for place in places if place % HELD_OUT_ONE_IN == HELD_OUT_ONE_IN - 1] or list(places)
+        self.held = [p for p in places if p % HELD_OUT_ONE_IN == HELD_OUT_ONE_IN - 1][:_MOST_HELD_OUT] or list(places)
         self.read = [place for place in places if place not in self.held] or self.held
         self.generator = torch.Generator().manual_seed(seed)
         self.root = None if moment is None else _root(moment)

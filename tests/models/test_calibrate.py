@@ -581,3 +581,23 @@ def test_a_run_that_is_interrupted_continues_to_the_same_bytes(stage: str, reada
     assert ("calibrate" in again) == (stage == "calibrate")
     assert tree(tmp_path / "a") == tree(tmp_path / "b")
     assert {file.name for file in tmp_path.iterdir()} == {"a", "b"}
+
+
+@pytest.mark.parametrize("first", [{"seq_len": 8}, {"samples": 6}, {"metric": "inputs"}, {"text": " ".join(words(400, 9))}])
+def test_what_an_interrupted_run_read_otherwise_is_not_used(first: dict[str, Any], readable: Readable, tmp_path: Path) -> None:
+    how = {"seq_len": LENGTH, "samples": SAMPLES, "metric": "full", "text": TEXT.documents[0]}
+
+    def compress(out: str, seq_len: int, samples: int, metric: str, text: str, **options: Any) -> None:
+        reading = Reading(Texts("words", (text,)), samples=samples, seq_len=seq_len)
+        svdcli.compress(readable("llama"), tmp_path / out, Recipe("keep", 0.5, metric=metric), reading=reading, **options)
+
+    def stop(now: str, *_: Any) -> None:
+        if now == "write":
+            raise KeyboardInterrupt
+
+    compress("a", **how)
+    with pytest.raises(KeyboardInterrupt):
+        compress("b", **(how | first), progress=stop)
+    compress("b", **how)
+    assert tree(tmp_path / "a") == tree(tmp_path / "b")
+    assert {file.name for file in tmp_path.iterdir()} == {"a", "b"}

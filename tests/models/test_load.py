@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import zoo
-from helpers import weight
+from helpers import run_code, weight
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
@@ -24,12 +24,6 @@ from svdcli.models.modules import LOW_RANK, LowRankEmbedding, LowRankLinear, Piv
 
 Written = Callable[[str], Path]
 Compressed = Callable[..., Path]
-
-
-def run_python(code: str, *arguments: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, check=False, env=environment or None
-    )
 
 
 # What opens ----------------------------------------------------------------------------------------------------------
@@ -176,10 +170,10 @@ STOCK = "import sys; from transformers import AutoModelForCausalLM as A; A.from_
 
 
 @pytest.mark.parametrize("layout", ["factored", "pivoted"])
-def test_without_the_plugin_it_fails_loudly(layout: str, compressed: Compressed) -> None:
-    done = run_python(STOCK, compressed("llama", layout))
-    assert done.returncode != 0
-    assert "svdcli" in done.stderr
+def test_without_the_plugin_it_fails_loudly(layout: str, compressed: Compressed, tmp_path: Path) -> None:
+    done = run_code(STOCK, compressed("llama", layout), folder=tmp_path)
+    assert done.code == 1
+    assert "svdcli" in done.err
 
 
 SELF_CONTAINED = """
@@ -199,7 +193,13 @@ def test_self_contained_opens_where_svdcli_is_not_installed(written: Written, tm
     outs = [tmp_path / "factored", tmp_path / "pivoted"]
     for out in outs:
         svdcli.compress(written("llama"), out, svdcli.Recipe("keep", 0.6, layout=out.name, self_contained=True))
-    done = run_python(SELF_CONTAINED, *outs, HF_HOME=str(tmp_path / "cache"), HF_HUB_OFFLINE="1")
+    done = subprocess.run(
+        [sys.executable, "-c", SELF_CONTAINED, *outs],
+        env={"HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     for out in outs:
         expected = svdcli.load(out)(torch.arange(12)[None]).logits

@@ -7,6 +7,7 @@ they write stays there. The picture is the table of the first command.
 from __future__ import annotations
 
 import io
+import json
 import os
 import re
 import shlex
@@ -26,6 +27,10 @@ ROOT = HERE.parent.parent
 README = ROOT / "README.md"
 PICTURE = HERE / "compress.svg"
 BLOCK = re.compile(r"(<!-- output: (?P<command>.+?) -->\n```[a-z]*\n)(?P<text>.*?)(?=^```$)", re.DOTALL | re.MULTILINE)
+
+
+BENCHMARKS = ROOT / "tests" / "benchmarks"
+QUALITY = re.compile(r"(?<=<!-- quality -->\n).*?(?=<!-- /quality -->)", re.DOTALL)
 
 
 @contextmanager
@@ -60,7 +65,16 @@ def output_of(command: str) -> str:
 
 def render_readme(readme: str) -> str:
     """README with every recorded output made anew. Run inside a workshop."""
+    readme = QUALITY.sub(lambda _: quality_tables(), readme)
     return BLOCK.sub(lambda block: block[1] + output_of(block["command"]), readme)
+
+
+def quality_tables() -> str:
+    """The recorded comparison of methods, as quality.py renders it."""
+    sys.path.insert(0, str(BENCHMARKS))
+    from quality import markdown
+
+    return markdown(json.loads((BENCHMARKS / "quality.json").read_text())) + "\n\n"
 
 
 def render_picture(folder: Path) -> str:
