@@ -175,8 +175,10 @@ def compress(
         "error": error,
     }
     given = {name: float(value) for name, value in targets.items() if value is not None}
-    if [layers_from, model, text].count("-") > 1:
-        raise UsageError("standard input can be one thing only: the model, the list of layers or the text", "use files")
+    inputs = {"the model": model, "the list of layers": layers_from, "the text": text}
+    piped = [what for what, path in inputs.items() if path == "-"]
+    if len(piped) > 1:
+        raise UsageError(f"standard input cannot be both {piped[0]} and {piped[1]}", "write one of them to a file")
     if json_ and csv_:
         raise UsageError("--json and --csv exclude each other", "choose one")
     if save_plan is not None:

@@ -184,6 +184,8 @@ def measure_layer(
         where = torch.device("cpu") if device.type == "mps" else device
         matrix = (w.T if moments.transposed else w).to(where)
         weighed = weighted_energies(matrix, metric_of(moments, where, centred=centred))
+        if not moments.inputs.any() or (moments.outputs is not None and not moments.outputs.any()):
+            weighed = torch.zeros_like(weighed)  # solved as if all mattered alike, but worth nothing to the model
         return Measured(finite=True, energies=tuple(weighed.tolist()))
     work = w.to(device, _work_dtype(device, torch.float64 if w.dtype in (torch.float32, torch.float64) else torch.float32))
     exponent = math.frexp(largest)[1]

@@ -197,7 +197,8 @@ def _loss_lines(report: Report) -> list[tuple[str, str]]:
         unit = "nats a token" if report.loss_unit == "nats" else report.loss_unit
         text = f"{report.predicted_loss:.4g} {unit}, summed over the layers"
         if report.expected_loss is not None:
-            text = f"{report.expected_loss:.4g} {unit} above the original ({report.predicted_loss:.4g} summed over the layers)"
+            summed = f"{report.predicted_loss:.2g} summed over the layers"
+            text = f"{report.expected_loss:.2g} {unit} of divergence from the original ({summed})"
         lines.append(("expected loss", text))
     if report.healing is not None:
         blocks = report.healing["blocks"]

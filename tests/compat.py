@@ -36,7 +36,7 @@ def passes(version: str) -> bool:
         constraints.write_text("\n".join(line for line in lines if not FREE.match(line)))
         venv.create(Path(folder) / "venv", with_pip=True)
         python = Path(folder) / "venv" / "bin" / "python"
-        wanted = [str(ROOT), f"transformers=={version}", "accelerate", "tokenizers", "pytest", "hypothesis"]
+        wanted = [str(ROOT), f"transformers=={version}", "accelerate", "tokenizers", "pytest", "pytest-xdist", "hypothesis"]
         subprocess.run([python, "-m", "pip", "install", "-q", "-c", constraints, *wanted], check=True)
         tests = [ROOT / "tests" / "models" / f"test_{name}.py" for name in TESTS]
         command = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests]

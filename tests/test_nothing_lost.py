@@ -90,7 +90,7 @@ def test_a_torn_tensor_is_written_again(tmp_path: Path, monkeypatch: pytest.Monk
     def stop(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("svdcli.pipeline._finish", stop)
+    monkeypatch.setattr("svdcli.pipeline.finish", stop)
     with pytest.raises(KeyboardInterrupt):
         svdcli.compress(model, tmp_path / "o", Recipe("rank", 9))
     monkeypatch.undo()
@@ -126,7 +126,7 @@ def test_work_that_is_done_is_not_done_again(tmp_path: Path, monkeypatch: pytest
 def test_other_settings_start_over_and_say_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = write_model(tmp_path / "m")
     with monkeypatch.context() as patch:
-        patch.setattr("svdcli.pipeline._finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr("svdcli.pipeline.finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             svdcli.compress(model, tmp_path / "o", Recipe("rank", 9))
     done = cli("compress", model, "-o", tmp_path / "o", "--rank", "10")
@@ -139,7 +139,7 @@ def test_a_changed_source_is_not_mixed_in(tmp_path: Path, monkeypatch: pytest.Mo
     path = tmp_path / "m.safetensors"
     save_file({"a.weight": weight(90, 70, 1), "b.weight": weight(90, 70, 2)}, path)
     with monkeypatch.context() as patch:
-        patch.setattr("svdcli.pipeline._finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr("svdcli.pipeline.finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             svdcli.compress(path, None, Recipe("rank", 9))
     save_file({"a.weight": weight(90, 70, 1), "b.weight": weight(90, 70, 3)}, path)

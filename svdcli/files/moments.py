@@ -8,6 +8,7 @@ which, and where they come from.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import tempfile
@@ -87,7 +88,7 @@ class Spool:
         return value
 
     def _path(self, key: str) -> Path:
-        return self.folder / f"{key.encode().hex()[:200]}-{len(key)}.pt"
+        return self.folder / f"{hashlib.sha256(key.encode()).hexdigest()}.pt"
 
 
 def write_moments(

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from svdcli.errors import SvdcliError
 from svdcli.models.stream import Stream
 
 Batch = dict[str, Tensor]
@@ -47,6 +48,8 @@ class ModelLoss:
     def _sampled(self, logits: Tensor, mask: Tensor | None) -> Tensor:
         """Gradient of the summed loss at logits (..., classes) for labels drawn from the predictions themselves."""
         gradient = logits.detach().float().softmax(-1)
+        if not bool(torch.isfinite(gradient.sum())):
+            raise SvdcliError("the model answers with NaN or infinity", "it does so on this text; check it with `svdcli eval`")
         flat = gradient.view(-1, gradient.shape[-1])
         labels = torch.multinomial(flat.cpu(), 1).to(flat.device)
         flat.scatter_add_(1, labels, torch.full_like(labels, -1, dtype=flat.dtype))

@@ -96,6 +96,7 @@ class _Batch:
         self.waits_for, self.arguments = unit, (args, kwargs)
         self.arrived.release()
         self.go.acquire()
+        self.waits_for = None
         if self.abandoned:
             raise _AbandonedError
 
@@ -178,7 +179,7 @@ class Stream:
                     return
                 tensor, gradient = seed(index, output)
             del output
-            torch.autograd.backward([tensor], [gradient])
+            torch.autograd.backward([tensor], [gradient], retain_graph=True)
             del tensor, gradient
             # The last unit still has its turn; its output (logits, as a rule) is too large to keep for later.
             last = batches[index].calls.pop()
@@ -216,7 +217,7 @@ class Stream:
     def _turn_taking(self, name: str) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
             batch = self._current
-            if batch is None or batch.waits_for == name:
+            if batch is None:
                 raise RuntimeError(f"{name} was called out of turn")
             batch.stop_before(name, args, kwargs)
             batch.arguments = ((), {})
@@ -294,7 +295,7 @@ class Stream:
         inner = [leaf.requires_grad_() if _differentiable(leaf) else leaf for leaf in call.leaves]
         args, kwargs = tree_unflatten(inner, call.spec)
         with torch.enable_grad():
-            outputs = [out for out in tree_flatten(self._plain[call.unit](*args, **kwargs))[0] if _differentiable(out)]
+            outputs = [out for out in tree_flatten(self._with_hooks(call.unit, args, kwargs))[0] if _differentiable(out)]
         pairs = [(out, grad) for out, grad in zip(outputs, gradients, strict=True) if grad is not None and out.requires_grad]
         torch.autograd.backward([out for out, _ in pairs], [grad for _, grad in pairs])
         onward = [
@@ -302,8 +303,20 @@ class Stream:
             for outer, leaf in zip(call.outer, inner, strict=True)
             if outer is not None and leaf.grad is not None
         ]
-        if onward:
-            torch.autograd.backward([outer for outer, _ in onward], [grad for _, grad in onward])
+        if onward:  # what lies between blocks may lead to several of them
+            torch.autograd.backward([outer for outer, _ in onward], [grad for _, grad in onward], retain_graph=True)
+
+    def _with_hooks(self, name: str, args: Any, kwargs: Any) -> Any:
+        """A unit as the model calls it, without waiting for its turn: a unit that is a layer itself has hooks of its own."""
+        unit = self.units[name]
+        waiting = unit.__dict__.get("forward")
+        unit.forward = self._plain[name]
+        try:
+            return unit(*args, **kwargs)
+        finally:
+            del unit.forward
+            if waiting is not None:
+                unit.forward = waiting
 
     @contextmanager
     def _in_memory(self, name: str) -> Iterator[None]:
