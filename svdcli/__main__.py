@@ -7,7 +7,7 @@ import os
 def main() -> None:
     """Set what must be set before the first import, then run the command line."""
     gc.disable()  # start-up makes many objects and no garbage; long commands turn it on again
-    # Fewer page faults in large buffers: a sixth of the time of `compress` (PyTorch's tuning guide, transparent huge pages).
+    # Page faults in large buffers took a sixth of the CPU time of `compress` (PyTorch's tuning guide, transparent huge pages).
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     from svdcli.cli import main as run
 
