@@ -1,7 +1,8 @@
 """The loss whose curvature counts: the model's own, with labels drawn from its predictions (the Fisher information).
 
-An encoder without a head is judged by its normalised sentence embedding e: gradients of e . z with z ~ N(0, I), so that half the
-squared error in their metric is the expected 1 - cosine.
+An encoder without a head is judged by its normalised sentence embedding e: gradients of e . z with z ~ N(0, I). Half the squared
+error in their metric is the expected 1 - cosine where errors of a sentence's tokens are independent; where they go together it
+is too low, by up to the number of tokens, and not evenly over the layers.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Time and memory of calibrate, compress and heal over sizes of models, and what they come to for larger ones.
 
-    python tests/benchmarks/cost.py                 everything, about 30 minutes on two cores
+    python tests/benchmarks/cost.py                 everything
     python tests/benchmarks/cost.py --size 100M     one size; repeatable
     python tests/benchmarks/cost.py --json FILE     what was measured, as JSON
 
