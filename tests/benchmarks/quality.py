@@ -1,7 +1,7 @@
 """What compression costs in quality: svdcli's methods and other people's at equal stored parameters, one table a model.
 
-    python tests/benchmarks/quality.py                      the sample model, about 45 minutes on two cores, 30 of them healing
-    python tests/benchmarks/quality.py --quick              few windows, nothing healed: 5 minutes
+    python tests/benchmarks/quality.py                      the sample model; 30 minutes of it are healing
+    python tests/benchmarks/quality.py --quick              few windows, nothing healed
     python tests/benchmarks/quality.py --data FOLDER        also two models trained on stories, if they are there
     python tests/benchmarks/quality.py --rows svd-llm fisher    some methods
     python tests/benchmarks/quality.py --folder WORK        keep everything; the same command continues after a break
