@@ -89,6 +89,23 @@ def building_in(folder: Path | None) -> Iterator[Path]:
             shutil.rmtree(place, ignore_errors=True)
 
 
+def built(folder: Path, shape: str) -> Path:
+    """The model of that shape (llama.py) in that folder, built where it is not there yet."""
+    path = folder / shape
+    if not path.is_dir():
+        say(f"building {shape}")
+        python(HERE / "llama.py", path, shape)
+    return path
+
+
+def compressed(model: Path, out: Path, *how: object) -> Path:
+    """What `svdcli compress` makes of a model, where it is not there yet."""
+    if not out.is_dir():
+        say(f"svdcli compress {model.name} {' '.join(map(str, how))}")
+        svdcli("compress", model, "-o", out, *how, "-q")
+    return out
+
+
 def mega(count: float) -> str:
     return f"{count / 1e6:.0f} MB"
 

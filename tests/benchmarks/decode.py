@@ -16,7 +16,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from common import HERE, building_in, circumstances, mega, parser, python, say, svdcli, table, verdict, write_json
+from common import building_in, built, circumstances, compressed, mega, parser, say, svdcli, table, verdict, write_json
 from llama import SHAPES
 
 KEEP = 0.5
@@ -26,13 +26,8 @@ LAYOUTS = ("factored", "pivoted")
 
 def measure(folder: Path, name: str, layout: str, options: argparse.Namespace) -> dict[str, Any]:
     """Build, compress and bench one model: what bench printed, and how many cores others kept busy meanwhile."""
-    dense, out = folder / name, folder / f"{name}-{layout}"
-    if not dense.is_dir():
-        say(f"building {name}")
-        python(HERE / "llama.py", dense, name)
-    if not out.is_dir():
-        say(f"svdcli compress {name} --keep {KEEP} --layout {layout}")
-        svdcli("compress", dense, "-o", out, "--keep", KEEP, "--layout", layout, "-q")
+    dense = built(folder, name)
+    out = compressed(dense, folder / f"{name}-{layout}", "--keep", KEEP, "--layout", layout)
     say(f"svdcli bench {name}-{layout}")
     threads = [] if options.threads is None else ["--threads", options.threads]
     asked = ["--prompt-tokens", options.prompt_tokens, "--new-tokens", options.new_tokens, "--rounds", options.rounds]

@@ -16,7 +16,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from common import HERE, building_in, circumstances, mega, parser, python, say, svdcli, table, verdict, write_json
+from common import HERE, building_in, built, circumstances, compressed, mega, parser, python, say, table, verdict, write_json
 from llama import SHAPES
 
 KEEP = 0.5
@@ -28,13 +28,8 @@ MOMENTS = {"opened": "opened", "read": "every weight read", "run": "after a pass
 
 def measure(folder: Path, shape: str, layout: str, files: str) -> dict[str, Any]:
     """Build, compress and open one model: what opening it took, and how many cores others kept busy meanwhile."""
-    dense, out = folder / shape, folder / f"{shape}-{layout}-{files.replace(' ', '-')}"
-    if not dense.is_dir():
-        say(f"building {shape}")
-        python(HERE / "llama.py", dense, shape)
-    if not out.is_dir():
-        say(f"svdcli compress {shape} --keep {KEEP} --layout {layout} to {files}")
-        svdcli("compress", dense, "-o", out, "--keep", KEEP, "--layout", layout, *FILES[files], "-q")
+    out = folder / f"{shape}-{layout}-{files.replace(' ', '-')}"
+    compressed(built(folder, shape), out, "--keep", KEEP, "--layout", layout, *FILES[files])
     say(f"opening {out.name}")
     weights = [file.stat().st_size for file in out.glob("*.safetensors")]
     done = python(HERE / "opened.py", out)
