@@ -353,6 +353,7 @@ def _design(checkpoint: Checkpoint, plan: Plan, name: str | None) -> CompressDes
 
 
 def beside() -> Beside:
+    """The Python file of `--self-contained`, and what config.json says about it."""
     return Beside(standalone.FILE, standalone.standalone_source(), standalone.auto_map())
 
 

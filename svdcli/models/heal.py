@@ -13,12 +13,12 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from svdcli.errors import SvdcliError
+from svdcli.models.fisher import Batch
 from svdcli.models.modules import LOW_RANK
 from svdcli.models.stream import Stream, Turn, first_tensor
 from svdcli.progress import Progress, silent
@@ -30,9 +30,6 @@ HELD_OUT_ONE_IN = 8
 _MOST_HELD_OUT = 4  # batches: more would cost as much as the training
 _CHECKS = 10
 _PATIENCE = 5
-
-Batch = dict[str, Tensor]
-Call = tuple[Any, Any]
 
 
 @dataclass(frozen=True)

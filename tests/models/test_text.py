@@ -83,7 +83,7 @@ def test_a_run_cut_short_keeps_its_calibration(llama: Path, text: Path, tmp_path
     assert svdcli.verify(tmp_path / "out", llama).ok
 
 
-def test_measured_sensitivities_rank_layers_by_what_the_model_loses(llama: Path, text: Path, stats: Path, tmp_path: Path) -> None:
+def test_measured_sensitivities_are_losses_of_the_model(llama: Path, text: Path, stats: Path, tmp_path: Path) -> None:
     moments = open_moments(stats)
     weights = {name: moments.weight(name) for name in moments.layers}
     assert all(weight is not None and weight >= 0 for weight in weights.values())
