@@ -31,7 +31,7 @@ _WIDE = 120
 _NARROW = 72
 MANY = 64  # more lines than that, and kinds are shown in place of layers
 _BARS = "▁▂▃▄▅▆▇█"
-_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+_NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")  # a whole part of a dotted name
 
 
 def console_for(stream: TextIO) -> Console:

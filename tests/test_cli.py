@@ -75,6 +75,15 @@ def test_many_layers_are_grouped_unless_asked(tmp_path: Path) -> None:
     assert cli("inspect", tmp_path / "m.safetensors", "--csv").out.decode().count("\n") == 71
 
 
+@pytest.mark.parametrize(("name", "kind"), [("{}.weight", "*"), ("net.{}.weight", "net.*"), ("fc{}.weight", "fc0")])
+def test_a_number_is_any_whole_part_of_a_name(name: str, kind: str, tmp_path: Path) -> None:
+    save_file({name.format(i): weight(40, 40, i) for i in range(3)}, tmp_path / "m.safetensors")
+    svdcli.compress(tmp_path / "m.safetensors", tmp_path / "o.safetensors", Recipe("rank", 9))
+    grouped = cli("report", tmp_path / "o.safetensors", "--group").out.decode()
+    assert (f"{kind} ×3" in grouped) == ("*" in kind)
+    assert "×" not in grouped.split("\n")[0]
+
+
 def test_quiet_says_nothing_but_errors(model: Path, tmp_path: Path) -> None:
     done = cli("compress", model, "--rank", "20", "-q")
     assert (done.code, done.out, done.err) == (0, b"", "")

@@ -15,6 +15,8 @@ from svdcli.plan.tensors import FACTORED_DTYPES, TensorInfo, module_of
 SMALLEST_BREAK_EVEN = 8
 
 _EMBEDDING = re.compile(r"embed|(^|[._])(emb|wte|wpe|word_emb\w*|relative_attention_bias)($|[._])|(^|[.])shared$", re.IGNORECASE)
+# Tables of positions and kinds of tokens: no output head has their shape, but a square layer of a small model may.
+_NO_VOCABULARY = re.compile(r"posit|pos_?emb|wpe|relative|token_type|segment", re.IGNORECASE)
 _HEAD_LEAVES = frozenset({"lm_head", "embed_out", "head", "classifier", "score", "qa_outputs"})
 _HEAD_TOPS = frozenset({"lm_head", "embed_out", "output", "head", "classifier", "score", "qa_outputs", "proj_out", "cls"})
 _ROUTER_LEAVES = frozenset({"gate", "router", "shared_expert_gate"})
@@ -96,7 +98,8 @@ class _Context:
     def __init__(self, tensors: Sequence[TensorInfo], tied: Mapping[str, str]) -> None:
         self.tied = tied
         self.has_experts = any("expert" in tensor.name for tensor in tensors)
-        self.embedding_shapes = {t.shape for t in tensors if len(t.shape) == 2 and _EMBEDDING.search(t.module)}
+        tables = [t for t in tensors if len(t.shape) == 2 and _EMBEDDING.search(t.module)]
+        self.embedding_shapes = {table.shape for table in tables if not _NO_VOCABULARY.search(table.module)}
 
     def reason(self, tensor: TensorInfo, *, by_name: bool) -> str:
         """Why this tensor is not factored, or an empty string where it is."""

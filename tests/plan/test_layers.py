@@ -114,6 +114,12 @@ def test_a_head_that_is_called_something_else_is_known_by_its_shape() -> None:
     assert "shaped like the embedding" in reasons({"tok_emb.weight": (900, 64), "readout.weight": (900, 64)})["readout.weight"]
 
 
+@pytest.mark.parametrize("table", ["embeddings.position_embeddings", "wpe", "embeddings.token_type_embeddings"])
+def test_a_square_layer_is_no_head_because_a_table_of_positions_has_its_shape(table: str) -> None:
+    pooled = {"embeddings.word_embeddings.weight": (900, 64), f"{table}.weight": (64, 64), "pooler.dense.weight": (64, 64)}
+    assert "pooler.dense.weight" not in reasons(pooled)
+
+
 @pytest.mark.parametrize("pattern", ["*q_proj*", "model.layers.0.self_attn.q_proj", "re:q_proj", r"re:layers\.0\..*q"])
 def test_patterns(pattern: str) -> None:
     selected, _ = choose_layers(tensors(LLAMA), include=[pattern])
