@@ -500,9 +500,9 @@ def heal(
     healed: Annotated[
         str | None, typer.Option("-o", "--output", help="Where to write; by default OUT with -healed.", metavar="PATH")
     ] = None,
-    minutes: Annotated[float | None, typer.Option("--minutes", help="Time for all blocks together, shared out evenly.")] = None,
+    minutes: Annotated[float | None, typer.Option("--minutes", help="Time for all of it.")] = None,
     steps: Annotated[
-        int | None, typer.Option("--steps", help="Steps for each block (400, where --minutes is not given).")
+        int | None, typer.Option("--steps", help="Steps for each block and the whole model (400, where --minutes is not given).")
     ] = None,
     samples: Samples = 256,
     seq_len: SeqLen = None,
@@ -515,7 +515,7 @@ def heal(
     csv_: Csv = False,
     quiet: Quiet = False,
 ) -> None:
-    """Refine the factors of OUT block by block, so that each block answers as the original's does.
+    """Refine the factors of OUT, block by block and then all together, so that they answer as the original does.
 
     A run that was cut short continues with the block it had reached. OUT is not touched.
     """

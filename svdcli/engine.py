@@ -56,7 +56,6 @@ class Compute:
             if not 1 <= self.threads <= 4096:
                 raise UsageError(f"--threads {self.threads} is outside [1, 4096]", "leave it out for torch's own choice")
             torch.set_num_threads(self.threads)
-        _give_memory_back()
         available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
         if self.device == "auto":
             return torch.device("cuda" if available["cuda"] else "cpu")
@@ -71,6 +70,7 @@ def _give_memory_back() -> None:
     """Let glibc return every buffer of a megabyte or more when it is freed.
 
     Its threshold grows with what it sees, up to 32 MB: freed matrices then stay in the heaps of the two workers, in pieces.
+    Reading and training, which need the same small buffers again and again, do better without.
     """
     if sys.platform == "linux":
         with suppress(OSError, AttributeError):  # another C library
@@ -83,6 +83,7 @@ def spread(work: Callable[[Item], Answer], items: Iterable[Item], device: torch.
     Each worker gets its share of the threads: reading and writing one layer then hides behind the mathematics of the other.
     Two, so that memory still follows the largest layer. An error, or an interrupt, lets the work under way end first.
     """
+    _give_memory_back()
     threads = torch.get_num_threads()
     if device.type != "cpu" or threads < 2:
         yield from map(work, items)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,9 @@ from svdcli.files.record import Result, record_of, stored_layers
 from svdcli.files.report import read_report
 from svdcli.files.texts import Texts
 from svdcli.files.workspace import BLOCKS, Workspace
-from svdcli.models.calibrate import SHARE_OF_MEMORY, free_memory, read_batches, state_bytes
+from svdcli.models.calibrate import SHARE_OF_MEMORY, free_memory, read_batches, state_bytes, whole_bytes
 from svdcli.models.fisher import Batch, block_moments
-from svdcli.models.heal import Effort, HealedBlock, blocks_of, heal_blocks
+from svdcli.models.heal import WHOLE, Effort, HealedBlock, Reading, blocks_of, heal_blocks, heal_whole, put
 from svdcli.models.load import load_stored
 from svdcli.models.tokens import load_tokenizer
 from svdcli.pipeline import Outcome, beside, destination, disk_errors, finish, identity, write
@@ -30,7 +31,14 @@ from svdcli.progress import Progress, silent
 
 __all__ = ["Effort", "heal"]
 
-_MOMENT_BATCHES = 32
+_MOMENT_BATCHES = 12
+_WHOLE_READS = 8  # times as much text for the whole model, which keeps no hidden states of it, as for the blocks
+_BLOCKS_SHARE = 0.2  # of the time, where the whole model is trained after them
+_SHARE_FOR_THE_WHOLE = 0.5  # of free memory
+_NOT_WHOLE = (
+    "heal refined the blocks one by one and did not train the whole model: "
+    "that takes up to {needed:.1f} GB of memory, and half of what is free is {room:.1f} GB"
+)
 
 
 def heal(
@@ -47,7 +55,7 @@ def heal(
     force: bool = False,
     progress: Progress = silent,
 ) -> Outcome:
-    """Refine the factors of `out` block by block on text, towards what the blocks of `teacher` answer (`models.heal`).
+    """Refine the factors of `out` on text, towards what `teacher` answers: block by block, then all together (`models.heal`).
 
     out is a directory that compress wrote from teacher, factored or pivoted; healed defaults to `<out>-healed`. Ranks, layout
     and bytes stay; no block is left worse on text that it was not trained on. A run that was cut short continues with the
@@ -106,41 +114,57 @@ class _Job:
         return identity(self.compressed, "heal", self.original.fingerprint(), repr(asked))
 
     def refine(self, workspace: Workspace, device: torch.device, progress: Progress) -> None:
-        """Train what is not in the journal yet; fills places, blocks and window."""
+        """Train what is not in the journal yet; fills places, blocks, window and notes."""
         teacher, student = load_stored(self.original.path), load_stored(self.compressed.path)
         tokenizer = load_tokenizer(self.compressed.path)
-        batches, _, self.window = read_batches(teacher, tokenizer, self.texts, self.samples, self.seq_len, self.original.shown)
+        samples = self.samples * _WHOLE_READS
+        batches, tokens, self.window = read_batches(teacher, tokenizer, self.texts, samples, self.seq_len, self.original.shown)
+        reading = Reading.of(batches)
+        few = reading.fewer(max(1, self.samples * self.window * len(batches) // tokens) if tokens else len(batches))
         self.places = _places(student, self.plan)
         (workspace.folder / BLOCKS).mkdir(exist_ok=True)
-        begin = time.monotonic()
-        moments = _moments(teacher, batches, self.seed, device, progress)
-        seconds = None if self.effort.seconds is None else max(0.0, self.effort.seconds - (time.monotonic() - begin))
+        begin, seconds = time.monotonic(), self.effort.seconds
+        moments = _moments(teacher, few.batches, self.seed, device, progress)
+        needed, room = whole_bytes(teacher, student, batches), _SHARE_FOR_THE_WHOLE * _free_memory(device)
+        fits = needed <= room
+        self.notes = () if fits else (_NOT_WHOLE.format(needed=needed / 1e9, room=room / 1e9),)
+        for_blocks = None if seconds is None else (_BLOCKS_SHARE if fits else 1) * (seconds - (time.monotonic() - begin))
+        dtypes = {name: tensor.dtype for name, tensor in (*student.named_parameters(), *student.named_buffers())}
+        how: dict[str, Any] = {"trainable": lambda name: name in self.places, "seed": self.seed, "progress": progress}
+        known = partial(_read_block, workspace)
         self.blocks: dict[str, HealedBlock] = {}
-        for block in heal_blocks(
-            teacher,
-            student,
-            batches,
-            Effort(self.effort.steps, seconds),
-            moments=moments,
-            trainable=lambda name: name in self.places,
-            known=lambda name: _read_block(workspace, name),
-            seed=self.seed,
-            device=device,
-            progress=progress,
-        ):
-            if block.name not in workspace.healed:
-                _write_block(workspace, block)
-            self.blocks[block.name] = block
+        effort = Effort(self.effort.steps, for_blocks)
+        for block in heal_blocks(teacher, student, few, effort, moments=moments, known=known, device=device, **how):
+            self._keep(block, workspace)
         if not self.blocks:
             raise SvdcliError(f"no block of {self.compressed.shown} holds factors", "there is nothing to heal")
+        if fits:
+            left = None if seconds is None else seconds - (time.monotonic() - begin)
+            self._in_memory(teacher, student, device)
+            done = known(WHOLE) or heal_whole(teacher, student, reading, Effort(self.effort.steps, left), dtypes=dtypes, **how)
+            self._keep(done, workspace)
+
+    def _keep(self, block: HealedBlock, workspace: Workspace) -> None:
+        if block.name not in workspace.healed:
+            _write_block(workspace, block)
+        self.blocks[block.name] = block
+
+    def _in_memory(self, teacher: nn.Module, student: nn.Module, device: torch.device) -> None:
+        """Both models on the device in float32, the student with its blocks as they were healed."""
+        for model in (teacher, student):
+            for tensor in (*model.parameters(), *model.buffers()):
+                tensor.data = tensor.data.to(device, torch.float32 if tensor.is_floating_point() else tensor.dtype)
+        tensors = {**dict(student.named_parameters()), **dict(student.named_buffers())}
+        for block in self.blocks.values():
+            put(block, tensors, device)
 
     def publish(self, workspace: Workspace, device: torch.device, progress: Progress) -> None:
         """Write the directory anew: the plan of before, with the refined factors."""
         weights = {self.places[name]: tensor for block in self.blocks.values() for name, tensor in block.weights.items()}
         blocks = {block.name: (block.before, block.after, block.steps) for block in self.blocks.values()}
         healing = Healing(self.texts.name, self.texts.digest, self.samples, self.window, blocks)
-        left = [place for place in self.places.values() if place not in weights and not place.endswith("svd_rows")]
-        notes = self.plan.notes
+        left = [place for place in self.places.values() if place not in weights]
+        notes = (*self.plan.notes, *self.notes)
         if left:
             notes = (*notes, f"heal left {len(left)} tensors as they were, since no block holds them: {', '.join(left[:3])}")
         plan = replace(self.plan, healing=healing, notes=notes)
@@ -157,6 +181,10 @@ class _Job:
     def _results(self) -> dict[str, Result]:
         layers = (record_of(self.compressed) or {})["layers"]
         return {name: Result(0.0, str(item["solver"]), tuple(item.get("fell_back", ()))) for name, item in layers.items()}
+
+
+def _free_memory(device: torch.device) -> int:
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory()
 
 
 def _moments(teacher: Any, batches: Sequence[Batch], seed: int, device: torch.device, progress: Progress) -> dict[str, Tensor]:

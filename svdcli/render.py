@@ -203,7 +203,11 @@ def _loss_lines(report: Report) -> list[tuple[str, str]]:
     if report.healing is not None:
         blocks = report.healing["blocks"]
         lines.append(
-            ("healed", f"on {printable(report.healing['text'])}; relative error of each block on text it did not train on")
+            (
+                "healed",
+                f"on {printable(report.healing['text'])}; relative error of each block, and divergence of the whole model, "
+                "on text that was not trained on",
+            )
         )
         for name, item in blocks.items():
             change = f"{item['before']:.3e} → {item['after']:.3e}" if item["after"] < item["before"] else "nothing better found"

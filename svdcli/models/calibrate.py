@@ -186,6 +186,16 @@ def state_bytes(model: Any, batches: Sequence[Batch], *, gradients: bool) -> int
     return largest * width * 4 * ((2 * depth + 4) if gradients else 4)
 
 
+def whole_bytes(teacher: Any, student: Any, batches: Sequence[Batch]) -> int:
+    """What it takes, at most, to train the student on the teacher's answers in one piece and in float32: the weights of both,
+    gradients and AdamW's two moments, what one batch leaves behind in every layer, and a few copies of its logits."""
+    weights: list[int] = [sum(parameter.numel() for parameter in model.parameters()) for model in (teacher, student)]
+    tokens: int = max(batch["input_ids"].numel() for batch in batches)
+    widths: int = sum(sum(module.weight.shape) for module in teacher.modules() if isinstance(module, nn.Linear))
+    vocabulary = int(getattr(teacher.config, "vocab_size", 0) or 0)
+    return 4 * (weights[0] + 4 * weights[1] + tokens * (3 * widths + 8 * vocabulary))
+
+
 def width_of(model: Any) -> int:
     """Width of the hidden states between blocks."""
     config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config

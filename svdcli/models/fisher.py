@@ -7,7 +7,7 @@ is too low, by up to the number of tokens, and not evenly over the layers.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -66,6 +66,32 @@ def embedding_of(hidden: Tensor, mask: Tensor | None) -> Tensor:
     """Normalised sentence embeddings (batch, width): the mean of hidden (batch, length, width) where mask is set."""
     weights = (mask if mask is not None else torch.ones(hidden.shape[:2])).to(hidden)[..., None]
     return nn.functional.normalize((hidden * weights).sum(1) / weights.sum(1), dim=-1)
+
+
+def answer_of(output: Any, batch: Batch) -> tuple[Tensor, Callable[[Tensor, Tensor], Tensor]]:
+    """Rows to compare, and the summed distance between two sets of them."""
+    mask = batch.get("attention_mask")
+    logits = getattr(output, "logits", None)
+    if logits is None:
+        return embedding_of(output.last_hidden_state, mask), _cosine_distance
+    rows = logits.float().log_softmax(-1)
+    if mask is not None and mask.shape == rows.shape[:-1]:
+        rows = rows[mask.bool().to(rows.device)]
+    return rows.reshape(-1, rows.shape[-1]), _divergence
+
+
+def _divergence(whole: Tensor, cut: Tensor) -> Tensor:
+    return (whole.exp() * (whole - cut)).sum(dtype=torch.float64)
+
+
+def _cosine_distance(whole: Tensor, cut: Tensor) -> Tensor:
+    return (1 - (whole.double() * cut.double()).sum(-1)).sum()
+
+
+def distance_of(wanted: Any, found: Any, batch: Batch) -> tuple[Tensor, int]:
+    """The summed distance of what a model answers to a batch from what it should, and over how many rows."""
+    rows, distance = answer_of(wanted, batch)
+    return distance(rows, answer_of(found, batch)[0]), rows.shape[0]
 
 
 def block_moments(

@@ -1,9 +1,12 @@
-"""Refine the factors of a compressed model block by block, so that each block answers as the original's does.
+"""Refine the factors of a compressed model: block by block, then all together.
 
 Both models read the same text, a block at a time. A block of the compressed model gets what the compressed blocks before it
-send on, and learns to give what the original block gives in the original's own stream: it makes up for the errors before it,
-too (block refinement as in AA-SVD, 2026). An error d of a block's output counts as d^T H d, with H the second moment of the
-model's loss gradient there: as much as the model's loss will feel it. Only the factors, and biases that were refitted, change.
+send on, and learns to give what the original block gives in the original's own stream, so that it makes up for the errors
+before it, too (block refinement as in AA-SVD, 2026): first in closed form (`models.refit`), then by gradient. An error d of a
+block's output counts as d^T H d, with H the second moment of the model's loss gradient there: as much as the model's loss will
+feel it. Only the factors, and biases that were refitted, change.
+
+A model that fits into memory is then trained in one piece on its divergence from the original.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -18,32 +22,57 @@ import torch
 from torch import Tensor, nn
 
 from svdcli.errors import SvdcliError
-from svdcli.models.fisher import Batch
-from svdcli.models.modules import LOW_RANK
-from svdcli.models.stream import Stream, Turn, first_tensor
+from svdcli.linalg.solvers import Factors
+from svdcli.linalg.storage import balanced
+from svdcli.models.fisher import Batch, distance_of
+from svdcli.models.modules import LOW_RANK, factors_of, low_rank_like
+from svdcli.models.refit import Block, Side, put_factors, refit
+from svdcli.models.stream import Stream, Turn
+from svdcli.models.training import Best, Course, train
 from svdcli.progress import Progress, silent
 
 DAMPING = 0.1
-RATE = 0.002  # largest step of a weight, as a share of its tensor's root mean square
-WARM_UP = 0.05
-HELD_OUT_ONE_IN = 8
-_MOST_HELD_OUT = 4  # batches: more would cost as much as the training
-_CHECKS = 10
-_PATIENCE = 5
+BLOCK_RATE = 0.002  # largest step of a weight, as a share of its tensor's root mean square
+WHOLE_RATE = 0.0006
+WHOLE = "whole model"
+HELD_OUT = 4  # batches: more would cost as much as the training
+_REFIT_SHARE = 0.8  # of a block's time
 
 
 @dataclass(frozen=True)
 class Effort:
-    """How long each block is trained: a number of steps, or seconds for all blocks together, shared out evenly."""
+    """How long is trained: steps for each block and for the whole model, or seconds for all together."""
 
     steps: int | None = None
     seconds: float | None = None
 
 
 @dataclass(frozen=True)
+class Reading:
+    """What both models read: batches to learn from, and batches that nothing is learned from."""
+
+    batches: Sequence[Batch]
+    held: Sequence[Batch]
+
+    @staticmethod
+    def of(batches: Sequence[Batch]) -> Reading:
+        """Hold a few batches out, spread over the text; a single one serves for both."""
+        count = min(HELD_OUT, len(batches) // 4 or len(batches) // 2)
+        places = {len(batches) * (2 * i + 1) // (2 * count) for i in range(count)}
+        read = [batch for place, batch in enumerate(batches) if place not in places]
+        return Reading(read, [batches[place] for place in sorted(places)] or read)
+
+    def fewer(self, count: int) -> Reading:
+        """At most count batches to learn from, spread over the text; the same ones held out."""
+        step = max(1.0, len(self.batches) / max(1, count))
+        return Reading([self.batches[int(i * step)] for i in range(min(count, len(self.batches)))], self.held)
+
+
+@dataclass(frozen=True)
 class HealedBlock:
-    """One block. before and after are d^T H d of its output, over y^T H y of the original's output y, on text that it was not
-    trained on; after is never larger, and equal where nothing was found that is better. weights are its new factors by name."""
+    """One block, or the whole model. Of a block, before and after are d^T H d of its output over y^T H y of the original's
+    output y; of the whole model, the divergence of `fisher.distance_of`; both on text that it was not trained on. after is
+    never larger, and equal where nothing was found that is better. weights are its new factors by name."""
 
     name: str
     before: float
@@ -55,7 +84,7 @@ class HealedBlock:
 def heal_blocks(
     teacher: nn.Module,
     student: nn.Module,
-    batches: Sequence[Batch],
+    reading: Reading,
     effort: Effort,
     *,
     trainable: Callable[[str], bool],
@@ -65,36 +94,41 @@ def heal_blocks(
     device: torch.device | None = None,
     progress: Progress = silent,
 ) -> Iterator[HealedBlock]:
-    """Train block after block and yield each as it is done; blocks that `known` has are taken from there.
+    """Refine block after block and yield each as it is done; blocks that `known` has are taken from there.
 
-    trainable tells by name which parameters of the student may change; moments are those of `fisher.block_moments`, without
-    which every direction of a block's output counts the same. Raises SvdcliError where the two models do not have the
-    same blocks, and where a block answers with NaN.
+    trainable tells by name which parameters and buffers of the student may change; moments are those of
+    `fisher.block_moments`, without which every direction of a block's output counts the same. Raises SvdcliError where the
+    two models do not have the same blocks, and where a block answers with NaN.
     """
     where = device or torch.device("cpu")
     ours, theirs = (Stream(model, where, torch.float32, _nobody) for model in (student, teacher))
-    stored = {name: parameter.dtype for name, parameter in student.named_parameters()}
+    dtypes = {name: tensor.dtype for name, tensor in _tensors(student)}
     blocks = blocks_of(student)
     total = sum(bool(_trainable(unit, name, trainable)) for name, unit in ours.units.items() if name in blocks)
     begin, number, taken = time.monotonic(), 0, 0
+    batches = [*reading.batches, *(reading.held if reading.held is not reading.batches else ())]
     for mine, dense in zip(ours.turns(batches), theirs.turns(batches), strict=False):
         if mine.name != dense.name:
             raise SvdcliError(f"the models differ: {mine.name} meets {dense.name}", "give the original as --teacher")
-        weights = _trainable(mine.unit, mine.name, trainable) if mine.name in blocks else {}
-        targets = dense.go(keep=bool(weights))
-        if weights:
-            block = known(mine.name)
-            if block is None:
+        tensors = _trainable(mine.unit, mine.name, trainable) if mine.name in blocks else {}
+        arguments = dense.arguments if tensors else []
+        targets = dense.go(keep=bool(tensors))
+        if tensors:
+            done = known(mine.name)
+            if done is None:
+                masks = [_mask(batches[batch.index]) for batch in mine.batches]
+                ours_side, their_side = Side(mine.unit, mine.call, mine.arguments), Side(dense.unit, dense.call, arguments)
+                block = Block(ours_side, their_side, targets, masks)
+                at = _where(mine, len(reading.batches))
+                healer = _Healer(block, *at, tensors, dtypes, mine.name, (moments or {}).get(mine.name))
                 spent = time.monotonic() - begin
                 share = None if effort.seconds is None else effort.seconds * (number + 1 - taken) / total - spent
-                course = _Course(effort.steps, share, partial(_tell, progress, mine.name, number, total))
-                block = _Trainer(mine, targets, batches, weights, stored, course, seed, (moments or {}).get(mine.name)).train()
+                done = healer.heal(effort.steps, share, seed, partial(_tell, progress, mine.name, number, total))
             else:
                 taken += 1
-            for name, parameter in weights.items():
-                parameter.data = block.weights[name].to(where, torch.float32)
+            put(done, tensors, where)
             number += 1
-            yield block
+            yield done
         mine.go()
 
 
@@ -113,130 +147,102 @@ def _nobody(phase: str, unit: str, batch: int, total: int) -> None:
     """Nobody looks at the units."""
 
 
-def _trainable(unit: nn.Module, name: str, allowed: Callable[[str], bool]) -> dict[str, nn.Parameter]:
-    """The parameters of the low-rank modules in one unit that may change, by their names in the whole model."""
-    found: dict[str, nn.Parameter] = {}
+def _tensors(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Parameters and buffers by name."""
+    yield from module.named_parameters(prefix=prefix)
+    yield from module.named_buffers(prefix=prefix)
+
+
+def _trainable(unit: nn.Module, name: str, allowed: Callable[[str], bool]) -> dict[str, Tensor]:
+    """The parameters and row orders of the low-rank modules in one unit that may change, by their names in the whole model."""
+    found: dict[str, Tensor] = {}
     for path, module in unit.named_modules(prefix=name):
         if isinstance(module, LOW_RANK):
-            found |= {full: p for full, p in module.named_parameters(prefix=path) if allowed(full)}
+            found |= {full: tensor for full, tensor in _tensors(module, path) if allowed(full)}
     return found
 
 
-@dataclass
-class _Course:
-    """How far the training of one block is, from 0 to 1, by steps or by the clock."""
-
-    steps: int | None
-    seconds: float | None
-    tell: Callable[[float], None]
-
-    def __post_init__(self) -> None:
-        self.step, self.begin = 0, time.monotonic()
-
-    def done(self) -> float:
-        by_steps = self.step / self.steps if self.steps else 0.0
-        by_clock = 0.0
-        if self.seconds is not None:
-            by_clock = (time.monotonic() - self.begin) / self.seconds if self.seconds > 0 else 1.0
-        return min(1.0, max(by_steps, by_clock))
-
-    def rate(self) -> float:
-        """Up in a straight line, down along a cosine."""
-        done = self.done()
-        return done / WARM_UP if done < WARM_UP else 0.5 * (1 + math.cos(math.pi * (done - WARM_UP) / (1 - WARM_UP)))
+def put(healed: HealedBlock, tensors: Mapping[str, Tensor], where: torch.device) -> None:
+    """Set the tensors to what was found, in float32."""
+    for name, value in healed.weights.items():
+        tensors[name].data = value.to(where, torch.float32 if value.is_floating_point() else value.dtype)
 
 
-class _Trainer:
-    """One block, what goes into it, and what should come out."""
+def _mask(batch: Batch) -> Tensor | None:
+    mask = batch.get("attention_mask")
+    return None if mask is None or bool(mask.all()) else mask.bool()
+
+
+def _where(turn: Turn, count: int) -> tuple[list[int], list[int]]:
+    """Places in the turn of batches to learn from (the first `count` of all) and of those held out."""
+    places = range(len(turn.batches))
+    read = [place for place in places if turn.batches[place].index < count]
+    return read, [place for place in places if place not in read] or read
+
+
+class _Healer:
+    """One block: what it should answer, and how far it is from that."""
 
     def __init__(
         self,
-        turn: Turn,
-        targets: Sequence[Tensor],
-        batches: Sequence[Batch],
-        weights: Mapping[str, nn.Parameter],
-        stored: Mapping[str, torch.dtype],
-        course: _Course,
-        seed: int,
+        block: Block,
+        read: list[int],
+        held: list[int],
+        tensors: Mapping[str, Tensor],
+        dtypes: Mapping[str, torch.dtype],
+        name: str,
         moment: Tensor | None,
     ) -> None:
-        self.turn, self.calls, self.targets, self.weights, self.course = turn, turn.arguments, targets, weights, course
-        self.dtypes = {name: stored[name] for name in weights}
-        masks = [batches[batch.index].get("attention_mask") for batch in turn.batches]
-        self.masks = [None if mask is None or bool(mask.all()) else mask.bool() for mask in masks]
-        places = range(len(self.calls))
-        self.held = [p for p in places if p % HELD_OUT_ONE_IN == HELD_OUT_ONE_IN - 1][:_MOST_HELD_OUT] or list(places)
-        self.read = [place for place in places if place not in self.held] or self.held
-        self.generator = torch.Generator().manual_seed(seed)
+        self.block, self.read, self.held, self.tensors, self.name = block, read, held, tensors, name
         self.root = None if moment is None else _root(moment)
+        self.best = Best(tensors, dtypes, self._error)
 
-    def train(self) -> HealedBlock:
-        original = {name: weight.data.clone() for name, weight in self.weights.items()}
-        before = best = self._score()
-        kept, waited = self._rounded(), 0
-        groups = [{"params": [weight], "lr": 0.0, "scale": RATE * _rms(weight)} for weight in self.weights.values()]
-        optimiser = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.0)
-        for weight in self.weights.values():
-            weight.requires_grad_()
-        next_check = 1 / _CHECKS
-        while self.course.done() < 1 and waited < _PATIENCE:
-            self._step(optimiser)
-            if self.course.done() >= next_check:
-                next_check += 1 / _CHECKS
-                self.course.tell(self.course.done())
-                score = self._score()
-                waited = 0 if score < best else waited + 1
-                if score < best:
-                    best, kept = score, self._rounded()
-        for name, weight in self.weights.items():
-            weight.requires_grad_(False)
-            weight.grad = None
-            weight.data = original[name]
-        self.course.tell(1.0)
-        return HealedBlock(self.turn.name, before, best, self.course.step, kept)
+    def heal(self, steps: int | None, seconds: float | None, seed: int, tell: Callable[[float], None]) -> HealedBlock:
+        """In closed form, then by gradient for what is left of the time. The block itself ends as it was."""
+        original = {name: tensor.data for name, tensor in self.tensors.items()}
+        begin = time.monotonic()
+        places = self.read[:: self._stride(seconds)]
+        refit(self.block, places, self.root, lambda name: f"{self.name}.{name}" in self.tensors, self.best.look)
+        left = None if seconds is None else seconds - (time.monotonic() - begin)
+        course = Course(steps, left, tell)
+        weights = [tensor for tensor in self.tensors.values() if isinstance(tensor, nn.Parameter)]
+        train(weights, course, BLOCK_RATE, self.read, self._loss, self.best.look, seed)
+        for name, tensor in self.tensors.items():
+            tensor.data = original[name]
+        return HealedBlock(self.name, self.best.first, self.best.error, course.step, self.best.weights)
 
-    def _step(self, optimiser: torch.optim.Optimizer) -> None:
-        rate = self.course.rate()
-        for group in optimiser.param_groups:
-            group["lr"] = rate * group["scale"]
-        place = self.read[int(torch.randint(len(self.read), (1,), generator=self.generator))]
-        with torch.enable_grad():
-            wrong, energy = self._errors(place)
-            (wrong / energy).backward()
-        optimiser.step()
-        optimiser.zero_grad(set_to_none=True)
-        self.course.step += 1
+    def _stride(self, seconds: float | None) -> int:
+        """Every so many-th batch is read to refit, so that it takes no more than its share of the time."""
+        if seconds is None:
+            return 1
+        begin = time.monotonic()
+        self._error()
+        a_batch = (time.monotonic() - begin) / len(self.held)
+        passes = 2 * sum(isinstance(module, LOW_RANK) for module in self.block.ours.unit.modules())
+        return max(1, math.ceil(passes * a_batch * len(self.read) / max(1e-9, _REFIT_SHARE * seconds)))
+
+    def _loss(self, place: int) -> Tensor:
+        wrong, energy = self._errors(place)
+        return wrong / energy
 
     def _errors(self, place: int) -> tuple[Tensor, Tensor]:
         """Squared error of the block's output for one batch, and the energy of what it should be; padding is left out."""
-        args, kwargs = self.calls[place]
-        output, target = first_tensor(self.turn.call(*args, **kwargs)), self.targets[place]
-        mask = self.masks[place]
-        if mask is not None and mask.shape == target.shape[:2]:
-            output, target = output[mask.to(output.device)], target[mask.to(target.device)]
+        output, target = (self.block.rows(value, place) for value in (self.block.ours.answer(place), self.block.targets[place]))
         wrong, whole = output - target, target
         if self.root is not None:
             wrong, whole = wrong @ self.root, whole @ self.root
         return wrong.square().sum(), whole.square().sum()
 
     @torch.no_grad()
-    def _score(self) -> float:
-        """The relative error on the batches that are not trained on, with the weights as they would be stored."""
-        masters = {name: weight.data for name, weight in self.weights.items()}
-        for name, weight in self.weights.items():
-            weight.data = masters[name].to(self.dtypes[name]).float()
+    def _error(self) -> float:
+        """The relative error on the batches that are not trained on."""
         wrong = energy = 0.0
         for place in self.held:
             error, whole = self._errors(place)
             wrong, energy = wrong + float(error), energy + float(whole)
-        for name, weight in self.weights.items():
-            weight.data = masters[name]
         if not math.isfinite(wrong):
-            raise SvdcliError(f"{self.turn.name} answers with NaN or infinity", "see `svdcli verify`")
+            raise SvdcliError(f"{self.name} answers with NaN or infinity", "see `svdcli verify`")
         return wrong / max(energy, 1e-300)
-
-    def _rounded(self) -> dict[str, Tensor]:
-        return {name: weight.detach().to("cpu", self.dtypes[name], copy=True) for name, weight in self.weights.items()}
 
 
 def _root(moment: Tensor) -> Tensor:
@@ -247,5 +253,106 @@ def _root(moment: Tensor) -> Tensor:
     return root
 
 
-def _rms(weight: Tensor) -> float:
-    return float(weight.detach().square().mean().sqrt())
+def heal_whole(
+    teacher: nn.Module,
+    student: nn.Module,
+    reading: Reading,
+    effort: Effort,
+    *,
+    trainable: Callable[[str], bool],
+    dtypes: Mapping[str, torch.dtype],
+    seed: int = 0,
+    progress: Progress = silent,
+) -> HealedBlock:
+    """Train all factors together, so that the student answers as the teacher does: both in memory, in float32.
+
+    dtypes has the stored dtype of the student's tensors. The error is the KL divergence in nats a prediction, or, for
+    encoders, 1 - cosine of the sentence embeddings. Raises SvdcliError where that is not finite.
+    """
+    tensors = _trainable(student, "", trainable)
+    device = next(iter(tensors.values())).device
+
+    def distance(batch: Batch) -> tuple[Tensor, int]:
+        batch = {key: value.to(device) for key, value in batch.items()}
+        with torch.no_grad():
+            wanted = teacher(**batch)
+        return distance_of(wanted, student(**batch), batch)
+
+    def loss(place: int) -> Tensor:
+        total, count = distance(reading.batches[place])
+        return total / count
+
+    def error() -> float:
+        pairs = [distance(batch) for batch in reading.held]
+        found = sum(float(total) for total, _ in pairs) / sum(count for _, count in pairs)
+        if not math.isfinite(found):
+            raise SvdcliError("the model answers with NaN or infinity", "see `svdcli verify`")
+        return found
+
+    best, twins = Best(tensors, dtypes, error), _Twins(teacher, student, tensors)
+
+    def look() -> bool:
+        with twins.stored():
+            return best.look()
+
+    course = Course(effort.steps, effort.seconds, partial(_tell, progress, WHOLE, 0, 1))
+    with twins.training():
+        train(twins.weights, course, WHOLE_RATE, range(len(reading.batches)), loss, look, seed)
+    return HealedBlock(WHOLE, best.first, best.error, course.step, best.weights)
+
+
+class _Twins:
+    """For every low-rank layer that may change, two balanced factors to train in its place: in the pivoted layout a step that is
+    small beside a tensor may be large beside the weight it stands for."""
+
+    def __init__(self, teacher: nn.Module, student: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+        self.student = student
+        self.stored_modules = {
+            name: module
+            for name, module in student.named_modules()
+            if isinstance(module, LOW_RANK) and f"{name}.svd_up.weight" in tensors
+        }
+        self.twins = {name: _twin(teacher.get_submodule(name), module) for name, module in self.stored_modules.items()}
+        names = {f"{name}.bias" for name in self.twins} & tensors.keys()
+        factors = [p for twin in self.twins.values() for p in (twin.svd_up.weight, twin.svd_down.weight)]  # type: ignore[union-attr]
+        self.weights: list[nn.Parameter] = [*factors, *(self.twins[name.removesuffix(".bias")].bias for name in sorted(names))]  # type: ignore[list-item]
+
+    @contextmanager
+    def training(self) -> Iterator[None]:
+        """The twins in the model."""
+        self._use(self.twins)
+        try:
+            yield
+        finally:
+            self._use(self.stored_modules)
+
+    @contextmanager
+    def stored(self) -> Iterator[None]:
+        """What would be stored of the twins, in the model."""
+        for name, twin in self.twins.items():
+            up, down = (twin.get_parameter(f"svd_{part}.weight").detach() for part in ("up", "down"))
+            put_factors(self.stored_modules[name], Factors(up, down, up.new_empty(0), 0.0))
+        self._use(self.stored_modules)
+        try:
+            yield
+        finally:
+            self._use(self.twins)
+
+    def _use(self, modules: Mapping[str, nn.Module]) -> None:
+        for name, module in modules.items():
+            self.student.set_submodule(name, module)
+
+
+def _twin(dense: nn.Module, module: nn.Module) -> nn.Module:
+    """Balanced factors of what the module stands for; a bias is shared with it."""
+    rank = int(module.rank)  # type: ignore[arg-type]
+    twin = low_rank_like(dense, rank, pivoted=False)
+    assert twin is not None
+    up, down, rows = factors_of(module)
+    if rows is not None:
+        up, down = torch.cat((torch.eye(rank).to(up), up))[rows.long()], down
+    for part, value in zip(("up", "down"), balanced(up, down), strict=True):
+        twin.get_submodule(f"svd_{part}").weight = nn.Parameter(value, requires_grad=False)
+    if getattr(module, "bias", None) is not None:
+        twin.bias = module.bias
+    return twin

@@ -185,10 +185,11 @@ def dense_weight(up: Tensor, down: Tensor, rows: Tensor | None) -> Tensor:
 
 def weight_of(module: nn.Module) -> Tensor:
     """The dense weight of a low-rank module."""
-    return dense_weight(*_parts(module))
+    return dense_weight(*factors_of(module))
 
 
-def _parts(module: nn.Module) -> tuple[Tensor, Tensor, Tensor | None]:
+def factors_of(module: nn.Module) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The parts of a low-rank module as they are stored: up, down, and the row order where it is pivoted."""
     up, down = module.get_parameter("svd_up.weight"), module.get_parameter("svd_down.weight")
     return up, down, dict(module.named_buffers(recurse=False)).get("svd_rows")
 
@@ -207,7 +208,7 @@ class LazyWeight(Tensor):
 
     @staticmethod
     def __new__(cls, module: nn.Module) -> LazyWeight:
-        up, down, rows = _parts(module)
+        up, down, rows = factors_of(module)
         shape = (up.shape[0] if rows is None else rows.shape[0], down.shape[1])
         lazy: LazyWeight = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=up.dtype, device=up.device)
         lazy._module = module

@@ -10,13 +10,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from svdcli.files.moments import LayerMoments, metric_of
 from svdcli.linalg.solvers import transposed
 from svdcli.linalg.whitening import weighted
-from svdcli.models.fisher import Batch, embedding_of
+from svdcli.models.fisher import Batch, answer_of
 from svdcli.models.stream import Stream
 from svdcli.progress import Progress
 
@@ -90,7 +89,7 @@ class _Cutter:
 
     def read(self, index: int, output: Any) -> None:
         copy, number = divmod(index, len(self.batches))
-        answer, loss = _answer(output, self.batches[number])
+        answer, loss = answer_of(output, self.batches[number])
         if copy == 0:
             self.answers[number], self.counts[number] = answer, answer.shape[0]
             return
@@ -101,23 +100,3 @@ class _Cutter:
         """Layers that no batch reached are left out."""
         count = sum(self.counts.values())
         return {name: (max(0.0, self.sums[name] / count), share) for name, share in self.shares.items()}
-
-
-def _answer(output: Any, batch: Batch) -> tuple[Tensor, Callable[[Tensor, Tensor], Tensor]]:
-    """Rows to compare, and the summed distance between two sets of them."""
-    mask = batch.get("attention_mask")
-    logits = getattr(output, "logits", None)
-    if logits is None:
-        return embedding_of(output.last_hidden_state, mask), _cosine_distance
-    rows = logits.float().log_softmax(-1)
-    if mask is not None and mask.shape == rows.shape[:-1]:
-        rows = rows[mask.bool().to(rows.device)]
-    return rows.reshape(-1, rows.shape[-1]), _divergence
-
-
-def _divergence(whole: Tensor, cut: Tensor) -> Tensor:
-    return (whole.exp() * (whole - cut)).sum(dtype=torch.float64)
-
-
-def _cosine_distance(whole: Tensor, cut: Tensor) -> Tensor:
-    return (1 - (whole.double() * cut.double()).sum(-1)).sum()

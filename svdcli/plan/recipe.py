@@ -142,7 +142,7 @@ class Skipped:
 class Healing:
     """How the factors were refined after they were solved: on which text, and what came of each block.
 
-    blocks maps a block to its relative squared error before and after, and the steps between.
+    blocks maps a block to its relative squared error before and after, and the steps between; "whole model" to its divergence.
     """
 
     text: str
