@@ -14,7 +14,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -22,19 +21,19 @@ import torch
 from torch import Tensor, nn
 
 from svdcli.errors import SvdcliError
-from svdcli.linalg.solvers import Factors
-from svdcli.linalg.storage import balanced
 from svdcli.models.fisher import Batch, distance_of
-from svdcli.models.modules import LOW_RANK, factors_of, low_rank_like
-from svdcli.models.refit import Block, Side, put_factors, refit
+from svdcli.models.modules import LOW_RANK
+from svdcli.models.refit import Block, Side, refit
 from svdcli.models.stream import Stream, Turn
 from svdcli.models.training import Best, Course, train
+from svdcli.models.twins import Twins
 from svdcli.progress import Progress, silent
 
 DAMPING = 0.1
 BLOCK_RATE = 0.002  # largest step of a weight, as a share of its tensor's root mean square
-WHOLE_RATE = 0.0006
+WHOLE_RATE = 0.0007
 WHOLE = "whole model"
+_MOMENT_BATCHES = 8
 HELD_OUT = 4  # batches: more would cost as much as the training
 _REFIT_SHARE = 0.8  # of a block's time
 
@@ -289,7 +288,9 @@ def heal_whole(
             raise SvdcliError("the model answers with NaN or infinity", "see `svdcli verify`")
         return found
 
-    best, twins = Best(tensors, dtypes, error), _Twins(teacher, student, tensors)
+    best = Best(tensors, dtypes, error)
+    few = reading.fewer(_MOMENT_BATCHES).batches
+    twins = Twins(teacher, student, tensors, [{key: value.to(device) for key, value in batch.items()} for batch in few])
 
     def look() -> bool:
         with twins.stored():
@@ -299,60 +300,3 @@ def heal_whole(
     with twins.training():
         train(twins.weights, course, WHOLE_RATE, range(len(reading.batches)), loss, look, seed)
     return HealedBlock(WHOLE, best.first, best.error, course.step, best.weights)
-
-
-class _Twins:
-    """For every low-rank layer that may change, two balanced factors to train in its place: in the pivoted layout a step that is
-    small beside a tensor may be large beside the weight it stands for."""
-
-    def __init__(self, teacher: nn.Module, student: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-        self.student = student
-        self.stored_modules = {
-            name: module
-            for name, module in student.named_modules()
-            if isinstance(module, LOW_RANK) and f"{name}.svd_up.weight" in tensors
-        }
-        self.twins = {name: _twin(teacher.get_submodule(name), module) for name, module in self.stored_modules.items()}
-        names = {f"{name}.bias" for name in self.twins} & tensors.keys()
-        factors = [p for twin in self.twins.values() for p in (twin.svd_up.weight, twin.svd_down.weight)]  # type: ignore[union-attr]
-        self.weights: list[nn.Parameter] = [*factors, *(self.twins[name.removesuffix(".bias")].bias for name in sorted(names))]  # type: ignore[list-item]
-
-    @contextmanager
-    def training(self) -> Iterator[None]:
-        """The twins in the model."""
-        self._use(self.twins)
-        try:
-            yield
-        finally:
-            self._use(self.stored_modules)
-
-    @contextmanager
-    def stored(self) -> Iterator[None]:
-        """What would be stored of the twins, in the model."""
-        for name, twin in self.twins.items():
-            up, down = (twin.get_parameter(f"svd_{part}.weight").detach() for part in ("up", "down"))
-            put_factors(self.stored_modules[name], Factors(up, down, up.new_empty(0), 0.0))
-        self._use(self.stored_modules)
-        try:
-            yield
-        finally:
-            self._use(self.twins)
-
-    def _use(self, modules: Mapping[str, nn.Module]) -> None:
-        for name, module in modules.items():
-            self.student.set_submodule(name, module)
-
-
-def _twin(dense: nn.Module, module: nn.Module) -> nn.Module:
-    """Balanced factors of what the module stands for; a bias is shared with it."""
-    rank = int(module.rank)  # type: ignore[arg-type]
-    twin = low_rank_like(dense, rank, pivoted=False)
-    assert twin is not None
-    up, down, rows = factors_of(module)
-    if rows is not None:
-        up, down = torch.cat((torch.eye(rank).to(up), up))[rows.long()], down
-    for part, value in zip(("up", "down"), balanced(up, down), strict=True):
-        twin.get_submodule(f"svd_{part}").weight = nn.Parameter(value, requires_grad=False)
-    if getattr(module, "bias", None) is not None:
-        twin.bias = module.bias
-    return twin
