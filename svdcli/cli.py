@@ -786,5 +786,15 @@ def main() -> None:
     warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
     for library in ("torchao", "torch.utils._pytree"):  # what they say when transformers imports them is nobody's business here
         logging.getLogger(library).setLevel(logging.ERROR)
+    _leave_out_other_commands()
     with _one_line_errors():
         sys.exit(app(standalone_mode=False) or 0)
+
+
+_COMMANDS = list(app.registered_commands)
+
+
+def _leave_out_other_commands() -> None:
+    """Typer reads the signatures of all commands at every start; where the first word names one, that one will do."""
+    asked = [command for command in _COMMANDS if command.callback and sys.argv[1:2] == [command.callback.__name__]]
+    app.registered_commands = asked or _COMMANDS
