@@ -1,4 +1,4 @@
-"""Stand-ins for low-rank layers: the same function before training, moments as an ordinary backward pass has, balanced factors."""
+"""Stand-ins for low-rank layers: the same function before training, an ordinary backward pass's moments, balanced factors."""
 
 from __future__ import annotations
 
