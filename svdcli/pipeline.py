@@ -359,7 +359,8 @@ def beside() -> Beside:
 
 def _predicted(checkpoint: Checkpoint, plan: Plan, name: str | None) -> Report:
     sizes = _design(checkpoint, plan, name).blueprint().sizes()
-    record = make_record(plan, source_json(checkpoint, plan.fingerprint), checkpoint.left_out)
+    planned = {layer.tensor.name: Result(0.0, layer.solver) for layer in plan.factored}
+    record = make_record(plan, source_json(checkpoint, plan.fingerprint), checkpoint.left_out, planned)
     return report_of(record, sizes, checkpoint.shown, predicted=True)
 
 

@@ -54,6 +54,24 @@ def test_json_has_the_total_that_a_pipeline_asks_for(model: Path, tmp_path: Path
     assert data["selected"]["keep"] <= 0.5
 
 
+def test_a_dry_run_shows_the_solver_that_would_run_and_nothing_that_did_not_happen(model: Path) -> None:
+    done = cli("compress", model, "--rank", "20", "--dry-run", "--json")
+    layers = json.loads(done.out)["layers"]
+    assert {layer["solver"] for layer in layers} == {"svd"}
+    assert not any(layer["fell_back"] or layer["relative_error"] for layer in layers)
+    assert "fell back" not in cli("compress", model, "--rank", "20", "--dry-run").out.decode()
+
+
+def test_a_keep_that_no_rank_reaches_is_noted(model: Path) -> None:
+    notes = {
+        d: json.loads(cli("compress", model, "--keep", "0.9", "--dry-run", "--json", *d).out)["notes"]
+        for d in ((), ("--dtype", "float64"))
+    }
+    assert all("may: 3 layers have the largest rank that saves bytes" in note for note in notes[("--dtype", "float64")])
+    assert "in F64 where the weights are F32" in notes[("--dtype", "float64")][0]
+    assert not notes[()]
+
+
 def test_csv_is_a_line_a_layer(output: Path) -> None:
     rows = list(csv.DictReader(io.StringIO(cli("report", output, "--csv").out.decode())))
     assert {row["name"] for row in rows} == set(RANKED)

@@ -25,6 +25,7 @@ from svdcli.plan.tensors import TensorInfo
 # Up to this short side LAPACK's SVD takes milliseconds, and there is nothing to win with a Gram matrix.
 _SVD_IS_CHEAP = 128
 _SIZE_ROUNDS = 12
+_WELL_BELOW = 0.97
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,22 @@ def decide(
         choices = uniform(options, recipe.value)
     if recipe.allocate == "global":
         choices = _globally(recipe, options, losses, choices, _budget(recipe, options, choices))
-    return plan_with(choices)
+    return replace(plan_with(choices), notes=_capped(recipe, options, choices))
+
+
+def _capped(recipe: Recipe, options: Sequence[Options], choices: Sequence[Choice]) -> tuple[str, ...]:
+    """A note where ranks end at the largest that saves bytes, well below the share of parameters that was asked for."""
+    tops = [o for o, c in zip(options, choices, strict=True) if c.rank is not None and c.rank == o.ranks[-1]]
+    whole = sum(option.dense_cost for option in options)
+    spent = sum(option.cost(choice.rank) for option, choice in zip(options, choices, strict=True))
+    if recipe.target != "keep" or not tops or spent >= _WELL_BELOW * recipe.value * whole:
+        return ()
+    dtypes = " and ".join(sorted({option.tensor.dtype for option in tops}))
+    as_what = f", in {recipe.dtype} where the weights are {dtypes}" if recipe.dtype else ""
+    return (
+        f"{spent / whole:.2f} of the parameters remain where {recipe.value:g} may: "
+        f"{len(tops)} layers have the largest rank that saves bytes{as_what}",
+    )
 
 
 def _layer_plan(
