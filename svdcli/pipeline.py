@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from svdcli import __version__
-from svdcli.errors import NothingSelectedError, SvdcliError, UsageError
+from svdcli.errors import BadCheckpointError, NothingSelectedError, SvdcliError, UsageError
 from svdcli.files.blueprint import Beside, CompressDesign, Design, ExpandDesign
 from svdcli.files.checkpoint import CHUNK, RECORD, STANDARD, Checkpoint, open_checkpoint, sha256_of
 from svdcli.files.record import Result, make_record, record_of, source_json, stored_layers
@@ -180,8 +180,10 @@ def expand(model: str | Path, out: str | Path | None = None, *, force: bool = Fa
     with open_checkpoint(model) as checkpoint:
         record = record_of(checkpoint)
         if record is None:
-            raise SvdcliError(f"{checkpoint.shown} was not written by svdcli compress", "there is nothing to expand")
+            hint = "factors that transformers saved: svdcli.load(PATH).dequantize().save_pretrained(DENSE), from Python"
+            raise SvdcliError(f"{checkpoint.shown} was not written by svdcli compress", hint)
         layers = stored_layers(checkpoint, record)
+        _check_unchanged(checkpoint, record)
         with destination(checkpoint, out, ".dense", "-dense", force) as target:
             workspace = Workspace(target, is_file=not checkpoint.is_directory)
             with disk_errors(target), workspace.locked():
@@ -190,6 +192,13 @@ def expand(model: str | Path, out: str | Path | None = None, *, force: bool = Fa
                     results, _ = write(design, layers, workspace, torch.device("cpu"), 0, progress)
                     finish(design, results, workspace, progress)
             return None if out == STANDARD else target
+
+
+def _check_unchanged(checkpoint: Checkpoint, record: Mapping[str, Any]) -> None:
+    """Raises BadCheckpointError where a weight file of a directory is not the one that was written."""
+    for name, item in (record.get("files") or {}).items():
+        if name in checkpoint.files and sha256_of(checkpoint.path / name) != item.get("sha256"):
+            raise BadCheckpointError(f"{checkpoint.path / name} was changed after svdcli wrote it", "see `svdcli verify`")
 
 
 # Deciding ------------------------------------------------------------------------------------------------------------

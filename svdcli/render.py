@@ -371,7 +371,8 @@ def _drift_lines(found: Evaluation) -> list[tuple[str, str]]:
         drift = found.drift
         lines += [("excess loss", f"{_plus_minus(drift.excess_loss)} nats a token")]
         lines += [("KL divergence", f"{_plus_minus(drift.kl)} nats a token, from the original")]
-        lines += [("same next token", f"{100 * drift.top1.value:.1f} ± {100 * drift.top1.error:.1f} %")]
+        spread = "" if drift.top1.error is None else f" ± {100 * drift.top1.error:.1f}"
+        lines += [("same next token", f"{100 * drift.top1.value:.1f}{spread} %")]
     if found.similarity is not None:
         similarity = found.similarity
         lines += [("cosine similarity", f"mean {similarity.mean:.4f}, 5th percentile {similarity.percentile_5:.4f}")]
@@ -381,7 +382,7 @@ def _drift_lines(found: Evaluation) -> list[tuple[str, str]]:
 
 def _plus_minus(mean: Mean) -> str:
     digits = 2 if mean.value >= 100 else 4 if mean.value < 10 else 3
-    return f"{mean.value:.{digits}f} ± {mean.error:.{digits}f}"
+    return f"{mean.value:.{digits}f}" + ("" if mean.error is None else f" ± {mean.error:.{digits}f}")
 
 
 def _print_continuation(spoken: Continuation, console: Console) -> None:

@@ -23,10 +23,11 @@ _CHUNK = 2**25  # logits turned to float32 at a time
 
 @dataclass(frozen=True)
 class Mean:
-    """A mean and its standard error; windows of text count as independent, tokens inside one do not."""
+    """A mean and its standard error, None where there is one window only; windows of text count as independent, tokens inside
+    one do not."""
 
     value: float
-    error: float
+    error: float | None
 
 
 @dataclass(frozen=True)
@@ -154,16 +155,18 @@ def compare(
 
 
 def mean_of(values: Sequence[float]) -> Mean:
-    """Mean and its standard error; the error is 0 where there is one value only."""
+    """Mean and its standard error."""
     mean = math.fsum(values) / len(values)
-    spread = math.fsum((value - mean) ** 2 for value in values) / max(1, len(values) - 1)
+    if len(values) == 1:
+        return Mean(mean, None)
+    spread = math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1)
     return Mean(mean, math.sqrt(spread / len(values)))
 
 
 def _scores(path: str, losses: Sequence[float], bits: float) -> Scores:
     loss = mean_of(losses)
     perplexity = math.exp(min(loss.value, 700.0))
-    return Scores(path, loss, Mean(perplexity, perplexity * loss.error), loss.value * bits)
+    return Scores(path, loss, Mean(perplexity, None if loss.error is None else perplexity * loss.error), loss.value * bits)
 
 
 @torch.inference_mode()

@@ -6,6 +6,7 @@ Everything that reaches into transformers is in this file; it imports nothing of
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -169,6 +170,9 @@ class SvdQuantizer(HfQuantizer):  # type: ignore[misc]
         model._weight_conversions = [plain for item in conversions if (plain := _without_merge(item)) is not None]
         for target, source in self.same_rows.items():
             model.get_submodule(target).svd_rows = model.get_submodule(source).svd_rows
+        for target, layer in self.replaced.items():
+            if layer.pivoted:
+                _check_rows(target, model.get_submodule(target).svd_rows)
         return model
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -223,15 +227,26 @@ def module_names(model: Any, stored: Iterable[str]) -> dict[str, str | None]:
 def read_stored(files: Iterable[str]) -> dict[str, Stored]:
     """The factored layers in safetensors files by module name, from the headers alone.
 
-    Raises ValueError where a factor is missing or the shapes of a layer's parts disagree.
+    Raises ValueError where a factor is missing, the shapes of a layer's parts disagree, or the files' own record does.
     """
     shapes: dict[str, tuple[int, ...]] = {}
+    recorded: dict[str, Any] = {}
     for file in files:
         if file.endswith(".safetensors"):
             with safe_open(file, framework="pt") as opened:
                 shapes |= {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
+                recorded |= json.loads((opened.metadata() or {}).get(METHOD, "{}")).get("layers", {})
     layers = {name.removesuffix(f".{part}") for name in shapes for part in (UP, DOWN, ROWS) if name.endswith(f".{part}")}
-    return {layer: _stored(layer, shapes) for layer in sorted(layers)}
+    stored = {layer: _stored(layer, shapes) for layer in sorted(layers)}
+    for name, item in recorded.items():
+        layer = name.removesuffix(".weight")
+        if item["layout"] == "dense":
+            continue
+        if layer not in stored:
+            raise ValueError(f"the factors of {layer} are missing from the weight files; write or download them again")
+        if (stored[layer].rank, list(stored[layer].shape)) != (item["rank"], item["shape"]):
+            raise ValueError(f"the factors of {layer} are not those that svdcli recorded in the file; write them again")
+    return stored
 
 
 def _stored(layer: str, shapes: dict[str, tuple[int, ...]]) -> Stored:
@@ -253,6 +268,12 @@ def _low_rank(name: str, old: nn.Module, layer: Stored) -> nn.Module:
     if expected != layer.shape:
         raise ValueError(f"the factors of {name} stand for a weight {list(layer.shape)}, the model has {list(expected)}")
     return new
+
+
+def _check_rows(name: str, rows: Tensor) -> None:
+    """A row order that is none would give wrong answers, or an IndexError far from here."""
+    if rows.device.type != "meta" and not torch.equal(rows.cpu().long().sort().values, torch.arange(rows.shape[0])):
+        raise ValueError(f"{name}.{ROWS} is no order of {rows.shape[0]} rows; write or download the weight files again")
 
 
 def _tie_factors(model: Any, replaced: dict[str, Stored]) -> dict[str, str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Set
 from pathlib import Path
 from typing import Any
 
@@ -60,11 +62,13 @@ def load_stored(path: str | Path) -> Any:
 
 def _without_bars(path: str | Path, dtype: torch.dtype | str) -> nn.Module:
     logging = _transformers().utils.logging
-    logging.disable_progress_bar()
-    try:
-        return load(path, dtype=dtype)
-    finally:
-        logging.enable_progress_bar()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the hub warns where its bars are switched off for good
+        logging.disable_progress_bar()
+        try:
+            return load(path, dtype=dtype)
+        finally:
+            logging.enable_progress_bar()
 
 
 def _check(checkpoint: Checkpoint) -> None:
@@ -72,7 +76,9 @@ def _check(checkpoint: Checkpoint) -> None:
     record = record_of(checkpoint)
     quantised = (checkpoint.config or {}).get("quantization_config") or {}
     method = quantised.get("quant_method") if isinstance(quantised, dict) else None
-    if method == METHOD and (not isinstance(quantised.get("format"), int) or quantised["format"] > FORMAT):
+    if method == METHOD and "format" not in quantised:
+        raise BadCheckpointError(f"the quantization_config of {checkpoint.shown} has no format", "restore its config.json")
+    if method == METHOD and (not isinstance(quantised["format"], int) or quantised["format"] > FORMAT):
         raise BadCheckpointError(
             f"{checkpoint.shown} has format {quantised.get('format')!r}, this svdcli knows {FORMAT}", "upgrade svdcli"
         )
@@ -150,6 +156,8 @@ def _load_into(module: nn.Module, checkpoint: Checkpoint) -> nn.Module:
     tripwires = {layer.tensor.name for layer in layers}
     names = {name for name in checkpoint.tensors if name not in tripwires}
     expected = module.state_dict()
+    tied = _tied(module, expected.keys() - names, names)
+    expected = {name: tensor for name, tensor in expected.items() if name not in tied}
     for what, odd in (("lacks", expected.keys() - names), ("holds, and the module does not,", names - expected.keys())):
         if odd:
             raise SvdcliError(f"{checkpoint.shown} {what} {min(odd)} ({len(odd)} such tensors)", "give the one it was made for")
@@ -159,7 +167,17 @@ def _load_into(module: nn.Module, checkpoint: Checkpoint) -> nn.Module:
             raise SvdcliError(f"{name} is {list(shape)} in {checkpoint.shown} and {list(wanted)} in the module", "check both")
     for name in sorted(names):
         _assign(module, name, checkpoint.read_tensor(name))
+    for name, source in tied.items():
+        owner = module.get_submodule(name.rpartition(".")[0])
+        owner._parameters[name.rpartition(".")[2]] = module.get_parameter(source)
     return module
+
+
+def _tied(module: nn.Module, missing: Set[str], names: Set[str]) -> dict[str, str]:
+    """{name that the checkpoint lacks: name in it of the same parameter}."""
+    same = {name: id(parameter) for name, parameter in module.named_parameters(remove_duplicate=False)}
+    sources = {same[name]: name for name in sorted(names) if name in same}
+    return {name: sources[same[name]] for name in sorted(missing) if same.get(name) in sources}
 
 
 def _low_rank(module: nn.Module, layer: LayerPlan, shown: str) -> nn.Module:

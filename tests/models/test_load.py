@@ -13,6 +13,7 @@ import pytest
 import torch
 import zoo
 from helpers import run_code, weight
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
@@ -159,6 +160,15 @@ def test_a_module_that_does_not_fit_is_refused(model: nn.Module, says: str, tmp_
     assert says in str(error.value)
 
 
+@pytest.mark.parametrize("layout", ["factored", "pivoted"])
+def test_a_tied_weight_counts_as_there(layout: str, written: Written, compressed: Compressed) -> None:
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(written("llama-tied")))
+    svdcli.load(compressed("llama-tied", layout), into=model)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    wanted = zoo.answer("llama-tied", svdcli.load(compressed("llama-tied", layout)))
+    assert torch.allclose(zoo.answer("llama-tied", model.eval()), wanted, atol=1e-5)
+
+
 def test_a_file_without_a_module_asks_for_one(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="into=module"):
         svdcli.load(write_mlp(tmp_path / "m.safetensors"))
@@ -238,8 +248,10 @@ def edit_tensors(out: Path, change: Callable[[dict[str, torch.Tensor]], object],
     """Rewrite the weights; with forget as a model that transformers saved, which has no record of svdcli."""
     path = out / "model.safetensors"
     tensors = load_file(path)
+    with safe_open(path, "pt") as opened:
+        metadata = {"format": "pt"} if forget else opened.metadata()
     change(tensors)
-    save_file(tensors, path, {"format": "pt"})
+    save_file(tensors, path, metadata)
     if forget:
         (out / "svdcli.json").unlink()
 
@@ -286,6 +298,44 @@ def test_stock_classes_refuse_it_as_well(change: str, compressed: Compressed, tm
     edit_tensors(out, CHANGES[change], forget=True)
     with pytest.raises(ValueError, match=r"layers\.[17]\.mlp"):
         AutoModelForCausalLM.from_pretrained(out)
+
+
+@pytest.mark.parametrize("change", ["no factors at all", "another rank in both"])
+def test_stock_classes_believe_the_record_in_the_file(change: str, compressed: Compressed, tmp_path: Path) -> None:
+    """Without it they would fill the layer with random numbers, or take a rank for another."""
+    out = shutil.copytree(compressed("llama"), tmp_path / "out")
+    remove = {"no factors at all": lambda tensors: [tensors.pop(name) for name in (UP, DOWN)]}
+    edit_tensors(out, (remove | CHANGES)[change], forget=False)
+    with pytest.raises(ValueError, match=r"factors of model\.layers\.1\.mlp\.up_proj are"):
+        AutoModelForCausalLM.from_pretrained(out)
+
+
+@pytest.mark.parametrize("rows", [torch.zeros(160), torch.arange(160) + 1, -torch.arange(160)])
+def test_a_row_order_that_is_none_is_refused(rows: torch.Tensor, compressed: Compressed, tmp_path: Path) -> None:
+    out = shutil.copytree(compressed("llama", "pivoted"), tmp_path / "out")
+    edit_tensors(out, lambda tensors: tensors.update({UP.replace(svdcli.models.hf.UP, "svd_rows"): rows.int()}), forget=True)
+    for opening in (svdcli.load, AutoModelForCausalLM.from_pretrained):
+        with pytest.raises((SvdcliError, ValueError), match="is no order of 160 rows"):
+            opening(out)
+
+
+def test_a_changed_weight_file_is_not_expanded(compressed: Compressed, tmp_path: Path) -> None:
+    out = shutil.copytree(compressed("llama"), tmp_path / "out")
+    edit_tensors(out, lambda tensors: tensors[UP].mul_(2), forget=False)
+    with pytest.raises(BadCheckpointError, match="was changed after svdcli wrote it"):
+        svdcli.expand(out, tmp_path / "dense")
+    assert not (tmp_path / "dense").exists()
+
+
+def test_what_transformers_saved_has_a_way_back_to_an_ordinary_checkpoint(compressed: Compressed, tmp_path: Path) -> None:
+    svdcli.load(compressed("llama", "pivoted")).save_pretrained(tmp_path / "saved")
+    with pytest.raises(SvdcliError, match=r"dequantize\(\)\.save_pretrained"):
+        svdcli.expand(tmp_path / "saved", tmp_path / "dense")
+    svdcli.load(tmp_path / "saved").dequantize().save_pretrained(tmp_path / "dense")
+    assert "quantization_config" not in json.loads((tmp_path / "dense" / "config.json").read_text())
+    dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
+    assert not any(isinstance(module, LOW_RANK) for module in dense.modules())
+    assert torch.allclose(zoo.answer("llama", dense), zoo.answer("llama", svdcli.load(tmp_path / "saved")), atol=2e-5)
 
 
 def test_a_newer_format_asks_for_an_upgrade(compressed: Compressed, tmp_path: Path) -> None:
