@@ -60,7 +60,7 @@ OURS, HEALED, RIVAL = "fisher", "heal", "svd-llm"
 BOUNDS = {0.8: 0.2, 0.6: 0.35, 0.4: 0.5}  # excess loss of ours over the rival's
 HEAL_BOUND = 0.6  # healed over not healed
 ALL_OF_IT = 10**6  # windows
-SMALL_MODELS_SHARE = 0.2  # of the time for healing
+SMALL_MODELS_SHARE = 0.1  # of the time for healing
 
 Results = dict[str, Any]
 
@@ -429,7 +429,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--samples", type=int, help="windows to calibrate with (256; the small models read all there is)")
     parser.add_argument("--seq-len", type=int, default=512, help="tokens in a window (512, or what the model takes)")
     parser.add_argument("--eval-samples", type=int, default=128, help="windows of held-out text (128)")
-    parser.add_argument("--minutes", type=float, default=10.0, help="healing of each output (10; a fifth for small models)")
+    parser.add_argument("--minutes", type=float, default=10.0, help="healing of each output (10; a tenth for small models)")
     parser.add_argument("--folder", type=Path, help="work here, leave everything and use what is there")
     parser.add_argument("--json", type=Path, help="write what was measured to this file")
     parser.add_argument("--plot", type=Path, help="draw loss against size into this .svg file")
