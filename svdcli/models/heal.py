@@ -31,7 +31,7 @@ from svdcli.progress import Progress, silent
 
 DAMPING = 0.1
 BLOCK_RATE = 0.002  # largest step of a weight, as a share of its tensor's root mean square
-WHOLE_RATE = 0.0007
+WHOLE_RATE = 0.01  # the same, times the root of the divergence at the start: errors of weights grow with that
 WHOLE = "whole model"
 _MOMENT_BATCHES = 8
 HELD_OUT = 4  # batches: more would cost as much as the training
@@ -298,5 +298,5 @@ def heal_whole(
 
     course = Course(effort.steps, effort.seconds, partial(_tell, progress, WHOLE, 0, 1))
     with twins.training():
-        train(twins.weights, course, WHOLE_RATE, range(len(reading.batches)), loss, look, seed)
+        train(twins.weights, course, WHOLE_RATE * math.sqrt(best.first), range(len(reading.batches)), loss, look, seed)
     return HealedBlock(WHOLE, best.first, best.error, course.step, best.weights)
