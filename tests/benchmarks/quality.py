@@ -10,7 +10,8 @@
 Every method reads the calibration text and is judged on text that it never saw, by the excess of its loss over the original's,
 paired by window. The others (methods.py) are stored as two factors, svdcli's own pivoted; each keeps at most the same share of
 the parameters of the same layers, in the model's own dtype. The sample model reads Python's standard library: its training half,
-then its held-out half. FOLDER holds stories260K/, babyllama105/ and text/tinystories.txt, the first half of which calibrates.
+then its held-out half.
+FOLDER holds stories260K/, babyllama105/ and text/tinystories.txt, the first half of which calibrates; these are not healed.
 """
 
 from __future__ import annotations
@@ -60,7 +61,6 @@ OURS, HEALED, RIVAL = "fisher", "heal", "svd-llm"
 BOUNDS = {0.8: 0.2, 0.6: 0.35, 0.4: 0.5}  # excess loss of ours over the rival's
 HEAL_BOUND = 0.6  # healed over not healed
 ALL_OF_IT = 10**6  # windows
-SMALL_MODELS_SHARE = 0.1  # of the time for healing
 
 Results = dict[str, Any]
 
@@ -113,7 +113,7 @@ def subjects(data: Path | None, names: Sequence[str], settings: Settings) -> Ite
     for name in SMALL:
         if data is not None and name in names:
             texts = halves(data / "text" / "tinystories.txt")
-            yield Subject(data / name, *texts, settings.samples or ALL_OF_IT, SMALL_MODELS_SHARE * settings.minutes)
+            yield Subject(data / name, *texts, settings.samples or ALL_OF_IT, minutes=0.0)
 
 
 def halves(file: Path) -> list[Texts]:
@@ -159,8 +159,8 @@ class Work:
         return inputs_of(self.model, list(self.layers), ids.split(max(1, 2048 // ids.shape[1])))
 
     def measure(self, rows: Sequence[str]) -> Results:
-        """Every row at every keep, and what they are compared with."""
-        points = [self.point(row, keep) for row in rows for keep in KEEPS]
+        """Every row at every keep, and what they are compared with; without minutes nothing is healed."""
+        points = [self.point(row, keep) for row in rows if row != HEALED or self.subject.minutes for keep in KEEPS]
         return {
             "selected_parameters": sum(row.parameters for row in self.layers.values()),
             "calibrated_on": self.subject.calibration.name,
@@ -429,7 +429,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--samples", type=int, help="windows to calibrate with (256; the small models read all there is)")
     parser.add_argument("--seq-len", type=int, default=512, help="tokens in a window (512, or what the model takes)")
     parser.add_argument("--eval-samples", type=int, default=128, help="windows of held-out text (128)")
-    parser.add_argument("--minutes", type=float, default=10.0, help="healing of each output (10; a tenth for small models)")
+    parser.add_argument("--minutes", type=float, default=10.0, help="healing of each output of the sample model (10)")
     parser.add_argument("--folder", type=Path, help="work here, leave everything and use what is there")
     parser.add_argument("--json", type=Path, help="write what was measured to this file")
     parser.add_argument("--plot", type=Path, help="draw loss against size into this .svg file")
