@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import gc
 import json
-import logging
 import os
 import re
 import sys
 import warnings
 from contextlib import contextmanager
 from dataclasses import asdict
-from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
@@ -624,6 +622,8 @@ def parse_size(text: str, option: str) -> int:
     unit = match[2].upper() if match else ""
     if match is None or unit not in _SIZES:
         raise UsageError(f"{option} {text!r} is not a size", "give bytes such as 350MB or 1.5GiB")
+    from fractions import Fraction
+
     return int(Fraction(match[1]) * _SIZES[unit])
 
 
@@ -732,9 +732,13 @@ def _announce(quiet: bool) -> Callable[[Forecast], None]:
 @contextmanager
 def _working(quiet: bool) -> Iterator[Progress]:
     """Around everything that may take long: progress on a terminal, and the garbage collector that start-up did without."""
+    import logging
+
     from svdcli import render
 
     gc.enable()
+    for library in ("torchao", "torch.utils._pytree"):  # what they say when transformers imports them is nobody's business here
+        logging.getLogger(library).setLevel(logging.ERROR)
     with render.progress_on(sys.stderr, quiet=quiet) as progress:
         yield progress
 
@@ -784,8 +788,6 @@ def main() -> None:
             stream.reconfigure(errors="backslashreplace")
     # torch works without NumPy, and says at every start that it does
     warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
-    for library in ("torchao", "torch.utils._pytree"):  # what they say when transformers imports them is nobody's business here
-        logging.getLogger(library).setLevel(logging.ERROR)
     _leave_out_other_commands()
     with _one_line_errors():
         sys.exit(app(standalone_mode=False) or 0)

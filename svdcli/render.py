@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import io
 import itertools
 import json
@@ -442,6 +441,8 @@ def print_csv(rows: Sequence[Mapping[str, Any]], stream: TextIO) -> None:
     """One line a row; lists are joined by spaces, shapes by x."""
     text = io.StringIO()
     if rows:
+        import csv
+
         writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
         writer.writeheader()
         for row in rows:
