@@ -77,7 +77,9 @@ def decide(
     out = {t.name: "holds NaN or infinity" for t in selected if not measured[t.name].finite}
     if recipe.calibration is not None:
         out |= {
-            t.name: "was not calibrated: it saw no input" for t in selected if not measured[t.name].metric and t.name not in out
+            t.name: "was not calibrated: no input reached it, or no gradient"
+            for t in selected
+            if not measured[t.name].metric and t.name not in out
         }
     sound = [tensor for tensor in selected if tensor.name not in out]
     tails = {t.name: measured[t.name].tails() for t in sound} if needs_spectra(recipe) else {}
