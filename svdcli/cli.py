@@ -798,5 +798,5 @@ _COMMANDS = list(app.registered_commands)
 
 def _leave_out_other_commands() -> None:
     """Typer reads the signatures of all commands at every start; where the first word names one, that one will do."""
-    asked = [command for command in _COMMANDS if command.callback and sys.argv[1:2] == [command.callback.__name__]]
+    asked = [c for c in _COMMANDS if c.callback and sys.argv[1:2] == [c.name or c.callback.__name__]]
     app.registered_commands = asked or _COMMANDS

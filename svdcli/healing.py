@@ -118,9 +118,9 @@ class _Job:
         teacher, student = load_stored(self.original.path), load_stored(self.compressed.path)
         tokenizer = load_tokenizer(self.compressed.path)
         samples = self.samples * _WHOLE_READS
-        batches, tokens, self.window = read_batches(teacher, tokenizer, self.texts, samples, self.seq_len, self.original.shown)
+        batches, _, self.window = read_batches(teacher, tokenizer, self.texts, samples, self.seq_len, self.original.shown)
         reading = Reading.of(batches)
-        few = reading.fewer(max(1, self.samples * self.window * len(batches) // tokens) if tokens else len(batches))
+        few = reading.fewer(max(1, self.samples * len(batches) // sum(len(batch["input_ids"]) for batch in batches)))
         self.places = _places(student, self.plan)
         (workspace.folder / BLOCKS).mkdir(exist_ok=True)
         begin, seconds = time.monotonic(), self.effort.seconds
@@ -139,9 +139,11 @@ class _Job:
         if not self.blocks:
             raise SvdcliError(f"no block of {self.compressed.shown} holds factors", "there is nothing to heal")
         if fits:
-            left = None if seconds is None else seconds - (time.monotonic() - begin)
-            self._in_memory(teacher, student, device)
-            done = known(WHOLE) or heal_whole(teacher, student, reading, Effort(self.effort.steps, left), dtypes=dtypes, **how)
+            done = known(WHOLE)
+            if done is None:
+                self._in_memory(teacher, student, device)
+                left = None if seconds is None else seconds - (time.monotonic() - begin)
+                done = heal_whole(teacher, student, reading, Effort(self.effort.steps, left), dtypes=dtypes, **how)
             self._keep(done, workspace)
 
     def _keep(self, block: HealedBlock, workspace: Workspace) -> None:

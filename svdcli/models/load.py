@@ -63,7 +63,7 @@ def load_stored(path: str | Path) -> Any:
 def _without_bars(path: str | Path, dtype: torch.dtype | str) -> nn.Module:
     logging = _transformers().utils.logging
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the hub warns where its bars are switched off for good
+        warnings.filterwarnings("ignore", message="Cannot (en|dis)able progress bars")  # where the environment decides that
         logging.disable_progress_bar()
         try:
             return load(path, dtype=dtype)

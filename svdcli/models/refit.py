@@ -21,11 +21,11 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from svdcli.linalg.solvers import Factors, transposed
 from svdcli.linalg.storage import to_stored
 from svdcli.linalg.whitening import Metric, weighted
+from svdcli.models.calibrate import FULL_OUTPUTS
 from svdcli.models.modules import LOW_RANK
 from svdcli.models.stream import first_tensor
 
 RIDGE = 0.01  # of the mean diagonal of E[x x^T], against directions that were hardly seen
-FULL_OUTPUTS = 4096
 _MOMENT_BATCHES = 8
 _CLOSING = 1e-3
 

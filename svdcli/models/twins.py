@@ -79,10 +79,9 @@ class Twins:
 
     def __init__(self, teacher: nn.Module, student: nn.Module, tensors: Mapping[str, Tensor], batches: Sequence[Batch]) -> None:
         self.student = student
-        dense = {name: teacher.get_submodule(name) for name, m in student.named_modules() if isinstance(m, LOW_RANK)}
-        convs = {
-            n: type(m).__name__ == "Conv1D" for n, m in dense.items() if f"{n}.svd_up.weight" in tensors and hasattr(m, "weight")
-        }
+        low_rank = [name for name, module in student.named_modules() if isinstance(module, LOW_RANK)]
+        dense = {name: teacher.get_submodule(name) for name in low_rank if f"{name}.svd_up.weight" in tensors}
+        convs = {name: type(module).__name__ == "Conv1D" for name, module in dense.items()}
         convs = {name: conv for name, conv in convs.items() if conv or isinstance(dense[name], nn.Linear)}
         self.originals = {name: student.get_submodule(name) for name in convs}
         inputs, outputs = moments_of(teacher, convs, batches)
