@@ -504,6 +504,14 @@ def heal(
     ] = None,
     samples: Samples = 256,
     seq_len: SeqLen = None,
+    hard_labels: Annotated[
+        float | None,
+        typer.Option(
+            "--hard-labels",
+            help="How much the text itself counts (0.1), the rest being what the original answers.",
+            metavar="SHARE",
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option("--seed", help="Seed of the order in which text is read.")] = 0,
     device: Device = "auto",
     threads: Threads = None,
@@ -539,6 +547,7 @@ def heal(
             effort=effort,
             samples=samples,
             seq_len=seq_len,
+            hard_labels=hard_labels,
             seed=seed,
             compute=_compute(device, threads),
             force=force,

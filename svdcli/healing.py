@@ -24,17 +24,18 @@ from svdcli.models.calibrate import SHARE_OF_MEMORY, free_memory, read_batches, 
 from svdcli.models.fisher import Batch, block_moments
 from svdcli.models.heal import WHOLE, Effort, HealedBlock, Reading, blocks_of, heal_blocks, heal_whole, put
 from svdcli.models.load import load_stored
-from svdcli.models.tokens import load_tokenizer
+from svdcli.models.tokens import kind_of, load_tokenizer
 from svdcli.pipeline import Outcome, beside, destination, disk_errors, finish, identity, write
 from svdcli.plan.recipe import Healing, LayerPlan, Plan
 from svdcli.progress import Progress, silent
 
-__all__ = ["Effort", "heal"]
+__all__ = ["HARD_LABELS", "Effort", "heal"]
 
 _MOMENT_BATCHES = 12
 _WHOLE_READS = 8  # times as much text for the whole model, which keeps no hidden states of it, as for the blocks
 _BLOCKS_SHARE = 0.2  # of the time, where the whole model is trained after them
 _SHARE_FOR_THE_WHOLE = 0.5  # of free memory
+HARD_LABELS = 0.1
 _NOT_WHOLE = (
     "heal refined the blocks one by one and did not train the whole model: "
     "that takes up to {needed:.1f} GB of memory, and half of what is free is {room:.1f} GB"
@@ -50,6 +51,7 @@ def heal(
     effort: Effort = Effort(steps=400),  # noqa: B008  frozen
     samples: int = 256,
     seq_len: int | None = None,
+    hard_labels: float | None = None,
     seed: int = 0,
     compute: Compute | None = None,
     force: bool = False,
@@ -59,10 +61,13 @@ def heal(
 
     out is a directory that compress wrote from teacher, factored or pivoted; healed defaults to `<out>-healed`. Ranks, layout
     and bytes stay; no block is left worse on text that it was not trained on. A run that was cut short continues with the
-    block it had reached. Raises SvdcliError or a child of it.
+    block it had reached. hard_labels, from 0 to 1, is how much the tokens of the text count against the original's answers
+    where the whole of a decoder is trained; by default `HARD_LABELS`. Raises SvdcliError or a child of it.
     """
+    if hard_labels is not None and not 0 <= hard_labels <= 1:
+        raise UsageError(f"--hard-labels {hard_labels:g} is not a share", "give 0 to 1")
     with open_checkpoint(out) as compressed, open_checkpoint(teacher) as original:
-        job = _Job(compressed, original, _plan_of(compressed, original), texts, effort, samples, seq_len, seed)
+        job = _Job(compressed, original, _plan_of(compressed, original), texts, effort, samples, seq_len, hard_labels, seed)
         device = (compute or Compute()).start()
         with destination(compressed, healed, ".healed", "-healed", force) as target:
             workspace = Workspace(target, is_file=False)
@@ -106,16 +111,18 @@ class _Job:
     effort: Effort
     samples: int
     seq_len: int | None
+    hard_labels: float | None
     seed: int
 
     def identity(self) -> str:
         effort = (self.effort.steps, self.effort.seconds)
-        asked = (self.texts.digest, effort, self.samples, self.seq_len, self.seed)
+        asked = (self.texts.digest, effort, self.samples, self.seq_len, self.hard_labels, self.seed)
         return identity(self.compressed, "heal", self.original.fingerprint(), repr(asked))
 
     def refine(self, workspace: Workspace, device: torch.device, progress: Progress) -> None:
-        """Train what is not in the journal yet; fills places, blocks, window and notes."""
+        """Train what is not in the journal yet; fills places, blocks, window, hard and notes."""
         teacher, student = load_stored(self.original.path), load_stored(self.compressed.path)
+        self.hard = self._hard_labels(teacher)
         tokenizer = load_tokenizer(self.compressed.path)
         samples = self.samples * _WHOLE_READS
         batches, _, self.window = read_batches(teacher, tokenizer, self.texts, samples, self.seq_len, self.original.shown)
@@ -143,8 +150,17 @@ class _Job:
             if done is None:
                 self._in_memory(teacher, student, device)
                 left = None if seconds is None else seconds - (time.monotonic() - begin)
-                done = heal_whole(teacher, student, reading, Effort(self.effort.steps, left), dtypes=dtypes, **how)
+                how |= {"dtypes": dtypes, "hard_labels": self.hard}
+                done = heal_whole(teacher, student, reading, Effort(self.effort.steps, left), **how)
             self._keep(done, workspace)
+
+    def _hard_labels(self, teacher: nn.Module) -> float:
+        """As asked; 0 for what does not predict the next token."""
+        if kind_of(teacher) == "decoder":
+            return HARD_LABELS if self.hard_labels is None else self.hard_labels
+        if self.hard_labels:
+            raise UsageError(f"--hard-labels: {self.original.shown} does not predict the next token", "leave it out")
+        return 0.0
 
     def _keep(self, block: HealedBlock, workspace: Workspace) -> None:
         if block.name not in workspace.healed:
@@ -164,7 +180,9 @@ class _Job:
         """Write the directory anew: the plan of before, with the refined factors."""
         weights = {self.places[name]: tensor for block in self.blocks.values() for name, tensor in block.weights.items()}
         blocks = {block.name: (block.before, block.after, block.steps) for block in self.blocks.values()}
-        healing = Healing(self.texts.name, self.texts.digest, self.samples, self.window, blocks)
+        healing = Healing(
+            self.texts.name, self.texts.digest, self.samples, self.window, blocks, self.hard if WHOLE in blocks else 0.0
+        )
         left = [place for place in self.places.values() if place not in weights]
         notes = (*self.plan.notes, *self.notes)
         if left:

@@ -200,14 +200,10 @@ def _loss_lines(report: Report) -> list[tuple[str, str]]:
             text = f"{report.expected_loss:.2g} {unit} of divergence from the original ({summed})"
         lines.append(("expected loss", text))
     if report.healing is not None:
-        blocks = report.healing["blocks"]
-        lines.append(
-            (
-                "healed",
-                f"on {printable(report.healing['text'])}; relative error of each block, and divergence of the whole model, "
-                "on text that was not trained on",
-            )
-        )
+        blocks, hard = report.healing["blocks"], report.healing["hard_labels"]
+        whole = f"{1 - hard:g} × divergence + {hard:g} × excess loss" if hard else "divergence"
+        text = f"relative error of each block, and {whole} of the whole model, on text that was not trained on"
+        lines.append(("healed", f"on {printable(report.healing['text'])}; {text}"))
         for name, item in blocks.items():
             change = f"{item['before']:.3e} → {item['after']:.3e}" if item["after"] < item["before"] else "nothing better found"
             lines.append(("", f"{printable(name)}: {change}, {item['steps']} steps"))

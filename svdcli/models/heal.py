@@ -6,7 +6,7 @@ before it, too (block refinement as in AA-SVD, 2026): first in closed form (`mod
 block's output counts as d^T H d, with H the second moment of the model's loss gradient there: as much as the model's loss will
 feel it. Only the factors, and biases that were refitted, change.
 
-A model that fits into memory is then trained in one piece on its divergence from the original.
+A model that fits into memory is then trained in one piece on its divergence from the original and, a little, on the text.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from svdcli.errors import SvdcliError
-from svdcli.models.fisher import Batch, distance_of
+from svdcli.models.fisher import Batch, answer_of, excess_of
 from svdcli.models.modules import LOW_RANK
 from svdcli.models.refit import Block, Side, refit
 from svdcli.models.stream import Stream, Turn
@@ -70,8 +70,8 @@ class Reading:
 @dataclass(frozen=True)
 class HealedBlock:
     """One block, or the whole model. Of a block, before and after are d^T H d of its output over y^T H y of the original's
-    output y; of the whole model, the divergence of `fisher.distance_of`; both on text that it was not trained on. after is
-    never larger, and equal where nothing was found that is better. weights are its new factors by name."""
+    output y; of the whole model, what `heal_whole` trains it on; both on text that it was not trained on. after is never larger,
+    and equal where nothing was found that is better. weights are its new factors by name."""
 
     name: str
     before: float
@@ -252,6 +252,39 @@ def _root(moment: Tensor) -> Tensor:
     return root
 
 
+class _Whole:
+    """The whole model, and what it is trained on: (1 - hard) times its distance from the original, plus hard times its excess
+    loss on the text itself (distillation with soft and hard targets; Hinton, Vinyals and Dean, 2015, section 2)."""
+
+    def __init__(self, teacher: nn.Module, student: nn.Module, reading: Reading, hard: float, device: torch.device) -> None:
+        self.teacher, self.student, self.hard = teacher, student, hard
+        self.read, self.held, self.device = reading.batches, reading.held, device
+        self.distance = math.nan
+
+    def loss(self, place: int) -> Tensor:
+        distance, excess, _ = self._means(self.read[place])
+        return (1 - self.hard) * distance + self.hard * excess
+
+    def error(self) -> float:
+        """The loss on text that nothing is learned from; notes the distance alone, too."""
+        means = [self._means(batch) for batch in self.held]
+        rows = sum(count for *_, count in means)
+        self.distance = sum(float(distance) * count for distance, _, count in means) / rows
+        found = (1 - self.hard) * self.distance + self.hard * sum(float(excess) * count for _, excess, count in means) / rows
+        if not math.isfinite(found):
+            raise SvdcliError("the model answers with NaN or infinity", "see `svdcli verify`")
+        return found
+
+    def _means(self, batch: Batch) -> tuple[Tensor, Tensor, int]:
+        """Distance and excess loss of one batch, and of how many rows; no excess loss where it does not count."""
+        batch = {key: value.to(self.device) for key, value in batch.items()}
+        with torch.no_grad():
+            wanted, distance = answer_of(self.teacher(**batch), batch)
+        found, _ = answer_of(self.student(**batch), batch)
+        excess = excess_of(wanted, found, batch["input_ids"]) if self.hard else found.new_zeros(())
+        return distance(wanted, found) / len(wanted), excess, len(wanted)
+
+
 def heal_whole(
     teacher: nn.Module,
     student: nn.Module,
@@ -260,35 +293,21 @@ def heal_whole(
     *,
     trainable: Callable[[str], bool],
     dtypes: Mapping[str, torch.dtype],
+    hard_labels: float = 0.0,
     seed: int = 0,
     progress: Progress = silent,
 ) -> HealedBlock:
     """Train all factors together, so that the student answers as the teacher does: both in memory, in float32.
 
     dtypes has the stored dtype of the student's tensors. The error is the KL divergence in nats a prediction, or, for
-    encoders, 1 - cosine of the sentence embeddings. Raises SvdcliError where that is not finite.
+    encoders, 1 - cosine of the sentence embeddings; a decoder's is mixed with its excess loss on the text, which counts
+    hard_labels, a share from 0 to 1. Raises SvdcliError where that is not finite.
     """
     tensors = _trainable(student, "", trainable)
     device = next(iter(tensors.values())).device
-
-    def distance(batch: Batch) -> tuple[Tensor, int]:
-        batch = {key: value.to(device) for key, value in batch.items()}
-        with torch.no_grad():
-            wanted = teacher(**batch)
-        return distance_of(wanted, student(**batch), batch)
-
-    def loss(place: int) -> Tensor:
-        total, count = distance(reading.batches[place])
-        return total / count
-
-    def error() -> float:
-        pairs = [distance(batch) for batch in reading.held]
-        found = sum(float(total) for total, _ in pairs) / sum(count for _, count in pairs)
-        if not math.isfinite(found):
-            raise SvdcliError("the model answers with NaN or infinity", "see `svdcli verify`")
-        return found
-
-    best = Best(tensors, dtypes, error)
+    whole = _Whole(teacher, student, reading, hard_labels, device)
+    best = Best(tensors, dtypes, whole.error)
+    rate = WHOLE_RATE * math.sqrt(max(0.0, whole.distance))
     few = reading.fewer(_MOMENT_BATCHES).batches
     twins = Twins(teacher, student, tensors, [{key: value.to(device) for key, value in batch.items()} for batch in few])
 
@@ -298,5 +317,5 @@ def heal_whole(
 
     course = Course(effort.steps, effort.seconds, partial(_tell, progress, WHOLE, 0, 1))
     with twins.training():
-        train(twins.weights, course, WHOLE_RATE * math.sqrt(best.first), range(len(reading.batches)), loss, look, seed)
+        train(twins.weights, course, rate, range(len(whole.read)), whole.loss, look, seed)
     return HealedBlock(WHOLE, best.first, best.error, course.step, best.weights)

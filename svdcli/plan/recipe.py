@@ -142,7 +142,8 @@ class Skipped:
 class Healing:
     """How the factors were refined after they were solved: on which text, and what came of each block.
 
-    blocks maps a block to its relative squared error before and after, and the steps between; "whole model" to its divergence.
+    blocks maps a block to its relative squared error before and after, and the steps between; "whole model" to its divergence,
+    mixed with its excess loss on the text by the share hard_labels.
     """
 
     text: str
@@ -150,6 +151,7 @@ class Healing:
     samples: int
     seq_len: int
     blocks: dict[str, tuple[float, float, int]]
+    hard_labels: float = 0.0
 
     def to_json(self) -> dict[str, Any]:
         blocks = {
@@ -162,7 +164,8 @@ class Healing:
         blocks = {
             str(name): (float(item["before"]), float(item["after"]), int(item["steps"])) for name, item in data["blocks"].items()
         }
-        return Healing(str(data["text"]), str(data["text_sha256"]), int(data["samples"]), int(data["seq_len"]), blocks)
+        hard = float(data.get("hard_labels", 0.0))
+        return Healing(str(data["text"]), str(data["text_sha256"]), int(data["samples"]), int(data["seq_len"]), blocks, hard)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """What compression costs in quality: svdcli's methods and other people's at equal stored parameters, one table a model.
 
-    python tests/benchmarks/quality.py                      the sample model; 30 minutes of it are healing
+    python tests/benchmarks/quality.py                      the sample model; an hour of it is healing
     python tests/benchmarks/quality.py --quick              few windows, nothing healed
     python tests/benchmarks/quality.py --data FOLDER        also two models trained on stories, if they are there
     python tests/benchmarks/quality.py --rows svd-llm fisher    some methods
@@ -21,8 +21,6 @@ import json
 import math
 import os
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -54,11 +52,13 @@ ROWS = {
     "pivoted": "svdcli, pivoted",
     "sensitivity": "svdcli, ranks by measured sensitivity",
     "fisher": "svdcli, Fisher metric and ranks by it",
+    "soft": "svdcli, the same healed, --hard-labels 0",
     "heal": "svdcli, the same healed",
 }
 MEASURES = {"excess": "excess loss", "kl": "KL divergence"}
 OURS, HEALED, RIVAL = "fisher", "heal", "svd-llm"
 BOUNDS = {0.8: 0.2, 0.6: 0.35, 0.4: 0.5}  # excess loss of ours over the rival's
+HEALS: dict[str, tuple[Any, ...]] = {"soft": ("--hard-labels", 0), "heal": ()}
 HEAL_BOUND = 0.6  # healed over not healed
 ALL_OF_IT = 10**6  # windows
 
@@ -160,7 +160,7 @@ class Work:
 
     def measure(self, rows: Sequence[str]) -> Results:
         """Every row at every keep, and what they are compared with; without minutes nothing is healed."""
-        points = [self.point(row, keep) for row in rows if row != HEALED or self.subject.minutes for keep in KEEPS]
+        points = [self.point(row, keep) for row in rows if row not in HEALS or self.subject.minutes for keep in KEEPS]
         return {
             "selected_parameters": sum(row.parameters for row in self.layers.values()),
             "calibrated_on": self.subject.calibration.name,
@@ -195,7 +195,7 @@ class Work:
         """What a row's points share, so that none of them has to answer for the time."""
         if row in METHODS:
             assert self.inputs
-        elif row != HEALED:
+        elif row not in HEALS:
             self.calibration(STEPS[row].calibration)
 
     def theirs(self, row: str, keep: float) -> tuple[Any, Results]:
@@ -213,14 +213,14 @@ class Work:
     def ours(self, row: str, keep: float) -> tuple[Any, Results]:
         """svdcli's model, opened from what it wrote, and what its report says."""
         about: Results = {}
-        if row == HEALED:
-            out, about["cores_busy_with_others"] = self.healed(keep)
+        if row in HEALS:
+            out, about["cores_busy_with_others"] = self.healed(row, keep)
         else:
             out = self.compressed(row, keep)
             plan = svdcli.Plan.from_json(json.loads((out / "svdcli.json").read_text()))
             about["predicted"] = math.fsum(layer.loss or 0.0 for layer in plan.layers) if row == OURS else None
         # Healing changes numbers, not sizes.
-        total = svdcli.report(self.compressed(OURS, keep) if row == HEALED else out).selected
+        total = svdcli.report(self.compressed(OURS, keep) if row in HEALS else out).selected
         about |= {"parameters": total.keep, "bytes": total.bytes_after / total.bytes_before}
         return load_quietly(out, torch.device("cpu")), about
 
@@ -242,16 +242,16 @@ class Work:
             self._keep(kind, {"tokens": done.tokens, "seconds": time.perf_counter() - begin})
         return file
 
-    def healed(self, keep: float) -> tuple[Path, float]:
+    def healed(self, row: str, keep: float) -> tuple[Path, float]:
         """`svdcli heal` of our own output, by the command; and how many cores others kept busy meanwhile."""
-        out, text = self.folder / f"heal-{keep:g}", self.folder / "calibration.txt"
+        out, text = self.folder / f"{row}-{keep:g}", self.folder / "calibration.txt"
         text.write_text("\n".join(self.subject.calibration.documents), encoding="utf-8")
         source = self.compressed(OURS, keep)
         if out.exists():
             return out, 0.0
-        say(f"{self.subject.name}: svdcli heal, keep {keep:g}, at most {self.subject.minutes:g} minutes")
+        say(f"{self.subject.name}: {ROWS[row]}, keep {keep:g}, at most {self.subject.minutes:g} minutes")
         where = ("--teacher", self.subject.path, "--text", text, "-o", out)
-        done = python("-m", "svdcli", "heal", source, *where, "--minutes", self.subject.minutes)
+        done = python("-m", "svdcli", "heal", source, *where, *HEALS[row], "--minutes", self.subject.minutes)
         return out, done.others
 
     def _kept(self, name: str) -> Results:
@@ -436,7 +436,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     options = parser.parse_args(argv)
     if options.quick:
         options.samples, options.seq_len, options.eval_samples, options.data = 32, 256, 16, None
-    options.rows = [row for row in ROWS if row in (options.rows or ROWS) and not (options.quick and row == HEALED)]
+    options.rows = [row for row in ROWS if row in (options.rows or ROWS) and not (options.quick and row in HEALS)]
     options.model = options.model or (SAMPLE.name, *(SMALL if options.data else ()))
     if options.data is None and not {*options.model} <= {SAMPLE.name}:
         parser.error("--data says where the other models are")
@@ -445,10 +445,11 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def measure(options: argparse.Namespace) -> Results:
     settings = Settings(options.samples, options.seq_len, options.eval_samples, options.minutes)
-    rows = [row for row in options.rows if row != HEALED or can_heal()]
     with building_in(options.folder) as folder:
         check_settings(folder, settings)
-        models = {s.name: Work(s, folder, settings).measure(rows) for s in subjects(options.data, options.model, settings)}
+        models = {
+            s.name: Work(s, folder, settings).measure(options.rows) for s in subjects(options.data, options.model, settings)
+        }
     machine = {"cores": os.cpu_count()} | {name: version(name) for name in ("torch", "transformers", "svdcli")}
     derived = {"relations": relations(models), "required": verdicts(models)}
     return rounded({"machine": machine, "settings": asdict(settings), "models": models} | derived)
@@ -460,14 +461,6 @@ def check_settings(folder: Path, settings: Settings) -> None:
     if file.exists() and json.loads(file.read_text()) != wanted:
         raise SystemExit(f"{folder} was made with {json.loads(file.read_text())}; name another --folder")
     write_json(file, wanted)
-
-
-def can_heal() -> bool:
-    """Whether this svdcli has the command."""
-    asked = subprocess.run([sys.executable, "-m", "svdcli", "heal", "--help"], capture_output=True, check=False)
-    if asked.returncode:
-        say("there is no `svdcli heal` here: its row is left out")
-    return asked.returncode == 0
 
 
 def main() -> None:

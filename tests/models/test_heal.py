@@ -72,13 +72,13 @@ def test_only_factors_change(pair: tuple[Path, Path], tmp_path: Path) -> None:
 
 def test_the_reported_errors_are_those_of_the_stored_weights(pair: tuple[Path, Path], tmp_path: Path, monkeypatch: Any) -> None:
     """An oracle for a block, and for all of them: both models run in one piece, the gradient's moment by an ordinary backward
-    pass."""
+    pass, the model's own loss on the text by transformers."""
     from svdcli.models.calibrate import read_batches
     from svdcli.models.tokens import load_tokenizer
 
     teacher, small = pair
     monkeypatch.setattr("svdcli.healing._WHOLE_READS", 1)
-    whole = svdcli.heal(small, teacher, TEXT, tmp_path / "whole", **HOW)
+    whole = svdcli.heal(small, teacher, TEXT, tmp_path / "whole", **HOW, hard_labels=0.3)
     monkeypatch.setattr("svdcli.healing._SHARE_FOR_THE_WHOLE", 0)
     found = svdcli.heal(small, teacher, TEXT, tmp_path / "healed", **HOW)
     dense, ours, healed = (svdcli.load(folder) for folder in (teacher, small, tmp_path / "healed"))
@@ -97,10 +97,25 @@ def test_the_reported_errors_are_those_of_the_stored_weights(pair: tuple[Path, P
         assert found.report.healing["blocks"]["model.layers.0"][key] == pytest.approx(wrong / energy, rel=1e-3)
     for model, key in ((healed, "before"), (svdcli.load(tmp_path / "whole"), "after")):
         with torch.no_grad():
+            losses = [[m(**batch, labels=batch["input_ids"]).loss.double() for m in (dense, model)] for batch in reading.held]
             pairs = [[m(**batch).logits.double().log_softmax(-1) for m in (dense, model)] for batch in reading.held]
         kl = torch.stack([torch.nn.functional.kl_div(q, p, log_target=True, reduction="sum") for p, q in pairs]).sum()
         count = sum(batch["input_ids"].numel() for batch in reading.held)
-        assert whole.report.healing["blocks"][WHOLE][key] == pytest.approx(float(kl) / count, rel=1e-3)
+        excess = sum(float(ours - theirs) for theirs, ours in losses) / len(losses)
+        mixed = 0.7 * float(kl) / count + 0.3 * excess
+        assert whole.report.healing["blocks"][WHOLE][key] == pytest.approx(mixed, rel=1e-3)
+    assert (whole.report.healing["hard_labels"], found.report.healing["hard_labels"]) == (0.3, 0.0)
+
+
+def test_hard_labels_teach_the_text_and_their_absence_the_original(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    """The sequence of TEXT is periodic, and the dense model has never seen it."""
+    losses = {}
+    for share in (0.0, 0.9):
+        svdcli.heal(pair[1], pair[0], TEXT, tmp_path / str(share), **HOW, hard_labels=share)
+        ids = torch.tensor([[int(word[1:]) for word in TEXT.documents[0].split()[:32]]])
+        with torch.no_grad():
+            losses[share] = float(svdcli.load(tmp_path / str(share))(ids, labels=ids).loss)
+    assert losses[0.9] < losses[0.0] - 0.01
 
 
 def test_a_model_that_does_not_fit_into_memory_is_healed_in_blocks_and_says_so(
@@ -198,7 +213,7 @@ def test_a_block_that_finds_nothing_better_stays_as_it_was(pair: tuple[Path, Pat
     for rate in ("BLOCK_RATE", "WHOLE_RATE"):
         monkeypatch.setattr(module, rate, 50.0)
     monkeypatch.setattr(module, "refit", lambda *_: None)
-    found = svdcli.heal(small, teacher, TEXT, tmp_path / "healed", **HOW)
+    found = svdcli.heal(small, teacher, TEXT, tmp_path / "healed", **HOW, hard_labels=0)
     assert all(item["after"] == item["before"] for item in found.report.healing["blocks"].values())
     old, new = (contents(folder / "model.safetensors") for folder in (small, tmp_path / "healed"))
     assert old == new
@@ -236,7 +251,11 @@ def test_other_architectures_heal(family: str, written: Written, tmp_path: Path)
         "lines", ("\n".join(" ".join(f"w{(i * j) % 94 + 2}" for j in range(3, 12 + i % 9)) for i in range(300)),)
     )
     text = lines if family == "bert" else TEXT
+    if family == "bert":
+        with pytest.raises(SvdcliError, match="does not predict the next token"):
+            svdcli.heal(tmp_path / "small", teacher, text, tmp_path / "healed", **HOW, hard_labels=0.1)
     found = svdcli.heal(tmp_path / "small", teacher, text, tmp_path / "healed", **HOW)
+    assert found.report.healing["hard_labels"] == (0.1 if family == "gpt2" else 0.0)
     blocks = found.report.healing["blocks"]
     assert blocks
     assert any(item["after"] < item["before"] for item in blocks.values())
@@ -272,3 +291,4 @@ def test_the_command(pair: tuple[Path, Path], tmp_path: Path) -> None:
     assert "exists" in complaint(cli(*line, "-o", tmp_path / "healed", "--steps", "5"))
     assert "--minutes" in complaint(cli(*line, "-o", tmp_path / "b", "--minutes", "0"), 2)
     assert "--steps" in complaint(cli(*line, "-o", tmp_path / "b", "--steps", "0"), 2)
+    assert "--hard-labels" in complaint(cli(*line, "-o", tmp_path / "b", "--hard-labels", "1.5"), 2)
