@@ -115,7 +115,7 @@ def test_hard_labels_teach_the_text_and_their_absence_the_original(pair: tuple[P
         ids = torch.tensor([[int(word[1:]) for word in TEXT.documents[0].split()[:32]]])
         with torch.no_grad():
             losses[share] = float(svdcli.load(tmp_path / str(share))(ids, labels=ids).loss)
-    assert losses[0.9] < losses[0.0] - 0.01
+    assert losses[0.9] < losses[0.0] - 0.005
 
 
 def test_a_model_that_does_not_fit_into_memory_is_healed_in_blocks_and_says_so(
