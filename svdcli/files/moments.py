@@ -118,17 +118,17 @@ class Moments:
         self.layers: Mapping[str, Mapping[str, Any]] = data["layers"]
 
     def of(self, name: str) -> LayerMoments | None:
-        """The moments of the weight `name`, None where it was not calibrated."""
+        """The moments of the weight `name`, None where it was not calibrated. Raises BadCheckpointError where they are not
+        finite."""
         keys = self.layers.get(name)
         if keys is None:
             return None
-        output = keys["output"]
-        return LayerMoments(
-            self._checkpoint.read_tensor(f"input.{keys['input']}"),
-            self._checkpoint.read_tensor(f"mean.{keys['input']}"),
-            None if output is None else self._checkpoint.read_tensor(output),
-            bool(keys["transposed"]),
-        )
+        inputs, mean, outputs = (None if key is None else self._checkpoint.read_tensor(key) for key in _keys_of(keys))
+        assert inputs is not None
+        assert mean is not None
+        if not all(bool(tensor.isfinite().all()) for tensor in (inputs, mean, outputs) if tensor is not None):
+            raise BadCheckpointError(f"{self._checkpoint.shown}: the moments of {name} hold NaN or infinity", "calibrate again")
+        return LayerMoments(inputs, mean, outputs, bool(keys["transposed"]))
 
     def weight(self, name: str) -> float | None:
         """Loss of the model for the whole of a layer's energy, from its measured sensitivity; None where there is none."""
@@ -163,12 +163,18 @@ def open_moments(path: str | Path) -> Moments:
             raise BadCheckpointError(f"{path} has format {data['format']}, this svdcli knows {FORMAT}", "upgrade svdcli")
         moments = Moments(checkpoint, data)
         for name, keys in moments.layers.items():
-            wanted = [f"input.{keys['input']}", f"mean.{keys['input']}", *filter(None, [keys["output"]])]
-            if any(key not in checkpoint.tensors for key in wanted) or not isinstance(keys["transposed"], bool):
+            inputs, mean, output = ((0,) if key is None else checkpoint.tensors[key].info.shape for key in _keys_of(keys))
+            fit = len(mean) == 1 and inputs == mean * 2 and len(output) in (1, 2) and len({*output}) == 1
+            if not fit or not isinstance(keys["transposed"], bool):
                 raise KeyError(name)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise BadCheckpointError(f"{path}: its moments are damaged ({error})", "calibrate again") from error
     return moments
+
+
+def _keys_of(keys: Mapping[str, Any]) -> tuple[str, str, str | None]:
+    """Names of the tensors with a layer's inputs, their mean and, where they were measured, the outputs."""
+    return f"input.{keys['input']}", f"mean.{keys['input']}", keys["output"]
 
 
 def check_provenance(moments: Moments, fingerprint: str, shown: str) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from svdcli.errors import SvdcliError
+from svdcli.errors import SvdcliError, UsageError
 from svdcli.files.texts import Texts
 
 _LONGEST = 2048
@@ -44,7 +44,7 @@ def window_length(model: Any, asked: int | None) -> int:
     config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
     limits = [getattr(config, name, None) for name in ("max_position_embeddings", "n_positions", "seq_length")]
     limit = min([int(value) for value in limits if isinstance(value, int) and value > 1] or [_LONGEST])
-    length = min(limit, asked or _LONGEST)
+    length = min(limit, _LONGEST if asked is None else asked)
     if length < 2:
         raise SvdcliError(f"--seq-len {length} leaves nothing to predict", "give at least 2")
     return length
@@ -54,8 +54,9 @@ def windows_of(tokenizer: Any, texts: Texts, length: int, count: int | None = No
     """Cut the tokens of all documents, one after the other, into windows of `length` that share one token with the next.
 
     A beginning-of-text token that the tokenizer adds starts every window. With `count`, that many windows, evenly spread.
-    Raises SvdcliError where the text is too short for one window.
+    Raises SvdcliError where the text is too short for one window, UsageError for a count below 1.
     """
+    _some(count)
     ids, first = _encode(tokenizer, texts.documents)
     length = min(length, len(ids) + len(first))
     step = length - len(first) - (0 if first else 1)
@@ -83,13 +84,19 @@ def _encode(tokenizer: Any, documents: Sequence[str]) -> tuple[list[int], list[i
 
 
 def sentences_of(texts: Texts, count: int) -> list[str]:
-    """Non-empty lines, at most `count`, evenly spread."""
+    """Lines of three words or more, at most `count`, evenly spread. Raises UsageError for a count below 1."""
+    _some(count)
     lines = [line.strip() for document in texts.documents for line in document.splitlines() if len(line.split()) > 2]
     if not lines:
         raise SvdcliError(f"{texts.name} has no lines of three words or more", "give more text")
     if count >= len(lines):
         return lines
     return [lines[round(i * (len(lines) - 1) / max(1, count - 1))] for i in range(count)]
+
+
+def _some(count: int | None) -> None:
+    if count is not None and count < 1:
+        raise UsageError(f"--samples {count} leaves no text to read", "give at least 1")
 
 
 def kind_of(model: Any) -> str:

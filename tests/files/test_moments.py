@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -126,6 +127,26 @@ def test_long_names_stay_apart(tmp_path: Path) -> None:
     keys = [f"input.{deep.format(at)}" for at in range(4)]
     spool = spooled(tmp_path / "spool", {key: torch.full((2, 2), float(at)) for at, key in enumerate(keys)})
     assert [float(spool.get(key)[0, 0]) for key in keys] == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(("key", "shape"), [("input.b.weight", (5, 4)), ("mean.b.weight", (4,)), ("output.a.q.weight", (4, 3))])
+def test_moments_whose_shapes_do_not_fit_are_damaged(key: str, shape: tuple[int, ...], tmp_path: Path) -> None:
+    path = tmp_path / "m.safetensors"
+    tensors = sums() | {key: normal(*shape)}
+    write_moments(path, spooled(tmp_path / "spool", tensors), dict.fromkeys(tensors, 1.0), LAYERS, PROVENANCE)
+    with pytest.raises(BadCheckpointError, match="damaged"):
+        open_moments(path)
+
+
+@pytest.mark.parametrize("key", ["input.b.weight", "mean.b.weight", "output.a.q.weight"])
+def test_moments_that_are_not_finite_are_refused_with_the_layer(key: str, tmp_path: Path) -> None:
+    tensors = sums()
+    tensors[key].view(-1)[0] = math.nan
+    path = tmp_path / "m.safetensors"
+    write_moments(path, spooled(tmp_path / "spool", tensors), dict.fromkeys(tensors, 1.0), LAYERS, PROVENANCE)
+    name = "b.weight" if "b.weight" in key else "a.q.weight"
+    with pytest.raises(BadCheckpointError, match=f"of {name} hold NaN"):
+        open_moments(path).of(name)
 
 
 def test_the_same_moments_are_the_same_bytes_and_others_have_another_digest(written: Path, tmp_path: Path) -> None:

@@ -184,6 +184,50 @@ def test_a_layer_is_refitted_to_the_least_squares_of_what_it_should_answer(
     assert missed(weight) - optimum < 1e-3 * (plain - optimum)
 
 
+def test_a_refit_aims_at_what_the_original_answers(pair: tuple[Path, Path], monkeypatch: Any) -> None:
+    """An oracle for the sums behind a refit: both models run in one piece, the student as it is when the layer's turn comes. A
+    layer that closes its block is aimed at what the original's block sends on, less what reaches the end without it."""
+    from svdcli.models.load import load_stored
+
+    student, dense, copy = load_stored(pair[1]), svdcli.load(pair[0]), svdcli.load(pair[1]).float()
+    batches = [{"input_ids": torch.randint(2, 96, (4, 32), generator=torch.Generator().manual_seed(i))} for i in range(8)]
+    held = Reading(batches[:6], batches[6:])
+    checked: list[str] = []
+
+    def of_the_block(model: Any, layer: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Rows of the layer's inputs, its outputs and the block's, over all that is read."""
+        block, seen = model.model.layers[0], []
+        handles = [block.get_submodule(layer).register_forward_hook(lambda m, x, y: seen.append((x[0], y)))]
+        handles += [block.register_forward_hook(lambda m, x, y: seen.append(y[0] if isinstance(y, tuple) else y))]
+        with torch.no_grad():
+            for batch in held.batches:
+                model(**batch)
+        for handle in handles:
+            handle.remove()
+        x, y = (torch.cat([pair[i] for pair in seen[::2]]).flatten(0, 1).double() for i in (0, 1))
+        return x, y, torch.cat(list(seen[1::2])).flatten(0, 1).double()
+
+    solve = closed_form._solve
+
+    def watch(site: Any, sums: Any) -> None:
+        if site.ours is student.model.layers[0].get_submodule(site.name):
+            for ours, theirs in ((copy.model.layers[0], student.model.layers[0]),):
+                for name, tensor in theirs.state_dict(keep_vars=True).items():
+                    ours.state_dict(keep_vars=True)[name].data = tensor.data.clone()
+            x, y, out = of_the_block(copy, site.name)
+            _, wanted, sent = of_the_block(dense, site.name)
+            target = sent - (out - y) if site.name == "mlp.down_proj" else wanted
+            torch.testing.assert_close(sums.cross / sums.count, target.T @ x / len(x), rtol=1e-3, atol=1e-5)
+            torch.testing.assert_close(sums.inputs / sums.count, x.T @ x / len(x), rtol=1e-3, atol=1e-5)
+            checked.append(site.name)
+        solve(site, sums)
+
+    monkeypatch.setattr(closed_form, "_solve", watch)
+    effort = Effort(seconds=1e9, steps=1)
+    next(heal_blocks(load_stored(pair[0]), student, held, effort, trainable=lambda n: True))
+    assert {"self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj"} <= {*checked}
+
+
 def test_block_moments_are_those_of_a_backward_pass_in_one_piece(pair: tuple[Path, Path]) -> None:
     model = svdcli.load(pair[0]).requires_grad_(False)
     batches = [{"input_ids": torch.randint(2, 96, (2, 12), generator=torch.Generator().manual_seed(i))} for i in range(3)]
