@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 WARM_UP = 0.05
 _CHECKS = 6
-_PATIENCE = 3
+_PATIENCE = 3  # checks in the second half: before that, steps are large, and what they find is hidden in their noise
 
 
 @dataclass
@@ -86,7 +86,7 @@ def train(
     look: Callable[[], bool],
     seed: int,
 ) -> None:
-    """Minimise loss(place) over places drawn at random, until the course is over or checks find nothing better for long.
+    """Minimise loss(place) over places drawn at random, until the course is over or late checks find nothing better.
 
     rate is the largest step of a weight, as a share of its tensor's root mean square; look keeps the present state where it
     is better. The weights themselves end where the training ended.
@@ -110,7 +110,7 @@ def train(
         if course.done() >= next_check:
             next_check += 1 / _CHECKS
             course.tell(course.done())
-            waited = 0 if look() else waited + 1
+            waited = 0 if look() or course.done() < 0.5 else waited + 1
     for weight in weights:
         weight.requires_grad_(False)
         weight.grad = None
