@@ -799,7 +799,10 @@ def main() -> None:
     warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
     _leave_out_other_commands()
     with _one_line_errors():
-        sys.exit(app(standalone_mode=False) or 0)
+        code = app(standalone_mode=False) or 0
+        if code == INTERRUPTED:  # which is all that typer makes of the interrupt
+            raise KeyboardInterrupt
+        sys.exit(code)
 
 
 _COMMANDS = list(app.registered_commands)

@@ -354,7 +354,20 @@ def _decide_ranks(checkpoint: Checkpoint, choice: _Choice, name: str | None, mea
         return _design(checkpoint, plan, name).blueprint().total
 
     unit = "" if choice.calibration is None else choice.calibration.unit
-    return decide(choice.recipe, choice.fingerprint, choice.selected, choice.skipped, measured, predict, unit)
+    plan = decide(choice.recipe, choice.fingerprint, choice.selected, choice.skipped, measured, predict, unit)
+    return replace(plan, notes=(*plan.notes, *_little_read(choice)))
+
+
+def _little_read(choice: _Choice) -> tuple[str, ...]:
+    """A note where the calibration cannot have seen every direction of some layer's input."""
+    if choice.calibration is None:
+        return ()
+    moments = choice.calibration.moments
+    widths = [t.shape[0 if moments.layers[t.name]["transposed"] else 1] for t in choice.selected if t.name in moments.layers]
+    tokens, widest = moments.provenance.tokens, max(widths, default=0)
+    if tokens >= widest:
+        return ()
+    return (f"the calibration read {tokens} tokens, fewer than the {widest} inputs of a layer: expect more loss than predicted",)
 
 
 def _design(checkpoint: Checkpoint, plan: Plan, name: str | None) -> CompressDesign:

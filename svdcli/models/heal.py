@@ -55,16 +55,27 @@ class Reading:
 
     @staticmethod
     def of(batches: Sequence[Batch]) -> Reading:
-        """Hold a few batches out, spread over the text; a single one serves for both."""
+        """Hold a few batches out, spread over the text; of a single one, half of its rows. Raises SvdcliError for a single
+        row."""
+        if len(batches) == 1:
+            batches = list(_halves(batches[0]))
         count = min(HELD_OUT, len(batches) // 4 or len(batches) // 2)
         places = {len(batches) * (2 * i + 1) // (2 * count) for i in range(count)}
         read = [batch for place, batch in enumerate(batches) if place not in places]
-        return Reading(read, [batches[place] for place in sorted(places)] or read)
+        return Reading(read, [batches[place] for place in sorted(places)])
 
     def fewer(self, count: int) -> Reading:
         """At most count batches to learn from, spread over the text; the same ones held out."""
         step = max(1.0, len(self.batches) / max(1, count))
         return Reading([self.batches[int(i * step)] for i in range(min(count, len(self.batches)))], self.held)
+
+
+def _halves(batch: Batch) -> tuple[Batch, Batch]:
+    count = len(batch["input_ids"])
+    if count < 2:
+        raise SvdcliError("the text fills one window only, and some has to be held out", "give more text, or a smaller --seq-len")
+    first, second = ({name: rows[part] for name, rows in batch.items()} for part in (slice(count // 2), slice(count // 2, None)))
+    return first, second
 
 
 @dataclass(frozen=True)
@@ -105,7 +116,7 @@ def heal_blocks(
     blocks = blocks_of(student)
     total = sum(bool(_trainable(unit, name, trainable)) for name, unit in ours.units.items() if name in blocks)
     begin, number, taken = time.monotonic(), 0, 0
-    batches = [*reading.batches, *(reading.held if reading.held is not reading.batches else ())]
+    batches = [*reading.batches, *reading.held]
     for mine, dense in zip(ours.turns(batches), theirs.turns(batches), strict=False):
         if mine.name != dense.name:
             raise SvdcliError(f"the models differ: {mine.name} meets {dense.name}", "give the original as --teacher")
@@ -176,7 +187,7 @@ def _where(turn: Turn, count: int) -> tuple[list[int], list[int]]:
     """Places in the turn of batches to learn from (the first `count` of all) and of those held out."""
     places = range(len(turn.batches))
     read = [place for place in places if turn.batches[place].index < count]
-    return read, [place for place in places if place not in read] or read
+    return read, [place for place in places if place not in read]
 
 
 class _Healer:

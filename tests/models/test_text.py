@@ -45,6 +45,13 @@ def stats(llama: Path) -> Path:
     return out
 
 
+def test_a_text_of_few_tokens_is_noted(llama: Path, tmp_path: Path) -> None:
+    few = svdcli.Texts("few", (" ".join(WORDS.split()[:33]),))
+    svdcli.calibrate(llama, few, tmp_path / "few.safetensors", seq_len=32)
+    outcome = svdcli.compress(llama, tmp_path / "out", svdcli.Recipe("keep", 0.5), calibration=tmp_path / "few.safetensors")
+    assert any("read 32 tokens, fewer than the" in note for note in outcome.report.notes)
+
+
 def test_text_in_one_go_equals_calibrate_and_compress(llama: Path, text: Path, tmp_path: Path) -> None:
     done = cli("compress", llama, "--keep", "0.5", "--text", text, *HOW, "-o", tmp_path / "one", "--json")
     assert done.code == 0, done.err
