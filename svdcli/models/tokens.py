@@ -56,7 +56,7 @@ def windows_of(tokenizer: Any, texts: Texts, length: int, count: int | None = No
     A beginning-of-text token that the tokenizer adds starts every window. With `count`, that many windows, evenly spread.
     Raises SvdcliError where the text is too short for one window, UsageError for a count below 1.
     """
-    _some(count)
+    _check_count(count)
     ids, first = _encode(tokenizer, texts.documents)
     length = min(length, len(ids) + len(first))
     step = length - len(first) - (0 if first else 1)
@@ -85,7 +85,7 @@ def _encode(tokenizer: Any, documents: Sequence[str]) -> tuple[list[int], list[i
 
 def sentences_of(texts: Texts, count: int) -> list[str]:
     """Lines of three words or more, at most `count`, evenly spread. Raises UsageError for a count below 1."""
-    _some(count)
+    _check_count(count)
     lines = [line.strip() for document in texts.documents for line in document.splitlines() if len(line.split()) > 2]
     if not lines:
         raise SvdcliError(f"{texts.name} has no lines of three words or more", "give more text")
@@ -94,7 +94,7 @@ def sentences_of(texts: Texts, count: int) -> list[str]:
     return [lines[round(i * (len(lines) - 1) / max(1, count - 1))] for i in range(count)]
 
 
-def _some(count: int | None) -> None:
+def _check_count(count: int | None) -> None:
     if count is not None and count < 1:
         raise UsageError(f"--samples {count} leaves no text to read", "give at least 1")
 

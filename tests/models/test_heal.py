@@ -204,7 +204,7 @@ def test_a_refit_aims_at_what_the_original_answers(pair: tuple[Path, Path], monk
     student = load_stored(pair[1])
     dense, copy = (svdcli.load(path).to(torch.float32) for path in pair)
     batches = [{"input_ids": torch.randint(2, 96, (4, 32), generator=torch.Generator().manual_seed(i))} for i in range(8)]
-    held = Reading(batches[:6], batches[6:])
+    reading = Reading(batches[:6], batches[6:])
     checked: list[str] = []
 
     def of_the_block(model: Any, layer: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -213,11 +213,11 @@ def test_a_refit_aims_at_what_the_original_answers(pair: tuple[Path, Path], monk
         handles = [block.get_submodule(layer).register_forward_hook(lambda m, x, y: seen.append((x[0], y)))]
         handles += [block.register_forward_hook(lambda m, x, y: seen.append(y[0] if isinstance(y, tuple) else y))]
         with torch.no_grad():
-            for batch in held.batches:
+            for batch in reading.batches:
                 model(**batch)
         for handle in handles:
             handle.remove()
-        x, y = (torch.cat([pair[i] for pair in seen[::2]]).flatten(0, 1).double() for i in (0, 1))
+        x, y = (torch.cat([rows[i] for rows in seen[::2]]).flatten(0, 1).double() for i in (0, 1))
         return x, y, torch.cat(list(seen[1::2])).flatten(0, 1).double()
 
     solve = closed_form._solve
@@ -237,7 +237,7 @@ def test_a_refit_aims_at_what_the_original_answers(pair: tuple[Path, Path], monk
 
     monkeypatch.setattr(closed_form, "_solve", watch)
     effort = Effort(seconds=1e9, steps=1)
-    next(heal_blocks(load_stored(pair[0]), student, held, effort, trainable=lambda n: True))
+    next(heal_blocks(load_stored(pair[0]), student, reading, effort, trainable=lambda n: True))
     assert {"self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj"} <= {*checked}
 
 
