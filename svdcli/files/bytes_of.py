@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+
 import torch
 
 TORCH_DTYPES = {
@@ -32,16 +34,12 @@ TORCH_DTYPES = {
 DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
 
-def bytes_of(tensor: torch.Tensor) -> bytearray:
-    """The bytes of a tensor, row by row, little-endian as torch holds them."""
-    data = bytearray(tensor.numel() * tensor.element_size())
-    if data:
-        torch.frombuffer(data, dtype=tensor.dtype).copy_(tensor.detach().reshape(-1))
-    return data
-
-
-def tensor_from(data: bytearray, dtype: str, shape: tuple[int, ...]) -> torch.Tensor:
-    """A tensor over `data`, which it shares."""
-    if not data:
-        return torch.empty(shape, dtype=TORCH_DTYPES[dtype])
-    return torch.frombuffer(data, dtype=TORCH_DTYPES[dtype]).reshape(shape)
+def bytes_of(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a tensor, row by row, little-endian as torch holds them; its own memory where it is contiguous on the CPU."""
+    flat = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
+    size = flat.numel() * flat.element_size()
+    if not size:
+        return memoryview(bytearray())
+    memory = (ctypes.c_ubyte * size).from_address(flat.data_ptr())
+    memory.owner = flat  # type: ignore[attr-defined]  # lives as long as the view
+    return memoryview(memory).cast("B")

@@ -105,9 +105,9 @@ class Checkpoint:
         """The bytes of one tensor, at most CHUNK at a time."""
         ref = self.tensors[name]
         if ref.file in self.pickled:
-            data = memoryview(self.pickled[ref.file].read_bytes(name))
-            for at in range(0, len(data), CHUNK):
-                yield data[at : at + CHUNK]
+            whole = self.pickled[ref.file].read_bytes(name)
+            for at in range(0, len(whole), CHUNK):
+                yield whole[at : at + CHUNK]
             return
         buffer = memoryview(bytearray(min(CHUNK, ref.info.nbytes)))
         with self.file_path(ref.file).open("rb", buffering=0) as stream:
@@ -119,23 +119,20 @@ class Checkpoint:
                 left -= len(part)
                 yield part
 
-    def read_bytes(self, name: str) -> bytearray:
-        """All bytes of one tensor."""
-        ref = self.tensors[name]
-        if ref.file in self.pickled:
-            return self.pickled[ref.file].read_bytes(name)
-        data = bytearray(ref.info.nbytes)
-        with self.file_path(ref.file).open("rb", buffering=0) as stream:
-            stream.seek(ref.offset)
-            _read_exactly(stream, memoryview(data), ref)
-        return data
-
     def read_tensor(self, name: str) -> torch.Tensor:
         """One tensor, in its own dtype and shape, in memory of its own."""
-        from svdcli.files.bytes_of import tensor_from
+        import torch
 
-        info = self.tensors[name].info
-        return tensor_from(self.read_bytes(name), info.dtype, info.shape)
+        from svdcli.files.bytes_of import TORCH_DTYPES, bytes_of
+
+        ref = self.tensors[name]
+        if ref.file in self.pickled:
+            return self.pickled[ref.file].read_tensor(name)
+        tensor = torch.empty(ref.info.shape, dtype=TORCH_DTYPES[ref.info.dtype], device="cpu")
+        with self.file_path(ref.file).open("rb", buffering=0) as stream:
+            stream.seek(ref.offset)
+            _read_exactly(stream, bytes_of(tensor), ref)
+        return tensor
 
     def fingerprint(self) -> str:
         """SHA-256 over names, dtypes, shapes and the first and last 4 KiB of every tensor, in order of name.
@@ -160,9 +157,9 @@ class Checkpoint:
             size = min(_SAMPLE, ref.info.nbytes)
             for at in (ref.offset, ref.offset + ref.info.nbytes - size):
                 stream.seek(at)
-                data = bytearray(size)
-                _read_exactly(stream, memoryview(data), ref)
-                yield bytes(data)
+                sample = bytearray(size)
+                _read_exactly(stream, memoryview(sample), ref)
+                yield bytes(sample)
 
     def state(self) -> str:
         """Changes whenever a weight file was written to: sizes and modification times, or what standard input held."""

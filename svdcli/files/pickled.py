@@ -55,8 +55,11 @@ class PickledFile:
     def infos(self) -> list[TensorInfo]:
         return [TensorInfo(name, DTYPE_NAMES[t.dtype], tuple(t.shape)) for name, t in self._tensors.items()]
 
-    def read_bytes(self, name: str) -> bytearray:
+    def read_bytes(self, name: str) -> memoryview:
         return bytes_of(self._tensors[name])
+
+    def read_tensor(self, name: str) -> torch.Tensor:
+        return self._tensors[name].detach().resolve_conj().clone(memory_format=torch.contiguous_format)
 
 
 def _load(path: Path) -> object:

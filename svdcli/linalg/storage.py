@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -79,11 +80,20 @@ def dense_rows(stored: tuple[Tensor, ...], layout: str, compute: torch.dtype, at
 def residual_energy(w: Tensor, stored: tuple[Tensor, ...], layout: str) -> float:
     """||W - W_stored||_F^2 of what is stored, rounding included; products in w's dtype, sums as in `squared_norm`."""
     if layout == "factored":
-        up, down = stored[0], stored[1].to(w.dtype)
-        return math.fsum(squared_norm(torch.addmm(w[at], up[at].to(w.dtype), down, alpha=-1)) for at in _slices(w))
+        return math.fsum(_minus_product(w, stored[0], stored[1].to(w.dtype)))
     if layout == "pivoted":
         stored = (stored[0].to(w.dtype), *stored[1:])
     return math.fsum(squared_norm(w[at] - dense_rows(stored, layout, w.dtype, at)) for at in _slices(w))
+
+
+def _minus_product(w: Tensor, up: Tensor, down: Tensor) -> Iterator[float]:
+    """||w - up @ down||_F^2 of one slice of rows after the other, all in the same memory."""
+    slices = _slices(w)
+    buffer = torch.empty_like(w[slices[0]])
+    for at in slices:
+        rest = buffer[: w[at].shape[0]]
+        torch.addmm(w[at], up[at].to(w.dtype), down, alpha=-1, out=rest)
+        yield squared_norm(rest)
 
 
 def _slices(w: Tensor) -> list[slice]:

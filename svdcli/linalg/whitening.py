@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from svdcli.linalg.solvers import Factors, gram_matrix
+from svdcli.linalg.solvers import Factors, eigh_lower, eigvalsh_lower, gram_matrix
 
 # Below this damping a Cholesky factor of H may meet a zero pivot, and eigenvectors, far dearer, have to do.
 CHOLESKY_DAMPING = 1e-6
@@ -55,7 +55,7 @@ def weighted(w: Tensor, rank: int, metric: Metric) -> Factors:
     basis, short = None, apply(w.to(torch.float64))
     if w.shape[0] > w.shape[1]:
         basis, short = torch.linalg.qr(short)
-    values, vectors = torch.linalg.eigh(_short_side(short, inputs))
+    values, vectors = eigh_lower(_short_side(short, inputs))
     values, left = values.flip(0).clamp(min=0), vectors[:, -rank:].flip(1)
     del vectors
     up, down = undo(left if basis is None else basis @ left), left.T @ short
@@ -72,8 +72,7 @@ def weighted_energies(w: Tensor, metric: Metric) -> Tensor:
     short = _root(outputs, metric.damping)[0](w.to(torch.float64))
     if w.shape[0] > w.shape[1]:
         short = torch.linalg.qr(short, mode="r").R
-    values: Tensor = torch.linalg.eigvalsh(_short_side(short, inputs))
-    return values.flip(0).clamp(min=0)
+    return eigvalsh_lower(_short_side(short, inputs)).flip(0).clamp(min=0)
 
 
 def weighted_error(w: Tensor, approx: Tensor, metric: Metric) -> float:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from svdcli.linalg.solvers import SOLVERS, gram_matrix, squared_norm, squared_singular_values
+from svdcli.linalg.solvers import SOLVERS, eigh_lower, eigvalsh_lower, gram_matrix, squared_norm, squared_singular_values
 
 SHAPES = [(60, 40), (40, 60), (50, 50), (300, 20), (20, 300), (33, 1)]
 EXACT = ["svd", "gram"]
@@ -84,7 +84,7 @@ def test_an_exactly_low_rank_matrix_is_reproduced(solver: str) -> None:
     torch.testing.assert_close(factors.up @ factors.down, w, rtol=0, atol=1e-9)
 
 
-@pytest.mark.parametrize("rows", [10, 511, 512, 701])
+@pytest.mark.parametrize("rows", [10, 128, 511, 512, 701])
 def test_the_lower_triangle_of_the_gram_matrix(rows: int) -> None:
     w = torch.randn(rows, rows + 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     torch.testing.assert_close(gram_matrix(w).tril(), (w @ w.T).tril())
@@ -96,6 +96,43 @@ def test_squared_singular_values(shape: tuple[int, int]) -> None:
     torch.testing.assert_close(squared_singular_values(w), torch.linalg.svdvals(w).square(), rtol=1e-9, atol=1e-12)
 
 
-def test_squared_norm_is_summed_in_float64() -> None:
+@pytest.mark.parametrize(
+    ("rows", "dtype"), [(100, torch.float32), (1024, torch.float32), (512, torch.float64), (513, torch.float64)]
+)
+@pytest.mark.parametrize("scale", [1.0, 1e-12])
+def test_eigenvalues_and_vectors_of_a_lower_triangle(rows: int, dtype: torch.dtype, scale: float) -> None:
+    """Rows of 4096 bytes are padded inside; nothing of that is seen."""
+    w = decaying(rows, rows + 40, 0.3).to(dtype) * scale
+    a = w @ w.T
+    values, vectors = eigh_lower(a.tril() + torch.full_like(a, torch.nan).triu(1))
+    oracle = torch.linalg.eigvalsh(a.double())
+    eps = torch.finfo(dtype).eps
+    largest = float(oracle[-1])
+    torch.testing.assert_close(values.double(), oracle, rtol=0, atol=30 * eps * largest)
+    torch.testing.assert_close(eigvalsh_lower(a.tril()).double(), oracle, rtol=0, atol=30 * eps * largest)
+    identity = torch.eye(rows, dtype=torch.float64)
+    torch.testing.assert_close(vectors.double().T @ vectors.double(), identity, rtol=0, atol=50 * eps)
+    torch.testing.assert_close(a.double() @ vectors.double(), vectors.double() * oracle, rtol=0, atol=100 * eps * largest)
+
+
+def test_eigenvalues_of_zero() -> None:
+    values, _ = eigh_lower(torch.zeros(1024, 1024))
+    assert values.shape == (1024,)
+    assert not values.any()
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-30, 1e30])
+def test_squared_norm(scale: float) -> None:
+    """Also where the squares do not fit into float32."""
+    w = torch.randn(300, 1000, generator=torch.Generator().manual_seed(0)) * scale
+    assert squared_norm(w) == pytest.approx(float(w.double().square().sum()), rel=1e-7)
+    assert squared_norm(w.double()) == pytest.approx(float(w.double().square().sum()), rel=1e-12)
+
+
+def test_squared_norm_where_every_row_rounds_alike() -> None:
     w = torch.full((3000, 1000), 0.1)
-    assert squared_norm(w) == pytest.approx(3e6 * float(torch.tensor(0.1)) ** 2, rel=1e-12)
+    assert squared_norm(w) == pytest.approx(3e6 * float(torch.tensor(0.1)) ** 2, rel=1e-6)
+
+
+def test_squared_norm_of_zero() -> None:
+    assert squared_norm(torch.zeros(3, 4)) == 0
