@@ -22,6 +22,7 @@ from svdcli.files.moments import LayerMoments, Moments, metric_of
 from svdcli.files.record import Result
 from svdcli.files.workspace import Workspace
 from svdcli.files.writer import Unit, WeightWriter, checksum_at, chunks_at
+from svdcli.linalg.scratch import keep_scratch, keeping_scratch, scratch
 from svdcli.linalg.solvers import SOLVERS, Factors, squared_norm, squared_singular_values, transposed
 from svdcli.linalg.storage import dense_rows, residual_energy, to_stored
 from svdcli.linalg.whitening import refit_bias, weighted, weighted_energies, weighted_error
@@ -86,10 +87,11 @@ def spread(work: Callable[[Item], Answer], items: Iterable[Item], device: torch.
     _give_memory_back()
     threads = torch.get_num_threads()
     if device.type != "cpu" or threads < 2:
-        yield from map(work, items)
+        with keeping_scratch():
+            yield from map(work, items)
         return
     queue, running = iter(items), set[Future[Answer]]()
-    pool = ThreadPoolExecutor(_WORKERS, initializer=torch.set_num_threads, initargs=(threads // _WORKERS,))
+    pool = ThreadPoolExecutor(_WORKERS, initializer=_start_worker, initargs=(threads // _WORKERS,))
     try:
         running = {pool.submit(work, item) for item in itertools.islice(queue, _WORKERS)}
         while running:
@@ -99,6 +101,11 @@ def spread(work: Callable[[Item], Answer], items: Iterable[Item], device: torch.
                 yield future.result()
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _start_worker(threads: int) -> None:
+    torch.set_num_threads(threads)
+    keep_scratch()
 
 
 @dataclass(frozen=True)
@@ -257,7 +264,7 @@ def solve_layer(
         raise ValueError(f"{layer.tensor.name} is dense")
     fell_back: list[str] = []
     for solver, dtype in _attempts(layer, device):
-        work = w.to(device, dtype)
+        work = _in_dtype(w, device, dtype)
         label = solver if dtype == _attempts(layer, device)[0][1] else f"{solver} {str(dtype).removeprefix('torch.')}"
         try:
             factors = _factor(work, layer, solver, seed, moments)
@@ -277,6 +284,12 @@ def solve_layer(
         relative = math.sqrt(max(0.0, error) / total) if total > 0 else 0.0
         return stored, Result(relative, label, tuple(fell_back))
     raise LayerFailedError(", ".join(fell_back))
+
+
+def _in_dtype(w: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    if device.type != "cpu" or w.dtype == dtype:
+        return w.to(device, dtype)
+    return scratch("weight", tuple(w.shape), w.new_empty(0, dtype=dtype)).copy_(w)
 
 
 def _factor(work: Tensor, layer: LayerPlan, solver: str, seed: int, moments: LayerMoments | None) -> Factors:

@@ -9,11 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
-_PADDING = 8
+from svdcli.linalg.scratch import scratch
+
+_EXTRA = 8
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,7 @@ def gram(w: Tensor, rank: int, seed: int = 0) -> Factors:
     """
     if w.shape[0] > w.shape[1]:
         return transposed(gram(w.T, rank, seed))
-    values, vectors = eigh_lower(gram_matrix(w))
+    values, vectors = eigh_lower(partial(fill_gram, w), w.shape[0], w)
     basis = vectors[:, -rank:].flip(1)
     del vectors
     cut = values[: values.shape[0] - rank].clamp(min=0).sum(dtype=torch.float64).item()
@@ -86,60 +89,63 @@ SOLVERS: dict[str, Callable[[Tensor, int, int], Factors]] = {"svd": svd, "gram":
 
 
 def gram_matrix(w: Tensor) -> Tensor:
-    """W W^T (m, m) for w (m, n) with m <= n, lower triangle only: what `eigh_lower` reads. The upper blocks stay zero."""
+    """W W^T (m, m) for w (m, n) with m <= n, lower triangle only. The upper blocks stay zero."""
     out = torch.zeros(w.shape[0], w.shape[0], dtype=w.dtype, device=w.device)
-    _fill_lower(w, out)
+    fill_gram(w, out)
     return out
 
 
-def _fill_lower(w: Tensor, out: Tensor) -> None:
-    """The lower triangle of out = W W^T, by halves; blocks of the diagonal whole."""
+def fill_gram(w: Tensor, out: Tensor) -> None:
+    """The lower triangle of out = W W^T, by halves; blocks of the diagonal whole, those above it untouched."""
     half = w.shape[0] // 2
     if w.shape[0] <= 128:
         torch.mm(w, w.T, out=out)
         return
     torch.mm(w[half:], w[:half].T, out=out[half:, :half])
-    _fill_lower(w[:half], out[:half, :half])
-    _fill_lower(w[half:], out[half:, half:])
+    fill_gram(w[:half], out[:half, :half])
+    fill_gram(w[half:], out[half:, half:])
 
 
-def eigh_lower(a: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues (m,), ascending, and eigenvectors (m, m) of a positive semidefinite matrix, of which the lower triangle counts.
+def eigh_lower(fill: Callable[[Tensor], object], m: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues (m,), ascending, and eigenvectors (m, m) of a positive semidefinite matrix in `like`'s dtype.
 
-    Raises torch.linalg.LinAlgError where LAPACK does not converge.
+    `fill` writes it, at least its lower triangle, into the tensor it is given. The eigenvectors are `scratch`: void after
+    the next call in this thread. Raises torch.linalg.LinAlgError where LAPACK does not converge.
     """
-    padding, padded = _padded(a)
+    room = _filled(fill, m, like)
+    extra = room.shape[0] - m
+    out = like.new_empty(m + extra), scratch("eigenvectors", (m + extra, m + extra), like).mT
     # the upper triangle of the transpose is in LAPACK's order of columns already, and quicker to reduce
-    values, vectors = torch.linalg.eigh(padded.mT, UPLO="U")
-    return values[padding:], vectors[: a.shape[0], padding:]
+    values, vectors = torch.linalg.eigh(room.mT, UPLO="U", out=out)
+    return values[extra:], vectors[:m, extra:]
 
 
-def eigvalsh_lower(a: Tensor) -> Tensor:
+def eigvalsh_lower(fill: Callable[[Tensor], object], m: int, like: Tensor) -> Tensor:
     """The eigenvalues alone of `eigh_lower`."""
-    padding, padded = _padded(a)
-    values: Tensor = torch.linalg.eigvalsh(padded.mT, UPLO="U")
-    return values[padding:]
+    room = _filled(fill, m, like)
+    values: Tensor = torch.linalg.eigvalsh(room.mT, UPLO="U")
+    return values[room.shape[0] - m :]
 
 
-def _padded(a: Tensor) -> tuple[int, Tensor]:
-    """The matrix, with rows whose length in bytes is no multiple of 4096, and how many rows and columns that added.
+def _filled(fill: Callable[[Tensor], object], m: int, like: Tensor) -> Tensor:
+    """The matrix, in rows whose length in bytes is no multiple of 4096: a few rows and columns are added where it would be.
 
     Neighbours at such a distance displace each other in a cache: LAPACK took 5 to 15 % longer for 1024 and 2048 than with
     8 rows more. What is added is an eigenspace of its own, below every eigenvalue of the matrix.
     """
-    m = a.shape[0]
-    if a.device.type != "cpu" or m == 0 or m * a.element_size() % 4096:
-        return 0, a
-    out = a.new_zeros(m + _PADDING, m + _PADDING)
-    out[:m, :m] = a
-    out.diagonal()[m:] = -a.diagonal().amax()
-    return _PADDING, out
+    extra = _EXTRA if like.device.type == "cpu" and m and m * like.element_size() % 4096 == 0 else 0
+    room = scratch("symmetric", (m + extra, m + extra), like)
+    fill(room[:m, :m])
+    if extra:
+        room[m:] = 0
+        room.diagonal()[m:] = -room.diagonal()[:m].amax()
+    return room
 
 
 def squared_singular_values(w: Tensor) -> Tensor:
     """All min(m, n) squared singular values of w (m, n), descending, in w's dtype."""
     short = w if w.shape[0] <= w.shape[1] else w.T
-    return eigvalsh_lower(gram_matrix(short)).flip(0).clamp(min=0)
+    return eigvalsh_lower(partial(fill_gram, short), short.shape[0], short).flip(0).clamp(min=0)
 
 
 def squared_norm(w: Tensor) -> float:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from svdcli.linalg.scratch import scratch
 from svdcli.linalg.solvers import Factors, squared_norm
 
 
@@ -80,7 +81,8 @@ def dense_rows(stored: tuple[Tensor, ...], layout: str, compute: torch.dtype, at
 def residual_energy(w: Tensor, stored: tuple[Tensor, ...], layout: str) -> float:
     """||W - W_stored||_F^2 of what is stored, rounding included; products in w's dtype, sums as in `squared_norm`."""
     if layout == "factored":
-        return math.fsum(_minus_product(w, stored[0], stored[1].to(w.dtype)))
+        down = scratch("down", tuple(stored[1].shape), w).copy_(stored[1])
+        return math.fsum(_minus_product(w, stored[0], down))
     if layout == "pivoted":
         stored = (stored[0].to(w.dtype), *stored[1:])
     return math.fsum(squared_norm(w[at] - dense_rows(stored, layout, w.dtype, at)) for at in _slices(w))
@@ -89,7 +91,7 @@ def residual_energy(w: Tensor, stored: tuple[Tensor, ...], layout: str) -> float
 def _minus_product(w: Tensor, up: Tensor, down: Tensor) -> Iterator[float]:
     """||w - up @ down||_F^2 of one slice of rows after the other, all in the same memory."""
     slices = _slices(w)
-    buffer = torch.empty_like(w[slices[0]])
+    buffer = scratch("residual", tuple(w[slices[0]].shape), w)
     for at in slices:
         rest = buffer[: w[at].shape[0]]
         torch.addmm(w[at], up[at].to(w.dtype), down, alpha=-1, out=rest)

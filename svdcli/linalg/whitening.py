@@ -15,11 +15,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from svdcli.linalg.solvers import Factors, eigh_lower, eigvalsh_lower, gram_matrix
+from svdcli.linalg.solvers import Factors, eigh_lower, eigvalsh_lower, fill_gram
 
 # Below this damping a Cholesky factor of H may meet a zero pivot, and eigenvectors, far dearer, have to do.
 CHOLESKY_DAMPING = 1e-6
@@ -55,7 +56,7 @@ def weighted(w: Tensor, rank: int, metric: Metric) -> Factors:
     basis, short = None, apply(w.to(torch.float64))
     if w.shape[0] > w.shape[1]:
         basis, short = torch.linalg.qr(short)
-    values, vectors = eigh_lower(_short_side(short, inputs))
+    values, vectors = eigh_lower(_short_side(short, inputs), short.shape[0], short)
     values, left = values.flip(0).clamp(min=0), vectors[:, -rank:].flip(1)
     del vectors
     up, down = undo(left if basis is None else basis @ left), left.T @ short
@@ -72,7 +73,7 @@ def weighted_energies(w: Tensor, metric: Metric) -> Tensor:
     short = _root(outputs, metric.damping)[0](w.to(torch.float64))
     if w.shape[0] > w.shape[1]:
         short = torch.linalg.qr(short, mode="r").R
-    return eigvalsh_lower(_short_side(short, inputs)).flip(0).clamp(min=0)
+    return eigvalsh_lower(_short_side(short, inputs), short.shape[0], short).flip(0).clamp(min=0)
 
 
 def weighted_error(w: Tensor, approx: Tensor, metric: Metric) -> float:
@@ -134,9 +135,9 @@ def _root(h: Tensor | None, damping: float) -> tuple[Callable[[Tensor], Tensor],
     return (lambda x: root[:, None] * (vectors.T @ x)), (lambda x: vectors @ (inverse[:, None] * x))
 
 
-def _short_side(a: Tensor, g: Tensor | None) -> Tensor:
-    """a G a^T, of which the lower triangle counts."""
-    return gram_matrix(a) if g is None else a @ g @ a.T
+def _short_side(a: Tensor, g: Tensor | None) -> Callable[[Tensor], object]:
+    """Writes a G a^T, or its lower triangle, into a tensor."""
+    return partial(fill_gram, a) if g is None else lambda out: torch.mm(a @ g, a.T, out=out)
 
 
 def _balanced(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:

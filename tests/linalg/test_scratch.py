@@ -1,0 +1,48 @@
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+
+from svdcli.linalg.scratch import keep_scratch, keeping_scratch, scratch
+from svdcli.linalg.solvers import gram
+from svdcli.linalg.storage import residual_energy
+
+LIKE = torch.empty(0)
+
+
+def test_a_thread_that_keeps_scratch_takes_the_same_memory_again() -> None:
+    with keeping_scratch():
+        first = scratch("a", (30, 20), LIKE)
+        second = scratch("a", (10, 7), LIKE.double())
+        other = scratch("b", (30, 20), LIKE)
+        assert (second.dtype, second.shape) == (torch.float64, (10, 7))
+        assert second.data_ptr() == first.data_ptr() != other.data_ptr()
+        larger = scratch("a", (31, 20), LIKE)
+        assert larger.shape == (31, 20)
+        assert larger.data_ptr() == scratch("a", (1,), LIKE).data_ptr()
+
+
+def test_any_other_thread_gets_memory_of_its_own() -> None:
+    one, other = scratch("a", (30, 20), LIKE), scratch("a", (30, 20), LIKE)
+    assert one.data_ptr() != other.data_ptr()
+    with keeping_scratch():
+        kept = scratch("a", (30, 20), LIKE)
+        with ThreadPoolExecutor(1, initializer=keep_scratch) as pool:
+            assert pool.submit(scratch, "a", (30, 20), LIKE).result().data_ptr() not in (
+                kept.data_ptr(),
+                one.data_ptr(),
+                other.data_ptr(),
+            )
+    assert scratch("a", (30, 20), LIKE).data_ptr() != kept.data_ptr()
+
+
+def test_what_was_solved_outlives_the_scratch_it_was_solved_in() -> None:
+    generator = torch.Generator().manual_seed(0)
+    weights = [torch.randn(*shape, generator=generator) for shape in ((90, 128), (300, 64), (1024, 1030))]
+    alone = [gram(w, 20) for w in weights]
+    with keeping_scratch():
+        together = [gram(w, 20) for w in weights]
+        energies = [residual_energy(w, (f.up, f.down), "factored") for w, f in zip(weights, together, strict=True)]
+    for w, one, other, energy in zip(weights, alone, together, energies, strict=True):
+        assert torch.equal(one.up, other.up)
+        assert torch.equal(one.down, other.down)
+        assert energy == residual_energy(w, (one.up, one.down), "factored")
