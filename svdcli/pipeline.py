@@ -446,6 +446,9 @@ def write(
 
 def finish(design: Design, results: Mapping[str, Result], workspace: Workspace, progress: Progress) -> None:
     """Headers, the files beside the weights, the record; read everything back with the reference reader; publish."""
+    import torch
+
+    from svdcli.engine import spread
     from svdcli.files.writer import WeightWriter, write_file
 
     blueprint = design.blueprint()
@@ -460,10 +463,11 @@ def finish(design: Design, results: Mapping[str, Result], workspace: Workspace, 
             write_file(workspace.data / name, iter(lambda: source.read(CHUNK), b""))
     if blueprint.record_bytes and isinstance(design, CompressDesign):
         others = {name: size for name, size in blueprint.sizes().items() if name != RECORD}
-        files = {}
-        for done, (name, size) in enumerate(others.items()):
-            progress("check", name, done, len(others))
-            files[name] = (size, sha256_of(workspace.data / name))
+        digests: dict[str, str] = {}
+        for name, digest in spread(lambda name: (name, sha256_of(workspace.data / name)), others, torch.device("cpu")):
+            digests[name] = digest
+            progress("check", name, sum(others[known] for known in digests) / 1e9, sum(others.values()) / 1e9)
+        files = {name: (size, digests[name]) for name, size in others.items()}
         write_file(workspace.data / RECORD, [design.record(results, files, blueprint.record_bytes)])
     _check_sizes(workspace.data, blueprint.sizes())
     workspace.publish()
