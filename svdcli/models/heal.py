@@ -184,10 +184,16 @@ def _mask(batch: Batch) -> Tensor | None:
 
 
 def _where(turn: Turn, count: int) -> tuple[list[int], list[int]]:
-    """Places in the turn of batches to learn from (the first `count` of all) and of those held out."""
+    """Places in the turn of batches to learn from (the first `count` of all) and of those held out.
+
+    Raises SvdcliError for a block that the model does not run on every text, where one of the two is empty.
+    """
     places = range(len(turn.batches))
     read = [place for place in places if turn.batches[place].index < count]
-    return read, [place for place in places if place not in read]
+    held = [place for place in places if place not in read]
+    if not read or not held:
+        raise SvdcliError(f"{turn.name} saw {len(turn.batches)} of the batches, too few to hold some out", "give more text")
+    return read, held
 
 
 class _Healer:

@@ -13,6 +13,7 @@ import torch
 import zoo
 from helpers import cli, complaint, contents, tree
 from test_evaluate import words_tokenizer
+from torch import Tensor, nn
 
 import svdcli
 from svdcli.errors import SvdcliError
@@ -21,6 +22,7 @@ from svdcli.models import heal as module
 from svdcli.models import refit as closed_form
 from svdcli.models.fisher import ModelLoss, block_moments
 from svdcli.models.heal import WHOLE, Effort, Reading, heal_blocks
+from svdcli.models.modules import LowRankLinear
 
 TEXT = svdcli.Texts("words", (" ".join(f"w{(i * i + 3 * i) % 94 + 2}" for i in range(3000)),))
 HOW: dict[str, Any] = {"effort": Effort(steps=30), "samples": 64, "seq_len": 32}
@@ -148,6 +150,30 @@ def test_little_text_is_parted_and_a_single_window_refused(pair: tuple[Path, Pat
     with pytest.raises(SvdcliError, match="held out"):
         svdcli.heal(pair[1], pair[0], svdcli.Texts("few", ("w3 w4 w5 w6",)), tmp_path / "healed", **HOW)
     assert not (tmp_path / "healed").exists()
+
+
+class Sometimes(nn.Module):
+    """Two blocks, the second only for texts that begin with 0."""
+
+    def __init__(self, layer: Callable[[], nn.Module]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Sequential(layer()), nn.Sequential(layer())])
+        for parameter in self.parameters():
+            nn.init.normal_(parameter, generator=torch.Generator().manual_seed(0))
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        x: Tensor = self.layers[0](nn.functional.one_hot(input_ids, 8).float())
+        return self.layers[1](x) if int(input_ids[0, 0]) == 0 else x
+
+
+def test_a_block_that_no_held_out_text_reaches_is_named() -> None:
+    batches = [{"input_ids": torch.tensor([[first, 1, 2]])} for first in (0, 3, 4, 5)]
+    dense, low_rank = Sometimes(lambda: nn.Linear(8, 8)), Sometimes(lambda: LowRankLinear(8, 8, 3, bias=True))
+    reading = Reading(batches[:2], batches[2:])
+    healed = heal_blocks(dense, low_rank, reading, Effort(steps=1), trainable=lambda name: True)
+    assert next(healed).name == "layers.0"
+    with pytest.raises(SvdcliError, match=r"layers\.1 saw 1 of the batches"):
+        next(healed)
 
 
 @pytest.mark.parametrize("layer", ["mlp.down_proj", "self_attn.o_proj", "mlp.gate_proj"])
