@@ -392,7 +392,9 @@ def run_units(
     results: dict[str, Result] = {}
     failed: dict[str, str] = {}
     _salvage(units, writer, workspace)
-    total, done = math.fsum(_seconds(unit, layers.get(unit.name)) for unit in units), 0.0
+    costs = {unit.name: _seconds(unit, layers.get(unit.name)) for unit in units}
+    largest_first = sorted(units, key=lambda unit: costs[unit.name], reverse=True)  # both workers then end together
+    total, done = math.fsum(costs.values()), 0.0
 
     def do(unit: Unit) -> tuple[Unit, dict[str, Any]]:
         line = workspace.done.get(unit.name)
@@ -405,12 +407,12 @@ def run_units(
             workspace.note(line)
         return unit, line
 
-    for unit, line in spread(do, units, device):
+    for unit, line in spread(do, largest_first, device):
         if "failed" in line:
             failed[unit.name] = line["failed"]
         if "error" in line:
             results[unit.name] = Result(line["error"], line["solver"], tuple(line["fell_back"]))
-        done += _seconds(unit, layers.get(unit.name))
+        done += costs[unit.name]
         progress("write", unit.name, done, total)
     return results, failed
 
