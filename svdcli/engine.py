@@ -287,6 +287,7 @@ def solve_layer(
 
 
 def _in_dtype(w: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """The weight to compute with: itself where nothing changes, `scratch` where it is converted on the CPU."""
     if device.type != "cpu" or w.dtype == dtype:
         return w.to(device, dtype)
     return scratch("weight", tuple(w.shape), w.new_empty(0, dtype=dtype)).copy_(w)

@@ -464,9 +464,11 @@ def finish(design: Design, results: Mapping[str, Result], workspace: Workspace, 
     if blueprint.record_bytes and isinstance(design, CompressDesign):
         others = {name: size for name, size in blueprint.sizes().items() if name != RECORD}
         digests: dict[str, str] = {}
+        hashed = 0
         for name, digest in spread(lambda name: (name, sha256_of(workspace.data / name)), others, torch.device("cpu")):
             digests[name] = digest
-            progress("check", name, sum(others[known] for known in digests) / 1e9, sum(others.values()) / 1e9)
+            hashed += others[name]
+            progress("check", name, hashed / 1e9, sum(others.values()) / 1e9)
         files = {name: (size, digests[name]) for name, size in others.items()}
         write_file(workspace.data / RECORD, [design.record(results, files, blueprint.record_bytes)])
     _check_sizes(workspace.data, blueprint.sizes())

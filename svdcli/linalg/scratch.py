@@ -1,4 +1,4 @@
-"""Memory that is used again: fresh pages are cleared by the kernel first, which took a tenth of the time of `compress`."""
+"""Memory that is used again: fresh pages are cleared by the kernel first, which took a twentieth of the time of `compress`."""
 
 from __future__ import annotations
 

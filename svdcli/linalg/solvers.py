@@ -88,15 +88,8 @@ def randomized(w: Tensor, rank: int, seed: int = 0, *, iterations: int = 2, over
 SOLVERS: dict[str, Callable[[Tensor, int, int], Factors]] = {"svd": svd, "gram": gram, "randomized": randomized}
 
 
-def gram_matrix(w: Tensor) -> Tensor:
-    """W W^T (m, m) for w (m, n) with m <= n, lower triangle only. The upper blocks stay zero."""
-    out = torch.zeros(w.shape[0], w.shape[0], dtype=w.dtype, device=w.device)
-    fill_gram(w, out)
-    return out
-
-
 def fill_gram(w: Tensor, out: Tensor) -> None:
-    """The lower triangle of out = W W^T, by halves; blocks of the diagonal whole, those above it untouched."""
+    """The lower triangle of out = W W^T (m, m) for w (m, n), by halves; small blocks on the diagonal whole, the rest untouched."""
     half = w.shape[0] // 2
     if w.shape[0] <= 128:
         torch.mm(w, w.T, out=out)
@@ -130,7 +123,7 @@ def eigvalsh_lower(fill: Callable[[Tensor], object], m: int, like: Tensor) -> Te
 def _filled(fill: Callable[[Tensor], object], m: int, like: Tensor) -> Tensor:
     """The matrix, in rows whose length in bytes is no multiple of 4096: a few rows and columns are added where it would be.
 
-    Neighbours at such a distance displace each other in a cache: LAPACK took 5 to 15 % longer for 1024 and 2048 than with
+    Neighbours at such a distance displace each other in a cache: LAPACK took 5 to 8 % longer for 2048, and 13 % for 1024, than with
     8 rows more. What is added is an eigenspace of its own, below every eigenvalue of the matrix.
     """
     extra = _EXTRA if like.device.type == "cpu" and m and m * like.element_size() % 4096 == 0 else 0
@@ -149,7 +142,7 @@ def squared_singular_values(w: Tensor) -> Tensor:
 
 
 def squared_norm(w: Tensor) -> float:
-    """||w||_F^2, each row summed in w's dtype and the rows in float64: in float32 to within 1e-7 of itself, most often 1e-9."""
+    """||w||_F^2, each row summed in w's dtype and the rows in float64: in float32 to about 1e-8 of itself."""
     step = max(1, 2**20 // w.shape[1])
     return math.fsum(_few_rows(w[start : start + step]) for start in range(0, w.shape[0], step))
 

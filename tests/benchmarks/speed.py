@@ -98,7 +98,7 @@ def measure_speed(bench: Bench) -> None:
     solved = [name for name in ranks if int(name.split(".")[2]) < bench.baseline_layers]
     scale = bench.layers / bench.baseline_layers
 
-    def whole(run: Run) -> float:
+    def whole_job(run: Run) -> float:
         return run.seconds + float(run.json["solving"]) * (scale - 1)
 
     straights = [straight_script(bench, "bfloat16", ranks, solved)]
@@ -106,9 +106,9 @@ def measure_speed(bench: Bench) -> None:
     for _ in range(1, bench.repeats):
         runs.append(bench.compress(bench.layers, again=True))
         straights.append(straight_script(bench, "bfloat16", ranks, solved))
-    ours, straight = min(runs, key=lambda run: run.seconds), min(straights, key=whole)
-    seconds, solving = whole(straight), straight.json["solving"]
-    bench.raw["speed"] = {"svdcli": [run.seconds for run in runs], "straight script": [whole(run) for run in straights]}
+    ours, straight = min(runs, key=lambda run: run.seconds), min(straights, key=whole_job)
+    seconds, solving = whole_job(straight), straight.json["solving"]
+    bench.raw["speed"] = {"svdcli": [run.seconds for run in runs], "straight script": [whole_job(run) for run in straights]}
     of_each = f", of {bench.repeats} runs the quicker" if bench.repeats > 1 else ""
     bench.row(f"svdcli compress --keep {KEEP}, {bench.layers} layers{of_each}", f"{ours.seconds:.1f} s")
     how = f"{solving:.1f} s of solving × {scale:g}" if scale > 1 else "nothing scaled"
