@@ -89,7 +89,7 @@ SOLVERS: dict[str, Callable[[Tensor, int, int], Factors]] = {"svd": svd, "gram":
 
 
 def fill_gram(w: Tensor, out: Tensor) -> None:
-    """The lower triangle of out = W W^T (m, m) for w (m, n), by halves; small blocks on the diagonal whole, the rest untouched."""
+    """The lower triangle of out = W W^T (m, m) for w (m, n), by halves; small blocks on the diagonal are whole."""
     half = w.shape[0] // 2
     if w.shape[0] <= 128:
         torch.mm(w, w.T, out=out)
@@ -123,8 +123,8 @@ def eigvalsh_lower(fill: Callable[[Tensor], object], m: int, like: Tensor) -> Te
 def _filled(fill: Callable[[Tensor], object], m: int, like: Tensor) -> Tensor:
     """The matrix, in rows whose length in bytes is no multiple of 4096: a few rows and columns are added where it would be.
 
-    Neighbours at such a distance displace each other in a cache: LAPACK took 5 to 8 % longer for 2048, and 13 % for 1024, than with
-    8 rows more. What is added is an eigenspace of its own, below every eigenvalue of the matrix.
+    Neighbours at such a distance displace each other in a cache: LAPACK took 5 to 8 % longer for 2048, and 13 % for 1024,
+    than with 8 rows more. What is added is an eigenspace of its own, below every eigenvalue of the matrix.
     """
     extra = _EXTRA if like.device.type == "cpu" and m and m * like.element_size() % 4096 == 0 else 0
     room = scratch("symmetric", (m + extra, m + extra), like)
