@@ -287,10 +287,13 @@ def solve_layer(
 
 
 def _in_dtype(w: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """The weight to compute with: itself where nothing changes, `scratch` where it is converted on the CPU."""
+    """The weight to compute with: itself where nothing changes; `scratch`, its long side in rows, where the CPU converts it."""
     if device.type != "cpu" or w.dtype == dtype:
         return w.to(device, dtype)
-    return scratch("weight", tuple(w.shape), w.new_empty(0, dtype=dtype)).copy_(w)
+    tall = w.shape[0] > w.shape[1]
+    lying = w.T.contiguous() if tall else w  # transposed first: both at once is eight times as slow
+    work = scratch("weight", tuple(lying.shape), w.new_empty(0, dtype=dtype)).copy_(lying)
+    return work.T if tall else work
 
 
 def _factor(work: Tensor, layer: LayerPlan, solver: str, seed: int, moments: LayerMoments | None) -> Factors:

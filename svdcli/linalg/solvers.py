@@ -14,6 +14,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from svdcli.linalg.products import fill_gram, product
 from svdcli.linalg.scratch import scratch
 
 _EXTRA = 8
@@ -43,7 +44,7 @@ def svd(w: Tensor, rank: int, seed: int = 0) -> Factors:
     if 2 * w.shape[0] >= 3 * w.shape[1]:
         q, square = torch.linalg.qr(w)
     u, s, vh = torch.linalg.svd(square, full_matrices=False)
-    left = u[:, :rank] if q is None else q @ u[:, :rank]
+    left = u[:, :rank] if q is None else product(q, u[:, :rank])
     return _balanced(left, s[:rank], vh[:rank], _energy(s[rank:]))
 
 
@@ -60,7 +61,7 @@ def gram(w: Tensor, rank: int, seed: int = 0) -> Factors:
     basis = vectors[:, -rank:].flip(1)
     del vectors
     cut = values[: values.shape[0] - rank].clamp(min=0).sum(dtype=torch.float64).item()
-    down = basis.T @ w
+    down = product(basis.T, w)
     sigma = torch.linalg.vector_norm(down, dim=1)
     root = sigma.sqrt()
     down.div_(root.clamp(min=torch.finfo(w.dtype).tiny)[:, None])
@@ -77,26 +78,15 @@ def randomized(w: Tensor, rank: int, seed: int = 0, *, iterations: int = 2, over
     width = min(rank + oversampling, w.shape[1])
     generator = torch.Generator().manual_seed(seed)
     probe = torch.randn(w.shape[1], width, generator=generator, dtype=torch.float32).to(w)
-    basis = torch.linalg.qr(w @ probe).Q
+    basis = torch.linalg.qr(product(w, probe)).Q
     for _ in range(iterations):
-        basis = torch.linalg.qr(w @ torch.linalg.qr(w.T @ basis).Q).Q
-    u, s, vh = torch.linalg.svd(basis.T @ w, full_matrices=False)
+        basis = torch.linalg.qr(product(w, torch.linalg.qr(product(w.T, basis)).Q)).Q
+    u, s, vh = torch.linalg.svd(product(basis.T, w), full_matrices=False)
     tail = max(0.0, _energy(w) - _energy(s[:rank]))
     return _balanced(basis @ u[:, :rank], s[:rank], vh[:rank], tail)
 
 
 SOLVERS: dict[str, Callable[[Tensor, int, int], Factors]] = {"svd": svd, "gram": gram, "randomized": randomized}
-
-
-def fill_gram(w: Tensor, out: Tensor) -> None:
-    """The lower triangle of out = W W^T (m, m) for w (m, n), by halves; small blocks on the diagonal are whole."""
-    half = w.shape[0] // 2
-    if w.shape[0] <= 128:
-        torch.mm(w, w.T, out=out)
-        return
-    torch.mm(w[half:], w[:half].T, out=out[half:, :half])
-    fill_gram(w[:half], out[:half, :half])
-    fill_gram(w[half:], out[half:, half:])
 
 
 def eigh_lower(fill: Callable[[Tensor], object], m: int, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -143,6 +133,7 @@ def squared_singular_values(w: Tensor) -> Tensor:
 
 def squared_norm(w: Tensor) -> float:
     """||w||_F^2, each row summed in w's dtype and the rows in float64: in float32 to about 1e-8 of itself."""
+    w = w if w.is_contiguous() else w.T
     step = max(1, 2**20 // w.shape[1])
     return math.fsum(_few_rows(w[start : start + step]) for start in range(0, w.shape[0], step))
 

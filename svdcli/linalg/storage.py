@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from svdcli.linalg.products import minus_product, product
 from svdcli.linalg.scratch import scratch
 from svdcli.linalg.solvers import Factors, squared_norm
 
@@ -60,20 +61,20 @@ def to_stored(factors: Factors, layout: str, dtype: torch.dtype) -> tuple[Tensor
     if layout == "pivoted":
         down, coefficients, rows = pivot(factors)
         return down.to(dtype).contiguous(), coefficients.to(dtype).contiguous(), rows.to(torch.int32)
-    return ((factors.up @ factors.down).to(dtype).contiguous(),)
+    return (product(factors.up, factors.down).to(dtype).contiguous(),)
 
 
 def dense_rows(stored: tuple[Tensor, ...], layout: str, compute: torch.dtype, at: slice) -> Tensor:
     """Rows `at` of the matrix that the stored tensors stand for, computed in `compute`."""
     if layout == "factored":
-        return stored[0][at].to(compute) @ stored[1].to(compute)
+        return product(stored[0][at].to(compute), stored[1].to(compute))
     if layout == "pivoted":
         down, coefficients, rows = stored
         pick = rows[at].long()
         out = down.new_empty((pick.shape[0], down.shape[1]), dtype=compute)
         kept = pick < down.shape[0]
         out[kept] = down[pick[kept]].to(compute)
-        out[~kept] = coefficients[pick[~kept] - down.shape[0]].to(compute) @ down.to(compute)
+        out[~kept] = product(coefficients[pick[~kept] - down.shape[0]].to(compute), down.to(compute))
         return out
     return stored[0][at].to(compute)
 
@@ -81,7 +82,9 @@ def dense_rows(stored: tuple[Tensor, ...], layout: str, compute: torch.dtype, at
 def residual_energy(w: Tensor, stored: tuple[Tensor, ...], layout: str) -> float:
     """||W - W_stored||_F^2 of what is stored, rounding included; products in w's dtype, sums as in `squared_norm`."""
     if layout == "factored":
-        down = scratch("down", tuple(stored[1].shape), w).copy_(stored[1])
+        if w.T.is_contiguous():
+            w, stored = w.T, (stored[1].T, stored[0].T)
+        down = scratch("down", tuple(stored[1].T.shape), w).T.copy_(stored[1])  # oneDNN is quicker with its columns
         return math.fsum(_minus_product(w, stored[0], down))
     if layout == "pivoted":
         stored = (stored[0].to(w.dtype), *stored[1:])
@@ -91,14 +94,13 @@ def residual_energy(w: Tensor, stored: tuple[Tensor, ...], layout: str) -> float
 def _minus_product(w: Tensor, up: Tensor, down: Tensor) -> Iterator[float]:
     """||w - up @ down||_F^2 of one slice of rows after the other, all in the same memory."""
     slices = _slices(w)
-    buffer = scratch("residual", tuple(w[slices[0]].shape), w)
+    buffer = scratch("passing", tuple(w[slices[0]].shape), w)
     for at in slices:
         rest = buffer[: w[at].shape[0]]
-        torch.addmm(w[at], up[at].to(w.dtype), down, alpha=-1, out=rest)
-        yield squared_norm(rest)
+        yield squared_norm(minus_product(w[at], up[at].to(w.dtype), down, rest))
 
 
 def _slices(w: Tensor) -> list[slice]:
     """Rows of w in blocks of at most a few million numbers."""
-    step = max(1, 2**21 // w.shape[1])
+    step = max(1, 2**22 // w.shape[1])
     return [slice(start, start + step) for start in range(0, w.shape[0], step)]

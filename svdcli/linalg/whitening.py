@@ -20,7 +20,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from svdcli.linalg.solvers import Factors, eigh_lower, eigvalsh_lower, fill_gram
+from svdcli.linalg.products import fill_gram
+from svdcli.linalg.solvers import Factors, eigh_lower, eigvalsh_lower
 
 # Below this damping a Cholesky factor of H may meet a zero pivot, and eigenvectors, far dearer, have to do.
 CHOLESKY_DAMPING = 1e-6

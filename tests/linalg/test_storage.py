@@ -50,6 +50,7 @@ def test_the_residual_is_that_of_the_rounded_tensors(layout: str, dtype: torch.d
     rebuilt = dense_rows(stored, layout, torch.float64, slice(None))
     oracle = float((w - rebuilt).square().sum())
     assert residual_energy(w, stored, layout) == pytest.approx(oracle, rel=1e-12)
+    assert residual_energy(w.T.contiguous().T, stored, layout) == pytest.approx(oracle, rel=1e-12)
     if layout != "dense":  # a rounded dense matrix has full rank again
         assert oracle >= best_error(w, 20) * (1 - 1e-12)
 
