@@ -16,15 +16,12 @@ from svdcli.linalg.scratch import scratch
 
 _PROCESSORS = Path("/proc/cpuinfo")
 _SMALL = 64  # below it the change of layout costs what the product gains
-_STRIP, _WHOLE = 256, 128  # rows of a Gram matrix at a time
+_STRIP = 256  # rows of a Gram matrix at a time
 
 
-def product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
-    """a @ b for a (m, k) and b (k, n), written to `out` (m, n) where it is given."""
-    if not _by_onednn(a, b):
-        return torch.mm(a, b, out=out)
-    found = _onednn(a, b)
-    return found if out is None else out.copy_(found)
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b for a (m, k) and b (k, n)."""
+    return _onednn(a, b) if _by_onednn(a, b) else torch.mm(a, b)
 
 
 def minus_product(c: Tensor, a: Tensor, b: Tensor, out: Tensor) -> Tensor:
@@ -34,26 +31,52 @@ def minus_product(c: Tensor, a: Tensor, b: Tensor, out: Tensor) -> Tensor:
     return torch.sub(c, _onednn(a, b), out=out)
 
 
-def fill_gram(w: Tensor, out: Tensor) -> None:
-    """The lower triangle of out = W W^T (m, m) for w (m, n), in the order that suits the library; more may be written."""
-    if not _by_onednn(w, w):
-        _fill_by_halves(w, out)
+def fill_gram(w: Tensor, out: Tensor, *, add: bool = False) -> None:
+    """The lower triangle of W W^T (m, m) for w (m, n), written to `out` or added to it; what lies above it is void."""
+    if w.device.type != "cpu":
+        out.addmm_(w, w.T, beta=int(add))
+    elif not _by_onednn(w, w):
+        _by_halves(w, out, int(add), 128 * torch.get_num_threads())
+    else:
+        _by_strips(w, out, add)
+
+
+def moment(rows: Tensor, full: int) -> Tensor:
+    """rows^T rows (n, n) for rows (k, n), or its diagonal (n,) where n is above `full`."""
+    if rows.shape[1] > full:
+        return rows.square().sum(0)
+    out = rows.new_empty((rows.shape[1], rows.shape[1]))
+    fill_gram(rows.T, out)
+    return mirror(out)
+
+
+def mirror(lower: Tensor) -> Tensor:
+    """The symmetric matrix (m, m) whose lower triangle this is, in the same memory."""
+    for start in range(0, lower.shape[0], _STRIP):
+        stop = start + _STRIP
+        lower[start:stop, stop:] = lower[stop:, start:stop].T
+        corner = lower[start:stop, start:stop]
+        corner.copy_(corner.tril() + corner.tril(-1).T)
+    return lower
+
+
+def _by_halves(w: Tensor, out: Tensor, beta: int, whole: int) -> None:
+    half = w.shape[0] // 2
+    if w.shape[0] <= whole:
+        out.addmm_(w, w.T, beta=beta)
         return
+    out[half:, :half].addmm_(w[half:], w[:half].T, beta=beta)
+    _by_halves(w[:half], out[:half, :half], beta, whole)
+    _by_halves(w[half:], out[half:, half:], beta, whole)
+
+
+def _by_strips(w: Tensor, out: Tensor, add: bool) -> None:
     if not w.is_contiguous():
         w = scratch("passing", tuple(w.shape), w).copy_(w)  # slices of columns take oneDNN longer than the product
     for start in range(0, w.shape[0], _STRIP):
         strip = slice(start, start + _STRIP)
-        product(w[strip], w[: strip.stop].T, out[strip, : strip.stop])
-
-
-def _fill_by_halves(w: Tensor, out: Tensor) -> None:
-    half = w.shape[0] // 2
-    if w.shape[0] <= _WHOLE:
-        torch.mm(w, w.T, out=out)
-        return
-    torch.mm(w[half:], w[:half].T, out=out[half:, :half])
-    _fill_by_halves(w[:half], out[:half, :half])
-    _fill_by_halves(w[half:], out[half:, half:])
+        found, place = product(w[strip], w[: strip.stop].T), out[strip, : strip.stop]
+        place.add_(found) if add else place.copy_(found)
 
 
 def _by_onednn(a: Tensor, b: Tensor) -> bool:

@@ -21,6 +21,7 @@ from svdcli.files.checkpoint import Checkpoint, open_checkpoint
 from svdcli.files.moments import LayerMoments, Provenance, Spool, write_moments
 from svdcli.files.report import JSON_VERSION
 from svdcli.files.texts import Texts
+from svdcli.linalg.products import fill_gram, mirror
 from svdcli.models.evaluate import batches_of
 from svdcli.models.fisher import Batch, ModelLoss
 from svdcli.models.load import load_stored
@@ -204,11 +205,11 @@ def width_of(model: Any) -> int:
 
 def _guess(model: Any, tokens: int, gradients: bool) -> float:
     """Seconds from a count of operations and the speed of one product: forwards 2 a weight and token, with gradients 6 more;
-    the moments take as many again."""
+    2 for every number of a moment's lower triangle."""
     shapes = [module.weight.shape for module in model.modules() if isinstance(module, nn.Linear)]
     weights = sum(shape.numel() for shape in shapes)
     moments = sum(shape[1] ** 2 + (shape[0] ** 2 if gradients and shape[0] <= FULL_OUTPUTS else 0) for shape in shapes)
-    return tokens * (weights * (8 if gradients else 2) + 2 * moments) / (_SPEED_IN_PRACTICE * _operations_a_second())
+    return tokens * (weights * (8 if gradients else 2) + moments) / (_SPEED_IN_PRACTICE * _operations_a_second())
 
 
 def _operations_a_second() -> float:
@@ -263,7 +264,7 @@ class _Gather:
         self.phase, self.seen = phase, []
         if phase.endswith("done"):
             for key, value in self.sums.items():
-                self.spool.add(key, value)
+                self.spool.add(key, mirror(value) if value.ndim == 2 else value)
             self.sums = {}
             self._tell(unit)
         else:
@@ -296,7 +297,7 @@ class _Gather:
         for key, shape in ((f"input.{name}", (width, width)), (f"mean.{name}", (width,))):
             if key not in self.sums:
                 self.sums[key] = torch.zeros(shape, dtype=torch.float32, device=rows.device)
-        self.sums[f"input.{name}"].addmm_(rows.T, rows)
+        fill_gram(rows.T, self.sums[f"input.{name}"], add=True)
         self.sums[f"mean.{name}"] += rows.sum(0)
 
     def _output_hook(self, name: str) -> Callable[[nn.Module, Any, Tensor], None]:
@@ -312,7 +313,7 @@ class _Gather:
         if key not in self.sums:
             self.sums[key] = torch.zeros((width, width) if full else (width,), dtype=torch.float32, device=rows.device)
         if full:
-            self.sums[key].addmm_(rows.T, rows)
+            fill_gram(rows.T, self.sums[key], add=True)
         else:
             self.sums[key] += rows.square().sum(0)
 

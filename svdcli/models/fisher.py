@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from svdcli.errors import SvdcliError
+from svdcli.linalg.products import moment
 from svdcli.models.stream import Stream
 
 Batch = dict[str, Tensor]
@@ -107,7 +108,8 @@ def block_moments(
     def add(unit: str, batch: int, gradient: Tensor) -> None:
         if unit in blocks:
             rows = gradient.reshape(-1, gradient.shape[-1]).float()
-            sums[unit] = sums[unit].addmm_(rows.T, rows) if unit in sums else rows.T @ rows
+            more = moment(rows, rows.shape[1])
+            sums[unit] = sums[unit].add_(more) if unit in sums else more
 
     stream = Stream(model, device, torch.float32, lambda *_: None)
     stream.gradients = add

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from svdcli.linalg.products import moment
 from svdcli.linalg.solvers import Factors, transposed
 from svdcli.linalg.storage import to_stored
 from svdcli.linalg.whitening import Metric, weighted
@@ -160,8 +161,7 @@ def _add_output_moments(block: Block, places: Sequence[int], sites: Sequence[Sit
         found = torch.autograd.grad(out, [caught[site.name] for site in sites], seed, allow_unused=True)
         for site, gradient in zip(sites, found, strict=True):
             if gradient is not None:
-                rows = block.rows(gradient, place)
-                more = rows.T @ rows if rows.shape[1] <= FULL_OUTPUTS else rows.square().sum(0)
+                more = moment(block.rows(gradient, place), FULL_OUTPUTS)
                 site.outputs = more if site.outputs is None else site.outputs + more
         caught.clear()
 
@@ -201,7 +201,7 @@ def _gather(block: Block, places: Sequence[int], group: Sequence[Site]) -> dict[
             if aside:
                 block.dense.answer(place)
             x = block.rows(caught["x"], place)
-            inputs = (x.T @ x).to(torch.float64)
+            inputs = moment(x, x.shape[1]).to(torch.float64)
             for site in group:
                 y = caught[f"y {site.name}"]
                 y = block.rows(y + (block.targets[place] - out) if site.closing else y, place)

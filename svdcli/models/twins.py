@@ -13,6 +13,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from svdcli.linalg.products import moment
 from svdcli.linalg.solvers import Factors, transposed
 from svdcli.linalg.storage import balanced
 from svdcli.models.fisher import Batch, ModelLoss
@@ -131,8 +132,7 @@ def moments_of(
     caught: dict[str, list[Tensor]] = {}
 
     def add(sums: dict[str, Tensor], name: str, values: Tensor) -> None:
-        rows = values.detach().reshape(-1, values.shape[-1])
-        more = rows.T @ rows if rows.shape[1] <= FULL else rows.square().sum(0)
+        more = moment(values.detach().reshape(-1, values.shape[-1]), FULL)
         sums[name] = sums[name] + more if name in sums else more
 
     def hook(name: str) -> Callable[..., Tensor]:
