@@ -33,12 +33,11 @@ def minus_product(c: Tensor, a: Tensor, b: Tensor, out: Tensor) -> Tensor:
 
 def fill_gram(w: Tensor, out: Tensor, *, add: bool = False) -> None:
     """The lower triangle of W W^T (m, m) for w (m, n), written to `out` or added to it; what lies above it is void."""
-    if w.device.type != "cpu":
-        out.addmm_(w, w.T, beta=int(add))
-    elif not _by_onednn(w, w):
-        _by_halves(w, out, int(add), 128 * torch.get_num_threads())
-    else:
+    if _by_onednn(w, w):
         _by_strips(w, out, add)
+        return
+    on_cpu = w.device.type == "cpu"
+    _by_halves(w, out, int(add), 128 * torch.get_num_threads() if on_cpu else 2048)
 
 
 def moment(rows: Tensor, full: int) -> Tensor:
