@@ -42,7 +42,7 @@ Model = Annotated[
 ]
 Output = Annotated[str | None, typer.Argument(help="What compress wrote.", metavar="[OUT]")]
 Out = Annotated[str | None, typer.Option("-o", "--output", help="Where to write; - for standard output.", metavar="PATH")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output; with -o - on standard error.")]
 Csv = Annotated[bool, typer.Option("--csv", help="Print CSV on standard output, a line a layer.")]
 Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="No table and no progress; errors are still told.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing output.")]
@@ -71,10 +71,10 @@ SeqLen = Annotated[int | None, typer.Option("--seq-len", help="Tokens in a windo
 _SIZES = {
     "": 1,
     "B": 1,
-    "KB": 10**3,
-    "MB": 10**6,
-    "GB": 10**9,
-    "TB": 10**12,
+    **dict.fromkeys(("K", "KB"), 10**3),
+    **dict.fromkeys(("M", "MB"), 10**6),
+    **dict.fromkeys(("G", "GB"), 10**9),
+    **dict.fromkeys(("T", "TB"), 10**12),
     "KIB": 2**10,
     "MIB": 2**20,
     "GIB": 2**30,
@@ -102,6 +102,7 @@ def _root(
 
 @app.command(epilog="Example: svdcli compress my-llm/ --keep 0.6 --allocate global --json | jq .total.saved_bytes")
 def compress(
+    context: typer.Context,
     model: Model,
     output: Out = None,
     rank: Annotated[int | None, typer.Option("--rank", help="Target: this rank in every layer.")] = None,
@@ -187,8 +188,7 @@ def compress(
     calibrated = reading is not None or calibration is not None
     recipe = plan = None
     if plan_file is not None:
-        if given or layers_from or include or exclude:
-            raise UsageError("--plan decides the layers and ranks by itself", "leave out targets, patterns and --layers-from")
+        _check_nothing_beside_a_plan(context)
         plan = _read_plan(plan_file)
     else:
         if len(given) != 1:
@@ -216,6 +216,8 @@ def compress(
             self_contained=self_contained,
             metric=metric,
         )
+        if floor is not None and recipe.allocate != "global":
+            raise UsageError("--floor is for --allocate global", "leave it out, or allocate globally")
     from svdcli import pipeline
 
     with _working(quiet) as progress:
@@ -236,7 +238,23 @@ def compress(
     _say(outcome, quiet)
     _show_outcome(outcome, _data_stream(output), json_, csv_, quiet, grouped=not every_layer)
     if outcome.report.failed:
-        raise SvdcliError(f"{len(outcome.report.failed)} layers stayed dense because every solver failed", "see the report")
+        first, *more = outcome.report.failed
+        others = f" and {len(more)} more" if more else ""
+        raise SvdcliError(f"every solver failed on {first}{others}; what failed stayed dense", "see the report")
+
+
+# What may stand beside --plan: where to read and write, how to compute, what to show.
+_BESIDE_A_PLAN = {
+    *("model", "output", "text", "stdlib", "calibration", "samples", "seq_len", "device", "threads"),
+    *("plan_file", "save_plan", "dry_run", "force", "every_layer", "json_", "csv_", "quiet"),
+}
+
+
+def _check_nothing_beside_a_plan(context: typer.Context) -> None:
+    for parameter in context.command.params:
+        source = context.get_parameter_source(parameter.name or "")
+        if parameter.name not in _BESIDE_A_PLAN and source is not None and source.name != "DEFAULT":
+            raise UsageError(f"--plan decides by itself, and {parameter.opts[0]} would change nothing", "leave one of them out")
 
 
 def _reading(text: str | None, stdlib: bool, samples: int, seq_len: int | None, quiet: bool) -> Reading:
@@ -363,7 +381,8 @@ def verify(
         render.print_verification(found, sys.stdout)
     if not found.ok:
         bad = next(check for check in found.checks if not check.ok)
-        raise SvdcliError(f"{output} does not verify: {bad.check}, {bad.subject} ({bad.detail})", "write the output again")
+        hint = "give the model that it was made from" if bad.check == "source" else "write the output again"
+        raise SvdcliError(f"{output} does not verify: {bad.check}, {bad.subject} ({bad.detail})", hint)
 
 
 @app.command(epilog="Example: svdcli eval my-llm-svd --against my-llm --text held-out.txt --prompt 'def '", name="eval")

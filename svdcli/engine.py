@@ -24,7 +24,7 @@ from svdcli.files.workspace import Workspace
 from svdcli.files.writer import Unit, WeightWriter, checksum_at, chunks_at
 from svdcli.linalg.scratch import keep_scratch, keeping_scratch, scratch
 from svdcli.linalg.solvers import SOLVERS, Factors, squared_norm, squared_singular_values, transposed
-from svdcli.linalg.storage import dense_rows, residual_energy, to_stored
+from svdcli.linalg.storage import dense_rows, is_row_order, residual_energy, to_stored
 from svdcli.linalg.whitening import refit_bias, weighted, weighted_energies, weighted_error
 from svdcli.plan.decide import Measured
 from svdcli.plan.recipe import WEIGHTED, LayerPlan, Recipe
@@ -335,6 +335,11 @@ def _refitted(
     return refit_bias(w.T if moments.transposed else w, approx, moments.mean, bias)
 
 
+def has_row_order(compressed: Checkpoint, layer: LayerPlan) -> bool:
+    """Is the stored order of a pivoted layer's rows one; other layouts need none."""
+    return layer.layout != "pivoted" or is_row_order(compressed.read_tensor(layer.stored()[-1].name))
+
+
 def stored_error(original: Checkpoint, compressed: Checkpoint, layer: LayerPlan) -> float:
     """The relative Frobenius error of one stored layer against the original weight, from the files."""
     stored = tuple(compressed.read_tensor(tensor.name) for tensor in layer.stored())
@@ -366,11 +371,19 @@ def _problem(layer: LayerPlan, solver: str, dtype: torch.dtype, factors: Factors
         return "not finite"
     if solver == "gram" and factors.tail < _GRAM_FLOOR[dtype] * total and FACTORED_DTYPES[layer.stored_dtype] < 1e-6:
         return "tail below its precision"
-    rounding = FACTORED_DTYPES[layer.stored_dtype] ** 2 * (8 if layer.layout == "factored" else 256)
+    growth = 8 if layer.layout == "factored" else 256
+    rounding = growth * FACTORED_DTYPES[layer.stored_dtype] ** 2
     noise = max(layer.tensor.shape) * torch.finfo(dtype).eps ** 2
-    if error > 1.001 * factors.tail + (rounding + noise) * total + _tail_noise(solver, dtype) * total:
+    subnormal = growth * layer.tensor.parameters * _finest(layer.stored_dtype) ** 2
+    if error > 1.001 * factors.tail + (rounding + noise + _tail_noise(solver, dtype)) * total + subnormal:
         return "missed its spectrum"
     return ""
+
+
+def _finest(dtype: str) -> float:
+    """The distance of the numbers nearest to zero: rounding is absolute there."""
+    info = torch.finfo(TORCH_DTYPES[dtype])
+    return info.tiny * info.eps
 
 
 def _tail_noise(solver: str, dtype: torch.dtype) -> float:

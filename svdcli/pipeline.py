@@ -183,7 +183,7 @@ def expand(model: str | Path, out: str | Path | None = None, *, force: bool = Fa
             hint = "factors that transformers saved: svdcli.load(PATH).dequantize().save_pretrained(DENSE), from Python"
             raise SvdcliError(f"{checkpoint.shown} was not written by svdcli compress", hint)
         layers = stored_layers(checkpoint, record)
-        _check_unchanged(checkpoint, record)
+        _check_unchanged(checkpoint, record, layers)
         with destination(checkpoint, out, ".dense", "-dense", force) as target:
             workspace = Workspace(target, is_file=not checkpoint.is_directory)
             with disk_errors(target), workspace.locked():
@@ -194,11 +194,16 @@ def expand(model: str | Path, out: str | Path | None = None, *, force: bool = Fa
             return None if out == STANDARD else target
 
 
-def _check_unchanged(checkpoint: Checkpoint, record: Mapping[str, Any]) -> None:
-    """Raises BadCheckpointError where a weight file of a directory is not the one that was written."""
+def _check_unchanged(checkpoint: Checkpoint, record: Mapping[str, Any], layers: Sequence[LayerPlan]) -> None:
+    """Raises BadCheckpointError where a weight file of a directory is not what was written, or an order of rows is none."""
+    from svdcli.engine import has_row_order
+
     for name, item in (record.get("files") or {}).items():
         if name in checkpoint.files and sha256_of(checkpoint.path / name) != item.get("sha256"):
             raise BadCheckpointError(f"{checkpoint.path / name} was changed after svdcli wrote it", "see `svdcli verify`")
+    damaged = next((layer.tensor.name for layer in layers if not has_row_order(checkpoint, layer)), None)
+    if damaged is not None:
+        raise BadCheckpointError(f"the svd_rows of {damaged} are no order of its rows", "write the output again")
 
 
 # Deciding ------------------------------------------------------------------------------------------------------------

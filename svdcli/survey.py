@@ -257,6 +257,8 @@ def _check_digests(checkpoint: Checkpoint, record: Mapping[str, Any], progress: 
 
 
 def _check_plan(checkpoint: Checkpoint, record: Mapping[str, Any], layers: Sequence[LayerPlan]) -> Iterator[Check]:
+    from svdcli.engine import has_row_order
+
     stored = {tensor.name: layer for layer in layers for tensor in layer.stored()}
     for file, metadata in checkpoint.metadata.items():
         names = {stored[n].tensor.name for n, ref in checkpoint.tensors.items() if ref.file == file and n in stored}
@@ -269,8 +271,7 @@ def _check_plan(checkpoint: Checkpoint, record: Mapping[str, Any], layers: Seque
         yield Check("tensor as planned", name, same, "" if same else "missing, or of another shape or dtype")
     for layer in layers:
         if layer.layout == "pivoted":
-            rows = checkpoint.read_tensor(layer.stored()[-1].name)
-            same = rows.sort().values.tolist() == list(range(layer.tensor.shape[0]))
+            same = has_row_order(checkpoint, layer)
             yield Check("row order", layer.tensor.name, same, "" if same else "svd_rows is no permutation")
 
 
@@ -281,7 +282,7 @@ def _check_against(
     original: Checkpoint,
     progress: Progress,
 ) -> Iterator[Check]:
-    from svdcli.engine import stored_error
+    from svdcli.engine import has_row_order, stored_error
 
     same = original.fingerprint() == record["source"]["fingerprint"]
     yield Check("source", original.shown, same, "" if same else "is not the model that this output was made from")
@@ -299,6 +300,8 @@ def _check_against(
             yield Check("bytes unchanged", name, equal, "" if equal else "differs from the original")
         elif ref.info != layer.tensor:
             yield Check("relative error", name, False, "the original has another shape or dtype")
+        elif not has_row_order(checkpoint, layer):
+            yield Check("relative error", name, False, "svd_rows is no permutation")
         else:
             error = stored_error(original, checkpoint, layer)
             noted = float(record["layers"][name]["relative_error"])

@@ -385,7 +385,14 @@ def test_standard_input_needs_a_name_for_the_output(small: Path) -> None:
         (["--rank", "4", "--include", "re:("], "is not a regular expression"),
         (["--rank", "4", "--exclude", "re:*"], "is not a regular expression"),
         (["--plan", "p.json", "--rank", "4"], "--plan decides"),
-        (["--plan", "p.json", "--include", "*"], "--plan decides"),
+        (["--plan", "p.json", "--include", "*"], "--plan decides by itself, and --include"),
+        (["--plan", "p.json", "--layout", "dense"], "--plan decides by itself, and --layout"),
+        (["--plan", "p.json", "--seed", "0"], "--plan decides by itself, and --seed"),
+        (["--plan", "p.json", "--self-contained"], "--plan decides by itself, and --self-contained"),
+        (["--rank", "4", "--multiple-of", "8"], "--rank 4 is below --multiple-of 8"),
+        (["--keep", "0.5", "--floor", "0.5"], "--floor is for --allocate global"),
+        (["--error", "0.1", "--solver", "randomized"], "--solver randomized may miss what --error asks for"),
+        (["--energy", "0.9", "--solver", "randomized"], "--solver randomized may miss what --energy asks for"),
     ],
 )
 def test_requests_that_cannot_be_met(small: Path, args: list[str], names: str) -> None:
@@ -398,6 +405,10 @@ def test_requests_that_cannot_be_met(small: Path, args: list[str], names: str) -
         (["--include", "layers.O.up"], "layers.0.up"),
         (["--exclude", "layers.0.dwn*"], "layers.0.down"),
         (["--include", "re:emb_tokens"], "embed_tokens"),
+        (["--include", "dwn"], "layers.0.down"),
+        (["--include", "*dwn*"], "layers.0.down"),
+        (["--exclude", r"re:\.dwn$"], "layers.0.down"),
+        (["--include", "0.dwn.weight"], "layers.0.down"),
     ],
 )
 def test_a_pattern_that_matches_nothing_shows_near_names(small: Path, args: list[str], near: str) -> None:
@@ -448,7 +459,7 @@ def test_the_smallest_size_is_named_and_works(folder: Path, kind: str, extra: li
         (["--keep", "1"], "no layer"),
         (["--error", "1e-9"], "rounding"),
         (["--energy", "1"], "would not save bytes"),
-        (["--rank", "4", "--multiple-of", "1000"], "multiple"),
+        (["--keep", "0.5", "--multiple-of", "1000"], "multiple"),
         (["--rank", "4", "--exclude", "*"], "no layer"),
         (["--rank", "4", "--include", "odd.scalar"], "no layer"),
     ],

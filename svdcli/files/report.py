@@ -121,7 +121,7 @@ def report_of(record: Mapping[str, Any], sizes: Mapping[str, int], path: str, *,
             layers=tuple(sorted(rows, key=lambda row: _natural(row.name))),
             skipped=tuple({"name": name, **item, "reason": str(item["reason"])} for name, item in record["skipped"].items()),
             left_out=record["left_out"],
-            notes=tuple(record["notes"]),
+            notes=(*record["notes"], *_above_the_bound(record["recipe"], rows)),
             selected=selected,
             total=total,
             files=dict(sizes),
@@ -133,6 +133,18 @@ def report_of(record: Mapping[str, Any], sizes: Mapping[str, int], path: str, *,
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise BadCheckpointError(f"{path}: its svdcli record is damaged ({error})", "write the output again") from error
+
+
+def _above_the_bound(recipe: Mapping[str, Any], rows: Sequence[LayerRow]) -> list[str]:
+    """A note where what is stored has a larger error than `--error` allows: rounding is estimated before, and measured after."""
+    if recipe["target"] != "error":
+        return []
+    above = [row for row in rows if (row.relative_error or 0.0) > recipe["value"] * (1 + 1e-6)]
+    worst = max(above, key=lambda row: row.relative_error or 0.0, default=None)
+    if worst is None:
+        return []
+    what = f"{len(above)} of {len(rows)} layers have a larger error than --error {recipe['value']:g}, once rounded"
+    return [f"{what}: the largest is {worst.relative_error:.4g} ({worst.name})"]
 
 
 SOLVERS_FAILED = "every solver failed"

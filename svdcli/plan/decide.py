@@ -108,10 +108,13 @@ def decide(
 
 
 def _capped(recipe: Recipe, options: Sequence[Options], choices: Sequence[Choice]) -> tuple[str, ...]:
-    """A note where ranks end at the largest that saves bytes, well below the share of parameters that was asked for."""
+    """A note where the least or the largest ranks there are miss the share of parameters that was asked for."""
     tops = [o for o, c in zip(options, choices, strict=True) if c.rank is not None and c.rank == o.ranks[-1]]
     whole = sum(option.dense_cost for option in options)
     spent = sum(option.cost(choice.rank) for option, choice in zip(options, choices, strict=True))
+    if recipe.target == "keep" and spent > recipe.value * whole + 1:
+        least = sum(c.rank is not None and c.rank == o.ranks[0] for o, c in zip(options, choices, strict=True))
+        return (f"{spent / whole:.2g} of the parameters remain where {recipe.value:g} may: {least} layers have the least rank",)
     if recipe.target != "keep" or not tops or spent >= _WELL_BELOW * recipe.value * whole:
         return ()
     dtypes = " and ".join(sorted({option.tensor.dtype for option in tops}))
@@ -147,9 +150,9 @@ def _bounded(options: Options, recipe: Recipe, tails: Sequence[float]) -> Choice
     allowed = recipe.value**2 if recipe.target == "error" else 1 - recipe.value
     if recipe.target == "error":
         dtype = recipe.dtype or options.tensor.dtype
-        allowed -= rounding_energy(dtype)
+        allowed -= rounding_energy(dtype, recipe.layout)
         if allowed <= 0:
-            return Choice(None, f"{target} is below what rounding to {dtype} alone costs")
+            return Choice(None, f"{target} is below what rounding to {dtype} alone may cost")
     return by_tail(options, tails, allowed, target)
 
 

@@ -55,9 +55,15 @@ def choose_layers(
 
 
 def near_names(pattern: str, names: Iterable[str]) -> str:
-    """A hint with the names that look most like `pattern`."""
-    modules = {module_of(name): name for name in names}
-    close = difflib.get_close_matches(pattern.removeprefix("re:"), list(modules), n=3, cutoff=0.3) or list(modules)[:3]
+    """A hint with the names that look most like `pattern`, as wholes or at their ends."""
+    modules = list(dict.fromkeys(map(module_of, names)))
+    plain = re.sub(r"[^\w.]|\\.", "", module_of(pattern.removeprefix("re:"))).strip(".")
+    depth = plain.count(".") + 1
+    ends: dict[str, str] = {}
+    for module in modules:
+        ends.setdefault(".".join(module.split(".")[-depth:]), module)
+    close = [ends[end] for end in difflib.get_close_matches(plain, list(ends), n=3, cutoff=0.6)]
+    close = close or difflib.get_close_matches(plain, modules, n=3, cutoff=0.3) or modules[:3]
     return f"near names: {', '.join(close)}" if close else "the checkpoint is empty"
 
 
@@ -131,7 +137,7 @@ def _reason_by_shape(tensor: TensorInfo) -> str:
     if dimensions != 2:
         return f"{dimensions}-D: not a matrix"
     if tensor.dtype not in FACTORED_DTYPES:
-        kind = "quantised" if tensor.dtype.startswith(("F8", "F6", "F4", "I", "U")) else "not a real floating dtype"
+        kind = "quantised" if tensor.dtype.startswith(("F8", "F6", "F4", "I8", "U8")) else "not a real floating dtype"
         return f"{tensor.dtype}: {kind}"
     if tensor.name != "weight" and not tensor.name.endswith(".weight"):
         return "not the weight of a linear layer"

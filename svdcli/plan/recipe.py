@@ -78,6 +78,10 @@ class Recipe:
                 f"--allocate global needs a budget, and --{self.target} is a bound for each layer",
                 "use --keep, --size or --rank",
             )
+        if self.solver == "randomized" and self.target in ("energy", "error"):
+            raise UsageError(f"--solver randomized may miss what --{self.target} asks for", "use --solver auto")
+        if self.target == "rank" and self.value < self.multiple_of:
+            raise UsageError(f"--rank {self.value:g} is below --multiple-of {self.multiple_of}", "no rank is both")
         if self.target == "size" and self.layout == "dense":
             raise UsageError("--size cannot be met in the dense layout, which saves no bytes", "use --layout factored or pivoted")
         if not 0 <= self.floor <= 1:
