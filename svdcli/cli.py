@@ -6,6 +6,7 @@ import gc
 import json
 import os
 import re
+import signal
 import sys
 import warnings
 from contextlib import contextmanager
@@ -811,9 +812,13 @@ def explain(error: Exception) -> tuple[str, int]:
 
 def main() -> None:
     """The `svdcli` command."""
+    _open_closed_streams()
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is signal.SIG_DFL:  # nohup ignores SIGHUP
+            signal.signal(number, _interrupt)
     # torch works without NumPy, and says at every start that it does
     warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
     _leave_out_other_commands()
@@ -822,6 +827,17 @@ def main() -> None:
         if code == INTERRUPTED:  # which is all that typer makes of the interrupt
             raise KeyboardInterrupt
         sys.exit(code)
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def _open_closed_streams() -> None:
+    """A stream that the shell closed (`>&-`) has no object; and its number would go to the next file that is opened."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
 
 
 _COMMANDS = list(app.registered_commands)

@@ -24,9 +24,10 @@ from svdcli.files.workspace import Workspace
 from svdcli.files.writer import Unit, WeightWriter, checksum_at, chunks_at
 from svdcli.linalg.scratch import keep_scratch, keeping_scratch, scratch
 from svdcli.linalg.solvers import SOLVERS, Factors, squared_norm, squared_singular_values, transposed
-from svdcli.linalg.storage import dense_rows, is_row_order, residual_energy, to_stored
+from svdcli.linalg.storage import dense_rows, residual_energy, to_stored
 from svdcli.linalg.whitening import refit_bias, weighted, weighted_energies, weighted_error
-from svdcli.plan.decide import Measured
+from svdcli.models.modules import is_row_order
+from svdcli.plan.decide import UNSOUND, Measured
 from svdcli.plan.recipe import WEIGHTED, LayerPlan, Recipe
 from svdcli.plan.tensors import FACTORED_DTYPES, TensorInfo
 from svdcli.progress import Progress
@@ -34,6 +35,7 @@ from svdcli.progress import Progress
 Item = TypeVar("Item")
 Answer = TypeVar("Answer")
 _WORKERS = 2
+_TINY = 1e-140  # the squares of smaller numbers, or larger than one over it, leave float64
 _MMAP_THRESHOLD = -3  # mallopt's name for it in glibc's malloc.h
 
 _NoConvergence: type[Exception] = torch.linalg.LinAlgError  # type: ignore[attr-defined]
@@ -91,7 +93,7 @@ def spread(work: Callable[[Item], Answer], items: Iterable[Item], device: torch.
             yield from map(work, items)
         return
     queue, running = iter(items), set[Future[Answer]]()
-    pool = ThreadPoolExecutor(_WORKERS, initializer=_start_worker, initargs=(threads // _WORKERS,))
+    pool = ThreadPoolExecutor(_WORKERS, initializer=_start_worker, initargs=(threads_each(device),))
     try:
         running = {pool.submit(work, item) for item in itertools.islice(queue, _WORKERS)}
         while running:
@@ -101,6 +103,11 @@ def spread(work: Callable[[Item], Answer], items: Iterable[Item], device: torch.
                 yield future.result()
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def threads_each(device: torch.device) -> int:
+    """Threads of one worker on a CPU: products of several are rounded in another order."""
+    return max(1, torch.get_num_threads() // _WORKERS) if device.type == "cpu" else 0
 
 
 def _start_worker(threads: int) -> None:
@@ -179,12 +186,13 @@ class LayerFailedError(Exception):
 def measure_layer(
     w: Tensor, *, spectra: bool, device: torch.device, moments: LayerMoments | None = None, centred: bool = False
 ) -> Measured:
-    """Is the weight finite, and, where asked, what are its squared singular values, in the metric of its moments if any.
+    """Is the weight finite, its squares included, and, where asked, what are its squared singular values, in the metric of its
+    moments if any.
 
     Weights of 16 bits are measured through a float32 Gram matrix, whose noise is below their own rounding; others in float64.
     """
     largest = max(abs(value) for value in map(float, w.aminmax()))
-    if not math.isfinite(largest):
+    if not math.isfinite(largest) or (w.dtype == torch.float64 and largest > 0 and not _TINY < largest < 1 / _TINY):
         return Measured(finite=False)
     if not spectra:
         return Measured(finite=True)
@@ -513,9 +521,9 @@ def _seconds(unit: Unit, layer: LayerPlan | None) -> float:
 
 
 def check_finite(bad: Sequence[str]) -> None:
-    """Raises SvdcliError that names the weights with NaN or infinity."""
+    """Raises SvdcliError that names the weights that no solver takes."""
     if bad:
         more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
         raise SvdcliError(
-            f"NaN or infinity in {', '.join(bad[:3])}{more}", "leave such layers dense with --nonfinite skip, or --exclude them"
+            f"{UNSOUND} in {', '.join(bad[:3])}{more}", "leave such layers dense with --nonfinite skip, or --exclude them"
         )

@@ -22,7 +22,7 @@ from svdcli.files.record import Result, make_record, record_of, source_json, sto
 from svdcli.files.report import SOLVERS_FAILED, Report, read_report, report_of
 from svdcli.files.workspace import MOMENTS, Workspace
 from svdcli.models import standalone
-from svdcli.plan.decide import Measured, decide, needs_spectra, rerun
+from svdcli.plan.decide import UNSOUND, Measured, decide, needs_spectra, rerun
 from svdcli.plan.layers import choose_layers
 from svdcli.plan.recipe import LayerPlan, Plan, Recipe, Skipped, recipe_to_json
 from svdcli.plan.tensors import TensorInfo
@@ -85,7 +85,7 @@ def compress(
     output appears whole or not at all; a run that was cut short continues where it stopped when it is called again.
     Raises SvdcliError or a child of it, and OSError where the file system refuses.
     """
-    from svdcli.engine import Compute
+    from svdcli.engine import Compute, threads_each
 
     if (recipe is None) == (plan is None):
         raise UsageError("give exactly one of a recipe and a plan")
@@ -107,7 +107,8 @@ def compress(
                     with workspace.beginning():
                         file = source.file(checkpoint, workspace.folder, recipe, device, progress)
                         choice = _choose(checkpoint, recipe, plan, file)
-                same = identity(checkpoint, "compress", recipe_to_json(choice.recipe), plan and plan.to_json())
+                asked = (recipe_to_json(choice.recipe), plan and plan.to_json())
+                same = identity(checkpoint, "compress", *asked, threads_each(device))
                 if workspace.resume(same, force=force):
                     _compress_into(workspace, checkpoint, choice, device, progress)
             report = read_report(target)
@@ -315,7 +316,7 @@ def _main_reason(skipped: Sequence[Skipped]) -> str:
     reasons = [item.reason for item in skipped]
     if not reasons:
         return ": it holds no tensors"
-    top = max(set(reasons), key=reasons.count)
+    top = max(dict.fromkeys(reasons), key=reasons.count)
     return f" ({reasons.count(top)} of {len(reasons)} tensors: {top})"
 
 
@@ -345,7 +346,7 @@ def _decide(
     if recipe.nonfinite == "error":
         check_finite(bad)
     if choice.plan is not None:
-        plan = choice.plan.with_dense(dict.fromkeys(bad, "holds NaN or infinity"))
+        plan = choice.plan.with_dense(dict.fromkeys(bad, f"holds {UNSOUND}"))
     else:
         plan = _decide_ranks(checkpoint, choice, name, measured)
     if not plan.factored:
@@ -530,6 +531,8 @@ def destination(
         return
     if checkpoint.is_directory:
         raise UsageError("a directory does not fit through standard output", "give -o FOLDER")
+    if sys.__stdout__ is None:
+        raise UsageError("standard output is closed", "pipe it on, or give -o FILE")
     if sys.stdout.isatty():
         raise UsageError("standard output is a terminal", "pipe it on, or give -o FILE")
     folder = Path(tempfile.mkdtemp(prefix="svdcli-"))

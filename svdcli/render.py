@@ -482,4 +482,5 @@ def progress_on(stream: TextIO, *, quiet: bool) -> Iterator[Progress]:
 
 
 def print_lines(lines: Sequence[str], stream: TextIO) -> None:
-    stream.writelines(line + "\n" for line in lines)
+    shown = map(printable, lines) if stream.isatty() else lines
+    stream.writelines(line + "\n" for line in shown)

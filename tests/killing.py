@@ -80,7 +80,7 @@ def try_point(arguments: list[str], out: Path, stop_at: int, kind: int, referenc
     after = snapshot(out)
     if after is not None and after != reference:
         return f"stopped at {stop_at} with code {code}: an output that is not whole"
-    unfinished = out.with_name(f"{out.name}.partial").exists()
+    unfinished = (out.with_name(f"{out.name}.partial") / "journal.jsonl").exists()
     again = run(arguments, out)
     if again != 0 and (after is None or unfinished):
         return f"stopped at {stop_at} with code {code}: the second run ended with {again}"

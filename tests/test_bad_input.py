@@ -406,6 +406,7 @@ def test_requests_that_cannot_be_met(small: Path, args: list[str], names: str) -
         (["--exclude", "layers.0.dwn*"], "layers.0.down"),
         (["--include", "re:emb_tokens"], "embed_tokens"),
         (["--include", "dwn"], "layers.0.down"),
+        (["--include", "laiers"], "layers.0"),
         (["--include", "*dwn*"], "layers.0.down"),
         (["--exclude", r"re:\.dwn$"], "layers.0.down"),
         (["--include", "0.dwn.weight"], "layers.0.down"),

@@ -7,8 +7,10 @@ import io
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -251,3 +253,39 @@ def test_completion_is_offered() -> None:
     done = cli("--show-completion", env={"SHELL": "/bin/bash"})
     assert done.code in (0, 1)
     assert "--install-completion" in cli("--help").out.decode()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "closed", "code", "says"),
+    [
+        ("inspect {model}", ">&-", 0, ""),
+        ("compress {model}/model.safetensors --rank 9 -o -", ">&-", 2, "standard output is closed"),
+        ("compress - --rank 9 -o {out}.safetensors", "<&-", 1, "standard input is empty"),
+        ("compress {model} --rank 9 -o {out}", "2>&-", 0, ""),
+    ],
+)
+def test_streams_that_the_shell_closed(model: Path, tmp_path: Path, arguments: str, closed: str, code: int, says: str) -> None:
+    command = f"{sys.executable} -m svdcli {arguments.format(model=model, out=tmp_path / 'o')} {closed}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert done.returncode == code, done
+    assert says in done.stderr
+    assert done.stderr.count("\n") <= (1 if code else 0)
+    assert (tmp_path / "o").exists() is (closed == "2>&-")
+
+
+@pytest.mark.parametrize("kind", [signal.SIGTERM, signal.SIGHUP])
+def test_being_told_to_stop_cleans_up_as_an_interrupt_does(model: Path, tmp_path: Path, kind: signal.Signals) -> None:
+    """Standard input is kept in a temporary folder until it is read."""
+    environment = os.environ | {"TMPDIR": str(tmp_path / "t")}
+    (tmp_path / "t").mkdir()
+    command = [sys.executable, "-m", "svdcli", "compress", "-", "--rank", "9", "-o", str(tmp_path / "o.safetensors")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE, env=environment) as process:
+        assert process.stdin is not None
+        process.stdin.write((model / "model.safetensors").read_bytes()[:2000])
+        process.stdin.flush()
+        while not any((tmp_path / "t").iterdir()):
+            assert process.poll() is None
+            time.sleep(0.02)
+        process.send_signal(kind)
+        assert process.wait(60) == 130
+    assert list((tmp_path / "t").iterdir()) == []

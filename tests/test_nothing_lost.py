@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,8 +24,10 @@ from test_pipeline import write_model
 
 import svdcli
 from svdcli import Recipe
+from svdcli.engine import Compute
 from svdcli.errors import SvdcliError
 from svdcli.files.workspace import Workspace
+from svdcli.pipeline import Outcome
 
 HERE = Path(__file__).parent
 StopEverywhere = Callable[..., dict[str, Any]]
@@ -54,6 +57,49 @@ def stop_everywhere() -> Iterator[StopEverywhere]:
             return found
 
         yield stop
+
+
+@pytest.mark.parametrize("left", [(), ("lock",), ("lock", "data")])
+@pytest.mark.parametrize("command", ["compress", "expand"])
+def test_a_workspace_without_a_journal_says_nothing_of_an_output(tmp_path: Path, left: tuple[str, ...], command: str) -> None:
+    """As a kill leaves it that came before the first line of a journal: the output may be anybody's."""
+    model, out = write_model(tmp_path / "m"), tmp_path / "o"
+    svdcli.compress(model, tmp_path / "s", Recipe("rank", 12))
+    svdcli.compress(model, out, Recipe("rank", 10))
+    before = snapshot(out)
+    (tmp_path / "o.partial").mkdir()
+    for name in left:
+        (tmp_path / "o.partial" / name).touch() if name == "lock" else (tmp_path / "o.partial" / name).mkdir()
+    arguments = ("compress", model, "--rank", "9") if command == "compress" else ("expand", tmp_path / "s")
+    done = cli(*arguments, "-o", out)
+    assert (done.code, done.out) == (1, b"")
+    assert "exists; use --force" in done.err
+    assert snapshot(out) == before
+    assert not (tmp_path / "o.partial").exists()
+
+
+def test_other_threads_start_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They round sums in another order, and half of an output must not come from each."""
+    model, usual = write_model(tmp_path / "m"), torch.get_num_threads()
+
+    def run(threads: int) -> Outcome:
+        return svdcli.compress(model, tmp_path / "o", Recipe("rank", 9), compute=Compute(threads=threads))
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    try:
+        for again, starts_over in ((2, False), (4, True)):
+            with monkeypatch.context() as patched:
+                patched.setattr("svdcli.pipeline.finish", stop)
+                with pytest.raises(KeyboardInterrupt):
+                    run(1)
+            outcome = run(again)
+            assert outcome.started_over is starts_over
+            assert outcome.path is not None
+            shutil.rmtree(outcome.path)
+    finally:
+        torch.set_num_threads(usual)
 
 
 @pytest.mark.parametrize("kind", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM], ids=lambda kind: kind.name)

@@ -547,3 +547,31 @@ def test_a_budget_that_the_least_ranks_exceed_is_noted(tmp_path: Path, allocate:
     done = svdcli.compress(model, None, Recipe("keep", 0.001, allocate=allocate), dry_run=True)
     assert done.report.notes == ("0.026 of the parameters remain where 0.001 may: 3 layers have the least rank",)
     assert svdcli.compress(model, None, Recipe("keep", 0.03, allocate=allocate), dry_run=True).report.notes == ()
+
+
+def test_a_lone_shard_in_a_folder_keeps_its_index(tmp_path: Path) -> None:
+    model = write_model(tmp_path / "m")
+    (model / "sub").mkdir()
+    (model / "model.safetensors").rename(model / "sub" / "weights.safetensors")
+    names = load_file(model / "sub" / "weights.safetensors")
+    index = {"metadata": {}, "weight_map": dict.fromkeys(names, "sub/weights.safetensors")}
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+    save_file({"other": torch.ones(3)}, model / "model-1.safetensors")
+    svdcli.compress(model, tmp_path / "o", Recipe("rank", 9))
+    assert svdcli.verify(tmp_path / "o", model).ok
+    mapped = json.loads((tmp_path / "o" / "model.safetensors.index.json").read_text())["weight_map"]
+    assert set(mapped.values()) == {"sub/weights.safetensors"}
+    svdcli.expand(tmp_path / "o")
+    assert set(load_file(tmp_path / "o-dense" / "sub" / "weights.safetensors")) == set(names)
+
+
+@pytest.mark.parametrize("scale", [1e-300, 1e300])
+def test_float64_weights_whose_squares_are_lost_stay_dense(tmp_path: Path, scale: float) -> None:
+    tensors = {"a.weight": weight(60, 50).double(), "b.weight": weight(60, 50).double() * scale}
+    save_file(tensors, tmp_path / "m.safetensors")
+    with pytest.raises(SvdcliError, match=r"squares leave its range in b\.weight"):
+        svdcli.compress(tmp_path / "m.safetensors", None, Recipe("rank", 9))
+    done = svdcli.compress(tmp_path / "m.safetensors", None, Recipe("rank", 9, nonfinite="skip"))
+    assert [row.rank for row in done.report.layers] == [9, None]
+    with pytest.raises(SvdcliError, match=r"squares leave its range in b\.weight"):
+        svdcli.spectrum(tmp_path / "m.safetensors")

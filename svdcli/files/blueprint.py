@@ -169,7 +169,8 @@ def directory_texts(
     texts: dict[str, bytes] = {}
     if config is not None and config != checkpoint.config:
         texts[checkpoint.config_name] = render_json(config)
-    if len(files) > 1 or (checkpoint.index_name is not None and "-of-" in files[0].name):
+    lone = _index_name(checkpoint, files).removesuffix(".index.json")
+    if len(files) > 1 or (checkpoint.index_name is not None and files[0].name != lone):
         totals = {"total_size": sum(tensor.nbytes for file in files for tensor in file.tensors)}
         if "total_parameters" in checkpoint.index_metadata:
             totals["total_parameters"] = sum(tensor.parameters for file in files for tensor in file.tensors)

@@ -93,11 +93,12 @@ class Workspace:
         """
         lines = self._read_journal()
         same = bool(lines) and lines[0].get("identity") == identity
-        published = "publishing" in lines[-1] if same else self._was_there and not self._had_journal and not force
-        if published and self.out.exists() and not self.target.exists():
+        if same and "publishing" in lines[-1] and self.out.exists() and not self.target.exists():
             self.remove()
             return False
         if self.out.exists() and not force:
+            if not lines:  # nothing is lost with what is left of a workspace without a journal
+                self.remove()
             raise SvdcliError(f"{self.out} exists", "use --force to replace it, or choose another -o")
         if same:
             self.measured = {line["measured"]: line for line in lines if "measured" in line}

@@ -64,11 +64,6 @@ def to_stored(factors: Factors, layout: str, dtype: torch.dtype) -> tuple[Tensor
     return (product(factors.up, factors.down).to(dtype).contiguous(),)
 
 
-def is_row_order(rows: Tensor) -> bool:
-    """Does `rows` (m,) name every row of m once."""
-    return torch.equal(rows.long().sort().values, torch.arange(rows.shape[0], device=rows.device))
-
-
 def dense_rows(stored: tuple[Tensor, ...], layout: str, compute: torch.dtype, at: slice) -> Tensor:
     """Rows `at` of the matrix that the stored tensors stand for, computed in `compute`."""
     if layout == "factored":

@@ -21,8 +21,7 @@ from transformers.quantizers import HfQuantizer, auto, register_quantization_con
 from transformers.utils import logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from svdcli.linalg.storage import is_row_order
-from svdcli.models.modules import LOW_RANK, dense_weight, low_rank_like, weight_of
+from svdcli.models.modules import LOW_RANK, dense_weight, is_row_order, low_rank_like, weight_of
 
 logger = logging.get_logger(f"transformers.{__name__}")
 

@@ -178,6 +178,11 @@ def low_rank_like(old: nn.Module, rank: int, *, pivoted: bool) -> nn.Module | No
     return None
 
 
+def is_row_order(rows: Tensor) -> bool:
+    """Does `rows` (m,) name every row of m once."""
+    return torch.equal(rows.long().sort().values, torch.arange(rows.shape[0], device=rows.device))
+
+
 def dense_weight(up: Tensor, down: Tensor, rows: Tensor | None) -> Tensor:
     """The matrix that stored factors stand for: up @ down, or cat(down, up @ down)[rows]."""
     return up @ down if rows is None else torch.cat((down, up @ down))[rows.long()]

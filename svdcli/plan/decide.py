@@ -28,6 +28,9 @@ _SIZE_ROUNDS = 12
 _WELL_BELOW = 0.97
 
 
+UNSOUND = "NaN or infinity, or float64 numbers whose squares leave its range"
+
+
 @dataclass(frozen=True)
 class Measured:
     """What a look at one layer's numbers found.
@@ -74,7 +77,7 @@ def decide(
     predict gives the bytes of the whole output under a plan; only --size asks for it.
     Raises UsageError where --size is below the smallest reachable size.
     """
-    out = {t.name: "holds NaN or infinity" for t in selected if not measured[t.name].finite}
+    out = {t.name: f"holds {UNSOUND}" for t in selected if not measured[t.name].finite}
     if recipe.calibration is not None:
         out |= {
             t.name: "was not calibrated: no input reached it, or no gradient"

@@ -55,14 +55,16 @@ def choose_layers(
 
 
 def near_names(pattern: str, names: Iterable[str]) -> str:
-    """A hint with the names that look most like `pattern`, as wholes or at their ends."""
+    """A hint with the names of which a part looks most like `pattern`."""
     modules = list(dict.fromkeys(map(module_of, names)))
     plain = re.sub(r"[^\w.]|\\.", "", module_of(pattern.removeprefix("re:"))).strip(".")
     depth = plain.count(".") + 1
-    ends: dict[str, str] = {}
+    parts: dict[str, str] = {}
     for module in modules:
-        ends.setdefault(".".join(module.split(".")[-depth:]), module)
-    close = [ends[end] for end in difflib.get_close_matches(plain, list(ends), n=3, cutoff=0.6)]
+        words = module.split(".")
+        for start in range(len(words) - depth + 1):
+            parts.setdefault(".".join(words[start : start + depth]), module)
+    close = [parts[part] for part in difflib.get_close_matches(plain, list(parts), n=3, cutoff=0.6)]
     close = close or difflib.get_close_matches(plain, modules, n=3, cutoff=0.3) or modules[:3]
     return f"near names: {', '.join(close)}" if close else "the checkpoint is empty"
 

@@ -21,7 +21,8 @@ METRICS = ("auto", "inputs", "diagonal", "full")
 
 @dataclass(frozen=True)
 class Recipe:
-    """What the person asked for. Everything here changes the output's bytes; device, threads and verbosity do not belong.
+    """What the person asked for. Everything here changes what the output is; device and threads, which change
+    the last bits at most, and verbosity do not belong.
 
     target is one of TARGETS; value is its number (a rank, a share in (0, 1], bytes). calibration is the digest of a file of
     moments, metric how much of them counts: the inputs alone, or the loss gradients besides.
