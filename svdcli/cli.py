@@ -782,7 +782,8 @@ def _one_line_errors() -> Iterator[None]:
     try:
         yield
     except (KeyboardInterrupt, typer.Abort):
-        _note("interrupted; the same command continues where this one stopped")
+        goes_on = sys.argv[1:2] and sys.argv[1] in _RESUMABLE and "-" not in sys.argv
+        _note("interrupted" + ("; the same command continues where this one stopped" if goes_on else ""))
         sys.exit(INTERRUPTED)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -827,6 +828,9 @@ def main() -> None:
         if code == INTERRUPTED:  # which is all that typer makes of the interrupt
             raise KeyboardInterrupt
         sys.exit(code)
+
+
+_RESUMABLE = ("compress", "expand", "heal")  # with an output that is no pipe
 
 
 def _interrupt(*_: object) -> None:

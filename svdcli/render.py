@@ -461,22 +461,24 @@ def progress_on(stream: TextIO, *, quiet: bool) -> Iterator[Progress]:
     from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
     from rich.progress import Progress as Bars
 
+    console = console_for(stream)
+    room = console.width - 64  # what the bar and the times leave for a name
     columns = (
         TextColumn("{task.description:<8}", markup=False),
-        BarColumn(bar_width=24),
+        *([BarColumn(bar_width=24)] if room >= 0 else []),
         TextColumn("{task.percentage:>3.0f} %"),
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[name]}", markup=False, table_column=None),
+        *([TextColumn("{task.fields[name]}", markup=False)] if room >= 8 else []),
     )
-    with Bars(*columns, console=console_for(stream), transient=True) as bars:
+    with Bars(*columns, console=console, transient=True) as bars:
         tasks: dict[str, Any] = {}
 
         def step(phase: str, name: str, done: float, total: float) -> None:
             if phase not in tasks:
                 tasks[phase] = bars.add_task(phase, total=total, name="")
-            bars.update(tasks[phase], completed=done, total=total, name=_short(name)[-40:])
+            bars.update(tasks[phase], completed=done, total=total, name=_short(name)[-min(40, max(1, room)) :])
 
         yield step
 

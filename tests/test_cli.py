@@ -22,6 +22,7 @@ import svdcli
 from svdcli import Recipe
 from svdcli.cli import parse_size
 from svdcli.errors import UsageError
+from svdcli.render import progress_on
 
 
 @pytest.fixture
@@ -289,3 +290,21 @@ def test_being_told_to_stop_cleans_up_as_an_interrupt_does(model: Path, tmp_path
         process.send_signal(kind)
         assert process.wait(60) == 130
     assert list((tmp_path / "t").iterdir()) == []
+
+
+@pytest.mark.parametrize("width", [40, 63, 80, 120])
+def test_progress_fits_the_terminal(monkeypatch: pytest.MonkeyPatch, width: int) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setenv("COLUMNS", str(width))
+    stream = Terminal()
+    with progress_on(stream, quiet=False) as progress:
+        progress("measure", "model.layers.11.self_attn.q_proj.weight", 3, 4)
+    lines = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", stream.getvalue()).replace("\r", "\n").split("\n")
+    shown = [line.rstrip() for line in lines if "measure" in line][-1]
+    assert re.match(r"measure .* 75 % .*left -:--:--", shown)
+    assert len(shown) <= width
+    assert "…" not in shown
+    assert ("q_proj" in shown) is (width >= 80)

@@ -130,13 +130,15 @@ def test_expand_survives_a_kill_anywhere(tmp_path: Path, stop_everywhere: StopEv
 
 
 def test_an_interrupt_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def stop(*_: object) -> None:
+    def stop(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("svdcli.pipeline.finish", stop)
     done = cli("compress", write_model(tmp_path / "m"), "-o", tmp_path / "o", "--rank", "9")
     assert (done.code, done.out) == (130, b"")
     assert done.err.splitlines()[-1] == "svdcli: interrupted; the same command continues where this one stopped"
+    monkeypatch.setattr("svdcli.survey.verify", stop)
+    assert cli("verify", tmp_path / "m").err == "svdcli: interrupted\n"
 
 
 def test_a_torn_tensor_is_written_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

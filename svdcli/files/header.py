@@ -132,7 +132,7 @@ def _parse(raw: bytes, where: str) -> dict[str, Any]:
     except _DuplicateKeyError as error:
         raise _damaged(where, str(error)) from error
     except (ValueError, RecursionError) as error:
-        raise _not_safetensors(where, "its header is not JSON") from error
+        raise _not_safetensors(where, "its header is not JSON, or holds numbers or nesting that no header has") from error
     if not isinstance(fields, dict):
         raise _not_safetensors(where, "its header is not a JSON object")
     return fields

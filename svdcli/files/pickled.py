@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 import struct
 import warnings
 from collections.abc import Mapping
@@ -83,11 +84,16 @@ def _load_loudly(path: Path) -> object:
                 f"{path} needs code to unpickle, which svdcli never runs",
                 "where you trust it, load it with torch and write it with safetensors.torch.save_file(model.state_dict(), ...)",
             ) from error
-        raise BadCheckpointError(f"{path} is not a PyTorch file ({needs[:80]})", "download it again") from error
+        raise BadCheckpointError(f"{path} is not a PyTorch file{_detail(needs)}", "download it again") from error
     except (FileNotFoundError, PermissionError):
         raise
     except (RuntimeError, OSError, EOFError, ValueError, LookupError, AttributeError, TypeError, struct.error) as error:
-        raise BadCheckpointError(f"{path} is not a PyTorch file ({str(error)[:80]})", "download it again") from error
+        raise BadCheckpointError(f"{path} is not a PyTorch file{_detail(str(error))}", "download it again") from error
+
+
+def _detail(said: str) -> str:
+    """What torch said, where that is words."""
+    return f" ({said[:80]})" if re.search("[a-z]{3}", said) else ""
 
 
 def _state_dict(loaded: object, path: Path, left_out: dict[str, str]) -> Mapping[Any, Any]:
