@@ -1,6 +1,6 @@
 """Time and memory of calibrate, compress and heal over sizes of models, and what they come to for 7B and 70B on one GPU.
 
-    python tests/benchmarks/cost.py                 everything, about 45 minutes on two cores
+    python tests/benchmarks/cost.py                 everything, about 30 minutes on two cores
     python tests/benchmarks/cost.py --size 100M     one size; repeatable
     python tests/benchmarks/cost.py --estimate      the second table alone: it is counted, not measured
     python tests/benchmarks/cost.py --json FILE     what was measured, as JSON
