@@ -43,7 +43,7 @@ Model = Annotated[
 ]
 Output = Annotated[str | None, typer.Argument(help="What compress wrote.", metavar="[OUT]")]
 Out = Annotated[str | None, typer.Option("-o", "--output", help="Where to write; - for standard output.", metavar="PATH")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output; with -o - on standard error.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
 Csv = Annotated[bool, typer.Option("--csv", help="Print CSV on standard output, a line a layer.")]
 Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="No table and no progress; errors are still told.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing output.")]
@@ -159,7 +159,7 @@ def compress(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print the plan and its exact size.")] = False,
     force: Force = False,
     every_layer: Annotated[bool, typer.Option("--every-layer", help="A table line for every layer, not for every kind.")] = False,
-    json_: Json = False,
+    json_: Annotated[bool, typer.Option("--json", help="Print JSON on standard output; with -o - on standard error.")] = False,
     csv_: Csv = False,
     quiet: Quiet = False,
 ) -> None:

@@ -184,7 +184,7 @@ def expand(model: str | Path, out: str | Path | None = None, *, force: bool = Fa
             hint = "factors that transformers saved: svdcli.load(PATH).dequantize().save_pretrained(DENSE), from Python"
             raise SvdcliError(f"{checkpoint.shown} was not written by svdcli compress", hint)
         layers = stored_layers(checkpoint, record)
-        _check_unchanged(checkpoint, record, layers)
+        _check_undamaged(checkpoint, record, layers)
         with destination(checkpoint, out, ".dense", "-dense", force) as target:
             workspace = Workspace(target, is_file=not checkpoint.is_directory)
             with disk_errors(target), workspace.locked():
@@ -195,7 +195,7 @@ def expand(model: str | Path, out: str | Path | None = None, *, force: bool = Fa
             return None if out == STANDARD else target
 
 
-def _check_unchanged(checkpoint: Checkpoint, record: Mapping[str, Any], layers: Sequence[LayerPlan]) -> None:
+def _check_undamaged(checkpoint: Checkpoint, record: Mapping[str, Any], layers: Sequence[LayerPlan]) -> None:
     """Raises BadCheckpointError where a weight file of a directory is not what was written, or an order of rows is none."""
     from svdcli.engine import has_row_order
 

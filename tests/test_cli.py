@@ -238,7 +238,15 @@ def test_progress_shows_on_terminals_only(model: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("text", "size"),
-    [("350MB", 350_000_000), ("1.5GiB", 1_610_612_736), ("12", 12), ("7kb", 7000), (" 2 TB ", 2 * 10**12), ("5B", 5)],
+    [
+        ("350MB", 350_000_000),
+        ("1.5GiB", 1_610_612_736),
+        ("12", 12),
+        ("7kb", 7000),
+        (" 2 TB ", 2 * 10**12),
+        ("5B", 5),
+        ("5M", 5_000_000),
+    ],
 )
 def test_sizes(text: str, size: int) -> None:
     assert parse_size(text, "--size") == size

@@ -1,7 +1,7 @@
 """Matrix products by the quicker of torch's two libraries.
 
-`torch.mm` calls MKL on x86, which keeps to AVX2 on processors that are not Intel's. oneDNN, which torch calls for linear
-layers in its own layout, uses AVX-512 wherever there is one: 1.7 to 2.2 times as fast on such a processor (AMD's Zen 5).
+`torch.mm` calls MKL on x86, which on an AMD processor with AVX-512 (Zen 5) was no quicker than oneDNN held to AVX2. oneDNN, which
+torch calls for linear layers in its own layout, uses AVX-512 wherever there is one: it was 1.7 to 2.2 times as fast there.
 """
 
 from __future__ import annotations
@@ -21,28 +21,28 @@ _STRIP = 256  # rows of a Gram matrix at a time
 
 def product(a: Tensor, b: Tensor) -> Tensor:
     """a @ b for a (m, k) and b (k, n)."""
-    return _onednn(a, b) if _by_onednn(a, b) else torch.mm(a, b)
+    return _onednn(a, b) if _suits_onednn(a, b) else torch.mm(a, b)
 
 
 def minus_product(c: Tensor, a: Tensor, b: Tensor, out: Tensor) -> Tensor:
     """out = c - a @ b for a (m, k) and b (k, n), c and out (m, n)."""
-    if not _by_onednn(a, b):
+    if not _suits_onednn(a, b):
         return torch.addmm(c, a, b, alpha=-1, out=out)
     return torch.sub(c, _onednn(a, b), out=out)
 
 
 def fill_gram(w: Tensor, out: Tensor, *, add: bool = False) -> None:
     """The lower triangle of W W^T (m, m) for w (m, n), written to `out` or added to it; what lies above it is void."""
-    if _by_onednn(w, w):
+    if _suits_onednn(w, w):
         _by_strips(w, out, add)
         return
     on_cpu = w.device.type == "cpu"
     _by_halves(w, out, int(add), 128 * torch.get_num_threads() if on_cpu else 2048)
 
 
-def moment(rows: Tensor, full: int) -> Tensor:
+def moment(rows: Tensor, full: int | None = None) -> Tensor:
     """rows^T rows (n, n) for rows (k, n), or its diagonal (n,) where n is above `full`."""
-    if rows.shape[1] > full:
+    if full is not None and rows.shape[1] > full:
         return rows.square().sum(0)
     out = rows.new_empty((rows.shape[1], rows.shape[1]))
     fill_gram(rows.T, out)
@@ -78,7 +78,7 @@ def _by_strips(w: Tensor, out: Tensor, add: bool) -> None:
         place.add_(found) if add else place.copy_(found)
 
 
-def _by_onednn(a: Tensor, b: Tensor) -> bool:
+def _suits_onednn(a: Tensor, b: Tensor) -> bool:
     fits = a.dtype == torch.float32 and a.device.type == "cpu" and min(*a.shape, *b.shape) >= _SMALL
     return fits and _onednn_is_quicker()
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from svdcli.errors import SvdcliError
-from svdcli.linalg.products import moment
+from svdcli.linalg.products import fill_gram, mirror
 from svdcli.models.stream import Stream
 
 Batch = dict[str, Tensor]
@@ -108,12 +108,13 @@ def block_moments(
     def add(unit: str, batch: int, gradient: Tensor) -> None:
         if unit in blocks:
             rows = gradient.reshape(-1, gradient.shape[-1]).float()
-            more = moment(rows, rows.shape[1])
-            sums[unit] = sums[unit].add_(more) if unit in sums else more
+            if unit not in sums:
+                sums[unit] = rows.new_zeros((rows.shape[1], rows.shape[1]))
+            fill_gram(rows.T, sums[unit], add=True)
 
     stream = Stream(model, device, torch.float32, lambda *_: None)
     stream.gradients = add
     for start in range(0, len(batches), at_a_time):
         loss.batches = batches[start : start + at_a_time]
         stream.run(loss.batches, loss.seed)
-    return {unit: total / max(1, loss.events) for unit, total in sums.items()}
+    return {unit: mirror(total) / max(1, loss.events) for unit, total in sums.items()}

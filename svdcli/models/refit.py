@@ -201,7 +201,7 @@ def _gather(block: Block, places: Sequence[int], group: Sequence[Site]) -> dict[
             if aside:
                 block.dense.answer(place)
             x = block.rows(caught["x"], place)
-            inputs = moment(x, x.shape[1]).to(torch.float64)
+            inputs = moment(x).to(torch.float64)
             for site in group:
                 y = caught[f"y {site.name}"]
                 y = block.rows(y + (block.targets[place] - out) if site.closing else y, place)

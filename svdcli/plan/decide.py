@@ -26,8 +26,6 @@ from svdcli.plan.tensors import TensorInfo
 _SVD_IS_CHEAP = 128
 _SIZE_ROUNDS = 12
 _WELL_BELOW = 0.97
-
-
 UNSOUND = "NaN or infinity, or float64 numbers whose squares leave its range"
 
 
@@ -107,10 +105,10 @@ def decide(
         choices = uniform(options, recipe.value)
     if recipe.allocate == "global":
         choices = _globally(recipe, options, losses, choices, _budget(recipe, options, choices))
-    return replace(plan_with(choices), notes=_capped(recipe, options, choices))
+    return replace(plan_with(choices), notes=_note_of_missed_share(recipe, options, choices))
 
 
-def _capped(recipe: Recipe, options: Sequence[Options], choices: Sequence[Choice]) -> tuple[str, ...]:
+def _note_of_missed_share(recipe: Recipe, options: Sequence[Options], choices: Sequence[Choice]) -> tuple[str, ...]:
     """A note where the least or the largest ranks there are miss the share of parameters that was asked for."""
     tops = [o for o, c in zip(options, choices, strict=True) if c.rank is not None and c.rank == o.ranks[-1]]
     whole = sum(option.dense_cost for option in options)

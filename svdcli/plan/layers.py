@@ -57,7 +57,7 @@ def choose_layers(
 def near_names(pattern: str, names: Iterable[str]) -> str:
     """A hint with the names of which a part looks most like `pattern`."""
     modules = list(dict.fromkeys(map(module_of, names)))
-    plain = re.sub(r"[^\w.]|\\.", "", module_of(pattern.removeprefix("re:"))).strip(".")
+    plain = re.sub(r"[^\w.]", "", module_of(pattern.removeprefix("re:"))).strip(".")
     depth = plain.count(".") + 1
     parts: dict[str, str] = {}
     for module in modules:
