@@ -60,6 +60,10 @@ LayersFrom = Annotated[
     str | None,
     typer.Option("--layers-from", help="Only the layers named in this file, one a line; - for standard input.", metavar="FILE"),
 ]
+StateDict = Annotated[
+    str | None,
+    typer.Option("--state-dict", help="Key of a PyTorch file under which the tensors lie, such as params_ema.", metavar="KEY"),
+]
 Device = Annotated[str, typer.Option("--device", help="cpu, cuda, mps or auto.")]
 Threads = Annotated[int | None, typer.Option("--threads", help="Threads for the mathematics.")]
 Text = Annotated[
@@ -137,6 +141,11 @@ def compress(
     include: Include = None,
     exclude: Exclude = None,
     layers_from: LayersFrom = None,
+    state_dict: StateDict = None,
+    carry: Annotated[
+        list[str] | None,
+        typer.Option("--carry", help="Take files that match this glob along, although they would be left out. Repeatable."),
+    ] = None,
     layout: Annotated[
         str | None, typer.Option("--layout", help="factored, pivoted or dense (factored; with text: pivoted).")
     ] = None,
@@ -229,6 +238,8 @@ def compress(
             plan=plan,
             calibration=calibration,
             reading=reading,
+            state_dict=state_dict,
+            carry=tuple(carry or ()),
             compute=_compute(device, threads),
             force=force,
             dry_run=dry_run,
@@ -246,7 +257,7 @@ def compress(
 
 # What may stand beside --plan: where to read and write, how to compute, what to show.
 _BESIDE_A_PLAN = {
-    *("model", "output", "text", "stdlib", "calibration", "samples", "seq_len", "device", "threads"),
+    *("model", "output", "text", "stdlib", "calibration", "samples", "seq_len", "state_dict", "carry", "device", "threads"),
     *("plan_file", "save_plan", "dry_run", "force", "every_layer", "json_", "csv_", "quiet"),
 }
 
@@ -305,6 +316,7 @@ def inspect(
     model: Model,
     include: Include = None,
     exclude: Exclude = None,
+    state_dict: StateDict = None,
     names: Annotated[bool, typer.Option("--names", help="Only the names of the selected layers, one a line.")] = False,
     json_: Json = False,
     csv_: Csv = False,
@@ -312,7 +324,7 @@ def inspect(
     """List what is in MODEL, which layers compress would select, and up to which rank they gain."""
     from svdcli import render, survey
 
-    found = survey.inspect(model, include=include or (), exclude=exclude or ())
+    found = survey.inspect(model, include=include or (), exclude=exclude or (), state_dict=state_dict)
     if names:
         render.print_lines([row.name for row in found.selected], sys.stdout)
     elif _machine(found.to_json(), [asdict(row) for row in found.tensors], json_, csv_, sys.stdout):
@@ -325,6 +337,7 @@ def spectrum(
     include: Include = None,
     exclude: Exclude = None,
     layers_from: LayersFrom = None,
+    state_dict: StateDict = None,
     device: Device = "auto",
     threads: Threads = None,
     json_: Json = False,
@@ -340,6 +353,7 @@ def spectrum(
             include=include or (),
             exclude=exclude or (),
             layers=read_layers(layers_from),
+            state_dict=state_dict,
             compute=_compute(device, threads),
             progress=progress,
         )

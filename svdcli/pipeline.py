@@ -18,10 +18,14 @@ from svdcli import __version__
 from svdcli.errors import BadCheckpointError, NothingSelectedError, SvdcliError, UsageError
 from svdcli.files.blueprint import Beside, CompressDesign, Design, ExpandDesign
 from svdcli.files.checkpoint import CHUNK, RECORD, STANDARD, Checkpoint, open_checkpoint, sha256_of
+from svdcli.files.folder import in_hub_cache
+from svdcli.files.formats import without_ending
+from svdcli.files.modes import modes_of
 from svdcli.files.record import Result, make_record, record_of, source_json, stored_layers
 from svdcli.files.report import SOLVERS_FAILED, Report, read_report, report_of
 from svdcli.files.workspace import MOMENTS, Workspace
 from svdcli.models import standalone
+from svdcli.plan.adapters import adapter_kind
 from svdcli.plan.decide import UNSOUND, Measured, decide, needs_spectra, rerun
 from svdcli.plan.layers import choose_layers
 from svdcli.plan.recipe import LayerPlan, Plan, Recipe, Skipped, recipe_to_json
@@ -72,6 +76,8 @@ def compress(
     plan: Plan | None = None,
     calibration: str | Path | None = None,
     reading: Reading | None = None,
+    state_dict: str | None = None,
+    carry: Sequence[str] = (),
     compute: Compute | None = None,
     force: bool = False,
     dry_run: bool = False,
@@ -81,8 +87,10 @@ def compress(
 
     model is a file, a directory or "-"; out defaults to `<stem>.svd.safetensors` or `<name>-svd` beside it and may be "-"
     for standard output. Exactly one of recipe and plan decides what happens. calibration is a file of `svdcli calibrate`: errors
-    then count by what they do to the layers' outputs, or to the model's loss; reading does that calibration here and now. The
-    output appears whole or not at all; a run that was cut short continues where it stopped when it is called again.
+    then count by what they do to the layers' outputs, or to the model's loss; reading does that calibration here and now.
+    state_dict is the key of a PyTorch file under which the tensors lie, where there are several; carry are globs of files of a
+    directory that go along although they are no part of the model. The output appears whole or not at all; a run that was cut
+    short continues where it stopped when it is called again.
     Raises SvdcliError or a child of it, and OSError where the file system refuses.
     """
     from svdcli.engine import Compute, threads_each
@@ -93,7 +101,7 @@ def compress(
     assert recipe is not None
     if calibration is not None and reading is not None:
         raise UsageError("give a calibration or a text, not both", "leave out one of them")
-    with open_checkpoint(model) as checkpoint:
+    with open_checkpoint(model, state_dict=state_dict, carry=carry) as checkpoint:
         _check_source(checkpoint, recipe)
         device = (compute or Compute()).start()
         source = _Source(calibration, reading)
@@ -263,6 +271,12 @@ def _check_source(checkpoint: Checkpoint, recipe: Recipe) -> None:
     """Raises SvdcliError for an input that svdcli wrote, or that another tool has quantised; UsageError for odd options."""
     if record_of(checkpoint) is not None:
         raise SvdcliError(f"{checkpoint.shown} was written by svdcli already", "start from the original, or expand it first")
+    adapter = adapter_kind(checkpoint.infos, checkpoint.carried)
+    if adapter:
+        raise SvdcliError(
+            f"{checkpoint.shown} is {adapter}, whose matrices are small factors already",
+            "merge it into its base model (PEFT: merge_and_unload), and compress that",
+        )
     quantised = (checkpoint.config or {}).get("quantization_config")
     if quantised and recipe.layout != "dense":
         method = quantised.get("quant_method", "another tool") if isinstance(quantised, dict) else "another tool"
@@ -347,6 +361,7 @@ def _decide(
         check_finite(bad)
     if choice.plan is not None:
         plan = choice.plan.with_dense(dict.fromkeys(bad, f"holds {UNSOUND}"))
+        plan = replace(plan, notes=tuple(dict.fromkeys((*plan.notes, *checkpoint.notes))))
     else:
         plan = _decide_ranks(checkpoint, choice, name, measured)
     if not plan.factored:
@@ -356,12 +371,17 @@ def _decide(
 
 
 def _decide_ranks(checkpoint: Checkpoint, choice: _Choice, name: str | None, measured: Mapping[str, Measured]) -> Plan:
+    notes = (*checkpoint.notes, *_little_read(choice))
+
+    def with_notes(plan: Plan) -> Plan:
+        return replace(plan, notes=(*plan.notes, *notes))
+
     def predict(plan: Plan) -> int:
-        return _design(checkpoint, plan, name).blueprint().total
+        return _design(checkpoint, with_notes(plan), name).blueprint().total
 
     unit = "" if choice.calibration is None else choice.calibration.unit
     plan = decide(choice.recipe, choice.fingerprint, choice.selected, choice.skipped, measured, predict, unit)
-    return replace(plan, notes=(*plan.notes, *_little_read(choice)))
+    return with_notes(plan)
 
 
 def _little_read(choice: _Choice) -> tuple[str, ...]:
@@ -388,7 +408,8 @@ def beside() -> Beside:
 def _predicted(checkpoint: Checkpoint, plan: Plan, name: str | None) -> Report:
     sizes = _design(checkpoint, plan, name).blueprint().sizes()
     planned = {layer.tensor.name: Result(0.0, layer.solver) for layer in plan.factored}
-    record = make_record(plan, source_json(checkpoint, plan.fingerprint), checkpoint.left_out, planned)
+    source = source_json(checkpoint, plan.fingerprint)
+    record = make_record(plan, source, checkpoint.left_out, checkpoint.left_out_bytes, planned)
     return report_of(record, sizes, checkpoint.shown, predicted=True)
 
 
@@ -478,7 +499,7 @@ def finish(design: Design, results: Mapping[str, Result], workspace: Workspace, 
         files = {name: (size, digests[name]) for name, size in others.items()}
         write_file(workspace.data / RECORD, [design.record(results, files, blueprint.record_bytes)])
     _check_sizes(workspace.data, blueprint.sizes())
-    workspace.publish()
+    workspace.publish(modes_of(design.checkpoint, blueprint))
 
 
 def _open_with_safetensors(path: Path) -> None:
@@ -512,10 +533,13 @@ def _out_path(checkpoint: Checkpoint, out: str | Path | None, file_suffix: str, 
         if out is None:
             raise UsageError("standard input has no name to derive the output's from", "give -o FILE, or -o - for a pipe")
         return Path("model.safetensors")
+    entry = in_hub_cache(checkpoint.path)
+    if entry is not None:
+        raise UsageError(f"{checkpoint.shown} lies in the hub's cache, where no output belongs", "give -o PATH")
     if checkpoint.is_directory:
         folder = checkpoint.path if checkpoint.path.name not in ("", "..") else checkpoint.path.resolve()
         return folder.with_name(f"{folder.name}{folder_suffix}")
-    stem = checkpoint.path.name.rsplit(".", 1)[0]
+    stem = without_ending(checkpoint.path.name)
     return checkpoint.path.with_name(f"{stem.removesuffix('.svd')}{file_suffix}.safetensors")
 
 

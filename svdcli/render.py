@@ -184,9 +184,18 @@ def _print_totals(report: Report, console: Console, *, grouped: bool) -> None:
     lines += [("left dense", line) for line in _reasons([(r.name, r.reason) for r in report.layers if r.rank is None])]
     lines += [("fell back", f"{_short(r.name)}: {', '.join(r.fell_back)}") for r in report.layers if r.fell_back]
     lines += [("skipped", line) for line in _reasons([(item["name"], item["reason"]) for item in report.skipped])]
-    lines += [("left out", f"{name}: {reason}") for name, reason in report.left_out.items()]
+    lines += [("left out", line) for line in _left_out(report.left_out, report.left_out_bytes)]
     lines += [("note", note) for note in report.notes]
     _print_grid(lines, console)
+
+
+def _left_out(reasons: Mapping[str, str], sizes: Mapping[str, int]) -> list[str]:
+    """What does not go along: name, reason, and bytes where it is a file."""
+    lines = []
+    for name, reason in reasons.items():
+        size = f", {human(sizes[name], 'B')}" if sizes.get(name) else ""
+        lines.append(f"{name}: {reason}{size}")
+    return lines
 
 
 def _loss_lines(report: Report) -> list[tuple[str, str]]:
@@ -277,8 +286,10 @@ def print_inspection(inspection: Inspection, stream: TextIO) -> None:
         console.print("one line for each kind of tensor; --csv and --json list each")
     if inspection.written_by_svdcli:
         console.print("written by svdcli: see `svdcli report`")
-    for name, reason in inspection.left_out.items():
-        console.print(f"left out: {name}: {reason}")
+    for line in _left_out(inspection.left_out, inspection.left_out_bytes):
+        console.print(f"left out: {line}")
+    for note in inspection.notes:
+        console.print(f"note: {note}")
 
 
 def _alike(tensors: Sequence[InspectRow]) -> list[tuple[str, list[InspectRow]]]:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from svdcli.errors import NothingSelectedError, SvdcliError
 from svdcli.files.checkpoint import METADATA_KEY, RECORD, STANDARD, Checkpoint, open_checkpoint, open_from_pipe, sha256_of
+from svdcli.files.formats import format_of
 from svdcli.files.record import part_of_record, record_in, record_of, stored_layers
 from svdcli.files.report import JSON_VERSION, Report, newest_output, read_report, report_of
 from svdcli.plan.layers import break_even, choose_layers
@@ -73,6 +74,8 @@ class Inspection:
     bytes: int
     selected_parameters: int
     selected_bytes: int
+    left_out_bytes: Mapping[str, int] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     @property
     def selected(self) -> tuple[InspectRow, ...]:
@@ -82,9 +85,15 @@ class Inspection:
         return {"svdcli_json": JSON_VERSION, "kind": "inspection"} | asdict(self)
 
 
-def inspect(path: str | Path, *, include: Sequence[str] = (), exclude: Sequence[str] = ()) -> Inspection:
+def inspect(
+    path: str | Path,
+    *,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    state_dict: str | None = None,
+) -> Inspection:
     """List a checkpoint's tensors from its headers alone. Raises like `compress` for bad input and odd patterns."""
-    with open_checkpoint(path) as checkpoint:
+    with open_checkpoint(path, state_dict=state_dict) as checkpoint:
         selected, skipped = choose_layers(checkpoint.infos, include=include, exclude=exclude, tied=checkpoint.tied)
         reasons = {item.tensor.name: item.reason for item in skipped}
         return Inspection(
@@ -97,6 +106,8 @@ def inspect(path: str | Path, *, include: Sequence[str] = (), exclude: Sequence[
             bytes=checkpoint.nbytes,
             selected_parameters=sum(info.parameters for info in selected),
             selected_bytes=sum(info.nbytes for info in selected),
+            left_out_bytes=checkpoint.left_out_bytes,
+            notes=tuple(checkpoint.notes),
         )
 
 
@@ -154,13 +165,14 @@ def spectrum(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     layers: Sequence[str] | None = None,
+    state_dict: str | None = None,
     compute: Compute | None = None,
     progress: Progress = silent,
 ) -> Spectrum:
     """Measure the singular values of every layer that compress would select."""
     from svdcli.engine import Compute, check_finite, measure
 
-    with open_checkpoint(path) as checkpoint:
+    with open_checkpoint(path, state_dict=state_dict) as checkpoint:
         if record_of(checkpoint) is not None:
             raise SvdcliError(f"{checkpoint.shown} is compressed already", "look at the original, or expand it first")
         selected, _ = choose_layers(checkpoint.infos, include=include, exclude=exclude, layers=layers, tied=checkpoint.tied)
@@ -235,9 +247,16 @@ def verify(out: str | Path, against: str | Path | None = None, *, progress: Prog
         checks += _check_digests(checkpoint, record, progress)
         checks += _check_plan(checkpoint, record, layers)
         if against is not None:
-            with open_checkpoint(against) as original:
+            with _open_original(against, record) as original:
                 checks += _check_against(checkpoint, record, layers, original, progress)
         return Verification(checkpoint.shown, None if against is None else str(against), tuple(checks))
+
+
+def _open_original(against: str | Path, record: Mapping[str, Any]) -> Checkpoint:
+    """The original; of a PyTorch file with several dicts of tensors the one that was compressed."""
+    key = record["source"].get("state_dict")
+    is_pickle = Path(against).is_file() and format_of(Path(against)).reader == "pickle"
+    return open_checkpoint(against, state_dict=key if is_pickle else None)
 
 
 def _check_digests(checkpoint: Checkpoint, record: Mapping[str, Any], progress: Progress) -> Iterator[Check]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
@@ -88,7 +89,7 @@ class CompressDesign:
         return render_record(self._record(results, files), reserved)
 
     def _record(self, results: Mapping[str, Result] | None, files: Mapping[str, tuple[int, str]] | None = None) -> dict[str, Any]:
-        return make_record(self.plan, self._source, self.checkpoint.left_out, results, files)
+        return make_record(self.plan, self._source, self.checkpoint.left_out, self.checkpoint.left_out_bytes, results, files)
 
     def _metadata(self, group: Sequence[Unit], record: Mapping[str, Any]) -> Metadata:
         own = record if self.out_name is not None else part_of_record(record, {unit.name for unit in group})
@@ -169,7 +170,8 @@ def directory_texts(
     texts: dict[str, bytes] = {}
     if config is not None and config != checkpoint.config:
         texts[checkpoint.config_name] = render_json(config)
-    lone = _index_name(checkpoint, files).removesuffix(".index.json")
+    index_name = _index_name(checkpoint, files)
+    lone = _lone_file(checkpoint, index_name)
     if len(files) > 1 or (checkpoint.index_name is not None and files[0].name != lone):
         totals = {"total_size": sum(tensor.nbytes for file in files for tensor in file.tensors)}
         if "total_parameters" in checkpoint.index_metadata:
@@ -178,15 +180,30 @@ def directory_texts(
             "metadata": checkpoint.index_metadata | totals,
             "weight_map": dict(sorted((tensor.name, file.name) for file in files for tensor in file.tensors)),
         }
-        texts[_index_name(checkpoint, files)] = render_json(index)
+        texts[index_name] = render_json(index)
     return texts, {name: size for name, size in checkpoint.carried.items() if name not in texts}
 
 
 def _index_name(checkpoint: Checkpoint, files: Sequence[OutFile]) -> str:
-    """The name that loaders look for: the source's own where it has one."""
+    """The name that loaders look for: the source's own where it has one; a variant stands before the last ending."""
     if checkpoint.index_name is not None:
-        return safetensors_name(checkpoint.index_name.removesuffix(".index.json")) + ".index.json"
-    return f"{PurePosixPath(shard_stem(files[0].name)).name}.safetensors.index.json"
+        return re.sub(r"^(.+)\.(safetensors|bin)\.index", _as_safetensors_index, checkpoint.index_name)
+    stem = PurePosixPath(shard_stem(files[0].name)).name
+    if checkpoint.variant is None:
+        return f"{stem}.safetensors.index.json"
+    return f"{stem.removesuffix(f'.{checkpoint.variant}')}.safetensors.index.{checkpoint.variant}.json"
+
+
+def _as_safetensors_index(found: re.Match[str]) -> str:
+    return f"{safetensors_name(f'{found[1]}.{found[2]}')}.index"
+
+
+def _lone_file(checkpoint: Checkpoint, index: str) -> str:
+    """The one weight file that loaders take where there is no index of this name."""
+    if checkpoint.variant is None:
+        return index.removesuffix(".index.json")
+    stem = index.removesuffix(f".safetensors.index.{checkpoint.variant}.json")
+    return f"{stem}.{checkpoint.variant}.safetensors"
 
 
 def _base_metadata(checkpoint: Checkpoint, group: Sequence[Unit]) -> Metadata:

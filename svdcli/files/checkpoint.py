@@ -6,17 +6,18 @@ A checkpoint is one safetensors file, a directory of them (Hugging Face or not),
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from svdcli.errors import BadCheckpointError, SvdcliError
+from svdcli.errors import BadCheckpointError, SvdcliError, UsageError
+from svdcli.files.folder import WeightSet, choose_weights, list_companions, read_json
+from svdcli.files.formats import FIRST_BYTES, SAFETENSORS, Format, by_bytes, format_of
 from svdcli.files.header import Header, read_header
 from svdcli.plan.tensors import TensorInfo
 
@@ -29,14 +30,8 @@ STANDARD = "-"  # standard input or output, where a path is expected
 CHUNK = 1 << 24
 METADATA_KEY = "svdcli"
 RECORD = "svdcli.json"
-PICKLE_ENDINGS = (".bin", ".pt", ".pth")
 _SAMPLE = 4096
-# The same weights in other formats: carried over they would undo the saving.
-_OTHER_WEIGHTS = re.compile(
-    r"(^|/)(tf_model\.h5|flax_model\.msgpack|rust_model\.ot|consolidated[^/]*|pytorch_model[^/]*\.bin(\.index\.json)?"
-    r"|[^/]*\.(gguf|onnx|onnx_data|tflite|mlmodel|llamafile))$|^original/"
-)
-_HIDDEN = (".git", ".cache", ".DS_Store", "__pycache__")
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 @dataclass(frozen=True)
@@ -53,7 +48,9 @@ class Checkpoint:
     """A checkpoint's tensors (names to places), files and configuration. Nothing but headers has been read.
 
     files maps the name of each weight file to its size in bytes; carried lists the other files of a directory, left_out
-    those that are not carried over, with the reason. tied maps a tensor to the one whose storage it shares.
+    those that are not carried over, with the reason, left_out_bytes their sizes. tied maps a tensor to the one whose storage
+    it shares. variant is the one that `from_pretrained` must be told to open these files; state_dict the key of a pickle
+    under which the tensors lie. notes says what was decided while reading.
     """
 
     path: Path
@@ -67,6 +64,10 @@ class Checkpoint:
     index_metadata: dict[str, Any] = field(default_factory=dict)
     carried: dict[str, int] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
+    left_out_bytes: dict[str, int] = field(default_factory=dict)
+    variant: str | None = None
+    state_dict: str = ""
+    notes: list[str] = field(default_factory=list)
     tied: dict[str, str] = field(default_factory=dict)
     pickled: dict[str, PickledFile] = field(default_factory=dict)
     temporary: Path | None = None
@@ -180,23 +181,39 @@ class Checkpoint:
         self.close()
 
 
-def open_checkpoint(path: str | Path) -> Checkpoint:
+def open_checkpoint(path: str | Path, *, state_dict: str | None = None, carry: Sequence[str] = ()) -> Checkpoint:
     """Open a file, a directory, or `-` for standard input, which is spooled to a temporary file.
 
-    Raises BadCheckpointError for anything that is not a sound checkpoint.
+    state_dict is the key under which a PyTorch file holds the tensors that are meant; carry are globs of files in a directory
+    that go along although they would be left out. Raises BadCheckpointError for anything that is not a sound checkpoint,
+    UsageError for a key or glob that names nothing.
     """
     if str(path) == STANDARD:
-        return _open_stdin()
+        return _open_stdin(state_dict)
     path = Path(path)
     if not path.exists():
-        raise BadCheckpointError(f"{path} does not exist", "check the path")
+        raise BadCheckpointError(f"{path} does not exist", _download_hint(str(path)))
     if path.is_dir():
-        return _open_directory(path)
+        return _open_directory(path, state_dict, carry)
     if not path.is_file():
         raise BadCheckpointError(f"{path} is not a regular file", "use - to read from a pipe")
+    if carry:
+        raise UsageError("--carry is for directories", "leave it out for a single file")
     checkpoint = Checkpoint(path=path, name=path.name, is_directory=False)
-    _add_file(checkpoint, path.name)
+    _add_file(checkpoint, path.name, state_dict)
+    _check_state_dict(checkpoint, state_dict)
     return checkpoint
+
+
+def _download_hint(asked: str) -> str:
+    if _HUB_NAME.fullmatch(asked):
+        return f"check the path; from the hub, download it first: hf download {asked} --local-dir FOLDER"
+    return "check the path"
+
+
+def _check_state_dict(checkpoint: Checkpoint, state_dict: str | None) -> None:
+    if state_dict is not None and not checkpoint.pickled:
+        raise UsageError("--state-dict is for PyTorch files", "leave it out: a safetensors file holds tensors alone")
 
 
 def read_file_header(path: Path) -> Header:
@@ -212,17 +229,6 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file. Raises BadCheckpointError where it is not one."""
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise BadCheckpointError(f"{path} is not JSON", "write or download it again") from error
-    if not isinstance(data, dict):
-        raise BadCheckpointError(f"{path} is not a JSON object", "write or download it again")
-    return data
-
-
 def _read_exactly(stream: Any, view: memoryview, ref: TensorRef) -> None:
     while len(view):
         count = stream.readinto(view)
@@ -231,123 +237,131 @@ def _read_exactly(stream: Any, view: memoryview, ref: TensorRef) -> None:
         view = view[count:]
 
 
-def _add_file(checkpoint: Checkpoint, name: str) -> None:
-    path = checkpoint.file_path(name)
-    if name.endswith(PICKLE_ENDINGS):
-        from svdcli.files.pickled import PickledFile
+def _add_file(checkpoint: Checkpoint, name: str, state_dict: str | None, places: Mapping[str, str] | None = None) -> list[str]:
+    """Read one weight file's header: the names of tensors that an earlier file has too.
 
-        pickled = PickledFile(path)
-        checkpoint.pickled[name] = pickled
-        checkpoint.tied.update(pickled.tied)
-        checkpoint.left_out.update(pickled.left_out)
-        found = [TensorRef(info, name, 0) for info in pickled.infos]
+    places tells which file counts for those; without it they are an error.
+    """
+    path = checkpoint.file_path(name)
+    told = format_of(path)
+    if not told.reader:
+        raise BadCheckpointError(f"{path} is {told.name}", told.hint)
+    if told.reader == "pickle":
+        found = _add_pickle(checkpoint, name, state_dict)
     else:
         header = read_file_header(path)
         checkpoint.metadata[name] = header.metadata
         found = [TensorRef(entry.info, name, entry.offset) for entry in header.entries]
     checkpoint.files[name] = path.stat().st_size
-    for ref in found:
-        other = checkpoint.tensors.get(ref.info.name)
-        if other is not None:
-            raise BadCheckpointError(f"tensor {ref.info.name!r} is in both {other.file} and {name}", "remove the stray file")
-        checkpoint.tensors[ref.info.name] = ref
+    return [ref.info.name for ref in found if _add_tensor(checkpoint, ref, places or {})]
 
 
-def _open_directory(path: Path) -> Checkpoint:
+def _add_pickle(checkpoint: Checkpoint, name: str, state_dict: str | None) -> list[TensorRef]:
+    from svdcli.files.pickled import PickledFile
+
+    pickled = PickledFile(checkpoint.file_path(name), state_dict)
+    checkpoint.pickled[name] = pickled
+    checkpoint.state_dict = pickled.state_dict
+    checkpoint.tied.update(pickled.tied)
+    checkpoint.left_out.update(pickled.left_out)
+    checkpoint.notes += pickled.notes
+    return [TensorRef(info, name, 0) for info in pickled.infos]
+
+
+def _add_tensor(checkpoint: Checkpoint, ref: TensorRef, places: Mapping[str, str]) -> bool:
+    """Was this tensor there already. The index says which one counts; without an index that is an error."""
+    name = ref.info.name
+    other = checkpoint.tensors.get(name)
+    if other is not None and places.get(name) not in (ref.file, other.file):
+        raise BadCheckpointError(f"tensor {name!r} is in both {other.file} and {ref.file}", "remove the stray file")
+    if other is None or places[name] == ref.file:
+        checkpoint.tensors.pop(name, None)  # so that it stands among those of its file
+        checkpoint.tensors[name] = ref
+    return other is not None
+
+
+def _open_directory(path: Path, state_dict: str | None, carry: Sequence[str]) -> Checkpoint:
     checkpoint = Checkpoint(path=path, name=path.name or path.resolve().name, is_directory=True)
     config = path / checkpoint.config_name
     if config.is_file():
         checkpoint.config = read_json(config)
-    weights, index = _weight_files(path)
-    if not weights:
-        raise BadCheckpointError(f"{path} holds no weights", "expected model.safetensors, an index with shards, or .bin files")
-    for name in weights:
-        _add_file(checkpoint, name)
-    if index is not None:
-        _check_index(checkpoint, index)
-    _list_other_files(checkpoint, {*weights, index, RECORD})
+    weights = choose_weights(path, checkpoint.config)
+    twice = [tensor for name in weights.files for tensor in _add_file(checkpoint, name, state_dict, weights.places)]
+    if twice:
+        what = (
+            f"{twice[0]} lies in several files"
+            if len(twice) == 1
+            else f"{len(twice)} tensors such as {twice[0]} lie in several files"
+        )
+        checkpoint.notes.append(f"{what}; taken from the one that {weights.index} names")
+    _check_state_dict(checkpoint, state_dict)
+    checkpoint.variant = weights.variant
+    if weights.index is not None:
+        _read_index(checkpoint, weights)
+    own = {*weights.files, RECORD, *filter(None, (weights.index,))}
+    companions = list_companions(path, weights, own, checkpoint.config, carry)
+    checkpoint.carried = companions.carried
+    checkpoint.left_out |= companions.left_out
+    checkpoint.left_out_bytes |= companions.left_out_bytes
+    checkpoint.notes += companions.notes
     return checkpoint
 
 
-def _weight_files(path: Path) -> tuple[list[str], str | None]:
-    """The weight files of a directory and the index that lists them; what transformers would open comes first."""
-    names = sorted(entry.name for entry in path.iterdir() if entry.is_file())
-    for single, ending in (("model.safetensors", ".safetensors"), ("pytorch_model.bin", ".bin")):
-        if single in names:
-            return [single], None
-        indexes = [name for name in names if name.endswith(f"{ending}.index.json")]
-        if len(indexes) > 1:
-            raise BadCheckpointError(f"{path} has several indexes: {', '.join(indexes)}", "keep the one that is meant")
-        if indexes:
-            return _shards(path, indexes[0]), indexes[0]
-        found = [n for n in names if n.endswith(ending) and not _OTHER_WEIGHTS.search(n) and n != "training_args.bin"]
-        if found:
-            return found, None
-    return [name for name in names if name.endswith((".pt", ".pth")) and not _OTHER_WEIGHTS.search(name)], None
-
-
-def _weight_map(path: Path, index: str) -> dict[str, str]:
-    weight_map = read_json(path / index).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
-        raise BadCheckpointError(f"{path / index} has no weight_map of file names", "write or download it again")
-    return {name: PurePosixPath(shard).as_posix() for name, shard in weight_map.items()}
-
-
-def _shards(path: Path, index: str) -> list[str]:
-    shards = sorted(set(_weight_map(path, index).values()))
-    for shard in shards:
-        if Path(shard).is_absolute() or ".." in Path(shard).parts or "\\" in shard or "\0" in shard:
-            raise BadCheckpointError(f"{path / index} names {shard!r}, outside the directory", "do not trust this checkpoint")
-        try:
-            found = (path / shard).is_file()
-        except OSError:
-            found = False
-        if not found:
-            raise BadCheckpointError(f"{path / index} names {shard!r}, which is missing", "download the missing shard")
-    return shards
-
-
-def _check_index(checkpoint: Checkpoint, index: str) -> None:
-    for name, shard in _weight_map(checkpoint.path, index).items():
-        ref = checkpoint.tensors.get(name)
-        if ref is None or ref.file != shard:
-            raise BadCheckpointError(f"{checkpoint.path / index} says {name!r} is in {shard}, it is not", "download it again")
-    metadata = read_json(checkpoint.path / index).get("metadata")
-    checkpoint.index_name = index
+def _read_index(checkpoint: Checkpoint, weights: WeightSet) -> None:
+    """Keep the index's own metadata. Tensors that it promises and no shard has are told: a loader misses them too."""
+    assert weights.index is not None
+    absent = [name for name in weights.places if name not in checkpoint.tensors]
+    if absent:
+        many = f" and {len(absent) - 1} more" if len(absent) > 1 else ""
+        checkpoint.notes.append(f"{weights.index} names {absent[0]}{many}, which no shard holds; the output lacks it too")
+    elsewhere = [n for n, shard in weights.places.items() if n not in absent and checkpoint.tensors[n].file != shard]
+    if elsewhere:
+        where = checkpoint.tensors[elsewhere[0]].file
+        checkpoint.notes.append(f"{weights.index} has {elsewhere[0]} in {weights.places[elsewhere[0]]}, it is in {where}")
+    metadata = read_json(checkpoint.path / weights.index).get("metadata")
+    checkpoint.index_name = weights.index
     checkpoint.index_metadata = metadata if isinstance(metadata, dict) else {}
 
 
-def _list_other_files(checkpoint: Checkpoint, own: set[str | None]) -> None:
-    for folder, folders, names in os.walk(checkpoint.path):
-        folders[:] = sorted(name for name in folders if name not in _HIDDEN)
-        for name in sorted(names):
-            relative = (Path(folder) / name).relative_to(checkpoint.path).as_posix()
-            if relative in own or name in _HIDDEN:
-                continue
-            if not (Path(folder) / name).is_file():
-                checkpoint.left_out[relative] = "not a regular file"
-            elif _OTHER_WEIGHTS.search(relative):
-                checkpoint.left_out[relative] = "weights in another format, not compressed"
-            else:
-                checkpoint.carried[relative] = (Path(folder) / name).stat().st_size
-
-
-def _open_stdin() -> Checkpoint:
+def _open_stdin(state_dict: str | None) -> Checkpoint:
     if sys.stdin.isatty():
         raise SvdcliError("standard input is a terminal", "pipe a safetensors file in, or give a path")
     import tempfile
 
+    told = _format_of_stdin()
     folder = Path(tempfile.mkdtemp(prefix="svdcli-"))
     try:
-        path = folder / "model.safetensors"
+        path = folder / ("model.pt" if told.reader == "pickle" else "model.safetensors")
         with path.open("wb") as spool:
-            _, digest = _copy_whole(sys.stdin.buffer, spool, room=shutil.disk_usage(folder).free)
-        checkpoint = open_checkpoint(path)
+            if told.reader == "pickle":
+                digest = _copy_to_the_end(sys.stdin.buffer, spool)
+            else:
+                _, digest = _copy_whole(sys.stdin.buffer, spool, room=shutil.disk_usage(folder).free)
+        checkpoint = open_checkpoint(path, state_dict=state_dict)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
     checkpoint.name, checkpoint.temporary, checkpoint.spooled_digest = "standard input", folder, digest
     return checkpoint
+
+
+def _format_of_stdin() -> Format:
+    """What the pipe brings, by its first bytes; they stay in it. Raises BadCheckpointError for what svdcli does not read."""
+    peek = getattr(sys.stdin.buffer, "peek", None)
+    told = by_bytes(peek(FIRST_BYTES)) if peek is not None else None
+    if told is None:
+        return SAFETENSORS
+    if not told.reader:
+        raise BadCheckpointError(f"standard input is {told.name}", told.hint)
+    return told
+
+
+def _copy_to_the_end(source: BinaryIO, spool: BinaryIO) -> str:
+    """Copy what has no length of its own; returns its SHA-256."""
+    tee = _Tee(source, spool)
+    while tee.read(CHUNK):
+        pass
+    return tee.digest.hexdigest()
 
 
 def open_from_pipe() -> Header:

@@ -16,7 +16,8 @@ from typing import Any
 
 from svdcli import __version__
 from svdcli.errors import BadCheckpointError, UsageError
-from svdcli.files.checkpoint import METADATA_KEY, RECORD, Checkpoint, read_file_header, read_json
+from svdcli.files.checkpoint import METADATA_KEY, RECORD, Checkpoint, read_file_header
+from svdcli.files.folder import read_json
 from svdcli.plan.recipe import FORMAT, LayerPlan, Plan, layer_from_json
 
 
@@ -41,23 +42,29 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def source_json(checkpoint: Checkpoint, fingerprint: str) -> dict[str, Any]:
-    return {
+    source: dict[str, Any] = {
         "name": checkpoint.name,
         "fingerprint": fingerprint,
         "bytes": checkpoint.nbytes,
         "parameters": checkpoint.parameters,
     }
+    if checkpoint.state_dict:
+        source["state_dict"] = checkpoint.state_dict
+    return source
 
 
 def make_record(
     plan: Plan,
     source: Mapping[str, Any],
     left_out: Mapping[str, str],
+    left_out_bytes: Mapping[str, int],
     results: Mapping[str, Result] | None = None,
     files: Mapping[str, tuple[int, str]] | None = None,
 ) -> dict[str, Any]:
     """The whole record; without results it has the widest values, for reserving space."""
     record = {"svdcli": __version__} | plan.to_json() | {"source": dict(source), "left_out": dict(left_out)}
+    if left_out_bytes:
+        record["left_out_bytes"] = dict(left_out_bytes)
     for name, item in record["layers"].items():
         item.update((WIDEST if results is None else results[name]).to_json())
     if files is not None:

@@ -64,7 +64,8 @@ class Report:
 
     predicted_loss is the sum over the layers in loss_unit ("nats" a prediction, "1 - cosine", "" where layers' losses are shares
     of their own energy and do not add up); expected_loss is what the model is likely to show, corrected as measured. healing
-    tells text and blocks where the factors were refined.
+    tells text and blocks where the factors were refined. left_out maps files that were not carried over to the reason,
+    left_out_bytes to their sizes, where they are files.
     """
 
     path: str
@@ -83,6 +84,7 @@ class Report:
     predicted_loss: float | None = None
     expected_loss: float | None = None
     healing: Mapping[str, Any] | None = None
+    left_out_bytes: Mapping[str, int] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         return {"svdcli_json": JSON_VERSION, "kind": "report"} | asdict(self)
@@ -130,6 +132,7 @@ def report_of(record: Mapping[str, Any], sizes: Mapping[str, int], path: str, *,
             predicted_loss=loss,
             expected_loss=None if loss is None else expected_loss(loss, unit),
             healing=None if healing is None else Healing.from_json(healing).to_json(),
+            left_out_bytes={str(name): int(size) for name, size in record.get("left_out_bytes", {}).items()},
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise BadCheckpointError(f"{path}: its svdcli record is damaged ({error})", "write the output again") from error

@@ -7,12 +7,13 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from svdcli.errors import SvdcliError
+from svdcli.files.modes import set_modes
 from svdcli.files.writer import sync
 
 SUFFIX = ".partial"
@@ -55,7 +56,7 @@ class Workspace:
     def _lock(self) -> int:
         path = self.folder / "lock"
         while True:
-            self.folder.mkdir(exist_ok=True)
+            self.folder.mkdir(mode=0o700, exist_ok=True)  # what grows here may be private
             strange = [path.name for path in self.folder.iterdir() if path.name not in _OWN and MOMENTS not in path.name]
             if strange:
                 raise SvdcliError(f"{self.folder} holds {strange[0]!r}, not svdcli's", "move it, or choose another -o")
@@ -147,14 +148,20 @@ class Workspace:
         """What the final rename moves: the folder of a directory output, the only file of a file output."""
         return self.data / self.out.name if self.is_file else self.data
 
-    def publish(self) -> None:
-        """Move the finished output to its place in one rename, replacing what was there, and remove the workspace."""
+    def publish(self, modes: Mapping[str, int]) -> None:
+        """Move the finished output to its place in one rename, replacing what was there, and remove the workspace.
+
+        modes are the permissions of its files and folders, by their names in it; "" is the output itself.
+        """
+        set_modes(self.target, modes)
         self.note({"publishing": True})
         old = self.folder / "replaced"
         if self.out.is_dir():
             shutil.rmtree(old, ignore_errors=True)
             self.out.rename(old)
         os.replace(self.target, self.out)
+        if self.out.is_dir() and "" in modes:
+            self.out.chmod(modes[""])
         _sync_folder(self.out.parent)
         self.remove()
 

@@ -242,7 +242,7 @@ def _publish(workspace: Workspace) -> None:
         weights.unlink(missing_ok=True)
     if new_weights.exists():
         os.replace(new_weights, weights)
-    workspace.publish()
+    workspace.publish({})
 
 
 def _weights_of(file: Path) -> Path:

@@ -98,7 +98,7 @@ def _check(checkpoint: Checkpoint) -> None:
 def _load_transformers(checkpoint: Checkpoint, options: dict[str, Any]) -> nn.Module:
     model_class = _model_class(checkpoint, options)
     try:
-        model, info = model_class.from_pretrained(checkpoint.path, output_loading_info=True, **({"dtype": "auto"} | options))
+        model, info = model_class.from_pretrained(checkpoint.path, output_loading_info=True, **(_as_stored(checkpoint) | options))
     except (ValueError, RuntimeError, KeyError) as error:
         raise SvdcliError(f"{checkpoint.shown} does not load: {_first_lines(error)}", "see `svdcli verify`") from error
     for kind, what in (("missing_keys", "lacks"), ("unexpected_keys", "holds more than the model takes:")):
@@ -111,6 +111,14 @@ def _load_transformers(checkpoint: Checkpoint, options: dict[str, Any]) -> nn.Mo
         )
     result: nn.Module = model
     return result
+
+
+def _as_stored(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What `from_pretrained` must be told to open these files as they are."""
+    options: dict[str, Any] = {"dtype": "auto"}
+    if checkpoint.variant is not None:
+        options["variant"] = checkpoint.variant
+    return options
 
 
 def _transformers() -> Any:

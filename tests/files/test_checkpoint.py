@@ -235,8 +235,8 @@ def test_a_whole_module_is_refused_with_the_way_out(folder: Path) -> None:
 
 @pytest.mark.parametrize(
     "value",
-    [[torch.ones(2)], torch.ones(2), None, 3, {}, {"a": 1}, {"state_dict": {"model": {"a": torch.ones(1)}}}],
-    ids=["list", "tensor", "none", "number", "empty", "no tensors", "wrapped twice"],
+    [[torch.ones(2)], torch.ones(2), None, 3, {}, {"a": 1}, {"optimizer": {"state": {0: {"a": torch.ones(1)}}}}],
+    ids=["list", "tensor", "none", "number", "empty", "no tensors", "optimizer alone"],
 )
 def test_what_is_no_state_dict(folder: Path, value: Any) -> None:
     torch.save(value, folder / "m.bin")
@@ -291,12 +291,6 @@ def test_a_truncated_pickle_is_refused_by_name(folder: Path, share: float, legac
 def test_junk_is_refused(folder: Path, raw: bytes) -> None:
     (folder / "m.bin").write_bytes(raw)
     assert "m.bin" in refused(folder / "m.bin")
-
-
-def test_junk_is_not_taken_for_code(folder: Path) -> None:
-    """The advice to load it with torch would send a person the wrong way."""
-    write_small(folder / "m.bin")
-    assert "needs code" not in refused(folder / "m.bin")
 
 
 def test_a_small_pickle_cannot_ask_for_much_memory(folder: Path) -> None:
@@ -359,13 +353,19 @@ def test_index_names_no_file(folder: Path, shard: str) -> None:
     refused(with_index(folder, {"weight_map": {"a": shard}}))
 
 
-@pytest.mark.parametrize(
-    "weight_map",
-    [{"a": "x.safetensors", "b": "x.safetensors"}, {"a": "x.safetensors", "b": "y.safetensors", "c": "y.safetensors"}],
-    ids=["in the other shard", "in none"],
-)
-def test_index_names_a_tensor_that_is_not_there(folder: Path, weight_map: dict[str, str]) -> None:
-    assert "it is not" in refused(with_index(folder, {"weight_map": weight_map}))
+def test_index_names_a_tensor_that_no_shard_has(folder: Path) -> None:
+    """transformers takes what the shards hold; the report says what the index got wrong."""
+    weight_map = {"a": "x.safetensors", "b": "y.safetensors", "c": "y.safetensors"}
+    checkpoint = open_checkpoint(with_index(folder, {"weight_map": weight_map}))
+    assert set(checkpoint.tensors) == {"a", "b"}
+    assert ["names c, which no shard holds" in note for note in checkpoint.notes] == [True]
+
+
+def test_index_that_does_not_name_a_shard_leaves_it_out(folder: Path) -> None:
+    checkpoint = open_checkpoint(with_index(folder, {"weight_map": {"a": "x.safetensors", "b": "x.safetensors"}}))
+    assert set(checkpoint.tensors) == {"a"}
+    assert "y.safetensors" in checkpoint.left_out
+    assert ["names b, which no shard holds" in note for note in checkpoint.notes] == [True]
 
 
 @pytest.mark.parametrize(
@@ -377,15 +377,23 @@ def test_index_that_is_none(folder: Path, index: Any) -> None:
     assert "index.json" in refused(with_index(folder, index))
 
 
-@pytest.mark.parametrize("indexed", [False, True])
-def test_one_tensor_in_two_shards(folder: Path, indexed: bool) -> None:
+def test_one_tensor_in_two_files_without_an_index(folder: Path) -> None:
     save_file({"a": torch.ones(2)}, folder / "x.safetensors")
     save_file({"a": torch.ones(2), "b": torch.ones(2)}, folder / "y.safetensors")
-    if indexed:
-        index = {"weight_map": {"a": "x.safetensors", "b": "y.safetensors"}}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     message = refused(folder)
     assert all(name in message for name in ("'a'", "x.safetensors", "y.safetensors"))
+
+
+@pytest.mark.parametrize("first", ["x", "y"])
+def test_one_tensor_in_two_shards_is_taken_where_the_index_says(folder: Path, first: str) -> None:
+    save_file({"a": torch.zeros(2)}, folder / "x.safetensors")
+    save_file({"a": torch.ones(2), "b": torch.ones(2)}, folder / "y.safetensors")
+    index = {"weight_map": {"a": f"{first}.safetensors", "b": "y.safetensors", "c": "x.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    checkpoint = open_checkpoint(folder)
+    assert checkpoint.tensors["a"].file == f"{first}.safetensors"
+    assert checkpoint.read_tensor("a").tolist() == ([0.0, 0.0] if first == "x" else [1.0, 1.0])
+    assert any("a lies in several files" in note for note in checkpoint.notes)
 
 
 def test_a_shard_may_be_spelled_with_a_dot(folder: Path) -> None:

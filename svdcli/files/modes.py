@@ -1,0 +1,69 @@
+"""Permissions: an output gets those of its source, as `cp -r` would give them, so that what is private stays so."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
+
+from svdcli.files.checkpoint import RECORD, Checkpoint
+
+if TYPE_CHECKING:
+    from svdcli.files.blueprint import Blueprint
+
+_NEW_FILE = 0o666
+_OWNER_WORKS = 0o700
+
+
+def modes_of(checkpoint: Checkpoint, blueprint: Blueprint) -> dict[str, int]:
+    """The permissions of every file and folder of an output by its name in it; "" is the output itself.
+
+    A file that the source has keeps its own; weight files, the index and the record take those of the
+    weight files, the strictest where they differ. What came from standard input gets a new file's.
+    """
+    if checkpoint.temporary is not None:
+        return {"": _NEW_FILE & ~_umask()}
+    if not checkpoint.is_directory:
+        return {"": _mode(checkpoint.path)}
+    weights = 0o777
+    for name in checkpoint.files:
+        weights &= _mode(checkpoint.path / name)
+    modes = {"": _mode(checkpoint.path)}
+    for name in blueprint.sizes():
+        source = checkpoint.path / name
+        kept = source.is_file() and name not in checkpoint.files and name != RECORD
+        modes[name] = _mode(source) if kept else weights
+        for folder in PurePosixPath(name).parents:
+            if folder.name:
+                modes[str(folder)] = _mode_of_folder(checkpoint.path / folder)
+    return modes
+
+
+def set_modes(target: Path, modes: Mapping[str, int]) -> None:
+    """Give a finished output its permissions, folders after what lies in them.
+
+    A folder stays open to its owner here: it has yet to be moved, and gets its last bits after that.
+    """
+    for name in sorted(modes, key=lambda name: name.count("/"), reverse=True):
+        path = target / name if name else target
+        if path.is_dir():
+            path.chmod(modes[name] | _OWNER_WORKS)
+        else:
+            path.chmod(modes[name])
+
+
+def _mode(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode) & 0o777 & ~_umask()
+
+
+def _mode_of_folder(path: Path) -> int:
+    return _mode(path) if path.is_dir() else 0o777 & ~_umask()
+
+
+def _umask() -> int:
+    """The process's own; the system tells it only in exchange for another."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
