@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from svdcli.errors import BadCheckpointError, SvdcliError, UsageError
-from svdcli.files.folder import WeightSet, choose_weights, list_companions, read_json
+from svdcli.files.folder import WeightSet, choose_weights, list_companions, read_json, shard_note
 from svdcli.files.formats import FIRST_BYTES, SAFETENSORS, Format, by_bytes, format_of
 from svdcli.files.header import Header, read_header
 from svdcli.plan.tensors import TensorInfo
@@ -202,6 +202,7 @@ def open_checkpoint(path: str | Path, *, state_dict: str | None = None, carry: S
     checkpoint = Checkpoint(path=path, name=path.name, is_directory=False)
     _add_file(checkpoint, path.name, state_dict)
     _check_state_dict(checkpoint, state_dict)
+    checkpoint.notes += filter(None, (shard_note(path.name),))
     return checkpoint
 
 

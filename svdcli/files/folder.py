@@ -246,6 +246,9 @@ def _is_half_a_file(name: str) -> bool:
 
 def _no_weights(folder: Path, names: Sequence[str]) -> BadCheckpointError:
     """Why nothing in this folder can be read, and what to give instead."""
+    broken = [entry.name for entry in sorted(folder.iterdir()) if entry.is_symlink() and not entry.exists()]
+    if broken:
+        return BadCheckpointError(f"{folder / broken[0]} is a link to nothing", "download it again; it continues")
     children = sorted(entry for entry in folder.iterdir() if entry.is_dir() and entry.name not in _HIDDEN)
     parts = [str(child) for child in children if _holds_weights(child)]
     if "model_index.json" in names and parts:
@@ -308,6 +311,14 @@ def _join_hint(folder: Path, names: Sequence[str]) -> str:
     return f"join it first: python -m torch.distributed.checkpoint.format_utils dcp_to_torch {inside} model.pt"
 
 
+def shard_note(name: str) -> str:
+    """A note for one numbered shard that was given by itself; an empty string for any other file."""
+    match = _SHARD.match(name)
+    if match is None:
+        return ""
+    return f"{name} is one of {int(match['count'])} shards; give its folder for the whole model"
+
+
 def in_hub_cache(path: Path) -> Path | None:
     """The cache entry (`models--ORG--NAME`) that a path lies in, as it is spelled; None outside of caches."""
     for folder in (path.absolute(), *path.absolute().parents):
@@ -330,6 +341,7 @@ def list_companions(
     """
     companions = Companions()
     weight_bytes = sum((folder / name).stat().st_size for name in weights.files)
+    globs = [f"{pattern}*" if pattern.endswith("/") else pattern for pattern in carry]
     used: set[str] = set()
     for name, nested in _walk(folder, config):
         if name in own:
@@ -339,7 +351,7 @@ def list_companions(
             companions.leave_out(name, "not a regular file", 0)
             continue
         size = path.stat().st_size
-        asked = [pattern for pattern in carry if fnmatch.fnmatchcase(name, pattern)]
+        asked = [pattern for pattern in globs if fnmatch.fnmatchcase(name, pattern)]
         used.update(asked)
         reason = "" if asked else nested or _reason_to_leave(path, name, size, weight_bytes)
         if reason:
@@ -348,7 +360,7 @@ def list_companions(
         companions.carried[name] = size
         if size > _LARGE_SHARE * weight_bytes and size > _WORTH_TELLING and _is_weights(path):
             companions.notes.append(f"{name} goes along as it is ({size} bytes)")
-    unused = [pattern for pattern in carry if pattern not in used]
+    unused = [pattern for pattern in globs if pattern not in used]
     if unused:
         raise UsageError(f"--carry {unused[0]!r} matches no file of {folder}", "see `svdcli inspect` for what is left out")
     _fold(companions)

@@ -218,6 +218,17 @@ def test_an_unfinished_snapshot_says_so(tmp_path: Path) -> None:
     assert "is not finished" in refused(snapshot)
 
 
+def test_a_link_to_nothing_is_named(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").symlink_to("../../blobs/gone")
+    assert "model.safetensors is a link to nothing" in refused(tmp_path)
+
+
+def test_one_shard_by_itself_says_so(tmp_path: Path) -> None:
+    indexed(tmp_path, "model", 1, "model.safetensors.index.json")
+    notes = open_checkpoint(tmp_path / "model-00001-of-00002.safetensors").notes
+    assert ["one of 2 shards" in note for note in notes] == [True]
+
+
 def test_a_training_folder_names_its_checkpoints(tmp_path: Path) -> None:
     for step in (500, 1000):
         write_model_at(tmp_path / f"checkpoint-{step}")
@@ -359,7 +370,7 @@ def test_carry_takes_along_what_it_names_and_nothing_else(tmp_path: Path) -> Non
     write_model(tmp_path / "m")
     for name in ("optimizer.pt", "checkpoint-5/optimizer.pt", "model.onnx"):
         put(tmp_path / "m" / name)
-    outcome = compress(tmp_path / "m", recipe=HALF, carry=["checkpoint-*/*", "*.onnx"])
+    outcome = compress(tmp_path / "m", recipe=HALF, carry=["checkpoint-5/", "*.onnx"])
     assert outcome.path is not None
     assert (outcome.path / "checkpoint-5" / "optimizer.pt").read_bytes() == b"\xa5" * 64
     assert (outcome.path / "model.onnx").exists()
