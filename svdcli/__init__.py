@@ -1,12 +1,9 @@
 """svdcli makes neural-network checkpoints smaller by low rank."""
 
-from __future__ import annotations
-
-import importlib
-from typing import TYPE_CHECKING, Any
-
 __version__ = "0.1.0"
 
+# Nothing is imported here: the command must catch an interrupt early, and `typing` alone takes milliseconds.
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from svdcli.engine import Compute
     from svdcli.errors import SvdcliError
@@ -55,9 +52,11 @@ _HOMES = {
 }
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     """Import public names when they are first asked for (PEP 562): `import svdcli` itself stays instant."""
     for home, names in _HOMES.items():
         if name in names:
-            return getattr(importlib.import_module(home), name)
+            from importlib import import_module
+
+            return getattr(import_module(home), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

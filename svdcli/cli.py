@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import io
 import json
 import os
 import re
@@ -18,6 +19,7 @@ import typer
 
 from svdcli import __version__
 from svdcli.errors import FAILED, INTERRUPTED, SvdcliError, UsageError, printable
+from svdcli.plan import words
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -64,13 +66,26 @@ StateDict = Annotated[
     str | None,
     typer.Option("--state-dict", help="Key of a PyTorch file under which the tensors lie, such as params_ema.", metavar="KEY"),
 ]
-Device = Annotated[str, typer.Option("--device", help="cpu, cuda, mps or auto.")]
+Device = Annotated[words.Device, typer.Option("--device", help="Where the mathematics runs.")]
 Threads = Annotated[int | None, typer.Option("--threads", help="Threads for the mathematics.")]
 Text = Annotated[
     str | None, typer.Option("--text", help="Text to read: a file, a folder of files, or - for standard input.", metavar="PATH")
 ]
 Stdlib = Annotated[bool, typer.Option("--stdlib", help="Modules of Python's standard library, in place of --text.")]
-Samples = Annotated[int, typer.Option("--samples", help="Windows of text, or sentences, spread evenly over it.")]
+Samples = Annotated[
+    int | None,
+    typer.Option(
+        "--samples",
+        help="Windows of text, or sentences, spread evenly over it; by default so many that they hold "
+        "65,536 tokens, or 16 for every input of the widest layer.",
+    ),
+]
+TrustCode = Annotated[
+    bool,
+    typer.Option(
+        "--trust-remote-code", help="Run Python code that a model's folder brings along, where it takes that to open it."
+    ),
+]
 SeqLen = Annotated[int | None, typer.Option("--seq-len", help="Tokens in a window; by default 2048 or what the model takes.")]
 
 _SIZES = {
@@ -91,6 +106,11 @@ _DTYPES = {
     **dict.fromkeys(("bfloat16", "bf16"), "BF16"),
     **dict.fromkeys(("float64", "fp64", "f64", "double"), "F64"),
 }
+
+
+def _dtypes() -> list[str]:
+    """What completion offers; `parse_dtype` takes other spellings too."""
+    return ["float32", "float16", "bfloat16", "float64"]
 
 
 @app.callback(invoke_without_command=True)
@@ -126,13 +146,13 @@ def compress(
     calibration: Annotated[
         str | None, typer.Option("--calibration", help="Count errors by this file of `svdcli calibrate`.", metavar="FILE")
     ] = None,
-    metric: Annotated[
-        str, typer.Option("--metric", help="How much of a calibration counts: auto, inputs, diagonal or full.")
-    ] = "auto",
-    samples: Samples = 256,
+    metric: Annotated[words.Metric, typer.Option("--metric", help="How much of a calibration counts.")] = "auto",
+    samples: Samples = None,
     seq_len: SeqLen = None,
+    trust_remote_code: TrustCode = False,
     allocate: Annotated[
-        str | None, typer.Option("--allocate", help="uniform, or global: ranks where they are worth most (with text: global).")
+        words.Allocation | None,
+        typer.Option("--allocate", help="Ranks evenly, or where they are worth most (uniform; with text: global)."),
     ] = None,
     floor: Annotated[
         float | None, typer.Option("--floor", help="With global: least rank, as a share of the uniform one (0.6; with text: 0).")
@@ -147,10 +167,17 @@ def compress(
         typer.Option("--carry", help="Take files that match this glob along, although they would be left out. Repeatable."),
     ] = None,
     layout: Annotated[
-        str | None, typer.Option("--layout", help="factored, pivoted or dense (factored; with text: pivoted).")
+        words.Layout | None, typer.Option("--layout", help="How factors are stored (factored; with text: pivoted).")
     ] = None,
-    dtype: Annotated[str | None, typer.Option("--dtype", help="Dtype of the factors; by default the source's.")] = None,
-    solver: Annotated[str, typer.Option("--solver", help="auto, svd, gram or randomized.")] = "auto",
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            "--dtype",
+            help="Of the factors: float32, float16, bfloat16 or float64; by default the source's.",
+            autocompletion=_dtypes,
+        ),
+    ] = None,
+    solver: Annotated[words.Solver, typer.Option("--solver", help="How factors are computed.")] = "auto",
     device: Device = "auto",
     seed: Annotated[int, typer.Option("--seed", help="Seed of the randomized solver.")] = 0,
     threads: Threads = None,
@@ -161,12 +188,15 @@ def compress(
         bool, typer.Option("--self-contained", help="Add a Python file that opens the directory where svdcli is not installed.")
     ] = False,
     nonfinite: Annotated[
-        str, typer.Option("--nonfinite", help="NaN or infinity in a layer: error, or skip (leave it dense).")
+        words.OnNonfinite, typer.Option("--nonfinite", help="NaN or infinity in a layer: stop, or leave it dense.")
     ] = "error",
     plan_file: Annotated[str | None, typer.Option("--plan", help="Run this saved plan again.", metavar="FILE")] = None,
     save_plan: Annotated[str | None, typer.Option("--save-plan", help="Write the plan as JSON.", metavar="FILE")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print the plan and its exact size.")] = False,
     force: Force = False,
+    allow_larger: Annotated[
+        bool, typer.Option("--allow-larger", help="Write an output that is not smaller than MODEL, which else is an error.")
+    ] = False,
     every_layer: Annotated[bool, typer.Option("--every-layer", help="A table line for every layer, not for every kind.")] = False,
     json_: Annotated[bool, typer.Option("--json", help="Print JSON on standard output; with -o - on standard error.")] = False,
     csv_: Csv = False,
@@ -176,14 +206,14 @@ def compress(
 
     Give exactly one target (or --plan). The output is MODEL's stem with .svd.safetensors, or its name with -svd.
     """
-    targets = {
+    targets: dict[words.Target, float | None] = {
         "rank": rank,
         "keep": keep,
         "size": None if size is None else parse_size(size, "--size"),
         "energy": energy,
         "error": error,
     }
-    given = {name: float(value) for name, value in targets.items() if value is not None}
+    given = [(name, float(value)) for name, value in targets.items() if value is not None]
     inputs = {"the model": model, "the list of layers": layers_from, "the text": text}
     piped = [what for what, path in inputs.items() if path == "-"]
     if len(piped) > 1:
@@ -194,7 +224,8 @@ def compress(
         _check_plan_path(Path(save_plan), model, output)
     reading = None
     if text or stdlib:
-        reading = _reading(text, stdlib, samples, seq_len, quiet)
+        _tell_code(trust_remote_code, model)
+        reading = _reading(text, stdlib, samples, seq_len, trust_remote_code, quiet)
     calibrated = reading is not None or calibration is not None
     recipe = plan = None
     if plan_file is not None:
@@ -204,7 +235,7 @@ def compress(
         if len(given) != 1:
             names = ", ".join(f"--{name}" for name in targets)
             raise UsageError(f"give exactly one target, not {len(given)}", f"one of {names}, or --plan")
-        target, value = next(iter(given.items()))
+        [(target, value)] = given
         from svdcli.plan.recipe import Recipe, best_defaults
 
         defaults = best_defaults(target, calibrated=calibrated)
@@ -242,23 +273,30 @@ def compress(
             carry=tuple(carry or ()),
             compute=_compute(device, threads),
             force=force,
+            allow_larger=allow_larger,
             dry_run=dry_run,
             progress=progress,
         )
     if save_plan is not None:
         _save_plan(save_plan, outcome.plan)
     _say(outcome, quiet)
+    if outcome.refused:
+        _note(f"a run would stop: {outcome.refused}; --allow-larger lets it go on")
     _show_outcome(outcome, _data_stream(output), json_, csv_, quiet, grouped=not every_layer)
     if outcome.report.failed:
+        from svdcli.files.report import MISSED
+
         first, *more = outcome.report.failed
         others = f" and {len(more)} more" if more else ""
-        raise SvdcliError(f"every solver failed on {first}{others}; what failed stayed dense", "see the report")
+        missed = "".join(f", and {note}" for note in outcome.report.notes if note.startswith(MISSED))
+        raise SvdcliError(f"every solver failed on {first}{others}; what failed stayed dense{missed}", "see the report")
 
 
 # What may stand beside --plan: where to read and write, how to compute, what to show.
 _BESIDE_A_PLAN = {
-    *("model", "output", "text", "stdlib", "calibration", "samples", "seq_len", "state_dict", "carry", "device", "threads"),
-    *("plan_file", "save_plan", "dry_run", "force", "every_layer", "json_", "csv_", "quiet"),
+    *("model", "output", "text", "stdlib", "calibration", "samples", "seq_len", "state_dict", "carry"),
+    *("trust_remote_code", "device", "threads"),
+    *("plan_file", "save_plan", "dry_run", "force", "allow_larger", "every_layer", "json_", "csv_", "quiet"),
 }
 
 
@@ -269,15 +307,17 @@ def _check_nothing_beside_a_plan(context: typer.Context) -> None:
             raise UsageError(f"--plan decides by itself, and {parameter.opts[0]} would change nothing", "leave one of them out")
 
 
-def _reading(text: str | None, stdlib: bool, samples: int, seq_len: int | None, quiet: bool) -> Reading:
+def _reading(
+    text: str | None, stdlib: bool, samples: int | None, seq_len: int | None, trust_remote_code: bool, quiet: bool
+) -> Reading:
     """The text to calibrate on, with what it will cost told before it starts."""
     from svdcli.files.texts import read_texts
     from svdcli.pipeline import Reading
 
-    at_least_one("--samples", samples)
+    _check_samples(samples)
     texts = read_texts(text, stdlib=stdlib, held_out=False)
     texts, held_out = (texts, read_texts(None, stdlib=True, held_out=True)) if stdlib else texts.split(0.9)
-    return Reading(texts, held_out, samples, seq_len, _announce(quiet))
+    return Reading(texts, held_out, samples, seq_len, trust_remote_code, _announce(quiet))
 
 
 def _say(outcome: Outcome, quiet: bool) -> None:
@@ -397,6 +437,8 @@ def verify(
     if not found.ok:
         bad = next(check for check in found.checks if not check.ok)
         hint = "give the model that it was made from" if bad.check == "source" else "write the output again"
+        if bad.detail.startswith("came"):
+            hint = "move it elsewhere"
         raise SvdcliError(f"{output} does not verify: {bad.check}, {bad.subject} ({bad.detail})", hint)
 
 
@@ -408,14 +450,21 @@ def eval_(
     ] = None,
     text: Text = None,
     stdlib: Stdlib = False,
-    samples: Samples = 128,
+    samples: Annotated[int, typer.Option("--samples", help="Windows of text, or sentences, spread evenly over it.")] = 128,
     seq_len: SeqLen = None,
+    trust_remote_code: TrustCode = False,
     prompt: Annotated[
         list[str] | None, typer.Option("--prompt", help="Print both continuations of this, side by side. Repeatable.")
     ] = None,
     new_tokens: Annotated[int, typer.Option("--new-tokens", help="Length of the continuations.")] = 48,
     dtype: Annotated[
-        str | None, typer.Option("--dtype", help="Compute in this; by default float32 for small models on a CPU, else as stored.")
+        str | None,
+        typer.Option(
+            "--dtype",
+            help="Compute in float32, float16, bfloat16 or float64; "
+            "by default float32 for small models on a CPU, else as stored.",
+            autocompletion=_dtypes,
+        ),
     ] = None,
     device: Device = "auto",
     threads: Threads = None,
@@ -433,6 +482,7 @@ def eval_(
     at_least_one("--samples", samples)
     at_least_one("--new-tokens", new_tokens)
     computed_in = parse_dtype(dtype)
+    _tell_code(trust_remote_code, output, against)
     where = _compute(device, threads).start()
     from svdcli.files.bytes_of import TORCH_DTYPES
     from svdcli.models.evaluate import evaluate
@@ -448,6 +498,7 @@ def eval_(
             new_tokens=new_tokens,
             device=where,
             dtype=None if computed_in is None else TORCH_DTYPES[computed_in],
+            trust_remote_code=trust_remote_code,
             progress=progress,
         )
     if json_:
@@ -462,8 +513,9 @@ def calibrate(
     output: Annotated[str, typer.Option("-o", "--output", help="The file of moments to write.", metavar="FILE")],
     text: Text = None,
     stdlib: Stdlib = False,
-    samples: Samples = 256,
+    samples: Samples = None,
     seq_len: SeqLen = None,
+    trust_remote_code: TrustCode = False,
     gradients: Annotated[
         bool | None,
         typer.Option("--gradients/--no-gradients", help="Moments of the loss gradients too; by default where memory allows."),
@@ -487,7 +539,7 @@ def calibrate(
     from svdcli import render
     from svdcli.files.texts import read_texts
 
-    at_least_one("--samples", samples)
+    _check_samples(samples)
     texts = read_texts(text, stdlib=stdlib, held_out=False)
     goal = Path(output)
     if not goal.absolute().parent.is_dir():
@@ -496,6 +548,7 @@ def calibrate(
         raise UsageError(f"-o {output} does not end in .safetensors", "that is what it will be")
     if goal.exists() and not force:
         raise SvdcliError(f"{output} exists", "use --force to replace it, or choose another -o")
+    _tell_code(trust_remote_code, model)
     where = _compute(device, threads).start()
     from svdcli.models.calibrate import calibrate as run
 
@@ -512,6 +565,7 @@ def calibrate(
             exclude=exclude or (),
             seed=seed,
             device=where,
+            trust_remote_code=trust_remote_code,
             announce=_announce(quiet),
             progress=progress,
         )
@@ -536,8 +590,9 @@ def heal(
     steps: Annotated[
         int | None, typer.Option("--steps", help="Steps for each block and the whole model (400, where --minutes is not given).")
     ] = None,
-    samples: Samples = 256,
+    samples: Samples = None,
     seq_len: SeqLen = None,
+    trust_remote_code: TrustCode = False,
     hard_labels: Annotated[
         float | None,
         typer.Option(
@@ -563,7 +618,7 @@ def heal(
     from svdcli.healing import Effort
     from svdcli.healing import heal as run
 
-    at_least_one("--samples", samples)
+    _check_samples(samples)
     if steps is not None:
         at_least_one("--steps", steps)
     if minutes is not None and not 0 < minutes < 1e6:
@@ -572,6 +627,7 @@ def heal(
         raise UsageError("--json and --csv exclude each other", "choose one")
     effort = Effort(steps if steps or minutes else 400, None if minutes is None else 60 * minutes)
     texts = read_texts(text, stdlib=stdlib, held_out=False)
+    _tell_code(trust_remote_code, output, teacher)
     with _working(quiet) as progress:
         outcome = run(
             output,
@@ -585,6 +641,7 @@ def heal(
             seed=seed,
             compute=_compute(device, threads),
             force=force,
+            trust_remote_code=trust_remote_code,
             progress=progress,
         )
     _say(outcome, quiet)
@@ -595,7 +652,13 @@ def heal(
 def export(
     output: Annotated[str, typer.Argument(help="What compress wrote, or any model directory.", metavar="OUT")],
     onnx: Annotated[str, typer.Option("--onnx", help="The ONNX file to write; needs svdcli[onnx].", metavar="FILE")],
-    dtype: Annotated[str, typer.Option("--dtype", help="Of weights and outputs: float32 or float16.")] = "float32",
+    dtype: Annotated[
+        str,
+        typer.Option(
+            "--dtype", help="Of weights and outputs: float32 or float16.", autocompletion=lambda: ["float32", "float16"]
+        ),
+    ] = "float32",
+    trust_remote_code: TrustCode = False,
     force: Force = False,
     json_: Json = False,
     quiet: Quiet = False,
@@ -607,8 +670,16 @@ def export(
     from svdcli import render
     from svdcli.models.export import export_onnx
 
+    _tell_code(trust_remote_code, output)
     with _working(quiet) as progress:
-        found = export_onnx(output, onnx, dtype=parse_dtype(dtype) or dtype, force=force, progress=progress)
+        found = export_onnx(
+            output,
+            onnx,
+            dtype=parse_dtype(dtype) or dtype,
+            force=force,
+            trust_remote_code=trust_remote_code,
+            progress=progress,
+        )
     if not quiet:
         _note(f"wrote {found.path}")
         if found.checked is None:
@@ -627,6 +698,7 @@ def bench(
     new_tokens: Annotated[int, typer.Option("--new-tokens", help="Tokens written after it.")] = 32,
     batch: Annotated[int, typer.Option("--batch", help="Prompts at a time.")] = 1,
     rounds: Annotated[int, typer.Option("--rounds", help="How often both are measured, after one round to warm up.")] = 5,
+    trust_remote_code: TrustCode = False,
     device: Device = "auto",
     threads: Threads = None,
     json_: Json = False,
@@ -640,6 +712,7 @@ def bench(
     from svdcli import render
     from svdcli.models import speed
 
+    _tell_code(trust_remote_code, output, against)
     with _working(quiet) as progress:
         found = speed.bench(
             output,
@@ -650,6 +723,7 @@ def bench(
             rounds=rounds,
             device=device,
             threads=threads,
+            trust_remote_code=trust_remote_code,
             progress=progress,
         )
     if _machine(found.to_json(), [asdict(row) for row in found.measures], json_, csv_, sys.stdout) and not quiet:
@@ -668,6 +742,11 @@ def parse_size(text: str, option: str) -> int:
     from fractions import Fraction
 
     return int(Fraction(match[1]) * _SIZES[unit])
+
+
+def _check_samples(samples: int | None) -> None:
+    if samples is not None:
+        at_least_one("--samples", samples)
 
 
 def at_least_one(option: str, value: int) -> None:
@@ -694,7 +773,7 @@ def read_layers(path: str | None) -> tuple[str, ...] | None:
     return names
 
 
-def _compute(device: str, threads: int | None) -> Compute:
+def _compute(device: words.Device, threads: int | None) -> Compute:
     from svdcli.engine import Compute
 
     return Compute(device, threads)
@@ -763,13 +842,27 @@ def _announce(quiet: bool) -> Callable[[Forecast], None]:
     def tell(forecast: Forecast) -> None:
         rounds = "" if forecast.rounds == 1 else f" in {forecast.rounds} rounds"
         what = "inputs and loss gradients" if forecast.gradients else "inputs"
-        _note(f"calibrating on {forecast.tokens:,} tokens, windows of {forecast.seq_len}{rounds}: moments of {what}")
+        portions = render.portions(forecast.samples, forecast.tokens, forecast.seq_len)
+        _note(f"calibrating on {forecast.tokens:,} tokens, {portions}{rounds}: moments of {what}")
+        if forecast.side:
+            _note(f"only {forecast.side} of the model reads text alone, and is run")
         state = render.human(forecast.state_bytes, "B")
         _note(f"about {render.duration(forecast.seconds)}, and {state} for hidden states between blocks")
         if forecast.reason:
             _note(f"no gradients: {forecast.reason}")
 
     return (lambda forecast: None) if quiet else tell
+
+
+def _tell_code(trusted: bool, *models: str | None) -> None:
+    """Name the Python files that a command is about to run, since somebody trusts them."""
+    if not trusted:
+        return
+    from svdcli.models import own_code
+
+    files = dict.fromkeys(file for model in models if model is not None for file in own_code.sources(model))
+    if files:
+        _note(f"{own_code.OPTION}: Python code of others will run: {printable(', '.join(files))}")
 
 
 @contextmanager
@@ -799,9 +892,6 @@ def _one_line_errors() -> Iterator[None]:
         goes_on = sys.argv[1:2] and sys.argv[1] in _RESUMABLE and "-" not in sys.argv
         _note("interrupted" + ("; the same command continues where this one stopped" if goes_on else ""))
         sys.exit(INTERRUPTED)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(FAILED)
     except Exception as error:
         if os.environ.get("SVDCLI_DEBUG") == "1":
             raise
@@ -828,27 +918,67 @@ def explain(error: Exception) -> tuple[str, int]:
 def main() -> None:
     """The `svdcli` command."""
     _open_closed_streams()
+    _outlive_readers()
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) is signal.SIG_DFL:  # nohup ignores SIGHUP
-            signal.signal(number, _interrupt)
     # torch works without NumPy, and says at every start that it does
     warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
     _leave_out_other_commands()
-    with _one_line_errors():
-        code = app(standalone_mode=False) or 0
+    with _one_line_errors(), _interruptible():
+        code = app(prog_name="svdcli", standalone_mode=False) or 0
         if code == INTERRUPTED:  # which is all that typer makes of the interrupt
             raise KeyboardInterrupt
+        sys.stdout.flush()
         sys.exit(code)
 
 
 _RESUMABLE = ("compress", "expand", "heal")  # with an output that is no pipe
 
 
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """While a command runs, being told to stop raises, so that it cleans up. Signals that the parent ignores stay ignored."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    heeded = {number: how for number, how in before.items() if how not in (signal.SIG_IGN, None)}
+    for number in heeded:
+        signal.signal(number, _interrupt)
+    try:
+        yield
+    finally:
+        for number, how in heeded.items():
+            signal.signal(number, how)
+
+
 def _interrupt(*_: object) -> None:
     raise KeyboardInterrupt
+
+
+class _Outliving(io.FileIO):
+    """A stream whose reader may leave: what is written then goes nowhere, and the work goes on. Other errors are told once."""
+
+    lost = False
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            told, self.lost = self.lost, True
+            if told or isinstance(error, ConnectionError):
+                return len(data)
+            raise
+
+
+def _outlive_readers() -> None:
+    """Put such streams in the place of the process's own."""
+    for name in ("stdout", "stderr"):
+        old = getattr(sys, name)
+        if old is not getattr(sys, f"__{name}__") or not isinstance(old, io.TextIOWrapper):
+            continue
+        old.flush()
+        raw = io.BufferedWriter(_Outliving(old.fileno(), "w", closefd=False))
+        at_once = old.line_buffering or old.write_through
+        setattr(sys, name, io.TextIOWrapper(raw, encoding=old.encoding, line_buffering=at_once))
 
 
 def _open_closed_streams() -> None:

@@ -28,8 +28,9 @@ from svdcli.linalg.storage import dense_rows, residual_energy, to_stored
 from svdcli.linalg.whitening import refit_bias, weighted, weighted_energies, weighted_error
 from svdcli.models.modules import is_row_order
 from svdcli.plan.decide import UNSOUND, Measured
-from svdcli.plan.recipe import WEIGHTED, LayerPlan, Recipe
+from svdcli.plan.recipe import LayerPlan, Recipe
 from svdcli.plan.tensors import FACTORED_DTYPES, TensorInfo
+from svdcli.plan.words import WEIGHTED, Device
 from svdcli.progress import Progress
 
 Item = TypeVar("Item")
@@ -50,7 +51,7 @@ _GRAM_FLOOR = {torch.float32: 1e-4, torch.float64: 1e-11}
 class Compute:
     """Where and how fast the mathematics runs. device is cpu, cuda, mps or auto; threads None leaves torch's choice."""
 
-    device: str = "auto"
+    device: Device = "auto"
     threads: int | None = None
 
     def start(self) -> torch.device:
@@ -446,11 +447,14 @@ def _salvage(units: Sequence[Unit], writer: WeightWriter, workspace: Workspace) 
     """Copy what an older layout of the same output already had, after `set_aside`."""
     for unit in units:
         line = workspace.done.get(unit.name)
-        if line is None or not workspace.before.exists() or len(line["crc"]) != len(unit.writes):
+        with_bytes = [tensor for tensor in unit.writes if tensor.nbytes]
+        if line is None or not workspace.before.exists() or len(line["crc"]) < len(with_bytes):
             continue
-        for tensor, offset, file in zip(unit.writes, line["at"], line["files"], strict=True):
+        # Those without bytes stand last, and may have come or gone since.
+        for tensor, offset, file in zip(with_bytes, line["at"], line["files"], strict=False):
             chunks = chunks_at(workspace.before / file, offset, tensor.nbytes)
             writer.write(tensor.name, chunks)
+        line["crc"] = line["crc"][: len(with_bytes)] + [0] * (len(unit.writes) - len(with_bytes))
         line.update(_places(unit, writer))
         workspace.note(line)
     workspace.drop_before()
@@ -483,9 +487,10 @@ def _do_unit(
         line |= {"error": result.relative_error, "solver": result.solver, "fell_back": list(result.fell_back)}
     elif unit.kind == "expand" and layer is not None:
         chunks = [_expanded(checkpoint, layer, unit.writes[0])]
+    elif unit.kind == "warn":
+        chunks = [iter(())]
     else:
         chunks = [checkpoint.chunks(unit.name)]
-    chunks += [iter(())] * (len(unit.writes) - len(chunks))  # a zero-size tensor has no bytes
     sums = [writer.write(t.name, part) for t, part in zip(unit.writes, chunks, strict=True)]
     return line | {"crc": sums} | _places(unit, writer)
 

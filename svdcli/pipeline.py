@@ -17,18 +17,21 @@ from typing import TYPE_CHECKING, Any
 from svdcli import __version__
 from svdcli.errors import BadCheckpointError, NothingSelectedError, SvdcliError, UsageError
 from svdcli.files.blueprint import Beside, CompressDesign, Design, ExpandDesign
-from svdcli.files.checkpoint import CHUNK, RECORD, STANDARD, Checkpoint, open_checkpoint, sha256_of
+from svdcli.files.checkpoint import CHUNK, RECORD, STANDALONE, STANDARD, Checkpoint, open_checkpoint, sha256_of
 from svdcli.files.folder import in_hub_cache
 from svdcli.files.formats import without_ending
 from svdcli.files.modes import modes_of
-from svdcli.files.record import Result, make_record, record_of, source_json, stored_layers
-from svdcli.files.report import SOLVERS_FAILED, Report, read_report, report_of
+from svdcli.files.record import Result, check_listed, make_record, record_of, source_json, stored_layers
+from svdcli.files.report import MISSED, SOLVERS_FAILED, Report, read_report, report_of
 from svdcli.files.workspace import MOMENTS, Workspace
 from svdcli.models import standalone
 from svdcli.plan.adapters import adapter_kind
+from svdcli.plan.budget import missed_target, staying_dense
 from svdcli.plan.decide import UNSOUND, Measured, decide, needs_spectra, rerun
 from svdcli.plan.layers import choose_layers
-from svdcli.plan.recipe import LayerPlan, Plan, Recipe, Skipped, recipe_to_json
+from svdcli.plan.parts import part_configs
+from svdcli.plan.recipe import LayerPlan, Plan, Recipe, Skipped, TextRead, recipe_to_json
+from svdcli.plan.roles import Roles
 from svdcli.plan.tensors import TensorInfo
 from svdcli.progress import Progress, silent
 
@@ -43,12 +46,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Reading:
-    """Text to calibrate on while compressing, and how much of it; held_out is to measure on what the result is worth."""
+    """Text to calibrate on while compressing, and how much of it (as for `calibrate`); held_out is to measure on what the result
+    is worth. trust_remote_code runs Python that the model's folder brings along."""
 
     texts: Texts
     held_out: Texts | None = None
-    samples: int = 256
+    samples: int | None = None
     seq_len: int | None = None
+    trust_remote_code: bool = False
     announce: Callable[[Forecast], None] = lambda forecast: None
 
 
@@ -57,7 +62,7 @@ class Outcome:
     """What compress did or would do: the report, the plan behind it, and where the output is (None for a dry run).
 
     measured is how far the output is from the original on text that calibration did not read, where there was such text;
-    not_measured says why it is missing.
+    not_measured says why it is missing. refused says why a run would stop where this dry run did not.
     """
 
     report: Report
@@ -66,6 +71,7 @@ class Outcome:
     started_over: bool = False
     measured: Evaluation | None = None
     not_measured: str = ""
+    refused: str = ""
 
 
 def compress(
@@ -80,6 +86,7 @@ def compress(
     carry: Sequence[str] = (),
     compute: Compute | None = None,
     force: bool = False,
+    allow_larger: bool = False,
     dry_run: bool = False,
     progress: Progress = silent,
 ) -> Outcome:
@@ -90,15 +97,13 @@ def compress(
     then count by what they do to the layers' outputs, or to the model's loss; reading does that calibration here and now.
     state_dict is the key of a PyTorch file under which the tensors lie, where there are several; carry are globs of files of a
     directory that go along although they are no part of the model. The output appears whole or not at all; a run that was cut
-    short continues where it stopped when it is called again.
+    short continues where it stopped when it is called again. One that would not be smaller than its source is an error, unless
+    allow_larger.
     Raises SvdcliError or a child of it, and OSError where the file system refuses.
     """
     from svdcli.engine import Compute, threads_each
 
-    if (recipe is None) == (plan is None):
-        raise UsageError("give exactly one of a recipe and a plan")
-    recipe = plan.recipe if plan is not None else recipe
-    assert recipe is not None
+    recipe = _the_recipe(recipe, plan)
     if calibration is not None and reading is not None:
         raise UsageError("give a calibration or a text, not both", "leave out one of them")
     with open_checkpoint(model, state_dict=state_dict, carry=carry) as checkpoint:
@@ -106,7 +111,7 @@ def compress(
         device = (compute or Compute()).start()
         source = _Source(calibration, reading)
         if dry_run:
-            return _predict(checkpoint, out, recipe, plan, source, device, progress)
+            return _predict(checkpoint, out, recipe, plan, source, device, progress, allow_larger)
         choice = None if reading is not None else _choose(checkpoint, recipe, plan, calibration)
         with destination(checkpoint, out, ".svd", "-svd", force) as target:
             workspace = Workspace(target, is_file=not checkpoint.is_directory)
@@ -118,7 +123,7 @@ def compress(
                 asked = (recipe_to_json(choice.recipe), plan and plan.to_json())
                 same = identity(checkpoint, "compress", *asked, threads_each(device))
                 if workspace.resume(same, force=force):
-                    _compress_into(workspace, checkpoint, choice, device, progress)
+                    _compress_into(workspace, checkpoint, choice, device, progress, allow_larger)
             report = read_report(target)
             measured, why = (None, "") if reading is None else _measure(checkpoint, target, reading, device, progress)
             return Outcome(
@@ -129,6 +134,15 @@ def compress(
                 measured,
                 why,
             )
+
+
+def _the_recipe(recipe: Recipe | None, plan: Plan | None) -> Recipe:
+    """The one that decides: given by itself, or with a plan. Raises UsageError for both or neither."""
+    if recipe is not None and plan is None:
+        return recipe
+    if plan is not None and recipe is None:
+        return plan.recipe
+    raise UsageError("give exactly one of a recipe and a plan")
 
 
 def _measure(
@@ -151,6 +165,7 @@ def _measure(
             seq_len=reading.seq_len,
             samples=_WINDOWS_TO_MEASURE,
             device=device,
+            trust_remote_code=reading.trust_remote_code,
             progress=progress,
         ), ""
     except SvdcliError as error:
@@ -169,13 +184,15 @@ def _predict(
     source: _Source,
     device: torch.device,
     progress: Progress,
+    allow_larger: bool,
 ) -> Outcome:
     """What a dry run tells."""
     with tempfile.TemporaryDirectory(prefix="svdcli-") as folder:
         choice = _choose(checkpoint, recipe, plan, source.file(checkpoint, Path(folder), recipe, device, progress))
         name = None if checkpoint.is_directory else _out_path(checkpoint, out, ".svd", "-svd").name
         decided = _decide(checkpoint, choice, name, device, None, progress)
-        return Outcome(_predicted(checkpoint, decided, name), decided, None)
+        refused = "" if allow_larger else not_smaller(_design(checkpoint, decided, name))
+        return Outcome(_predicted(checkpoint, decided, name), decided, None, refused=refused)
 
 
 def expand(model: str | Path, out: str | Path | None = None, *, force: bool = False, progress: Progress = silent) -> Path | None:
@@ -192,14 +209,15 @@ def expand(model: str | Path, out: str | Path | None = None, *, force: bool = Fa
             hint = "factors that transformers saved: svdcli.load(PATH).dequantize().save_pretrained(DENSE), from Python"
             raise SvdcliError(f"{checkpoint.shown} was not written by svdcli compress", hint)
         layers = stored_layers(checkpoint, record)
+        check_listed(checkpoint, record)
         _check_undamaged(checkpoint, record, layers)
         with destination(checkpoint, out, ".dense", "-dense", force) as target:
             workspace = Workspace(target, is_file=not checkpoint.is_directory)
             with disk_errors(target), workspace.locked():
                 if workspace.resume(identity(checkpoint, "expand"), force=force):
-                    design = ExpandDesign(checkpoint, layers, target.name if workspace.is_file else None)
-                    results, _ = write(design, layers, workspace, torch.device("cpu"), 0, progress)
-                    finish(design, results, workspace, progress)
+                    design = ExpandDesign(checkpoint, record, layers, target.name if workspace.is_file else None)
+                    written, results, _ = write(design, layers, workspace, torch.device("cpu"), 0, progress)
+                    finish(written, results, workspace, progress)
             return None if out == STANDARD else target
 
 
@@ -234,7 +252,8 @@ class _Source:
         from svdcli.models.calibrate import calibrate
 
         reading, gradients = self.reading, _GRADIENTS.get(recipe.metric, True)
-        asked = (checkpoint.fingerprint(), reading.texts.digest, reading.samples, reading.seq_len, gradients)
+        how = (reading.samples, reading.seq_len, reading.trust_remote_code, gradients)
+        asked = (checkpoint.fingerprint(), reading.texts.digest, *how)
         found = folder / f"{hashlib.sha256(repr(asked).encode()).hexdigest()[:16]}.{MOMENTS}"
         if not found.exists():
             calibrate(
@@ -245,6 +264,7 @@ class _Source:
                 seq_len=reading.seq_len,
                 gradients=gradients,
                 device=device,
+                trust_remote_code=reading.trust_remote_code,
                 announce=reading.announce,
                 progress=progress,
             )
@@ -277,14 +297,16 @@ def _check_source(checkpoint: Checkpoint, recipe: Recipe) -> None:
             f"{checkpoint.shown} is {adapter}, whose matrices are small factors already",
             "merge it into its base model (PEFT: merge_and_unload), and compress that",
         )
-    quantised = (checkpoint.config or {}).get("quantization_config")
+    config = checkpoint.config or {}
+    parts = [config, *(part for _, part in part_configs(config))]
+    quantised = next((part["quantization_config"] for part in parts if part.get("quantization_config")), None)
     if quantised and recipe.layout != "dense":
         method = quantised.get("quant_method", "another tool") if isinstance(quantised, dict) else "another tool"
         raise SvdcliError(f"{checkpoint.shown} is quantised by {method}", "start from the unquantised model")
     if recipe.self_contained:
         if not (checkpoint.is_directory and checkpoint.transformers_opens_it):
             raise UsageError("--self-contained is for directories with a config.json of transformers", "leave it out")
-        if (checkpoint.config or {}).get("auto_map"):
+        if config.get("auto_map"):
             raise UsageError(f"{checkpoint.shown} brings its own code (auto_map)", "leave out --self-contained")
     if recipe.max_shard_size is not None and not checkpoint.is_directory:
         raise UsageError("--max-shard-size is for directories", "leave it out for a single file")
@@ -298,7 +320,12 @@ def _choose(checkpoint: Checkpoint, recipe: Recipe, plan: Plan | None, calibrati
         selected, skipped = tuple(layer.tensor for layer in plan.layers), plan.skipped
     else:
         selected, skipped = choose_layers(
-            checkpoint.infos, include=recipe.include, exclude=recipe.exclude, layers=recipe.layers, tied=checkpoint.tied
+            checkpoint.infos,
+            include=recipe.include,
+            exclude=recipe.exclude,
+            layers=recipe.layers,
+            tied=checkpoint.tied,
+            facts=checkpoint.facts,
         )
     if not selected:
         raise NothingSelectedError(f"no layer of {checkpoint.shown} is selected{_main_reason(skipped)}", "see `svdcli inspect`")
@@ -360,7 +387,7 @@ def _decide(
     if recipe.nonfinite == "error":
         check_finite(bad)
     if choice.plan is not None:
-        plan = choice.plan.with_dense(dict.fromkeys(bad, f"holds {UNSOUND}"))
+        plan = _rerun(checkpoint, _with_its_text(choice.plan, choice), name, bad)
         plan = replace(plan, notes=tuple(dict.fromkeys((*plan.notes, *checkpoint.notes))))
     else:
         plan = _decide_ranks(checkpoint, choice, name, measured)
@@ -371,17 +398,41 @@ def _decide(
 
 
 def _decide_ranks(checkpoint: Checkpoint, choice: _Choice, name: str | None, measured: Mapping[str, Measured]) -> Plan:
-    notes = (*checkpoint.notes, *_little_read(choice))
+    notes = (*checkpoint.notes, *_little_read(choice), *_no_longer_tied(checkpoint, choice))
 
-    def with_notes(plan: Plan) -> Plan:
-        return replace(plan, notes=(*plan.notes, *notes))
+    def complete(plan: Plan) -> Plan:
+        return _with_its_text(replace(plan, notes=(*plan.notes, *notes)), choice)
 
     def predict(plan: Plan) -> int:
-        return _design(checkpoint, with_notes(plan), name).blueprint().total
+        return _design(checkpoint, complete(plan), name).blueprint().total
 
     unit = "" if choice.calibration is None else choice.calibration.unit
-    plan = decide(choice.recipe, choice.fingerprint, choice.selected, choice.skipped, measured, predict, unit)
-    return with_notes(plan)
+    return complete(decide(choice.recipe, choice.fingerprint, choice.selected, choice.skipped, measured, predict, unit))
+
+
+def _with_its_text(plan: Plan, choice: _Choice) -> Plan:
+    """The plan with what the calibration behind it has read."""
+    if choice.calibration is None:
+        return plan
+    read = choice.calibration.moments.provenance
+    return replace(plan, calibration=TextRead(read.text, read.text_sha256, read.samples, read.seq_len, read.tokens))
+
+
+def _rerun(checkpoint: Checkpoint, saved: Plan, name: str | None, bad: Sequence[str]) -> Plan:
+    """A saved plan, with the layers dense that cannot be factored here.
+
+    A note tells where it misses the budget it was made for. Raises UsageError where those layers are the reason.
+    """
+    plan = saved.with_dense(dict.fromkeys(bad, f"holds {UNSOUND}"))
+    missed = missed_target(plan, _design(checkpoint, plan, name).blueprint().total)
+    if not missed:
+        return plan
+    if bad and not missed_target(saved, _design(checkpoint, saved, name).blueprint().total):
+        dense = {layer.tensor.name: layer.reason for layer in plan.layers if layer.rank is None}
+        why = staying_dense(dense, len(plan.layers))
+        hint = f"make a new plan of this model: --{plan.recipe.target} without --plan"
+        raise UsageError(f"the plan does not meet its target here: {missed}, since {why}", hint)
+    return noting_a_miss(plan, missed)
 
 
 def _little_read(choice: _Choice) -> tuple[str, ...]:
@@ -396,13 +447,26 @@ def _little_read(choice: _Choice) -> tuple[str, ...]:
     return (f"the calibration read {tokens} tokens, fewer than the {widest} inputs of a layer: expect more loss than predicted",)
 
 
+def _no_longer_tied(checkpoint: Checkpoint, choice: _Choice) -> tuple[str, ...]:
+    """A note for each head or embedding that is factored while its equal copy in the file is not."""
+    facts, selected = checkpoint.facts, {tensor.name for tensor in choice.selected}
+    if facts is None or facts.tied is False:
+        return ()
+    apart = [pair for pair in Roles(checkpoint.infos, facts).copies() if len({t.name for t in pair} & selected) == 1]
+    return tuple(
+        f"{head.module} and {table.module} hold the same numbers: tied before, they are two weights now; name both to keep one"
+        for head, table in apart
+        if checkpoint.look_equal(head.name, table.name)
+    )
+
+
 def _design(checkpoint: Checkpoint, plan: Plan, name: str | None) -> CompressDesign:
     return CompressDesign(checkpoint, plan, name, beside() if plan.recipe.self_contained else None)
 
 
 def beside() -> Beside:
     """The Python file of `--self-contained`, and what config.json says about it."""
-    return Beside(standalone.FILE, standalone.standalone_source(), standalone.auto_map())
+    return Beside(STANDALONE, standalone.standalone_source(), standalone.auto_map())
 
 
 def _predicted(checkpoint: Checkpoint, plan: Plan, name: str | None) -> Report:
@@ -417,23 +481,66 @@ def _predicted(checkpoint: Checkpoint, plan: Plan, name: str | None) -> Report:
 
 
 def _compress_into(
-    workspace: Workspace, checkpoint: Checkpoint, choice: _Choice, device: torch.device, progress: Progress
+    workspace: Workspace,
+    checkpoint: Checkpoint,
+    choice: _Choice,
+    device: torch.device,
+    progress: Progress,
+    allow_larger: bool,
 ) -> None:
     name = workspace.out.name if workspace.is_file else None
-    try:
+    with _refusing(workspace):
         plan = _decide(checkpoint, choice, name, device, workspace, progress)
         design = _design(checkpoint, plan, name)
-        design.blueprint()
-    except SvdcliError:
-        workspace.remove()
-        raise
-    results, failed = write(design, plan.factored, workspace, device, choice.recipe.seed, progress, choice.calibration)
+        _check_smaller(design, allow_larger)
+    seed, calibration = choice.recipe.seed, choice.calibration
+    written, results, failed = write(design, plan.factored, workspace, device, seed, progress, calibration)
     if failed:
         plan = plan.with_dense({layer: f"{SOLVERS_FAILED}: {why}" for layer, why in failed.items()})
-        design = _design(checkpoint, plan, name)
+        plan = noting_a_miss(plan, missed_target(plan, _design(checkpoint, plan, name).blueprint().total))
         workspace.set_aside()
-        results, _ = write(design, plan.factored, workspace, device, choice.recipe.seed, progress, choice.calibration)
-    finish(design, results, workspace, progress)
+        design = _design(checkpoint, plan, name)
+        written, results, _ = write(design, plan.factored, workspace, device, seed, progress, calibration)
+    else:
+        with _refusing(workspace):
+            _check_smaller(written, allow_larger)  # again, since fall-backs may have taken more room
+    finish(written, results, workspace, progress)
+
+
+@contextmanager
+def _refusing(workspace: Workspace) -> Iterator[None]:
+    """A refusal leaves nothing behind but a calibration that was made on the way, and says where that is."""
+    try:
+        yield
+    except SvdcliError as error:
+        if workspace.give_up():
+            where = f"the calibration waits in {workspace.folder} for the next try"
+            error.hint = f"{error.hint}; {where}" if error.hint else where
+        raise
+
+
+def _check_smaller(design: Design, allow_larger: bool) -> None:
+    larger = not_smaller(design)
+    if larger and not allow_larger:
+        raise SvdcliError(larger, "cut more, --exclude what hardly shrinks, or write it all the same with --allow-larger")
+
+
+def not_smaller(design: Design) -> str:
+    """What is wrong with an output that is no smaller than its source; empty where it is, or in a layout that never is."""
+    size, source = design.blueprint().total, design.checkpoint.nbytes
+    if size < source or isinstance(design, ExpandDesign) or design.plan.recipe.layout == "dense":
+        return ""
+    saved = sum(layer.tensor.nbytes - sum(part.nbytes for part in layer.stored()) for layer in design.plan.factored)
+    return (
+        f"the output would have {size} bytes, no fewer than the {source} of its source: "
+        f"factors save {saved}, headers and the record of {len(design.plan.layers)} layers take more"
+    )
+
+
+def noting_a_miss(plan: Plan, missed: str) -> Plan:
+    """The plan with a note of the target that it misses, where it misses one."""
+    note = f"{MISSED} {missed}"
+    return plan if not missed or note in plan.notes else replace(plan, notes=(*plan.notes, note))
 
 
 def write(
@@ -445,6 +552,29 @@ def write(
     progress: Progress,
     calibration: Calibration | None = None,
     ready: Ready | None = None,
+) -> tuple[Design, dict[str, Result], dict[str, str]]:
+    """Lay the files out and do every unit: (the design that was written, results, layers on which every solver failed).
+
+    Where solvers gave way to others on more layers than the record has room for, all is laid out once more, with more room.
+    """
+    results, failed = _write_once(design, layers, workspace, device, seed, progress, calibration, ready)
+    if failed or isinstance(design, ExpandDesign) or design.fits(results):
+        return design, results, failed
+    design = design.with_room()
+    workspace.set_aside()
+    results, failed = _write_once(design, layers, workspace, device, seed, progress, calibration, ready)
+    return design, results, failed
+
+
+def _write_once(
+    design: Design,
+    layers: Sequence[LayerPlan],
+    workspace: Workspace,
+    device: torch.device,
+    seed: int,
+    progress: Progress,
+    calibration: Calibration | None,
+    ready: Ready | None,
 ) -> tuple[dict[str, Result], dict[str, str]]:
     """Lay the files out and do every unit: (results, layers on which every solver failed)."""
     from svdcli.engine import run_units

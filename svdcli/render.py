@@ -180,6 +180,8 @@ def _print_totals(report: Report, console: Console, *, grouped: bool) -> None:
         mean = sum(error for error, _ in errors) / len(errors)
         worst = max(errors)
         lines.append(("relative error", f"mean {mean:.4f}, largest {worst[0]:.4f} ({_short(worst[1])})"))
+    if report.calibration is not None:
+        lines.append(("calibrated", _read_line(report.calibration)))
     lines += _loss_lines(report)
     lines += [("left dense", line) for line in _reasons([(r.name, r.reason) for r in report.layers if r.rank is None])]
     lines += [("fell back", f"{_short(r.name)}: {', '.join(r.fell_back)}") for r in report.layers if r.fell_back]
@@ -196,6 +198,20 @@ def _left_out(reasons: Mapping[str, str], sizes: Mapping[str, int]) -> list[str]
         size = f", {human(sizes[name], 'B')}" if sizes.get(name) else ""
         lines.append(f"{name}: {reason}{size}")
     return lines
+
+
+def _read_line(read: Mapping[str, Any]) -> str:
+    """What a calibration has read."""
+    return (
+        f"on {read['tokens']:,} tokens of {printable(read['text'])}: {portions(read['samples'], read['tokens'], read['seq_len'])}"
+    )
+
+
+def portions(samples: int, tokens: int, seq_len: int) -> str:
+    """32 windows of 2048, or, where they are not full, sentences."""
+    if tokens == samples * seq_len:
+        return f"{samples:,} window{'' if samples == 1 else 's'} of {seq_len}"
+    return f"{samples:,} sentence{'' if samples == 1 else 's'} of at most {seq_len}"
 
 
 def _loss_lines(report: Report) -> list[tuple[str, str]]:
@@ -327,8 +343,11 @@ def print_spectrum(spectrum: Spectrum, stream: TextIO) -> None:
 
 
 def print_verification(verification: Verification, stream: TextIO) -> None:
+    """A line for each kind of check, with what failed; then what is not as it was beside the weights."""
+    from svdcli.survey import BESIDE
+
     console = console_for(stream)
-    kinds = list(dict.fromkeys(check.check for check in verification.checks))
+    kinds = list(dict.fromkeys(check.check for check in verification.checks if check.check != BESIDE))
     for kind in kinds:
         mine = [check for check in verification.checks if check.check == kind]
         bad = [check for check in mine if not check.ok]
@@ -336,7 +355,10 @@ def print_verification(verification: Verification, stream: TextIO) -> None:
             f"{'FAILED' if bad else 'ok':<6}  {kind}: {len(mine) - len(bad)} of {len(mine)}", style="red" if bad else ""
         )
         for check in bad:
-            console.print(f"        {check.subject}: {check.detail}")
+            console.print(f"        {printable(check.subject)}: {printable(check.detail)}")
+    for check in verification.checks:
+        if check.check == BESIDE:
+            console.print(f"note    {printable(check.subject)}: {check.detail}")
 
 
 # eval ----------------------------------------------------------------------------------------------------------------

@@ -4,14 +4,23 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from svdcli.errors import NothingSelectedError, SvdcliError
-from svdcli.files.checkpoint import METADATA_KEY, RECORD, STANDARD, Checkpoint, open_checkpoint, open_from_pipe, sha256_of
-from svdcli.files.formats import format_of
+from svdcli.errors import BadCheckpointError, NothingSelectedError, SvdcliError
+from svdcli.files.checkpoint import (
+    METADATA_KEY,
+    RECORD,
+    STANDARD,
+    Checkpoint,
+    open_checkpoint,
+    open_from_pipe,
+    sha256_of,
+)
+from svdcli.files.formats import PICKLE_ENDINGS, format_of
 from svdcli.files.record import part_of_record, record_in, record_of, stored_layers
 from svdcli.files.report import JSON_VERSION, Report, newest_output, read_report, report_of
 from svdcli.plan.layers import break_even, choose_layers
@@ -94,7 +103,9 @@ def inspect(
 ) -> Inspection:
     """List a checkpoint's tensors from its headers alone. Raises like `compress` for bad input and odd patterns."""
     with open_checkpoint(path, state_dict=state_dict) as checkpoint:
-        selected, skipped = choose_layers(checkpoint.infos, include=include, exclude=exclude, tied=checkpoint.tied)
+        selected, skipped = choose_layers(
+            checkpoint.infos, include=include, exclude=exclude, tied=checkpoint.tied, facts=checkpoint.facts
+        )
         reasons = {item.tensor.name: item.reason for item in skipped}
         return Inspection(
             path=checkpoint.shown,
@@ -175,7 +186,9 @@ def spectrum(
     with open_checkpoint(path, state_dict=state_dict) as checkpoint:
         if record_of(checkpoint) is not None:
             raise SvdcliError(f"{checkpoint.shown} is compressed already", "look at the original, or expand it first")
-        selected, _ = choose_layers(checkpoint.infos, include=include, exclude=exclude, layers=layers, tied=checkpoint.tied)
+        selected, _ = choose_layers(
+            checkpoint.infos, include=include, exclude=exclude, layers=layers, tied=checkpoint.tied, facts=checkpoint.facts
+        )
         if not selected:
             raise NothingSelectedError(f"no layer of {checkpoint.shown} is selected", "see `svdcli inspect`")
         device = (compute or Compute()).start()
@@ -236,15 +249,20 @@ class Verification:
 def verify(out: str | Path, against: str | Path | None = None, *, progress: Progress = silent) -> Verification:
     """Does an output still hold what its record says; and, against its original, are the errors and the copies right.
 
+    Weights, their index and what makes a loader open them must be as they were written. Other files that changed, came or
+    went are checks that pass, of the kind `BESIDE`, whose detail says so.
     Raises SvdcliError where `out` cannot be opened at all; everything else is a failed check.
     """
     with open_checkpoint(out) as checkpoint:
         record = record_of(checkpoint)
         if record is None or "recipe" not in record:
             raise SvdcliError(f"{checkpoint.shown} is not a whole output of svdcli compress", "name what it wrote")
-        layers = stored_layers(checkpoint, record)
         checks = [Check("header", name, True, f"{size} bytes") for name, size in checkpoint.files.items()]
         checks += _check_digests(checkpoint, record, progress)
+        checks += _check_strangers(checkpoint, record)
+        if not all(check.ok for check in checks if check.check == _STRANGE):
+            return Verification(checkpoint.shown, None if against is None else str(against), tuple(checks))  # not ours to judge
+        layers = stored_layers(checkpoint, record)
         checks += _check_plan(checkpoint, record, layers)
         if against is not None:
             with _open_original(against, record) as original:
@@ -259,20 +277,64 @@ def _open_original(against: str | Path, record: Mapping[str, Any]) -> Checkpoint
     return open_checkpoint(against, state_dict=key if is_pickle else None)
 
 
+BESIDE = "other files"
+_STRANGE = "no other weights"
+_CONFIG, _ADAPTER = "config.json", "adapter_config.json"
+
+
 def _check_digests(checkpoint: Checkpoint, record: Mapping[str, Any], progress: Progress) -> Iterator[Check]:
-    files = record.get("files", {})
+    """Is every file that the record lists there, as it was written; only weights, and what they open with, must be."""
+    files = record.get("files") or {}
     for done, (name, item) in enumerate(files.items(), 1):
         path = checkpoint.path / name
-        if not path.is_file():
-            yield Check("sha256", name, False, "missing")
-            continue
-        same = sha256_of(path) == item.get("sha256")
-        yield Check("sha256", name, same, "" if same else "differs from the record")
+        state = "" if path.is_file() else "missing"
+        if not state and sha256_of(path) != item.get("sha256"):
+            state = "changed since svdcli wrote it"
+        lost = _lost_by_config(checkpoint, record) if state and name == _CONFIG else ""
+        if not state:
+            yield Check("sha256", name, True)
+        elif _is_weights(name):
+            yield Check("sha256", name, False, state)
+        elif lost:
+            yield Check("sha256", name, False, f"{state}: {lost}")
+        else:
+            yield Check(BESIDE, name, True, state)
         progress("check", name, done, len(files))
-    if checkpoint.is_directory:
-        for name in checkpoint.files | checkpoint.carried:
-            if name not in files and name != RECORD:
-                yield Check("sha256", name, False, "not in the record")
+
+
+def _check_strangers(checkpoint: Checkpoint, record: Mapping[str, Any]) -> Iterator[Check]:
+    """Files that the record does not list: weights that a loader opens with ours, or in their place, are no note."""
+    if not checkpoint.is_directory:
+        return
+    files = record.get("files") or {}
+    for name in [*checkpoint.files, *checkpoint.carried, *checkpoint.left_out]:
+        if name in files or name == RECORD:
+            continue
+        if name in checkpoint.files:
+            yield Check(_STRANGE, name, False, "came after svdcli wrote the output, and is what a loader opens")
+        elif name == _ADAPTER:
+            yield Check(_STRANGE, name, False, "came after svdcli wrote the output, and makes transformers add an adapter")
+        else:
+            yield Check(BESIDE, name, True, "came after svdcli wrote the output")
+
+
+def _is_weights(name: str) -> bool:
+    if re.search(r"\.safetensors\.index(\.[^.]+)?\.json$", name):
+        return True
+    return name.endswith((".safetensors", *PICKLE_ENDINGS)) and not name.endswith("training_args.bin")
+
+
+def _lost_by_config(checkpoint: Checkpoint, record: Mapping[str, Any]) -> str:
+    """Why the weights do not open with a config.json that was changed or is gone; empty where they do."""
+    config = checkpoint.config or {}
+    named = config.get("transformers_weights")
+    if named is not None and named not in record["files"]:
+        return f"names other weights, {named}"
+    quantised = config.get("quantization_config")
+    method = quantised.get("quant_method") if isinstance(quantised, dict) else None
+    if record["layers"] and record["recipe"].get("layout") != "dense" and method != METADATA_KEY:
+        return "no longer says that svdcli wrote the weights"
+    return ""
 
 
 def _check_plan(checkpoint: Checkpoint, record: Mapping[str, Any], layers: Sequence[LayerPlan]) -> Iterator[Check]:
@@ -282,7 +344,7 @@ def _check_plan(checkpoint: Checkpoint, record: Mapping[str, Any], layers: Seque
     for file, metadata in checkpoint.metadata.items():
         names = {stored[n].tensor.name for n, ref in checkpoint.tensors.items() if ref.file == file and n in stored}
         expected = part_of_record(record, names) if checkpoint.is_directory else record
-        same = json.loads(metadata.get(METADATA_KEY, "null")) == json.loads(json.dumps(expected))
+        same = _record_or_none(metadata, file) == json.loads(json.dumps(expected))
         yield Check("header agrees with plan", file, same, f"{len(names)} layers" if same else "differs")
     for name, item in {**record["dense"], **record["skipped"]}.items():
         ref = checkpoint.tensors.get(name)
@@ -292,6 +354,13 @@ def _check_plan(checkpoint: Checkpoint, record: Mapping[str, Any], layers: Seque
         if layer.layout == "pivoted":
             same = has_row_order(checkpoint, layer)
             yield Check("row order", layer.tensor.name, same, "" if same else "svd_rows is no permutation")
+
+
+def _record_or_none(metadata: Mapping[str, str], file: str) -> dict[str, Any] | None:
+    try:
+        return record_in(metadata, file)
+    except BadCheckpointError:
+        return None
 
 
 def _check_against(

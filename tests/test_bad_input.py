@@ -128,7 +128,7 @@ def spoil(value: float, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     return {"good.weight": weight(40, 48, 1, dtype), "bad.weight": bad, "norm": torch.tensor([float("nan")])}
 
 
-@pytest.mark.parametrize("target", [["--rank", "8"], ["--keep", "0.5", "--allocate", "global"], ["--error", "0.3"]])
+@pytest.mark.parametrize("target", [["--rank", "8"], ["--keep", "0.7", "--allocate", "global"], ["--error", "0.3"]])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_nan_and_infinity(folder: Path, value: float, dtype: torch.dtype, target: list[str]) -> None:
@@ -364,13 +364,13 @@ def test_standard_input_needs_a_name_for_the_output(small: Path) -> None:
         *[(["--energy", value], f"--energy {value}") for value in ("0", "-0.5", "1.01", "nan")],
         *[(["--error", value], f"--error {value}") for value in ("0", "-1", "1", "nan")],
         *[(["--size", value], "--size") for value in ("0", "-5", "nan", "1e9", "5 parsecs", "", "MB")],
-        (["--rank", "4", "--solver", "magic"], "'magic' is unknown"),
-        (["--rank", "4", "--layout", "magic"], "'magic' is unknown"),
-        (["--rank", "4", "--allocate", "magic"], "'magic' is unknown"),
-        (["--rank", "4", "--nonfinite", "magic"], "'magic' is unknown"),
+        (["--rank", "4", "--solver", "magic"], "'magic' is not one of"),
+        (["--rank", "4", "--layout", "magic"], "'magic' is not one of"),
+        (["--rank", "4", "--allocate", "magic"], "'magic' is not one of"),
+        (["--rank", "4", "--nonfinite", "magic"], "'magic' is not one of"),
         (["--rank", "4", "--dtype", "magic"], "'magic'"),
         (["--rank", "4", "--dtype", "int8"], "'int8' cannot hold factors"),
-        (["--rank", "4", "--device", "magic"], "--device magic is not available"),
+        (["--rank", "4", "--device", "magic"], "'--device': 'magic' is not one of 'auto', 'cpu', 'cuda', 'mps'"),
         (["--rank", "4", "--device", ""], "--device"),
         (["--rank", "4", "--threads", "0"], "--threads 0"),
         (["--rank", "4", "--threads", "99999999999999999999"], "--threads"),
@@ -727,7 +727,7 @@ def test_factors_of_factors_do_not_collide(folder: Path) -> None:
 
 def test_many_tensors(folder: Path) -> None:
     many = {f"t.{number}.weight": torch.ones(1, 2) for number in range(3000)}
-    survives({**many, "a.weight": weight(48, 40)})
+    survives({**many, "a.weight": weight(48, 40)}, "--allow-larger")
 
 
 def test_a_symlinked_source(small: Path) -> None:

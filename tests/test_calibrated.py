@@ -266,6 +266,7 @@ def test_an_uncalibrated_layer_stays_dense_and_says_so(tmp_path: Path, allocate:
     rows = {row.name: row for row in outcome.report.layers}
     assert [name for name, row in rows.items() if row.rank is None] == [left]
     assert "not calibrated" in rows[left].reason
+    assert 0.57 < outcome.report.selected.keep <= 0.6
     before, after = load_file(model), load_file(tmp_path / "o.safetensors")
     for name in (left, left.replace("weight", "bias")):
         assert torch.equal(after[name], before[name])

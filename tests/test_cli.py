@@ -22,6 +22,7 @@ import svdcli
 from svdcli import Recipe
 from svdcli.cli import parse_size
 from svdcli.errors import UsageError
+from svdcli.plan import words
 from svdcli.render import progress_on
 
 
@@ -156,11 +157,11 @@ def test_expand_and_verify(model: Path, output: Path, tmp_path: Path) -> None:
     done = cli("verify", output, "--against", model)
     assert done.code == 0
     assert "FAILED" not in done.out.decode()
-    (output / "tokenizer.json").write_text("changed")
+    (output / "model.safetensors").write_bytes((output / "model.safetensors").read_bytes()[:-1] + b"x")
     bad = cli("verify", output, "--json")
     assert bad.code == 1
     assert json.loads(bad.out)["ok"] is False
-    assert "tokenizer.json" in bad.err
+    assert "model.safetensors" in bad.err
 
 
 def test_dry_run_and_plans(model: Path, tmp_path: Path) -> None:
@@ -264,6 +265,42 @@ def test_completion_is_offered() -> None:
     assert "--install-completion" in cli("--help").out.decode()
 
 
+DTYPES = ("float32", "float16", "bfloat16", "float64")
+CHOICES = [
+    ("compress", "--layout", words.LAYOUTS),
+    ("compress", "--allocate", words.ALLOCATIONS),
+    ("compress", "--solver", words.SOLVERS),
+    ("compress", "--metric", words.METRICS),
+    ("compress", "--nonfinite", words.NONFINITE),
+    ("compress", "--dtype", DTYPES),
+    ("eval", "--dtype", DTYPES),
+    ("export", "--dtype", DTYPES[:2]),
+    *((command, "--device", words.DEVICES) for command in ("compress", "spectrum", "eval", "calibrate", "heal", "bench")),
+]
+
+
+def completed(line: str, shell: str) -> list[str]:
+    """What the completion that typer installs for a shell offers behind `line`; environment as the shells' scripts set it."""
+    words_ = line.split(" ")
+    asked = {"COMP_WORDS": line, "COMP_CWORD": str(len(words_) - 1)} if shell == "bash" else {"_TYPER_COMPLETE_ARGS": line}
+    done = cli(env=asked | {"_SVDCLI_COMPLETE": f"complete_{shell}"})
+    assert (done.code, done.err) == (0, "")
+    text = done.out.decode()
+    return re.findall(r'"(\w+)"', text) if shell == "zsh" else text.split()
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh"])
+@pytest.mark.parametrize(("command", "option", "choices"), CHOICES, ids=lambda value: value if isinstance(value, str) else "")
+def test_options_with_choices_complete_them_and_help_shows_them(
+    command: str, option: str, choices: tuple[str, ...], shell: str
+) -> None:
+    assert completed(f"svdcli {command} m {option} ", shell) == list(choices)
+    first = choices[-1]
+    assert completed(f"svdcli {command} m {option} {first[:3]}", shell) == [c for c in choices if c.startswith(first[:3])]
+    shown = " ".join(cli(command, "--help").out.decode().split())
+    assert "|".join(choices) in shown or ", ".join(choices[:-1]) + f" or {choices[-1]}" in shown
+
+
 @pytest.mark.parametrize(
     ("arguments", "closed", "code", "says"),
     [
@@ -292,7 +329,7 @@ def test_being_told_to_stop_cleans_up_as_an_interrupt_does(model: Path, tmp_path
         assert process.stdin is not None
         process.stdin.write((model / "model.safetensors").read_bytes()[:2000])
         process.stdin.flush()
-        while not any((tmp_path / "t").iterdir()):
+        while not any((tmp_path / "t").glob("svdcli-*")):  # tempfile tries the folder with a file of its own
             assert process.poll() is None
             time.sleep(0.02)
         process.send_signal(kind)

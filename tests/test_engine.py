@@ -10,7 +10,8 @@ import pytest
 import torch
 from helpers import weight
 
-from svdcli.engine import solve_layer, spread
+from svdcli.engine import Compute, solve_layer, spread
+from svdcli.errors import UsageError
 from svdcli.linalg.scratch import keeping_scratch
 from svdcli.linalg.storage import dense_rows
 from svdcli.plan.recipe import LayerPlan
@@ -77,3 +78,9 @@ def test_layers_are_solved_whichever_side_is_long(solver: str, layout: str, dtyp
             assert result.fell_back == ()
             assert result.relative_error == pytest.approx(measured, rel=1e-4)
             assert best - 1e-9 <= measured <= best + rounding
+
+
+def test_a_device_that_is_not_there_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    with pytest.raises(UsageError, match=r"--device mps is not available here; use cpu"):
+        Compute("mps").start()

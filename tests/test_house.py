@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
 import subprocess
 import sys
@@ -102,6 +103,16 @@ def test_public_names_have_docstrings() -> None:
 )
 def test_quick_commands_import_no_torch(arguments: list[str], compressed_mlp: Path) -> None:
     arguments = [str(compressed_mlp) if argument == "OUT" else argument for argument in arguments]
+    imports_no_torch(arguments, {})
+
+
+def test_completion_imports_no_torch() -> None:
+    line = {"COMP_WORDS": "svdcli compress m --layout ", "COMP_CWORD": "4", "_SVDCLI_COMPLETE": "complete_bash"}
+    assert imports_no_torch([], line).split() == ["factored", "pivoted", "dense"]
+
+
+def imports_no_torch(arguments: list[str], environment: dict[str, str]) -> str:
+    """Standard output of a command that must end well without any of the libraries that take long to import."""
     code = (
         "import sys; from svdcli.cli import main\n"
         f"sys.argv = ['svdcli', *{arguments!r}]\n"
@@ -110,8 +121,11 @@ def test_quick_commands_import_no_torch(arguments: list[str], compressed_mlp: Pa
         "heavy = {'torch', 'numpy', 'transformers', 'safetensors'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False, env=os.environ | environment
+    )
     assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def test_readme_documents_every_command_and_option() -> None:

@@ -122,6 +122,22 @@ def test_a_file_and_its_replacement_survive_a_kill_anywhere(tmp_path: Path, stop
     assert found["problems"] == []
 
 
+def test_files_that_are_laid_out_once_more_survive_a_kill_anywhere(tmp_path: Path, stop_everywhere: StopEverywhere) -> None:
+    """Every layer's tail is below what a Gram matrix knows, and the reasons take more room than the record had."""
+    model, out = tmp_path / "m.safetensors", tmp_path / "o.safetensors"
+    steep = 10.0 ** -torch.linspace(0, 9, 40, dtype=torch.float64)
+    tensors = {}
+    for i in range(8):
+        u, _, v = torch.linalg.svd(weight(48, 40, i).double(), full_matrices=False)
+        tensors[f"layers.{i}.fc.weight"] = (u * steep @ v).float()
+    save_file(tensors, model)
+    arguments = ["compress", str(model), "-o", str(out), "--rank", "20", "--solver"]
+    found = stop_everywhere([*arguments, "gram"], out, 8, signal.SIGKILL)
+    assert found["problems"] == []
+    once = stop_everywhere([*arguments, "svd"], out, 1, signal.SIGKILL)
+    assert found["operations"] >= once["operations"] + 16, "both factors of every layer are written twice"
+
+
 def test_expand_survives_a_kill_anywhere(tmp_path: Path, stop_everywhere: StopEverywhere) -> None:
     model = write_model(tmp_path / "m")
     svdcli.compress(model, tmp_path / "s", Recipe("rank", 9))

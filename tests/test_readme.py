@@ -68,7 +68,8 @@ def test_a_row_tells_what_the_tests_run(name: str, tmp_path: Path) -> None:
     row, family = APPLICATIONS[name], zoo.FAMILIES[name]
     assert (row["task"], row["kind"]) == (family.task, type(family.build()).__name__)
     assert row["run"] == "full rank, round trip" + (", generate" if family.generates else "")
-    _, skipped = choose_layers(open_checkpoint(zoo.save(name, tmp_path / "model")).infos)
+    checkpoint = open_checkpoint(zoo.save(name, tmp_path / "model"))
+    _, skipped = choose_layers(checkpoint.infos, facts=checkpoint.facts)
     dense = {item.tensor.module for item in skipped if len(item.tensor.shape) > 1}
     told = set(re.findall(r"`([a-z0-9_.]+)`", row["dense"])) - {"save_pretrained"}
     assert {weight for weight in dense if any(f".{weight}".endswith(f".{word}") for word in told)} == dense

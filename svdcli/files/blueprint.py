@@ -3,26 +3,41 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 from typing import Any
 
-from svdcli.files.checkpoint import METADATA_KEY, RECORD, Checkpoint
+from svdcli.errors import SvdcliError
+from svdcli.files.checkpoint import METADATA_KEY, RECORD, STANDALONE, Checkpoint
+from svdcli.files.config import change, change_back, changes_of, render_like, without_note
+from svdcli.files.header import header_size
 from svdcli.files.record import (
+    CONFIG_WAS,
     Result,
+    condensed,
+    is_inside,
     make_record,
     part_of_record,
     render_json,
     render_metadata,
     render_record,
+    shared_fields,
     source_json,
+    usual_results,
+    widest_results,
 )
 from svdcli.files.writer import OutFile, Unit, group_units, lay_out, safetensors_name, shard_stem
-from svdcli.plan.recipe import FORMAT, LayerPlan, Plan
+from svdcli.plan.parts import tripwires
+from svdcli.plan.recipe import LayerPlan, Plan
 from svdcli.plan.tensors import TensorInfo
 
 Metadata = dict[str, str]
+
+# Room that a record gets for layers on which a solver gives way to another: for one in so many layers, or a share of the weights.
+_ROOM = 256
+_LAYERS_A_ROOM = 64
+_SHARE_OF_WEIGHTS = 2048
 
 
 @dataclass(frozen=True)
@@ -55,59 +70,116 @@ class Beside:
 
 
 class CompressDesign:
-    """How a plan becomes files. One value draws the blueprint, and later fills in the results."""
+    """How a plan becomes files. One value draws the blueprint, and later fills in the results.
 
-    def __init__(self, checkpoint: Checkpoint, plan: Plan, out_name: str | None, beside: Beside | None = None) -> None:
+    Records get room for results without fall-backs, and for some with; `with_room` draws the same files with room for all.
+    A size that was asked for must hold whatever happens, so there the widest results are counted from the start.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, plan: Plan, out_name: str | None, beside: Beside | None = None, *, roomy: bool = False
+    ) -> None:
         """out_name is the name of a file output, None for a directory; beside is what makes a directory self-contained."""
         self.checkpoint, self.plan, self.out_name, self.beside = checkpoint, plan, out_name, beside
+        self.roomy = roomy or plan.recipe.target == "size"
         self.units = compress_units(checkpoint, plan)
-        self._source = source_json(checkpoint, plan.fingerprint)
+        self._config, changed = self._changed_config()
+        self._source = source_json(checkpoint, plan.fingerprint, changed)
+        self._usual, self._widest = usual_results(plan), widest_results(plan)
+        self._shared, self._blueprint = self._choose_form()
+
+    def with_room(self) -> CompressDesign:
+        return CompressDesign(self.checkpoint, self.plan, self.out_name, self.beside, roomy=True)
 
     def blueprint(self) -> Blueprint:
-        record = self._record(None)
+        return self._blueprint
+
+    def _choose_form(self) -> tuple[dict[str, Any], Blueprint]:
+        """(fields that a file's layers share and that are said once, the blueprint): only where that makes the output smaller
+        than its source, which it is not with a record that has every layer's own fields."""
+        full, source = self._draw({}), self.checkpoint.nbytes
+        if self.out_name is None or self.plan.recipe.layout == "dense" or full.total < source:
+            return {}, full
+        shared = shared_fields(self._record(self._usual))
+        short = self._draw(shared)
+        return (shared, short) if short.total < source else ({}, full)
+
+    def _draw(self, shared: Mapping[str, Any]) -> Blueprint:
+        usual, widest = self._record(self._usual), self._record(self._widest)
         groups = group_units(self.units, self.plan.recipe.max_shard_size)
         if self.out_name is not None:
             groups = {self.out_name: self.units}
-        files = [lay_out(name, group, self._metadata(group, record)) for name, group in groups.items()]
+        files = []
+        for name, group in groups.items():
+            file = lay_out(name, group, self._metadata(group, usual, shared))
+            wide = header_size(file.tensors, self._metadata(group, widest, shared))
+            files.append(replace(file, header_bytes=self._room(file.header_bytes, wide, [file])))
         if self.out_name is not None:
             return Blueprint(tuple(files), {}, {}, 0)
-        texts, carried = directory_texts(self.checkpoint, files, self._config())
+        texts, carried = directory_texts(self.checkpoint, files, self._config)
         if self.beside is not None:
             texts[self.beside.name] = self.beside.text
             carried.pop(self.beside.name, None)
         sizes = Blueprint(tuple(files), texts, carried, 0).sizes()
-        with_files = self._record(None, {name: (size, "") for name, size in sizes.items()})
-        return Blueprint(tuple(files), texts, carried, len(render_record(with_files)))
+        _check_names(sizes)
+        return Blueprint(tuple(files), texts, carried, self._record_bytes(files, sizes))
+
+    def fits(self, results: Mapping[str, Result]) -> bool:
+        """Is there room for the final results."""
+        blueprint = self._blueprint
+        if any(header_size(file.tensors, self.metadata(file, results)) > file.header_bytes for file in blueprint.files):
+            return False
+        return not blueprint.record_bytes or self._record_size(results, blueprint.sizes()) <= blueprint.record_bytes
 
     def metadata(self, file: OutFile, results: Mapping[str, Result]) -> Metadata:
         """The final metadata of one weight file."""
         members = set(file.units)
-        return self._metadata([unit for unit in self.units if unit.name in members], self._record(results))
+        return self._metadata([unit for unit in self.units if unit.name in members], self._record(results), self._shared)
 
     def record(self, results: Mapping[str, Result], files: Mapping[str, tuple[int, str]], reserved: int) -> bytes:
         """The final `svdcli.json`."""
         return render_record(self._record(results, files), reserved)
 
-    def _record(self, results: Mapping[str, Result] | None, files: Mapping[str, tuple[int, str]] | None = None) -> dict[str, Any]:
+    def _record_bytes(self, files: Sequence[OutFile], sizes: Mapping[str, int]) -> int:
+        usual, wide = self._record_size(self._usual, sizes), self._record_size(self._widest, sizes)
+        return self._room(usual, wide, files)
+
+    def _record_size(self, results: Mapping[str, Result], sizes: Mapping[str, int]) -> int:
+        files = {name: (size, "") for name, size in sizes.items() if name != RECORD}
+        return len(render_record(self._record(results, files)))
+
+    def _room(self, usual: int, wide: int, files: Sequence[OutFile]) -> int:
+        """Bytes between the usual and the widest record: all of it where weights are large, little where they are not."""
+        layers = sum(unit.kind == "factor" for unit in self.units)
+        weights = sum(tensor.nbytes for file in files for tensor in file.tensors)
+        spare = max(_ROOM * (1 + layers // _LAYERS_A_ROOM), weights // _SHARE_OF_WEIGHTS // 8 * 8)
+        return wide if self.roomy else min(wide, usual + spare)
+
+    def _record(self, results: Mapping[str, Result], files: Mapping[str, tuple[int, str]] | None = None) -> dict[str, Any]:
         return make_record(self.plan, self._source, self.checkpoint.left_out, self.checkpoint.left_out_bytes, results, files)
 
-    def _metadata(self, group: Sequence[Unit], record: Mapping[str, Any]) -> Metadata:
+    def _metadata(self, group: Sequence[Unit], record: Mapping[str, Any], shared: Mapping[str, Any]) -> Metadata:
         own = record if self.out_name is not None else part_of_record(record, {unit.name for unit in group})
+        own = condensed(own, shared) if shared else own
         return _base_metadata(self.checkpoint, group) | {METADATA_KEY: render_metadata(own)}
 
-    def _config(self) -> dict[str, Any] | None:
+    def _changed_config(self) -> tuple[dict[str, Any] | None, list[dict[str, Any]] | None]:
+        """(the config.json of the output, a note of what it says in place of what); (None, None) where there is none."""
         config = self.checkpoint.config
-        if config is None or self.plan.recipe.layout == "dense" or not self.plan.factored:
-            return config
-        config = config | {"quantization_config": {"quant_method": "svdcli", "format": FORMAT, "layout": self.plan.recipe.layout}}
-        return config if self.beside is None else config | {"auto_map": self.beside.auto_map}
+        if config is None or self.out_name is not None:
+            return None, None
+        auto_map = None if self.beside is None else self.beside.auto_map
+        changes = changes_of(config, self.plan, auto_map, transformers=self.checkpoint.transformers_opens_it)
+        return change(config, changes)
 
 
 class ExpandDesign:
     """How factored layers become ordinary ones again: the checkpoint as it was, with the low-rank weights."""
 
-    def __init__(self, checkpoint: Checkpoint, layers: Sequence[LayerPlan], out_name: str | None) -> None:
-        self.checkpoint, self.out_name = checkpoint, out_name
+    def __init__(
+        self, checkpoint: Checkpoint, record: Mapping[str, Any], layers: Sequence[LayerPlan], out_name: str | None
+    ) -> None:
+        self.checkpoint, self.record, self.out_name = checkpoint, record, out_name
         self.units = expand_units(checkpoint, layers)
 
     def blueprint(self) -> Blueprint:
@@ -115,23 +187,46 @@ class ExpandDesign:
         files = [lay_out(name, group, _base_metadata(self.checkpoint, group)) for name, group in groups.items()]
         if self.out_name is not None:
             return Blueprint(tuple(files), {}, {}, 0)
-        config = self.checkpoint.config
-        if config is not None:
-            config = {key: value for key, value in config.items() if key != "quantization_config"}
-        texts, carried = directory_texts(self.checkpoint, files, config)
+        texts, carried = directory_texts(self.checkpoint, files, self._config_of_before())
+        if self._self_contained:
+            carried.pop(STANDALONE, None)
         return Blueprint(tuple(files), texts, carried, 0)
+
+    @property
+    def _self_contained(self) -> bool:
+        recipe = self.record.get("recipe") or {}
+        return bool(recipe.get("self_contained"))
+
+    def _config_of_before(self) -> dict[str, Any] | None:
+        """The config.json of the source. Outputs of early versions have no note of what was changed in it."""
+        config, source = self.checkpoint.config, self.record.get("source") or {}
+        if config is None:
+            return None
+        if CONFIG_WAS in source:
+            return change_back(config, source[CONFIG_WAS])
+        return without_note(config, self_contained=self._self_contained)
 
     def metadata(self, file: OutFile, results: Mapping[str, Result]) -> Metadata:
         members = set(file.units)
         return _base_metadata(self.checkpoint, [unit for unit in self.units if unit.name in members])
 
 
+def _check_names(names: Iterable[str]) -> None:
+    """Raises SvdcliError for a file that no reader of the record would take for one of the output."""
+    odd = next((name for name in names if not is_inside(name)), None)
+    if odd is not None:
+        raise SvdcliError(f"the file {odd!r} cannot be carried over: its name is a path on other systems", "rename it")
+
+
 def compress_units(checkpoint: Checkpoint, plan: Plan) -> list[Unit]:
-    """One unit a tensor of the source. The first factored layer of a directory that transformers would open also gets a
-    zero-size tensor under its old name: a loader without svdcli then fails loudly instead of making weights up."""
+    """One unit a tensor of the source. In a directory that transformers would open, one factored layer of every part also gets
+    a zero-size tensor under its old name: a loader without svdcli then fails loudly instead of making weights up. Which layer
+    that is may change when another one stays dense, so it is a unit of its own."""
     layers = {layer.tensor.name: layer for layer in plan.factored}
     refitted = {layer.bias.name for layer in plan.factored if layer.bias is not None}
-    tripwire = checkpoint.is_directory and checkpoint.transformers_opens_it and plan.recipe.layout != "dense"
+    warned: set[str] = set()
+    if checkpoint.is_directory and checkpoint.transformers_opens_it and plan.recipe.layout != "dense":
+        warned.update(tripwires(layer.tensor.module for layer in plan.factored))
     units = []
     for name, ref in checkpoint.tensors.items():
         layer = layers.get(name)
@@ -140,9 +235,9 @@ def compress_units(checkpoint: Checkpoint, plan: Plan) -> list[Unit]:
         if layer is None:
             units.append(Unit(name, "copy", (name,), (ref.info,), ref.file))
             continue
+        if layer.tensor.module in warned:
+            units.append(Unit(f"{name} of no size", "warn", (), (TensorInfo(name, layer.stored_dtype, (0,)),), ref.file))
         writes = layer.stored() if layer.bias is None else (*layer.stored(), layer.bias)
-        if tripwire:
-            writes, tripwire = (*writes, TensorInfo(name, layer.stored_dtype, (0,))), False
         units.append(Unit(name, "factor", (name,), writes, ref.file))
     return units
 
@@ -169,7 +264,8 @@ def directory_texts(
     """The files of a directory that are written anew (index, changed config), and those carried over with their sizes."""
     texts: dict[str, bytes] = {}
     if config is not None and config != checkpoint.config:
-        texts[checkpoint.config_name] = render_json(config)
+        text = checkpoint.file_path(checkpoint.config_name).read_text(encoding="utf-8")
+        texts[checkpoint.config_name] = render_like(text, config) or render_json(config)
     index_name = _index_name(checkpoint, files)
     lone = _lone_file(checkpoint, index_name)
     if len(files) > 1 or (checkpoint.index_name is not None and files[0].name != lone):

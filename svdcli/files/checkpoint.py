@@ -19,6 +19,7 @@ from svdcli.errors import BadCheckpointError, SvdcliError, UsageError
 from svdcli.files.folder import WeightSet, choose_weights, list_companions, read_json, shard_note
 from svdcli.files.formats import FIRST_BYTES, SAFETENSORS, Format, by_bytes, format_of
 from svdcli.files.header import Header, read_header
+from svdcli.plan.facts import ModelFacts
 from svdcli.plan.tensors import TensorInfo
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ STANDARD = "-"  # standard input or output, where a path is expected
 CHUNK = 1 << 24
 METADATA_KEY = "svdcli"
 RECORD = "svdcli.json"
+STANDALONE = "svdcli_model.py"  # what `compress --self-contained` puts beside the weights
 _SAMPLE = 4096
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -99,6 +101,11 @@ class Checkpoint:
     def transformers_opens_it(self) -> bool:
         return self.config is not None and ("model_type" in self.config or "architectures" in self.config)
 
+    @property
+    def facts(self) -> ModelFacts | None:
+        """What config.json says about the model's layers, where there is one."""
+        return None if self.config is None else ModelFacts.of(self.config)
+
     def file_path(self, name: str) -> Path:
         return self.path / name if self.is_directory else self.path
 
@@ -147,6 +154,10 @@ class Checkpoint:
             for sample in self._samples(ref):
                 digest.update(sample)
         return digest.hexdigest()
+
+    def look_equal(self, one: str, other: str) -> bool:
+        """Do two tensors of the same shape and dtype begin and end with the same bytes, 4 KiB of each."""
+        return all(a == b for a, b in zip(*(self._samples(self.tensors[name]) for name in (one, other)), strict=True))
 
     def _samples(self, ref: TensorRef) -> Iterator[bytes]:
         if ref.file in self.pickled:

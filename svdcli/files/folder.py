@@ -28,25 +28,32 @@ _SINGLE = re.compile(
 )
 _UNFINISHED = re.compile(r"\.(incomplete|crdownload|aria2|part|partial|download|tmp)\d*$")
 _HALF_A_FILE = re.compile(r"\.(safetensors|bin|pt|pth|ckpt|json|gguf|model|txt)(\.[0-9a-f]{8,})?$")
+_HALF_BY_RSYNC = re.compile(r"^\..+\.(safetensors|bin|pt|pth|json)\.\w{6}$")
+_PARTS_OF_META = re.compile(r"^consolidated\.\d+\.pth$")
 # Names that carry the weights of other frameworks, whatever their spelling.
 _OTHER_FRAMEWORKS = re.compile(
-    r"\.(gguf|ggml|onnx|onnx[._]data|tflite|mlmodel|llamafile|h5|keras|msgpack|ot|pte|engine|pb)$"
-    r"|\.(h5|msgpack)\.index\.json$|\.ckpt\.(data-\d+-of-\d+|index|meta)$|(^|/)(ggml|openvino)[^/]*\.(bin|xml)$"
+    r"\.(gguf|ggml|onnx|onnx[._]data(_\d+)?|tflite|mlmodel|llamafile|h5|keras|msgpack|ot|pte|engine|pb|imatrix|pdparams|nemo|rknn)$"
+    r"|\.mnn(\.weight)?$"
+    r"|\.(h5|msgpack)\.index\.json$|\.ckpt(-\d+)?\.(data-\d+-of-\d+|index|meta)$|(^|/)(ggml|openvino)[^/]*\.(bin|xml)$"
     r"|\.(mlpackage|mlmodelc)/|(^|/)variables/variables\.",
+    re.IGNORECASE,
 )
 _OTHER_FOLDERS = frozenset(
     {"onnx", "openvino", "coreml", "tflite", "mlx", "metal", "gguf", "ggml", "original", "tensorrt", "flax", "tf"}
 )
 _STATES = re.compile(
-    r"^((optimizer|optim|scheduler|lr_scheduler|scaler|sampler|rng_state|random_states|dataloader)([_.\-\d][^/]*)?"
+    r"^((custom_checkpoint|training_state|grad_scaler|(\w+_)?optimizer|optim|scheduler|lr_scheduler|scaler|sampler|rng_state|random_states|dataloader)([_.\-\d][^/]*)?"
     r"\.(pt|pth|bin|pkl|safetensors|ckpt)|.*(optim_states|model_states)\.pt|.*\.distcp)$"
 )
-_NESTED = re.compile(r"^(checkpoint|global_step|step|epoch|iter|pytorch_model_fsdp|optimizer)[-_]?\d+$")
+_NESTED = re.compile(
+    r"^(tmp-)?(checkpoint|ckpt|global_step|step|epoch|iter|pytorch_model_fsdp|optimizer)[-_]?\d+$|^checkpoint-(final|best|last)$"
+)
 _WEIGHT_NAMES = re.compile(r"^(model|pytorch_model|weights|consolidated|checkpoint|last|best|final|epoch|step)\b", re.IGNORECASE)
 _PICKLED = re.compile(r"\.(bin|pt|pth|ckpt|pkl|th|tar|npz)$")
 # A pickle of this share of the weights is weights too; a smaller one (speakers, filters) belongs to the model.
 _LARGE_SHARE = 0.1
 _WORTH_TELLING = 1_000_000
+_LARGEST_POINTER = 1024
 _OWN_PICKLES = frozenset({"training_args.bin"})
 
 
@@ -100,6 +107,8 @@ def choose_weights(folder: Path, config: Mapping[str, Any] | None) -> WeightSet:
     """
     names = sorted(entry.name for entry in folder.iterdir() if entry.is_file())
     _check_finished(folder, names)
+    if "model_index.json" in names and _parts(folder):
+        raise _no_weights(folder, names)
     explicit = (config or {}).get("transformers_weights")
     if isinstance(explicit, str) and explicit in names:
         return _named_set(folder, explicit)
@@ -213,6 +222,12 @@ def _loose_files(folder: Path, names: Sequence[str]) -> WeightSet | None:
     own = [name for name in names if not _STATES.match(name) and not _OTHER_FRAMEWORKS.search(name)]
     own = [name for name in own if name not in _OWN_PICKLES]
     usual = [name for name in own if not name.startswith("consolidated")]
+    ranks = [name for name in own if _PARTS_OF_META.match(name)]
+    if len(ranks) > 1 and len(ranks) == len([name for name in own if name.endswith(".pth")]):
+        raise BadCheckpointError(
+            f"{folder} is in Meta's own format, split by rank: {', '.join(ranks[:3])}",
+            "convert it to the Hugging Face format first",
+        )
     for candidates in (usual, own):
         for endings in ((".safetensors",), (".bin",), PICKLE_ENDINGS):
             found = [name for name in candidates if name.endswith(endings)]
@@ -240,6 +255,8 @@ def _check_finished(folder: Path, names: Sequence[str]) -> None:
 
 
 def _is_half_a_file(name: str) -> bool:
+    if name.endswith((".crdownload", ".!qB")) or _HALF_BY_RSYNC.match(name):
+        return True
     match = _UNFINISHED.search(name)
     return match is not None and _HALF_A_FILE.search(name[: match.start()]) is not None
 
@@ -249,8 +266,7 @@ def _no_weights(folder: Path, names: Sequence[str]) -> BadCheckpointError:
     broken = [entry.name for entry in sorted(folder.iterdir()) if entry.is_symlink() and not entry.exists()]
     if broken:
         return BadCheckpointError(f"{folder / broken[0]} is a link to nothing", "download it again; it continues")
-    children = sorted(entry for entry in folder.iterdir() if entry.is_dir() and entry.name not in _HIDDEN)
-    parts = [str(child) for child in children if _holds_weights(child)]
+    children, parts = _children(folder), _parts(folder)
     if "model_index.json" in names and parts:
         return BadCheckpointError(f"{folder} is a diffusers pipeline", f"compress one part of it: {', '.join(parts)}")
     snapshots = _snapshots(folder)
@@ -271,6 +287,15 @@ def _no_weights(folder: Path, names: Sequence[str]) -> BadCheckpointError:
         if not told.reader and _OTHER_FRAMEWORKS.search(name):
             return BadCheckpointError(f"{folder} holds no weights but {name}, {told.name}", told.hint)
     return BadCheckpointError(f"{folder} holds no weights", "expected model.safetensors, an index with shards, or .bin files")
+
+
+def _children(folder: Path) -> list[Path]:
+    return sorted(entry for entry in folder.iterdir() if entry.is_dir() and entry.name not in _HIDDEN)
+
+
+def _parts(folder: Path) -> list[str]:
+    """Folders inside it that hold weights."""
+    return [str(child) for child in _children(folder) if _holds_weights(child)]
 
 
 def _holds_weights(folder: Path) -> bool:
@@ -358,6 +383,8 @@ def list_companions(
             companions.leave_out(name, reason, size)
             continue
         companions.carried[name] = size
+        if size < _LARGEST_POINTER and path.read_bytes().startswith(b"version https://git-lfs"):
+            companions.notes.append(f"{name} is a Git LFS pointer, not the file it stands for; run `git lfs pull` in the source")
         if size > _LARGE_SHARE * weight_bytes and size > _WORTH_TELLING and _is_weights(path):
             companions.notes.append(f"{name} goes along as it is ({size} bytes)")
     unused = [pattern for pattern in globs if pattern not in used]
@@ -414,7 +441,8 @@ def _is_nested_checkpoint(folder: Path, config: Mapping[str, Any] | None) -> boo
     except (BadCheckpointError, OSError):
         return False
     mine = config or {}
-    return all(theirs.get(key) == mine.get(key) for key in ("model_type", "architectures"))
+    said = [key for key in ("model_type", "architectures") if theirs.get(key) is not None]
+    return bool(said) and all(theirs[key] == mine.get(key) for key in said)
 
 
 def _reason_to_leave(path: Path, name: str, size: int, weight_bytes: int) -> str:
@@ -422,7 +450,7 @@ def _reason_to_leave(path: Path, name: str, size: int, weight_bytes: int) -> str
     leaf, top = path.name, name.partition("/")[0]
     if _STATES.match(leaf):
         return "a state of training"
-    if leaf in _OWN_PICKLES:
+    if leaf in _OWN_PICKLES or leaf.startswith("adapter_model."):  # which adapter_config.json asks for
         return ""
     if _OTHER_FRAMEWORKS.search(name) or ("/" in name and top.lower() in _OTHER_FOLDERS and _is_weights(path)):
         return "weights in another format, not compressed"

@@ -75,7 +75,7 @@ _BEGINNINGS: tuple[tuple[bytes, Format], ...] = (
 # Names that tell where bytes do not.
 _BY_NAME: tuple[tuple[re.Pattern[str], Format], ...] = (
     (re.compile(r"\.distcp$"), _SHARD_OF_DCP),
-    (re.compile(r"\.ckpt\.(data-\d+-of-\d+|index|meta)$|(^|/)saved_model\.pb$"), _TENSORFLOW),
+    (re.compile(r"\.data-\d+-of-\d+$|\.ckpt(-\d+)?\.(index|meta)$|(^|/)saved_model\.pb$"), _TENSORFLOW),
     (re.compile(r"\.msgpack$"), _FLAX),
     (re.compile(r"\.onnx$|\.onnx[._]data$"), _ONNX),
     (re.compile(r"\.h5$"), _HDF5),
@@ -91,6 +91,8 @@ def format_of(path: Path) -> Format:
     """
     with path.open("rb") as stream:
         first = stream.read(FIRST_BYTES)
+    if path.name.endswith(".distcp"):
+        return _SHARD_OF_DCP
     if first.startswith(_ZIP):
         return _in_zip(path)
     told = by_bytes(first)

@@ -85,6 +85,11 @@ def render_header(tensors: Sequence[TensorInfo], metadata: Mapping[str, str], re
     return struct.pack("<Q", total - _PREFIX) + raw.ljust(total - _PREFIX)
 
 
+def header_size(tensors: Sequence[TensorInfo], metadata: Mapping[str, str]) -> int:
+    """The bytes that a header takes, length prefix included."""
+    return len(render_header(tensors, metadata))
+
+
 def _read_up_to(stream: Readable, count: int) -> bytes:
     parts: list[bytes] = []
     while count:

@@ -205,8 +205,17 @@ def _needs_code(path: Path) -> BadCheckpointError:
 
 
 def _no_pytorch_file(path: Path, said: str) -> BadCheckpointError:
-    """With what torch said, where that is words."""
-    detail = f" ({said[:80]})" if re.search("[a-z]{3}", said) else ""
+    """What the file is in place of one: text, a pickle of another kind, or what torch said of it, where that is words."""
+    with path.open("rb") as stream:
+        first = stream.read(60)
+    if first and all(32 <= byte < 127 or byte in b"\r\n\t" for byte in first):
+        line = first.decode("ascii").splitlines()[0]
+        return BadCheckpointError(f"{path} is a text file ({line[:50]!r})", "download the file itself")
+    if re.match(rb"\x80[\x02-\x05]", first):
+        hint = "load it with what wrote it, and save a dict of tensors with torch.save"
+        return BadCheckpointError(f"{path} is not a PyTorch file but a pickle of another kind", hint)
+    told = re.search("[a-z]{3}", said) and "weights_only" not in said
+    detail = f" ({said[:80]})" if told else ""
     return BadCheckpointError(f"{path} is not a PyTorch file{detail}", "download it again")
 
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from svdcli import __version__
@@ -36,12 +36,20 @@ class Result:
 
 # As wide as a result can get: solvers and reasons come from short fixed lists.
 WIDEST = Result(1.234567e-100, "randomized float64", ("randomized float32: no convergence",) * 4)
+_USUAL_ERROR = 1.234567e-10  # as many letters as the error of a solver that did not fail can take
+EVERY = "every_layer"
+CONDENSED = 2  # the format of a record in which `every_layer` says what its layers share
+_SHARED = ("shape", "dtype", "rank", "layout", "stored_dtype", "solver", "metric")
 _SHA_WIDTH = 64
 _SOURCE = {"name", "fingerprint", "bytes", "parameters"}
+CONFIG_WAS = "config_was"
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
-def source_json(checkpoint: Checkpoint, fingerprint: str) -> dict[str, Any]:
+def source_json(
+    checkpoint: Checkpoint, fingerprint: str, config_was: Sequence[Mapping[str, Any]] | None = None
+) -> dict[str, Any]:
+    """What the record says of the source; config_was is what its config.json held where the output's says something else."""
     source: dict[str, Any] = {
         "name": checkpoint.name,
         "fingerprint": fingerprint,
@@ -50,6 +58,8 @@ def source_json(checkpoint: Checkpoint, fingerprint: str) -> dict[str, Any]:
     }
     if checkpoint.state_dict:
         source["state_dict"] = checkpoint.state_dict
+    if config_was is not None:
+        source[CONFIG_WAS] = list(config_was)
     return source
 
 
@@ -58,18 +68,68 @@ def make_record(
     source: Mapping[str, Any],
     left_out: Mapping[str, str],
     left_out_bytes: Mapping[str, int],
-    results: Mapping[str, Result] | None = None,
+    results: Mapping[str, Result],
     files: Mapping[str, tuple[int, str]] | None = None,
 ) -> dict[str, Any]:
-    """The whole record; without results it has the widest values, for reserving space."""
+    """The whole record. A digest that is not known yet, "", takes as much room as one that is."""
     record = {"svdcli": __version__} | plan.to_json() | {"source": dict(source), "left_out": dict(left_out)}
     if left_out_bytes:
         record["left_out_bytes"] = dict(left_out_bytes)
     for name, item in record["layers"].items():
-        item.update((WIDEST if results is None else results[name]).to_json())
+        item.update(results[name].to_json())
     if files is not None:
         record["files"] = {name: {"bytes": size, "sha256": digest or "0" * _SHA_WIDTH} for name, (size, digest) in files.items()}
     return record
+
+
+def usual_results(plan: Plan) -> dict[str, Result]:
+    """Results as wide as they are where no solver gives way to another, for reserving space."""
+    return {layer.tensor.name: Result(_USUAL_ERROR, layer.solver) for layer in plan.factored}
+
+
+def widest_results(plan: Plan) -> dict[str, Result]:
+    """Results as wide as they can get, whatever happens."""
+    return {layer.tensor.name: WIDEST for layer in plan.factored}
+
+
+def shared_fields(record: Mapping[str, Any]) -> dict[str, Any]:
+    """What the first layer says and others may say too."""
+    first: Mapping[str, Any] = next(iter(record["layers"].values()), {})
+    return {key: first[key] for key in _SHARED if key in first}
+
+
+def condensed(record: Mapping[str, Any], shared: Mapping[str, Any]) -> dict[str, Any]:
+    """The same record where what layers share is said once; `check_record` gives every layer its own again."""
+    layers = {
+        name: {key: value for key, value in item.items() if key not in shared or shared[key] != value}
+        for name, item in record["layers"].items()
+    }
+    return {**record, "format": CONDENSED, EVERY: dict(shared), "layers": layers}
+
+
+def _spread(record: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """A condensed record as it was before."""
+    if not all(isinstance(item, dict) for item in record["layers"].values()):
+        raise BadCheckpointError(f"{where}: its svdcli record is damaged", "write the output again")
+    layers = {name: record[EVERY] | item for name, item in record["layers"].items()}
+    rest = {key: value for key, value in record.items() if key != EVERY}
+    return rest | {"format": FORMAT, "layers": layers}
+
+
+def is_inside(name: str) -> bool:
+    """Is this the name of a file below the folder that it is looked for in, on every system."""
+    path = PureWindowsPath(name)  # which takes both kinds of slashes
+    return bool(path.parts) and not path.anchor and ".." not in path.parts and "\0" not in name
+
+
+def _check_files(files: Any, where: str) -> None:
+    if files is None:
+        return
+    if not isinstance(files, dict) or not all(isinstance(item, dict) for item in files.values()):
+        raise BadCheckpointError(f"{where}: its svdcli record is damaged (files)", "write the output again")
+    outside = next((name for name in files if not is_inside(name)), None)
+    if outside is not None:
+        raise BadCheckpointError(f"{where} names {outside!r}, outside its folder", "do not trust this output")
 
 
 def part_of_record(record: Mapping[str, Any], names: set[str]) -> dict[str, Any]:
@@ -86,7 +146,7 @@ def render_metadata(record: Mapping[str, Any]) -> str:
     return unicode_json(record, separators=(",", ":"))
 
 
-def unicode_json(data: Mapping[str, Any], **how: Any) -> str:
+def unicode_json(data: Any, **how: Any) -> str:
     """JSON in plain letters, or in escapes where half a surrogate pair (a file name that is not UTF-8) has no letters."""
     text = json.dumps(data, ensure_ascii=False, **how)
     return text if text.isascii() or not _SURROGATE.search(text) else json.dumps(data, **how)
@@ -98,9 +158,25 @@ def render_json(data: Mapping[str, Any]) -> bytes:
 
 
 def render_record(record: Mapping[str, Any], reserved: int | None = None) -> bytes:
-    """`svdcli.json`, filled up to `reserved` bytes with spaces."""
-    text = render_json(record)
-    return text if reserved is None else text[:-1].ljust(reserved - 1) + b"\n"
+    """`svdcli.json`, a line a layer or file, filled up to `reserved` bytes with spaces.
+
+    Raises ValueError where it does not fit.
+    """
+    fields = ",\n".join(f"  {unicode_json(key)}: {_lines(value)}" for key, value in record.items())
+    text = f"{{\n{fields}\n}}\n".encode()
+    if reserved is None:
+        return text
+    if len(text) > reserved:
+        raise ValueError(f"a record of {len(text)} bytes does not fit into {reserved}")
+    return text[:-1].ljust(reserved - 1) + b"\n"
+
+
+def _lines(value: Any) -> str:
+    """A line for each entry of a map of maps; anything else on one."""
+    if not isinstance(value, dict) or not any(isinstance(item, dict) for item in value.values()):
+        return unicode_json(value)
+    entries = ",\n".join(f"    {unicode_json(key)}: {unicode_json(item)}" for key, item in value.items())
+    return f"{{\n{entries}\n  }}"
 
 
 def read_record(path: Path) -> dict[str, Any] | None:
@@ -143,6 +219,13 @@ def stored_layers(checkpoint: Checkpoint, record: Mapping[str, Any]) -> list[Lay
     return layers
 
 
+def check_listed(checkpoint: Checkpoint, record: Mapping[str, Any]) -> None:
+    """Raises BadCheckpointError where a tensor that was not factored is in the record and not in the weight files."""
+    for name in (*(record.get("dense") or ()), *(record.get("skipped") or ())):
+        if name not in checkpoint.tensors:
+            raise BadCheckpointError(f"{checkpoint.shown} lacks {name!r}, which its record lists", "write the output again")
+
+
 def record_in(metadata: Mapping[str, str], where: str) -> dict[str, Any] | None:
     """The record in a safetensors file's metadata, or None."""
     if METADATA_KEY not in metadata:
@@ -154,10 +237,18 @@ def record_in(metadata: Mapping[str, str], where: str) -> dict[str, Any] | None:
     return check_record(record, where)
 
 
-def check_record(record: Any, where: str) -> dict[str, Any]:
-    """Raises BadCheckpointError where the record is of a newer format or lacks what every record has."""
-    if not isinstance(record, dict) or not isinstance(record.get("format"), int) or not isinstance(record.get("layers"), dict):
+def check_record(data: Any, where: str) -> dict[str, Any]:
+    """The record, with every layer's own fields.
+
+    Raises BadCheckpointError where it is of a newer format, lacks what every record has, or names files that are not in the
+    output's folder.
+    """
+    if not isinstance(data, dict) or not isinstance(data.get("format"), int) or not isinstance(data.get("layers"), dict):
         raise BadCheckpointError(f"{where}: its svdcli record is damaged", "write the output again")
+    record: dict[str, Any] = data
+    if record["format"] == CONDENSED and isinstance(record.get(EVERY), dict):
+        record = _spread(record, where)
+    _check_files(record.get("files"), where)
     if record["format"] > FORMAT:
         raise BadCheckpointError(f"{where} has format {record['format']}, this svdcli knows {FORMAT}", "upgrade svdcli")
     if "recipe" in record:
@@ -165,6 +256,14 @@ def check_record(record: Any, where: str) -> dict[str, Any]:
             Plan.from_json(record)
             if not isinstance(record["left_out"], dict) or not record["source"].keys() >= _SOURCE:
                 raise KeyError("source")
+            _check_note(record["source"].get(CONFIG_WAS, []))
         except (UsageError, KeyError, TypeError, AttributeError) as error:
             raise BadCheckpointError(f"{where}: its svdcli record is damaged", "write the output again") from error
     return record
+
+
+def _check_note(note: Any) -> None:
+    """Raises TypeError where what the config held before is not told as `source_json` tells it."""
+    paths = [item["path"] for item in note]
+    if not all(isinstance(path, list) and path and all(isinstance(step, str) for step in path) for path in paths):
+        raise TypeError("a path that is none")

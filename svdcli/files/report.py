@@ -13,7 +13,7 @@ from svdcli.files.checkpoint import RECORD, read_file_header
 from svdcli.files.record import read_record
 from svdcli.plan.expected import expected_loss
 from svdcli.plan.layout import stored_tensors
-from svdcli.plan.recipe import Healing
+from svdcli.plan.recipe import Healing, TextRead
 from svdcli.plan.tensors import TensorInfo
 
 JSON_VERSION = 1
@@ -64,8 +64,8 @@ class Report:
 
     predicted_loss is the sum over the layers in loss_unit ("nats" a prediction, "1 - cosine", "" where layers' losses are shares
     of their own energy and do not add up); expected_loss is what the model is likely to show, corrected as measured. healing
-    tells text and blocks where the factors were refined. left_out maps files that were not carried over to the reason,
-    left_out_bytes to their sizes, where they are files.
+    tells text and blocks where the factors were refined; calibration the text that errors were counted by. left_out maps files
+    that were not carried over to the reason, left_out_bytes to their sizes, where they are files.
     """
 
     path: str
@@ -84,6 +84,7 @@ class Report:
     predicted_loss: float | None = None
     expected_loss: float | None = None
     healing: Mapping[str, Any] | None = None
+    calibration: Mapping[str, Any] | None = None
     left_out_bytes: Mapping[str, int] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
@@ -113,7 +114,7 @@ def report_of(record: Mapping[str, Any], sizes: Mapping[str, int], path: str, *,
         source = record["source"]
         parameters = source["parameters"] - selected.saved_parameters
         total = _sums(source["parameters"], parameters, source["bytes"], sum(sizes.values()))
-        unit, healing = str(record.get("loss_unit", "")), record.get("healing")
+        unit, healing, read = str(record.get("loss_unit", "")), record.get("healing"), record.get("calibration")
         loss = math.fsum(row.predicted_loss or 0.0 for row in rows) if unit and healing is None else None
         return Report(
             path=path,
@@ -132,6 +133,7 @@ def report_of(record: Mapping[str, Any], sizes: Mapping[str, int], path: str, *,
             predicted_loss=loss,
             expected_loss=None if loss is None else expected_loss(loss, unit),
             healing=None if healing is None else Healing.from_json(healing).to_json(),
+            calibration=None if read is None else TextRead.from_json(read).to_json(),
             left_out_bytes={str(name): int(size) for name, size in record.get("left_out_bytes", {}).items()},
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -151,6 +153,7 @@ def _above_the_bound(recipe: Mapping[str, Any], rows: Sequence[LayerRow]) -> lis
 
 
 SOLVERS_FAILED = "every solver failed"
+MISSED = "the target is missed:"  # so begins a note of it
 
 
 def newest_output(folder: Path) -> Path:

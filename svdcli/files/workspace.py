@@ -167,10 +167,21 @@ class Workspace:
 
     def remove(self) -> None:
         """Remove the folder, the journal last: what a kill leaves behind then still tells what happened."""
+        self._clear()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def give_up(self) -> bool:
+        """Remove the folder, or all in it but a calibration, which takes long to make again. True where one stays."""
+        if not any(path.name.endswith(f".{MOMENTS}") for path in self.folder.iterdir()):
+            self.remove()
+            return False
+        self._clear()
+        return True
+
+    def _clear(self) -> None:
         for path in (self.data, self.before, self.folder / "replaced", self.folder / BLOCKS):
             shutil.rmtree(path, ignore_errors=True)
         self._journal.unlink(missing_ok=True)
-        shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from svdcli.errors import SvdcliError
-from svdcli.files.header import render_header
+from svdcli.files.header import header_size, render_header
 from svdcli.plan.tensors import DTYPE_BITS, TensorInfo
 
 _SHARD_STEM = re.compile(r"-\d{5,}-of-\d{5,}$")
@@ -21,7 +21,8 @@ _SHARD_STEM = re.compile(r"-\d{5,}-of-\d{5,}$")
 class Unit:
     """One piece of work: tensors that are read, and the tensors that take their place.
 
-    kind is "copy", "factor" or "expand"; name is the original tensor's name; file the weight file that it came from.
+    kind is "copy", "factor", "expand", or "warn" for a tensor without bytes; name is the original tensor's name, or says more;
+    file is the weight file that it came from.
     """
 
     name: str
@@ -69,7 +70,8 @@ def group_units(units: Sequence[Unit], largest: int | None) -> dict[str, list[Un
         return {safetensors_name(file): group for file, group in by_file.items()}
     shards: list[list[Unit]] = [[]]
     for unit in (unit for group in by_file.values() for unit in group):
-        if shards[-1] and sum(u.nbytes for u in shards[-1]) + unit.nbytes > largest:
+        taken = sum(u.nbytes for u in shards[-1])
+        if taken and taken + unit.nbytes > largest:
             shards.append([])
         shards[-1].append(unit)
     stem = shard_stem(next(iter(by_file), "model.safetensors"))
@@ -90,7 +92,7 @@ def shard_stem(file: str) -> str:
 
 
 def lay_out(name: str, units: Sequence[Unit], metadata: Mapping[str, str]) -> OutFile:
-    """Fix the size and every offset of one file. metadata holds the widest values it will ever have.
+    """Fix the size and every offset of one file whose header has room for this metadata.
 
     Wide dtypes come first, so that every tensor is aligned to its element.
     """
@@ -100,7 +102,7 @@ def lay_out(name: str, units: Sequence[Unit], metadata: Mapping[str, str]) -> Ou
         if tensor.name in seen:
             raise SvdcliError(f"two tensors would be called {tensor.name!r}", "exclude the layer, or rename the tensor")
         seen.add(tensor.name)
-    return OutFile(name, tuple(unit.name for unit in units), tuple(tensors), len(render_header(tensors, metadata)))
+    return OutFile(name, tuple(unit.name for unit in units), tuple(tensors), header_size(tensors, metadata))
 
 
 class WeightWriter:

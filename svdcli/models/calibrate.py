@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,18 +22,19 @@ from svdcli.files.moments import LayerMoments, Provenance, Spool, write_moments
 from svdcli.files.report import JSON_VERSION
 from svdcli.files.texts import Texts
 from svdcli.linalg.products import fill_gram, mirror
-from svdcli.models.evaluate import batches_of
-from svdcli.models.fisher import Batch, ModelLoss
+from svdcli.models.fisher import ModelLoss
 from svdcli.models.load import load_stored
+from svdcli.models.modules import is_linear
+from svdcli.models.reading import ALONE, Read, read_batches
 from svdcli.models.sensitivity import sensitivities
 from svdcli.models.stream import Stream
-from svdcli.models.tokens import kind_of, load_tokenizer, sentences_of, window_length, windows_of
+from svdcli.models.text_side import text_side
+from svdcli.models.tokens import Amount, Batch, load_tokenizer
 from svdcli.plan.layers import choose_layers
 from svdcli.progress import Progress, silent
 
 # Outputs wider than this get the diagonal of H only: m * m numbers, and a factorisation of them, would dwarf the rest.
 FULL_OUTPUTS = 4096
-_TOKENS_IN_A_BATCH = 2048
 SHARE_OF_MEMORY = 0.25
 _SPEED_IN_PRACTICE = 0.4
 # Sensitivities compare whole distributions, which says much with little text.
@@ -44,7 +45,8 @@ _SENSITIVITY_BATCHES = 4
 class Forecast:
     """What calibration will take, told before it starts. state_bytes are hidden states kept between blocks; seconds is a guess.
 
-    Where gradients were left to choose and are not measured, reason says why.
+    samples are windows of seq_len tokens, or sentences of at most as many. Where gradients were left to choose and are not
+    measured, reason says why. side names the part of the model that reads the text, where it is not the whole.
     """
 
     tokens: int
@@ -54,11 +56,17 @@ class Forecast:
     state_bytes: int
     seconds: float
     reason: str = ""
+    samples: int = 0
+    side: str = ""
 
 
 @dataclass(frozen=True)
 class Calibrated:
-    """What was measured, and what it took. uncalibrated lists selected weights that saw no input."""
+    """What was measured, and what it took. uncalibrated lists selected weights that saw no input.
+
+    samples are the windows of seq_len tokens that were read, or the sentences of at most as many. side names the part of the
+    model that read them, where it is not the whole.
+    """
 
     path: str
     layers: int
@@ -69,6 +77,9 @@ class Calibrated:
     rounds: int
     bytes: int
     uncalibrated: tuple[str, ...]
+    samples: int = 0
+    seq_len: int = 0
+    side: str = ""
 
     def to_json(self) -> dict[str, Any]:
         return {"svdcli_json": JSON_VERSION, "kind": "calibration"} | asdict(self)
@@ -79,7 +90,7 @@ def calibrate(
     texts: Texts,
     out: str | Path,
     *,
-    samples: int = 256,
+    samples: int | None = None,
     seq_len: int | None = None,
     gradients: bool | None = None,
     sensitivity: bool = False,
@@ -88,118 +99,136 @@ def calibrate(
     seed: int = 0,
     device: torch.device | None = None,
     memory: int | None = None,
+    trust_remote_code: bool = False,
     announce: Callable[[Forecast], None] = lambda forecast: None,
     progress: Progress = silent,
 ) -> Calibrated:
-    """Read `samples` windows of text (sentences for an encoder) and write the moments of the selected layers to `out`.
+    """Read text with the model and write the moments of the selected layers to `out`.
 
-    gradients adds the moments of the loss gradients; None leaves that to the memory there is. sensitivity adds what the model's
-    output loses when each layer alone is cut, from forward passes over a few of the windows. memory bounds the hidden states
-    that are kept between blocks (bytes; by default a quarter of what is free): where the text needs more, it is read in rounds.
-    Raises SvdcliError for a model that does not read text, and for one that answers with NaN, with the name of the first layer
-    that does.
+    samples is how many windows of seq_len tokens are read, or sentences by an encoder; by default as many as hold 65,536 tokens,
+    or 16 for every input of the widest layer where that is more. gradients adds the moments of the loss gradients; None leaves
+    that to the memory there is. sensitivity adds what the model's output loses when each layer alone is cut, from forward passes
+    over a few of the windows. memory bounds the hidden states that are kept between blocks (bytes; by default a quarter of what
+    is free): where the text needs more, it is read in rounds. trust_remote_code runs Python that the model's folder brings along.
+
+    Of a model that reads more than text only the part is run that reads text alone (`text_side`). Raises SvdcliError for a model
+    without one, and for one that answers with NaN, with the name of the first layer that does.
     """
     out = Path(out)
     with open_checkpoint(model) as checkpoint:
-        network = load_stored(model)
-        tokenizer = load_tokenizer(model)
-        batches, tokens, length = read_batches(network, tokenizer, texts, samples, seq_len, str(model))
+        network = load_stored(model, trust_remote_code=trust_remote_code)
+        tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
+        side = text_side(network, str(model), len(tokenizer), ALONE)
         layers = _modules_of(network, checkpoint, include, exclude)
+        amount = Amount.to_calibrate(samples, widest(network, layers.values()))
+        read = read_batches(side, tokenizer, texts, amount, seq_len)
         room = memory if memory is not None else int(SHARE_OF_MEMORY * free_memory())
-        forecast = _forecast(network, batches, gradients, room, tokens, length)
+        forecast = _forecast(network, read, gradients, room)
         announce(forecast)
-        size = -(-len(batches) // forecast.rounds)
-        rounds = [batches[start : start + size] for start in range(0, len(batches), size)]
+        size = -(-len(read.batches) // forecast.rounds)
+        rounds = [read.batches[start : start + size] for start in range(0, len(read.batches), size)]
         torch.manual_seed(seed)
         with tempfile.TemporaryDirectory(dir=out.absolute().parent, prefix=f".{out.name}.spool-") as folder:
-            gather = _Gather(network, layers, Spool(Path(folder)), progress, len(rounds))
-            stream = Stream(network, device or torch.device("cpu"), torch.float32, gather.visit)
+            gather = _Gather(network, width_of(side.config(network)), layers, Spool(Path(folder)), progress, len(rounds))
+            where = device or torch.device("cpu")
+            stream = Stream(network, where, torch.float32, gather.visit, side.of(network))
             for number, batch in enumerate(rounds):
                 gather.begin(number, batch, backwards=forecast.gradients, units=len(stream.units))
                 stream.run(batch, gather.loss.seed if forecast.gradients else None, set(layers.values()), gather.loss.look)
             if sensitivity:
-                gather.add_sensitivities(stream, batches, room)
+                gather.add_sensitivities(stream, read.batches, room)
             unit = "nats" if gather.loss.nats else "1 - cosine"
-            how = (seed, forecast.gradients, sensitivity, unit)
-            provenance = Provenance(checkpoint.fingerprint(), texts.name, texts.digest, tokens, samples, length, *how)
+            what = (texts.name, texts.digest, read.tokens, read.samples, read.seq_len)
+            provenance = Provenance(checkpoint.fingerprint(), *what, seed, forecast.gradients, sensitivity, unit)
             keys = gather.keys()
             write_moments(out, gather.spool, gather.scales(), keys, provenance)
-        missing = tuple(name for name in layers if name not in keys)
-        inputs = len({item["input"] for item in keys.values()})
-        measured = (tokens, forecast.gradients, sensitivity, len(rounds), out.stat().st_size)
-        return Calibrated(str(out), len(keys), inputs, *measured, missing)
+        return _calibrated(out, layers, keys, forecast, sensitivity)
 
 
-def read_batches(
-    model: Any, tokenizer: Any, texts: Texts, samples: int, seq_len: int | None, shown: str
-) -> tuple[list[Batch], int, int]:
-    """What the model reads: (batches, tokens in all, tokens in a window)."""
-    kind = kind_of(model)
-    if kind == "other":
-        raise SvdcliError(
-            f"{shown} does not read text ({type(model).__name__})", "calibrate knows language models and text encoders"
-        )
-    length = window_length(model, seq_len)
-    if kind == "decoder" or model.config.is_encoder_decoder:
-        ids = windows_of(tokenizer, texts, length, samples).ids
-        size = max(1, _TOKENS_IN_A_BATCH // ids.shape[1])
-        batches = [{"input_ids": part} for part in ids.split(size)]
-        if model.config.is_encoder_decoder:
-            batches = [batch | {"decoder_input_ids": batch["input_ids"]} for batch in batches]
-        return batches, ids.numel(), ids.shape[1]
-    lines = sorted(sentences_of(texts, samples), key=len)
-    batches = list(batches_of(tokenizer, lines, length, 16, torch.device("cpu")))
-    return batches, sum(int(batch["attention_mask"].sum()) for batch in batches), length
+def _calibrated(
+    out: Path, layers: Mapping[str, str], keys: Mapping[str, Mapping[str, Any]], forecast: Forecast, sensitivity: bool
+) -> Calibrated:
+    return Calibrated(
+        path=str(out),
+        layers=len(keys),
+        inputs=len({item["input"] for item in keys.values()}),
+        tokens=forecast.tokens,
+        gradients=forecast.gradients,
+        sensitivity=sensitivity,
+        rounds=forecast.rounds,
+        bytes=out.stat().st_size,
+        uncalibrated=tuple(name for name in layers if name not in keys),
+        samples=forecast.samples,
+        seq_len=forecast.seq_len,
+        side=forecast.side,
+    )
+
+
+def widest(model: nn.Module, names: Iterable[str]) -> int:
+    """The number of inputs of the widest linear layer among these modules."""
+    modules = dict(model.named_modules())
+    return max((_inputs_of(modules[name]) for name in names if is_linear(modules.get(name))), default=0)
+
+
+def _inputs_of(module: Any) -> int:
+    """Of a linear layer, or of a Conv1D, which stores its weight as (in, out)."""
+    return int(module.in_features if isinstance(module, nn.Linear) else module.weight.shape[0])
 
 
 def _modules_of(model: Any, checkpoint: Checkpoint, include: Sequence[str], exclude: Sequence[str]) -> dict[str, str]:
     """{name of a selected weight in the checkpoint: name of its module}, for weights that a module of their own holds."""
     from svdcli.models.hf import module_names
 
-    selected, _ = choose_layers(checkpoint.infos, include=include, exclude=exclude, tied=checkpoint.tied)
+    selected, _ = choose_layers(checkpoint.infos, include=include, exclude=exclude, tied=checkpoint.tied, facts=checkpoint.facts)
     found = module_names(model, [info.module for info in selected])
     modules = dict(model.named_modules())
     return {
         info.name: target
         for info in selected
-        if (target := found.get(info.module)) is not None
-        and (isinstance(modules[target], nn.Linear) or type(modules[target]).__name__ == "Conv1D")
+        if (target := found.get(info.module)) is not None and is_linear(modules.get(target))
     }
 
 
-def _forecast(model: Any, batches: Sequence[Batch], gradients: bool | None, room: int, tokens: int, length: int) -> Forecast:
+def _forecast(model: Any, read: Read, gradients: bool | None, room: int) -> Forecast:
     """In how many rounds the text is read, and whether with gradients: hidden states of a round must fit into `room`."""
-    with_gradients, reason = gradients is not False, ""
-    each = state_bytes(model, batches, gradients=with_gradients)
+    with_gradients, reason, batches = gradients is not False, "", read.batches
+    width, part = width_of(read.side.config(model)), read.side.module(model)
+    each = state_bytes(part, width, batches, gradients=with_gradients)
     if gradients is None and each > room:
         with_gradients, reason = False, f"hidden states of {each / 1e9:.1f} GB a batch do not fit into {room / 1e9:.1f} GB"
-        each = state_bytes(model, batches, gradients=False)
+        each = state_bytes(part, width, batches, gradients=False)
     rounds = -(-len(batches) // max(1, room // each))
-    kept = each * -(-len(batches) // rounds)
-    return Forecast(tokens, length, rounds, with_gradients, kept, _guess(model, tokens, with_gradients), reason)
+    return Forecast(
+        tokens=read.tokens,
+        seq_len=read.seq_len,
+        rounds=rounds,
+        gradients=with_gradients,
+        state_bytes=each * -(-len(batches) // rounds),
+        seconds=_guess(part, read.tokens, with_gradients),
+        reason=reason,
+        samples=read.samples,
+        side=read.side.shown,
+    )
 
 
-def state_bytes(model: Any, batches: Sequence[Batch], *, gradients: bool) -> int:
+def state_bytes(model: Any, width: int, batches: Sequence[Batch], *, gradients: bool) -> int:
     """Hidden states of the largest batch: what goes into a block, and, with gradients, into every block at once."""
-    width = width_of(model)
     depth = sum((isinstance(module, nn.ModuleList) and len(module)) or 0 for module in model.modules())
     largest = max(batch["input_ids"].numel() for batch in batches)
     return largest * width * 4 * ((2 * depth + 4) if gradients else 4)
 
 
-def whole_bytes(teacher: Any, student: Any, batches: Sequence[Batch]) -> int:
+def whole_bytes(teacher: Any, student: Any, vocabulary: int, batches: Sequence[Batch]) -> int:
     """What it takes, at most, to train the student on the teacher's answers in one piece and in float32: the weights of both,
     gradients and AdamW's two moments, what one batch leaves behind in every layer, and a few copies of its logits."""
     weights: list[int] = [sum(parameter.numel() for parameter in model.parameters()) for model in (teacher, student)]
     tokens: int = max(batch["input_ids"].numel() for batch in batches)
     widths: int = sum(sum(module.weight.shape) for module in teacher.modules() if isinstance(module, nn.Linear))
-    vocabulary = int(getattr(teacher.config, "vocab_size", 0) or 0)
     return 4 * (weights[0] + 4 * weights[1] + tokens * (3 * widths + 8 * vocabulary))
 
 
-def width_of(model: Any) -> int:
+def width_of(config: Any) -> int:
     """Width of the hidden states between blocks."""
-    config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
     return next((value for n in ("hidden_size", "d_model", "n_embd") if isinstance(value := getattr(config, n, None), int)), 1024)
 
 
@@ -238,6 +267,7 @@ class _Gather:
     """Hooks on the selected layers, and the sums of the unit whose turn it is."""
 
     model: Any
+    width: int
     layers: dict[str, str]
     spool: Spool
     progress: Progress
@@ -335,7 +365,7 @@ class _Gather:
         """Measure them on batches spread over the text, and put them beside the moments."""
         self.phase = ""
         few = [batches[len(batches) * i // _SENSITIVITY_BATCHES] for i in range(min(_SENSITIVITY_BATCHES, len(batches)))]
-        each = sum(state_bytes(self.model, [batch], gradients=False) for batch in few)
+        each = sum(state_bytes(self.model, self.width, [batch], gradients=False) for batch in few)
         known = {name: self.layers[name] for name in self.leaders}
         found = sensitivities(stream, few, known, self._moments_of, max(1, room // each), self.progress)
         for name, values in found.items():

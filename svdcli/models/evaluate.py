@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,9 @@ from svdcli.errors import SvdcliError
 from svdcli.files.report import JSON_VERSION
 from svdcli.files.texts import Texts
 from svdcli.models.load import load_quietly
-from svdcli.models.tokens import Windows, kind_of, load_tokenizer, sentences_of, window_length, windows_of
+from svdcli.models.reading import Read, read_batches
+from svdcli.models.text_side import TextSide, text_side
+from svdcli.models.tokens import Amount, Windows, load_tokenizer, window_length, windows_of
 from svdcli.progress import Progress, silent
 
 _CHUNK = 2**25  # logits turned to float32 at a time
@@ -71,7 +73,8 @@ class Continuation:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """model_kind is decoder or encoder; tokens were evaluated out of text_tokens."""
+    """model_kind is decoder or encoder; tokens were evaluated out of text_tokens. side names the part of the model that read
+    them, where it is not the whole."""
 
     path: str
     against: str | None
@@ -86,6 +89,7 @@ class Evaluation:
     drift: Drift | None = None
     similarity: Similarity | None = None
     continuations: tuple[Continuation, ...] = ()
+    side: str = ""
 
     def to_json(self) -> dict[str, Any]:
         return {"svdcli_json": JSON_VERSION, "kind": "evaluation"} | asdict(self)
@@ -102,36 +106,53 @@ def evaluate(
     new_tokens: int = 48,
     device: torch.device | None = None,
     dtype: torch.dtype | None = None,
+    trust_remote_code: bool = False,
     progress: Progress = silent,
 ) -> Evaluation:
     """Read `samples` windows of text (sentences for an encoder) with the model, and with its original beside it.
 
-    Computed in `dtype`, by default in float32 on a CPU for models of up to 4 GB, else as stored.
-    Decoders give losses in nats a token and, against an original, KL divergence and agreement; encoders need an original.
-    Raises SvdcliError for a model that does not read text, or lacks its tokenizer.
+    Computed in `dtype`, by default in float32 on a CPU for models of up to 4 GB, else as stored. trust_remote_code runs Python
+    that the models' folders bring along. Decoders give losses in nats a token and, against an original, KL divergence and
+    agreement; encoders need an original. Of a model that reads more than text the part is judged that reads text alone.
+    Raises SvdcliError for a model without one, or without its tokenizer.
     """
     where = device or torch.device("cpu")
-    model, tokenizer = load_quietly(out, where, dtype), load_tokenizer(out)
-    original = None if against is None else load_quietly(against, where, dtype)
-    kind = kind_of(model)
-    if kind == "other":
-        raise SvdcliError(f"{out} does not read text ({type(model).__name__})", "eval knows language models and text encoders")
-    spoken = tuple(_continue(prompt, model, original, tokenizer, new_tokens) for prompt in prompts) if kind == "decoder" else ()
+    model = load_quietly(out, where, dtype, trust_remote_code=trust_remote_code)
+    original = None
+    if against is not None:
+        original = load_quietly(against, where, dtype, trust_remote_code=trust_remote_code)
+    tokenizer = load_tokenizer(out, trust_remote_code=trust_remote_code)
+    side = text_side(model, str(out), len(tokenizer), "eval judges what reads text")
+    spoken = _speak(side, model, original, tokenizer, prompts, new_tokens)
     computed = str(next(model.parameters()).dtype).removeprefix("torch.")
-    found = Evaluation(str(out), None if against is None else str(against), kind, computed, continuations=spoken)
+    found = Evaluation(
+        str(out), None if against is None else str(against), side.kind, computed, continuations=spoken, side=side.shown
+    )
     if texts is None:
         return found
     found = replace(found, text=texts.name, text_sha256=texts.digest)
-    if kind == "decoder":
-        windows = windows_of(tokenizer, texts, window_length(model, seq_len), samples)
-        scores, others, drift = compare(model, original, windows, str(out), str(against), progress)
+    calls = side.of(model), None if original is None else side.of(original)
+    if side.kind == "decoder":
+        windows = windows_of(tokenizer, texts, window_length(side.longest, seq_len), Amount(samples).samples)
+        windows = replace(windows, ids=windows.ids.to(where))
+        scores, others, drift = compare(*calls, windows, str(out), str(against), progress)
         tokens = windows.ids.shape[0] * (windows.ids.shape[1] - 1)
         return replace(found, text_tokens=windows.total, tokens=tokens, compressed=scores, original=others, drift=drift)
     if original is None:
         raise SvdcliError(f"{out} is an encoder, which is judged by its distance from the original", "give --against MODEL")
-    sentences = sentences_of(texts, samples)
-    cosines, tokens = _cosines(model, original, tokenizer, sentences, window_length(model, seq_len), progress)
-    return replace(found, text_tokens=tokens, tokens=tokens, similarity=_similarity(cosines))
+    read = read_batches(replace(side, decodes=False), tokenizer, texts, Amount(samples), seq_len)
+    similarity = _similarity(_cosines(side, model, original, read, where, progress))
+    return replace(found, text_tokens=read.tokens, tokens=read.tokens, similarity=similarity)
+
+
+def _speak(
+    side: TextSide, model: Any, original: Any | None, tokenizer: Any, prompts: Sequence[str], new_tokens: int
+) -> tuple[Continuation, ...]:
+    """The continuations of a decoder that generates; of anything else none."""
+    parts = [side.module(one) for one in (model, original) if one is not None]
+    if side.kind != "decoder" or not hasattr(parts[0], "generate"):
+        return ()
+    return tuple(_continue(prompt, parts, tokenizer, new_tokens) for prompt in prompts)
 
 
 # Decoders ------------------------------------------------------------------------------------------------------------
@@ -140,10 +161,13 @@ def evaluate(
 def compare(
     model: Any, original: Any | None, windows: Windows, path: str = "", against: str = "", progress: Progress = silent
 ) -> tuple[Scores, Scores | None, Drift | None]:
-    """Losses of a decoder on windows (count, length) of tokens and, with an original, the drift from it."""
+    """Losses of a decoder on windows (count, length) of tokens, on its device, and, with an original, the drift from it.
+
+    Both are functions of input_ids whose answers have logits, as models are.
+    """
     rows: list[list[float]] = []
     for done, ids in enumerate(windows.ids, 1):
-        rows.append(_window(model, original, ids.to(next(model.parameters()).device)))
+        rows.append(_window(model, original, ids))
         progress("eval", f"window {done}", done, len(windows.ids))
     columns = [list(column) for column in zip(*rows, strict=True)]
     bits = 1 / (math.log(2) * windows.bytes_per_token)
@@ -203,15 +227,16 @@ def _sums(logits: Tensor, others: Tensor | None, targets: Tensor) -> Tensor:
 
 
 @torch.inference_mode()
-def _continue(prompt: str, model: Any, original: Any | None, tokenizer: Any, new_tokens: int) -> Continuation:
-    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(next(model.parameters()).device)
+def _continue(prompt: str, parts: Sequence[Any], tokenizer: Any, new_tokens: int) -> Continuation:
+    """What the model and, where there are two, its original make of a prompt."""
+    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(next(parts[0].parameters()).device)
     how = {
         "max_new_tokens": new_tokens,
         "do_sample": False,
         "pad_token_id": tokenizer.pad_token_id or tokenizer.eos_token_id or 0,
     }
     texts = []
-    for one in filter(None, (model, original)):
+    for one in parts:
         ids = one.generate(**inputs, **how)[0, inputs["input_ids"].shape[1] :]
         texts.append(tokenizer.decode(ids, skip_special_tokens=True))
     return Continuation(prompt, texts[0], texts[1] if len(texts) > 1 else None)
@@ -220,38 +245,16 @@ def _continue(prompt: str, model: Any, original: Any | None, tokenizer: Any, new
 # Encoders ------------------------------------------------------------------------------------------------------------
 
 
-def embed(model: Any, inputs: dict[str, Tensor]) -> Tensor:
-    """Sentence embeddings (count, width): the mean of the last hidden states over the tokens that are no padding."""
-    base = model.get_encoder() if getattr(model.config, "is_encoder_decoder", False) else model.base_model
-    hidden = base(**inputs).last_hidden_state
-    mask = inputs["attention_mask"][..., None].to(hidden.dtype)
-    mean: Tensor = (hidden * mask).sum(1) / mask.sum(1).clamp(min=1)
-    return mean
-
-
-def batches_of(
-    tokenizer: Any, sentences: Sequence[str], length: int, size: int, device: torch.device
-) -> Iterator[dict[str, Tensor]]:
-    """Batches of tokenised sentences with their attention mask, padded to the longest of each."""
-    for start in range(0, len(sentences), size):
-        batch = tokenizer(
-            list(sentences[start : start + size]), padding=True, truncation=True, max_length=length, return_tensors="pt"
-        )
-        yield {key: value.to(device) for key, value in batch.items()}
-
-
 @torch.inference_mode()
-def _cosines(
-    model: Any, original: Any, tokenizer: Any, sentences: Sequence[str], length: int, progress: Progress
-) -> tuple[list[float], int]:
+def _cosines(side: TextSide, model: Any, original: Any, read: Read, where: torch.device, progress: Progress) -> list[float]:
+    """Cosine similarity of every sentence's two embeddings."""
     cosines: list[float] = []
-    tokens = 0
-    for inputs in batches_of(tokenizer, sentences, length, 16, next(model.parameters()).device):
-        ours, theirs = embed(model, inputs).double(), embed(original, inputs).double()
+    for batch in read.batches:
+        inputs = {key: value.to(where) for key, value in batch.items()}
+        ours, theirs = (side.embed(one, inputs).double() for one in (model, original))
         cosines += torch.cosine_similarity(ours, theirs, dim=-1).tolist()
-        tokens += int(inputs["attention_mask"].sum())
-        progress("eval", f"sentence {len(cosines)}", len(cosines), len(sentences))
-    return cosines, tokens
+        progress("eval", f"sentence {len(cosines)}", len(cosines), read.samples)
+    return cosines
 
 
 def _similarity(cosines: Sequence[float]) -> Similarity:

@@ -53,14 +53,20 @@ class Exported:
 
 
 def export_onnx(
-    path: str | Path, file: str | Path, *, dtype: str = "F32", force: bool = False, progress: Progress = silent
+    path: str | Path,
+    file: str | Path,
+    *,
+    dtype: str = "F32",
+    force: bool = False,
+    trust_remote_code: bool = False,
+    progress: Progress = silent,
 ) -> Exported:
     """Write a model directory as ONNX: factors (out, r) and (r, in) stay two products, by their names in the model.
 
     Text models take input_ids and attention_mask (batch, sequence) and vision models pixel_values (batch, channels, height,
     width); batch and sequence are free, the sizes of images are not. Decoders are exported without a cache of keys and values.
     dtype is F32 or F16. FILE appears whole or not at all, and only after onnxruntime, where it is installed, has given
-    torch's outputs for other inputs of other sizes.
+    torch's outputs for other inputs of other sizes. trust_remote_code runs Python that the model's folder brings along.
 
     Raises SvdcliError where a library is missing, FILE exists, the model is of another kind or cannot be traced, or the
     outputs differ; UsageError for other dtypes and names of FILE; and what `svdcli.load` raises.
@@ -75,7 +81,7 @@ def export_onnx(
     step = _stepper(progress)
     with _hushed():
         step()
-        model = load_quietly(path, torch.device("cpu"), _DTYPES[dtype][0])
+        model = load_quietly(path, torch.device("cpu"), _DTYPES[dtype][0], trust_remote_code=trust_remote_code)
         call = _call_for(model)
         workspace = Workspace(file, is_file=True)
         with _disk_errors(file), workspace.locked():

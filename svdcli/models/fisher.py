@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from svdcli.errors import SvdcliError
 from svdcli.linalg.products import fill_gram, mirror
 from svdcli.models.stream import Stream
-
-Batch = dict[str, Tensor]
+from svdcli.models.text_side import pooled, rows_of
+from svdcli.models.tokens import Batch
 
 
 class ModelLoss:
@@ -38,14 +38,14 @@ class ModelLoss:
         mask = self.batches[batch].get("attention_mask")
         if self.nats:
             return output.logits, self._sampled(output.logits, mask)
-        hidden: Tensor = output.last_hidden_state
-        leaf = hidden.detach().requires_grad_()
+        rows = rows_of(output)
+        leaf = rows.detach().requires_grad_()
         with torch.enable_grad():
             embedding = embedding_of(leaf, mask)
             (embedding * torch.randn(embedding.shape).to(embedding)).sum().backward()
         self.events += leaf.shape[0]
         assert leaf.grad is not None
-        return hidden, leaf.grad
+        return rows, leaf.grad
 
     def _sampled(self, logits: Tensor, mask: Tensor | None) -> Tensor:
         """Gradient of the summed loss at logits (..., classes) for labels drawn from the predictions themselves."""
@@ -63,10 +63,9 @@ class ModelLoss:
         return gradient.to(logits.dtype)
 
 
-def embedding_of(hidden: Tensor, mask: Tensor | None) -> Tensor:
-    """Normalised sentence embeddings (batch, width): the mean of hidden (batch, length, width) where mask is set."""
-    weights = (mask if mask is not None else torch.ones(hidden.shape[:2])).to(hidden)[..., None]
-    return nn.functional.normalize((hidden * weights).sum(1) / weights.sum(1), dim=-1)
+def embedding_of(rows: Tensor, mask: Tensor | None) -> Tensor:
+    """Normalised sentence embeddings (batch, width) from the rows of an encoder."""
+    return nn.functional.normalize(pooled(rows, mask), dim=-1)
 
 
 def answer_of(output: Any, batch: Batch) -> tuple[Tensor, Callable[[Tensor, Tensor], Tensor]]:
@@ -74,7 +73,7 @@ def answer_of(output: Any, batch: Batch) -> tuple[Tensor, Callable[[Tensor, Tens
     mask = batch.get("attention_mask")
     logits = getattr(output, "logits", None)
     if logits is None:
-        return embedding_of(output.last_hidden_state, mask), _cosine_distance
+        return embedding_of(rows_of(output), mask), _cosine_distance
     rows = logits.float().log_softmax(-1)
     if mask is not None and mask.shape == rows.shape[:-1]:
         rows = rows[mask.bool().to(rows.device)]
@@ -97,11 +96,16 @@ def excess_of(whole: Tensor, cut: Tensor, ids: Tensor) -> Tensor:
 
 
 def block_moments(
-    model: nn.Module, batches: Sequence[Batch], blocks: Collection[str], at_a_time: int, device: torch.device
+    model: nn.Module,
+    batches: Sequence[Batch],
+    blocks: Collection[str],
+    at_a_time: int,
+    device: torch.device,
+    call: Callable[..., Any] | None = None,
 ) -> dict[str, Tensor]:
     """Second moments (width, width) of the loss gradient at the output of every block, averaged over predictions.
 
-    at_a_time bounds how many batches are under way together.
+    at_a_time bounds how many batches are under way together; call is what is called with each, if not the whole model.
     """
     loss, sums = ModelLoss(), dict[str, Tensor]()
 
@@ -112,7 +116,7 @@ def block_moments(
                 sums[unit] = rows.new_zeros((rows.shape[1], rows.shape[1]))
             fill_gram(rows.T, sums[unit], add=True)
 
-    stream = Stream(model, device, torch.float32, lambda *_: None)
+    stream = Stream(model, device, torch.float32, lambda *_: None, call)
     stream.gradients = add
     for start in range(0, len(batches), at_a_time):
         loss.batches = batches[start : start + at_a_time]

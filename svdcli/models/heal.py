@@ -16,15 +16,17 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from svdcli.errors import SvdcliError
-from svdcli.models.fisher import Batch, answer_of, excess_of
+from svdcli.models.fisher import answer_of, excess_of
 from svdcli.models.modules import LOW_RANK
 from svdcli.models.refit import Block, Side, refit
 from svdcli.models.stream import Stream, Turn
+from svdcli.models.tokens import Batch
 from svdcli.models.training import Best, Course, train
 from svdcli.models.twins import Twins
 from svdcli.progress import Progress, silent
@@ -36,6 +38,14 @@ WHOLE = "whole model"
 _MOMENT_BATCHES = 8
 HELD_OUT = 4  # batches: more would cost as much as the training
 _REFIT_SHARE = 0.8  # of a block's time
+
+
+Call = Callable[[nn.Module], Callable[..., Any]]
+
+
+def whole(model: nn.Module) -> Callable[..., Any]:
+    """The model itself is called."""
+    return model
 
 
 @dataclass(frozen=True)
@@ -100,6 +110,7 @@ def heal_blocks(
     trainable: Callable[[str], bool],
     moments: Mapping[str, Tensor] | None = None,
     known: Callable[[str], HealedBlock | None] = lambda name: None,
+    call: Call = whole,
     seed: int = 0,
     device: torch.device | None = None,
     progress: Progress = silent,
@@ -107,13 +118,14 @@ def heal_blocks(
     """Refine block after block and yield each as it is done; blocks that `known` has are taken from there.
 
     trainable tells by name which parameters and buffers of the student may change; moments are those of
-    `fisher.block_moments`, without which every direction of a block's output counts the same. Raises SvdcliError where the
+    `fisher.block_moments`, without which every direction of a block's output counts the same; blocks that the text does not
+    reach have none. call makes of a model what is called with each batch. Raises SvdcliError where the
     two models do not have the same blocks, and where a block answers with NaN.
     """
     where = device or torch.device("cpu")
-    ours, theirs = (Stream(model, where, torch.float32, _nobody) for model in (student, teacher))
+    ours, theirs = (Stream(model, where, torch.float32, _nobody, call(model)) for model in (student, teacher))
     dtypes = {name: tensor.dtype for name, tensor in _tensors(student)}
-    blocks = blocks_of(student)
+    blocks = blocks_of(student) if moments is None else blocks_of(student) & moments.keys()
     total = sum(bool(_trainable(unit, name, trainable)) for name, unit in ours.units.items() if name in blocks)
     begin, number, taken = time.monotonic(), 0, 0
     batches = [*reading.batches, *reading.held]
@@ -273,7 +285,14 @@ class _Whole:
     """The whole model, and what it is trained on: (1 - hard) times its distance from the original, plus hard times its excess
     loss on the text itself (distillation with soft and hard targets; Hinton, Vinyals and Dean, 2015, section 2)."""
 
-    def __init__(self, teacher: nn.Module, student: nn.Module, reading: Reading, hard: float, device: torch.device) -> None:
+    def __init__(
+        self,
+        teacher: Callable[..., Any],
+        student: Callable[..., Any],
+        reading: Reading,
+        hard: float,
+        device: torch.device,
+    ) -> None:
         self.teacher, self.student, self.hard = teacher, student, hard
         self.read, self.held, self.device = reading.batches, reading.held, device
         self.distance = math.nan
@@ -311,6 +330,7 @@ def heal_whole(
     trainable: Callable[[str], bool],
     dtypes: Mapping[str, torch.dtype],
     hard_labels: float = 0.0,
+    call: Call = whole,
     seed: int = 0,
     progress: Progress = silent,
 ) -> HealedBlock:
@@ -318,15 +338,16 @@ def heal_whole(
 
     dtypes has the stored dtype of the student's tensors. The error is the KL divergence in nats a prediction, or, for
     encoders, 1 - cosine of the sentence embeddings; a decoder's is mixed with its excess loss on the text, which counts
-    hard_labels, a share from 0 to 1. Raises SvdcliError where that is not finite.
+    hard_labels, a share from 0 to 1. call makes of a model what is called with each batch. Raises SvdcliError where that is not
+    finite.
     """
     tensors = _trainable(student, "", trainable)
     device = next(iter(tensors.values())).device
-    whole = _Whole(teacher, student, reading, hard_labels, device)
-    best = Best(tensors, dtypes, whole.error)
-    rate = WHOLE_RATE * math.sqrt(max(0.0, whole.distance))
-    few = reading.fewer(_MOMENT_BATCHES).batches
-    twins = Twins(teacher, student, tensors, [{key: value.to(device) for key, value in batch.items()} for batch in few])
+    goal = _Whole(call(teacher), call(student), reading, hard_labels, device)
+    best = Best(tensors, dtypes, goal.error)
+    rate = WHOLE_RATE * math.sqrt(max(0.0, goal.distance))
+    few = [{key: value.to(device) for key, value in batch.items()} for batch in reading.fewer(_MOMENT_BATCHES).batches]
+    twins = Twins(teacher, student, tensors, few, call(teacher))
 
     def look() -> bool:
         with twins.stored():
@@ -334,5 +355,5 @@ def heal_whole(
 
     course = Course(effort.steps, effort.seconds, partial(_tell, progress, WHOLE, 0, 1))
     with twins.training():
-        train(twins.weights, course, rate, range(len(whole.read)), whole.loss, look, seed)
+        train(twins.weights, course, rate, range(len(goal.read)), goal.loss, look, seed)
     return HealedBlock(WHOLE, best.first, best.error, course.step, best.weights)

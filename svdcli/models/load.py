@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
-from collections.abc import Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ from torch import Tensor, nn
 
 from svdcli.errors import BadCheckpointError, SvdcliError, UsageError
 from svdcli.files.checkpoint import Checkpoint, open_checkpoint
-from svdcli.files.record import record_of, stored_layers
+from svdcli.files.record import check_listed, record_of, stored_layers
+from svdcli.models import own_code
 from svdcli.models.modules import low_rank_like
 from svdcli.plan.recipe import FORMAT, LayerPlan
 
@@ -23,12 +25,15 @@ _SMALL = 4 * 10**9
 def load(path: str | Path, *, into: nn.Module | None = None, **options: Any) -> nn.Module:
     """Open a checkpoint, compressed or not, for inference or training.
 
-    A directory with a config.json becomes the transformers model that its config names, in the stored dtype; options go to
-    `from_pretrained` (dtype, device_map, attn_implementation, trust_remote_code). With `into`, a file or directory is loaded
-    into that module instead: layers that are factored are replaced by low-rank modules, in place.
+    A directory with a config.json becomes the transformers model that its config names, or the class that fits its weights
+    best where it names none, in the stored dtype; options go to `from_pretrained` (dtype, device_map, attn_implementation,
+    trust_remote_code). What that class ignores or makes anew it ignores or makes anew here too, with transformers' own
+    remark. With `into`, a file or directory is loaded into that module instead: layers that are factored are replaced by
+    low-rank modules, in place; names may differ by what torch.compile (`_orig_mod`) and DDP (`module.`) add to them.
 
-    Raises BadCheckpointError where a factor is missing, a rank or shape disagrees, the format is newer, or the directory was
-    edited; SvdcliError where the model has no place for a tensor, or lacks one. Never leaves a weight at random.
+    Raises BadCheckpointError where a factor or another tensor of the record is missing, a rank or shape disagrees, the format
+    is newer, or the directory was edited; SvdcliError where a factored layer of the model was not filled, where transformers
+    refuses, and, with `into`, where the module has no place for a tensor, or lacks one.
     """
     with open_checkpoint(path) as checkpoint:
         _check(checkpoint)
@@ -43,7 +48,9 @@ def load(path: str | Path, *, into: nn.Module | None = None, **options: Any) -> 
         return _load_transformers(checkpoint, options)
 
 
-def load_quietly(path: str | Path, device: torch.device, dtype: torch.dtype | None = None) -> Any:
+def load_quietly(
+    path: str | Path, device: torch.device, dtype: torch.dtype | None = None, *, trust_remote_code: bool = False
+) -> Any:
     """A transformers model for svdcli's own commands, on its device and without the library's progress bars.
 
     Without dtype: float32 on a CPU for models of up to 4 GB (many CPUs are an order slower in 16 bits), else as stored.
@@ -52,21 +59,31 @@ def load_quietly(path: str | Path, device: torch.device, dtype: torch.dtype | No
         small = sum(checkpoint.files.values()) <= _SMALL
     if dtype is None and device.type == "cpu" and small:
         dtype = torch.float32
-    return _without_bars(path, dtype or "auto").to(device).eval()
+    return _without_bars(path, dtype or "auto", trust_remote_code).to(device).eval()
 
 
-def load_stored(path: str | Path) -> Any:
+def load_stored(path: str | Path, *, trust_remote_code: bool = False) -> Any:
     """A transformers model in its stored dtype, whose weights stay in the file until they are used; nothing is trained."""
-    return _without_bars(path, "auto").requires_grad_(False).eval()
+    return _without_bars(path, "auto", trust_remote_code).requires_grad_(False).eval()
 
 
-def _without_bars(path: str | Path, dtype: torch.dtype | str) -> nn.Module:
+def _without_bars(path: str | Path, dtype: torch.dtype | str, trust_remote_code: bool) -> nn.Module:
+    """Without the option nothing of the folder's own code runs; with it, what that code raises is told in a line."""
+    own = trust_remote_code and bool(own_code.model_sources(Path(path)))
     logging = _transformers().utils.logging
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Cannot (en|dis)able progress bars")  # where the environment decides that
         logging.disable_progress_bar()
         try:
-            return load(path, dtype=dtype)
+            return load(path, dtype=dtype, trust_remote_code=own)
+        except SvdcliError:
+            raise
+        except Exception as error:
+            if not own:
+                raise
+            what = f"{type(error).__name__}: {_first_lines(error)}"
+            hint = f"see which versions it was made for, or leave out {own_code.OPTION} where transformers has the class"
+            raise SvdcliError(f"the code that {path} brings along fails ({what})", hint) from error
         finally:
             logging.enable_progress_bar()
 
@@ -85,6 +102,7 @@ def _check(checkpoint: Checkpoint) -> None:
     if record is None:
         return
     layers = stored_layers(checkpoint, record)
+    check_listed(checkpoint, record)
     for name, item in (record.get("files") or {}).items():
         if name in checkpoint.files and checkpoint.files[name] != item.get("bytes"):
             raise BadCheckpointError(f"{checkpoint.path / name} was changed after svdcli wrote it", "see `svdcli verify`")
@@ -98,19 +116,10 @@ def _check(checkpoint: Checkpoint) -> None:
 def _load_transformers(checkpoint: Checkpoint, options: dict[str, Any]) -> nn.Module:
     model_class = _model_class(checkpoint, options)
     try:
-        model, info = model_class.from_pretrained(checkpoint.path, output_loading_info=True, **(_as_stored(checkpoint) | options))
+        model: nn.Module = model_class.from_pretrained(checkpoint.path, **(_as_stored(checkpoint) | options))
     except (ValueError, RuntimeError, KeyError) as error:
         raise SvdcliError(f"{checkpoint.shown} does not load: {_first_lines(error)}", "see `svdcli verify`") from error
-    for kind, what in (("missing_keys", "lacks"), ("unexpected_keys", "holds more than the model takes:")):
-        names = sorted(info[kind])
-        if names:
-            raise SvdcliError(f"{checkpoint.shown} {what} {names[0]} ({len(names)} such tensors)", "see `svdcli verify`")
-    if info["mismatched_keys"]:
-        raise SvdcliError(
-            f"{checkpoint.shown} and the model disagree on {next(iter(info['mismatched_keys']))}", "see `svdcli verify`"
-        )
-    result: nn.Module = model
-    return result
+    return model
 
 
 def _as_stored(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -132,18 +141,89 @@ def _transformers() -> Any:
 
 
 def _model_class(checkpoint: Checkpoint, options: dict[str, Any]) -> Any:
+    """The class that `architectures` names; the folder's own, by the option, where it has one."""
     transformers = _transformers()
-    names = (checkpoint.config or {}).get("architectures") or ["AutoModel"]
-    found = getattr(transformers, str(names[0]), None)
-    if found is not None:
-        return found
-    remote = (checkpoint.config or {}).get("auto_map") or {}
-    auto = next((getattr(transformers, name) for name in remote if name != "AutoConfig" and hasattr(transformers, name)), None)
-    if auto is None or not options.get("trust_remote_code"):
-        raise SvdcliError(
-            f"{checkpoint.shown}: this transformers has no {names[0]}", "upgrade it, or pass trust_remote_code=True where it fits"
-        )
-    return auto
+    config = checkpoint.config or {}
+    name = str((config.get("architectures") or [""])[0])
+    stock = getattr(transformers, name, None) if name else None
+    own, trusted = own_code.auto_class(checkpoint.config), options.get("trust_remote_code")
+    if own is not None and hasattr(transformers, own) and (trusted or stock is None):
+        if not trusted:
+            raise own_code.refusal(checkpoint.shown, f"the class {name or own}")
+        return getattr(transformers, own)
+    if not name:
+        return _best_class(checkpoint)
+    if stock is None:
+        raise SvdcliError(f"{checkpoint.shown}: this transformers has no {name}", "upgrade it")
+    return stock
+
+
+# Where a config.json names no class: what it may be, the likelier first, since order decides between classes that fit alike.
+_LIKELIEST = (
+    "AutoModelForCausalLM",
+    "AutoModelForSeq2SeqLM",
+    "AutoModelForSpeechSeq2Seq",
+    "AutoModelForImageTextToText",
+    "AutoModelForMaskedLM",
+    "AutoModelForSequenceClassification",
+    "AutoModelForTokenClassification",
+    "AutoModelForQuestionAnswering",
+    "AutoModelForImageClassification",
+    "AutoModelForAudioClassification",
+    "AutoModelForCTC",
+)
+_LEAST_LIKELY = ("AutoModel", "AutoModelForTextEncoding")
+
+
+def _best_class(checkpoint: Checkpoint) -> Any:
+    """The class of this config that takes the checkpoint's tensors best: the fewest missing, then the fewest unexpected."""
+    transformers = _transformers()
+    from svdcli.models.hf import unfilled
+
+    shapes = {name: ref.info.shape for name, ref in checkpoint.tensors.items()}
+    scores: dict[Any, tuple[int, int]] = {}
+    verbosity = transformers.utils.logging.get_verbosity()
+    transformers.utils.logging.set_verbosity_error()  # what is only tried says nothing
+    try:
+        config = transformers.AutoConfig.from_pretrained(checkpoint.path)
+        for candidate in _classes_of(config):
+            try:
+                scores[candidate] = unfilled(_empty(candidate, config), shapes)
+            except (ImportError, NotImplementedError, RuntimeError, TypeError, AttributeError):
+                continue  # no class for this config after all, or not without memory
+            if scores[candidate] == (0, 0):
+                break
+    except ValueError as error:
+        raise SvdcliError(f"{checkpoint.shown} does not load: {_first_lines(error)}", "see `svdcli verify`") from error
+    finally:
+        transformers.utils.logging.set_verbosity(verbosity)
+    return min(scores, key=lambda candidate: scores[candidate], default=transformers.AutoModel)
+
+
+def _classes_of(config: Any) -> list[Any]:
+    """All classes that transformers' auto classes may make of a config, the likelier first."""
+    from transformers.models.auto import modeling_auto
+
+    listed: dict[str, Any] = {}
+    for name, auto in vars(modeling_auto).items():
+        mapping = getattr(auto, "_model_mapping", None)
+        if name.startswith("AutoModel") and mapping is not None and type(config) in mapping:
+            listed[name] = mapping[type(config)]
+    if "AutoModelForMaskedLM" in listed and not getattr(config, "is_decoder", False):
+        listed.pop("AutoModelForCausalLM", None)  # an encoder, which transformers can also use as a decoder
+
+    others = [name for name in listed if name not in _LIKELIEST + _LEAST_LIKELY]
+    classes: dict[Any, None] = {}
+    for name in (*_LIKELIEST, *others, *_LEAST_LIKELY):
+        found = listed.get(name, ())
+        classes |= dict.fromkeys(found if isinstance(found, tuple) else (found,))
+    return list(classes)
+
+
+def _empty(model_class: Any, config: Any) -> Any:
+    """A model of that class whose weights take no memory."""
+    with torch.device("meta"):
+        return model_class(copy.deepcopy(config))
 
 
 def _first_lines(error: Exception) -> str:
@@ -158,27 +238,83 @@ def _load_into(module: nn.Module, checkpoint: Checkpoint) -> nn.Module:
     """Replace what is factored, then assign every tensor of the checkpoint, one at a time."""
     record = record_of(checkpoint)
     layers = [layer for layer in stored_layers(checkpoint, record) if layer.layout != "dense"] if record is not None else []
-    fresh = {layer.tensor.module: _low_rank(module, layer, checkpoint.shown) for layer in layers}
-    for name, new in fresh.items():
-        module.set_submodule(name, new)
+    _replace(module, layers, checkpoint.shown)
+
+    # which tensor goes where
     tripwires = {layer.tensor.name for layer in layers}
-    names = {name for name in checkpoint.tensors if name not in tripwires}
+    sources = _by_plain_name((name for name in checkpoint.tensors if name not in tripwires), checkpoint.shown)
     expected = module.state_dict()
-    tied = _tied(module, expected.keys() - names, names)
+    goals = _by_plain_name(expected, "the module")
+    names = {goals.get(plain, plain): source for plain, source in sources.items()}
+    tied = _tied(module, expected.keys() - names.keys(), names.keys())
     expected = {name: tensor for name, tensor in expected.items() if name not in tied}
-    for what, odd in (("lacks", expected.keys() - names), ("holds, and the module does not,", names - expected.keys())):
-        if odd:
-            raise SvdcliError(f"{checkpoint.shown} {what} {min(odd)} ({len(odd)} such tensors)", "give the one it was made for")
-    for name in sorted(names):
-        shape, wanted = checkpoint.tensors[name].info.shape, tuple(expected[name].shape)
-        if shape != wanted:
-            raise SvdcliError(f"{name} is {list(shape)} in {checkpoint.shown} and {list(wanted)} in the module", "check both")
-    for name in sorted(names):
-        _assign(module, name, checkpoint.read_tensor(name))
+    _check_fit(expected, names, checkpoint)
+
+    for name, source in sorted(names.items()):
+        _assign(module, name, checkpoint.read_tensor(source))
     for name, source in tied.items():
         owner = module.get_submodule(name.rpartition(".")[0])
         owner._parameters[name.rpartition(".")[2]] = module.get_parameter(source)
     return module
+
+
+def _replace(module: nn.Module, layers: Sequence[LayerPlan], shown: str) -> None:
+    """Put low-rank modules, on the meta device, where the module has what is factored."""
+    outer: dict[str, str] = {}
+    inner: dict[str, nn.Module] = {}  # of a compiled module the one within, which `outer` names the way around
+    for path, child in module.named_modules():
+        outer.setdefault(_plain_name(path), path)
+        inner[_plain_name(path)] = child
+    fresh: dict[str, nn.Module] = {}
+    for layer in layers:
+        name = _plain_name(layer.tensor.module)
+        if not outer.get(name):
+            hint = _prefix_hint(name, outer)
+            raise SvdcliError(f"the module has no {layer.tensor.module}, which is factored in {shown}", hint)
+        fresh[outer[name]] = _low_rank(inner[name], layer, shown)
+    for path, new in fresh.items():
+        module.set_submodule(path, new)
+
+
+def _plain_name(name: str) -> str:
+    """A tensor's or module's name without `_orig_mod`, and without `module.` before it."""
+    words = [word for word in name.split(".") if word != "_orig_mod"]
+    while words[:1] == ["module"]:
+        del words[0]
+    return ".".join(words)
+
+
+def _by_plain_name(names: Iterable[str], shown: str) -> dict[str, str]:
+    """{plain name: name}. Raises SvdcliError where two names differ by such prefixes alone."""
+    found: dict[str, str] = {}
+    for name in names:
+        other = found.setdefault(_plain_name(name), name)
+        if other != name:
+            raise SvdcliError(
+                f"{shown} has {other} and {name}, which differ by a prefix of torch.compile or DDP alone", "rename one of them"
+            )
+    return found
+
+
+def _check_fit(expected: Mapping[str, Tensor], names: Mapping[str, str], checkpoint: Checkpoint) -> None:
+    """Raises SvdcliError where tensors are missing, left over, or of another shape."""
+    lacking, over = expected.keys() - names.keys(), names.keys() - expected.keys()
+    for what, odd, others in (("lacks", lacking, over), ("holds, and the module does not,", over, lacking)):
+        if odd:
+            first = min(odd)
+            raise SvdcliError(f"{checkpoint.shown} {what} {first} ({len(odd)} such tensors)", _prefix_hint(first, others))
+    for name, source in sorted(names.items()):
+        shape, wanted = checkpoint.tensors[source].info.shape, tuple(expected[name].shape)
+        if shape != wanted:
+            raise SvdcliError(f"{source} is {list(shape)} in {checkpoint.shown} and {list(wanted)} in the module", "check both")
+
+
+def _prefix_hint(name: str, others: Iterable[str]) -> str:
+    """What to do where `name` is not on the other side: maybe it is there behind a prefix, or without one."""
+    for other in sorted(filter(None, others), key=len, reverse=True):
+        if name.endswith(f".{other}") or other.endswith(f".{name}"):
+            return f"the names of checkpoint and module differ by a prefix ({name}, {other}): give a module with the same names"
+    return "give the one it was made for"
 
 
 def _tied(module: nn.Module, missing: Set[str], names: Set[str]) -> dict[str, str]:
@@ -188,13 +324,9 @@ def _tied(module: nn.Module, missing: Set[str], names: Set[str]) -> dict[str, st
     return {name: sources[same[name]] for name in sorted(missing) if same.get(name) in sources}
 
 
-def _low_rank(module: nn.Module, layer: LayerPlan, shown: str) -> nn.Module:
-    """The module that will hold one layer's factors, on the meta device."""
+def _low_rank(old: nn.Module, layer: LayerPlan, shown: str) -> nn.Module:
+    """The module that will hold one layer's factors in place of `old`, on the meta device."""
     name, shape = layer.tensor.module, layer.tensor.shape
-    try:
-        old = module.get_submodule(name)
-    except AttributeError:
-        raise SvdcliError(f"the module has no {name}, which is factored in {shown}", "give the one it was made for") from None
     new = low_rank_like(old, int(layer.rank or 0), pivoted=layer.layout == "pivoted")
     weight = getattr(old, "weight", None)
     if new is None or not isinstance(weight, Tensor):

@@ -159,6 +159,9 @@ class PivotedEmbedding(nn.Module):
         return torch.where((place < self.rank)[..., None], kept, combined)
 
 
+# Classes of transformers with a `forward` of their own that computes what nn.Linear does.
+_ALIKE = frozenset({"FalconLinear"})
+
 LOW_RANK = (LowRankLinear, PivotedLinear, LowRankConv1D, PivotedConv1D, LowRankEmbedding, PivotedEmbedding)
 
 
@@ -166,16 +169,28 @@ def low_rank_like(old: nn.Module, rank: int, *, pivoted: bool) -> nn.Module | No
     """An empty low-rank module on the meta device that can stand for `old`, or None where no such module exists."""
     weight = getattr(old, "weight", None)
     how: dict[str, Any] = {"device": "meta", "dtype": getattr(weight, "dtype", None)}
-    if isinstance(old, nn.Linear):
+    if isinstance(old, nn.Linear) and _computes_like(old, nn.Linear):
         linear = PivotedLinear if pivoted else LowRankLinear
         return linear(old.in_features, old.out_features, rank, bias=old.bias is not None, **how)
-    if isinstance(old, nn.Embedding):
+    if isinstance(old, nn.Embedding) and _computes_like(old, nn.Embedding):
         table = PivotedEmbedding if pivoted else LowRankEmbedding
         return table(old.num_embeddings, old.embedding_dim, rank, old.padding_idx, **how)
     if type(old).__name__ == "Conv1D" and isinstance(weight, Tensor):  # of transformers, which this file must not import
         conv = PivotedConv1D if pivoted else LowRankConv1D
         return conv(weight.shape[0], weight.shape[1], rank, **how)
     return None
+
+
+def _computes_like(module: nn.Module, plain: type[nn.Module]) -> bool:
+    """Is what the module answers that of its plain class: embeddings may scale or shift, linear layers work in groups."""
+    return type(module).forward is plain.forward or type(module).__name__ in _ALIKE
+
+
+def is_linear(module: nn.Module | None) -> bool:
+    """Does a module answer with x W^T (nn.Linear) or x W (transformers' Conv1D), and nothing else."""
+    if isinstance(module, nn.Linear):
+        return _computes_like(module, nn.Linear)
+    return type(module).__name__ == "Conv1D"
 
 
 def is_row_order(rows: Tensor) -> bool:

@@ -23,7 +23,7 @@ from svdcli.linalg.solvers import Factors, transposed
 from svdcli.linalg.storage import to_stored
 from svdcli.linalg.whitening import Metric, weighted
 from svdcli.models.calibrate import FULL_OUTPUTS
-from svdcli.models.modules import LOW_RANK
+from svdcli.models.modules import LOW_RANK, is_linear
 from svdcli.models.stream import first_tensor
 
 RIDGE = 0.01  # of the mean diagonal of E[x x^T], against directions that were hardly seen
@@ -116,7 +116,7 @@ def _groups(block: Block, place: int, allowed: Callable[[str], bool]) -> list[li
     last: Tensor | None = None
     for name, x in calls:
         dense = block.dense.unit.get_submodule(name)
-        if names.count(name) > 1 or not (isinstance(dense, nn.Linear) or type(dense).__name__ == "Conv1D"):
+        if names.count(name) > 1 or not is_linear(dense):
             continue
         site = Site(name, modules[name], dense, allowed(f"{name}.bias" if name else "bias"))
         if last is x:

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from svdcli.files.moments import LayerMoments, metric_of
 from svdcli.linalg.solvers import transposed
 from svdcli.linalg.whitening import weighted
-from svdcli.models.fisher import Batch, answer_of
+from svdcli.models.fisher import answer_of
 from svdcli.models.stream import Stream
+from svdcli.models.tokens import Batch
 from svdcli.progress import Progress
 
 CUT = 0.25  # of min(m, n)

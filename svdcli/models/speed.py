@@ -133,12 +133,14 @@ def bench(
     rounds: int = 5,
     device: str = "auto",
     threads: int | None = None,
+    trust_remote_code: bool = False,
     progress: Progress = silent,
 ) -> Bench:
     """Measure both models by turns, `rounds` times after one round to warm up.
 
     A round reads a prompt of random tokens in one pass (prefill), then writes new_tokens greedily with the cache (decode).
-    Raises SvdcliError where a model does not open, does not read text, or its process dies.
+    trust_remote_code runs Python that the models' folders bring along. Raises SvdcliError where a model does not open, does
+    not read text, or its process dies.
     """
     for name, value in (("prompt-tokens", prompt_tokens), ("new-tokens", new_tokens), ("batch", batch), ("rounds", rounds)):
         if value < 1:
@@ -147,6 +149,7 @@ def bench(
         raise UsageError(f"--threads {threads} is outside [1, 4096]", "leave it out for torch's own choice")
     checkpoints = [_open(path) for path in (against, out)]
     task = {"device": device, "threads": threads, "prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "batch": batch}
+    task |= {"trust_remote_code": trust_remote_code}
     with ExitStack() as stack:
         pair = [stack.enter_context(_Child(checkpoint.path, task)) for checkpoint in checkpoints]
         for done, child in enumerate(pair):

@@ -1,7 +1,7 @@
 """The other side of speed.py: a process that opens one model and measures it when it is told to.
 
-argv[1] is JSON: path, device, threads, prompt_tokens, new_tokens, batch. Commands come a line each on standard input (load,
-prefill, decode, memory), answers go as JSON lines to standard output; the end of the input ends it at once.
+argv[1] is JSON: path, device, threads, prompt_tokens, new_tokens, batch, trust_remote_code. Commands come a line each on
+standard input (load, prefill, decode, memory), answers go as JSON lines to standard output; the end of the input ends it.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from queue import SimpleQueue
 from typing import Any
 
 from svdcli.errors import FAILED, SvdcliError, UsageError
+from svdcli.models import own_code
 
 _MAX_RSS_UNIT = 1 if sys.platform == "darwin" else 1024
 _SEED = 0
@@ -29,7 +30,8 @@ class Worker:
 
     def __init__(self, task: dict[str, Any]) -> None:
         self.task = task
-        _import_all(Path(task["path"]))
+        self.own = task["trust_remote_code"] and bool(own_code.model_sources(Path(task["path"])))
+        _import_all(Path(task["path"]), own=self.own)
         import torch
 
         if task["threads"] is not None:
@@ -52,7 +54,7 @@ class Worker:
         from svdcli.models.load import load
 
         begin = time.perf_counter()
-        self.model = load(self.task["path"]).to(self.device)
+        self.model = load(self.task["path"], trust_remote_code=self.own).to(self.device)
         self._wait()
         seconds = time.perf_counter() - begin
         self._check()
@@ -144,8 +146,8 @@ class Worker:
             getattr(torch, self.device.type).synchronize()
 
 
-def _import_all(path: Path) -> None:
-    """Everything that opening the model will import, the file of its class included."""
+def _import_all(path: Path, *, own: bool) -> None:
+    """Everything that opening the model will import, the file of its class included; own code of the folder where it may run."""
     try:
         import transformers
 
@@ -157,6 +159,8 @@ def _import_all(path: Path) -> None:
     with suppress(OSError, ValueError, TypeError, AttributeError):
         for name in json.loads((path / "config.json").read_text(encoding="utf-8")).get("architectures") or ():
             getattr(transformers, str(name), None)
+    if own:
+        transformers.AutoConfig.from_pretrained(path, trust_remote_code=True)
 
 
 def _device(name: str) -> Any:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from svdcli.errors import SvdcliError
 from svdcli.models.modules import LOW_RANK
 
 Visit = Callable[[str, str, int, int], None]
@@ -29,15 +30,17 @@ Read = Callable[[int, Any], None]
 def units_of(model: nn.Module) -> dict[str, nn.Module]:
     """What takes turns, by name: the members of every list of blocks, and all modules outside them that own parameters.
 
-    A compressed model has the same units as its original: a low-rank module counts as the layer that it stands for.
+    A module around blocks that owns some besides (a scale, a token) takes no turn of its own. A compressed model has the same
+    units as its original: a low-rank module counts as the layer that it stands for.
     """
     units: dict[str, nn.Module] = {}
 
     def walk(name: str, module: nn.Module) -> None:
-        if isinstance(module, LOW_RANK) or next(module.parameters(recurse=False), None) is not None:
+        owns = next(module.parameters(recurse=False), None) is not None
+        if isinstance(module, LOW_RANK) or (owns and not any(map(_is_list_of_blocks, module.modules()))):
             units[name] = module
             return
-        blocks = isinstance(module, nn.ModuleList) and len(module) > 1
+        blocks = _is_list_of_blocks(module)
         for child_name, child in module.named_children():
             path = f"{name}.{child_name}" if name else child_name
             if blocks and next(child.parameters(), None) is not None:
@@ -49,6 +52,33 @@ def units_of(model: nn.Module) -> dict[str, nn.Module]:
     return units
 
 
+def _is_list_of_blocks(module: nn.Module) -> bool:
+    return isinstance(module, nn.ModuleList) and len(module) > 1 and next(module.parameters(), None) is not None
+
+
+@dataclass
+class _Gradient:
+    """What arrives at one output of a unit; value is the output itself, until it is handed on."""
+
+    value: Tensor | None
+    grad: Tensor | None = None
+
+
+class _Start(torch.autograd.Function):
+    """Where the code after a unit begins to be differentiated: the unit's output, as something that may be changed in place."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, kept: _Gradient) -> Tensor | None:
+        ctx.kept, value, kept.value = kept, kept.value, None
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, None]:
+        kept = ctx.kept
+        kept.grad = gradient if kept.grad is None else kept.grad + gradient
+        return None, None
+
+
 @dataclass
 class _Call:
     """One pass of one batch through one unit: what went in and came out, and how the code around it is differentiated."""
@@ -57,7 +87,8 @@ class _Call:
     leaves: list[Any]
     spec: Any
     outer: list[Tensor | None]
-    outputs: list[Tensor]
+    outputs: list[_Gradient]
+    versions: list[int]
 
 
 @dataclass
@@ -136,24 +167,35 @@ class Stream:
 
     visit(phase, unit, batch, batches) is called before every unit of every batch with phase "forward" or "backward", and with
     phase "done" when all batches are through a unit ("forward done", "backward done"). gradients(unit, batch, gradient), where
-    it is set, gets the gradient at what each unit sends on.
+    it is set, gets the gradient at what each unit sends on. call is what is called with each batch, where that is not the
+    whole model.
     """
 
-    def __init__(self, model: Any, device: torch.device, dtype: torch.dtype, visit: Visit) -> None:
+    def __init__(
+        self,
+        model: Any,
+        device: torch.device,
+        dtype: torch.dtype,
+        visit: Visit,
+        call: Callable[..., Any] | None = None,
+    ) -> None:
         self.model, self.device, self.dtype, self.visit = model, device, dtype, visit
+        self.call = model if call is None else call
         for config in {id(c): c for module in model.modules() if (c := getattr(module, "config", None)) is not None}.values():
             if hasattr(config, "use_cache"):
                 config.use_cache = False  # a block that is computed twice would cache twice
         self.units = units_of(model)
         self._plain = {name: unit.forward for name, unit in self.units.items()}
         self.gradients: Callable[[str, int, Tensor], None] | None = None
+        self._anchor = torch.zeros((), requires_grad=True)
         self._current: _Batch | None = None
         self._keep = False
         inside = {id(module) for unit in self.units.values() for module in unit.modules()}
-        for module in model.modules():
-            if id(module) not in inside:
-                for name, buffer in module.named_buffers(recurse=False):
-                    setattr(module, name, buffer.to(device))
+        outside = [module for module in model.modules() if id(module) not in inside]
+        self._loose = [weight for module in outside for weight in module.parameters(recurse=False)]
+        for module in outside:
+            for name, buffer in module.named_buffers(recurse=False):
+                setattr(module, name, buffer.to(device))
 
     def run(
         self,
@@ -172,7 +214,7 @@ class Stream:
 
         def forward(index: int) -> None:
             with torch.set_grad_enabled(self._keep):
-                output = self.model(**{key: value.to(self.device) for key, value in inputs[index].items()})
+                output = self.call(**{key: value.to(self.device) for key, value in inputs[index].items()})
                 if seed is None:
                     if read is not None:
                         read(index, output)
@@ -197,7 +239,7 @@ class Stream:
 
         def forward(index: int) -> None:
             with torch.no_grad():
-                self.model(**{key: value.to(self.device) for key, value in inputs[index].items()})
+                self.call(**{key: value.to(self.device) for key, value in inputs[index].items()})
 
         self._keep = False
         batches = [_Batch(index, partial(forward, index)) for index in range(len(inputs))]
@@ -209,7 +251,8 @@ class Stream:
         for name, unit in self.units.items():
             unit.forward = self._turn_taking(name)
         try:
-            yield
+            with self._at_hand(self._loose):
+                yield
         finally:
             for unit in self.units.values():
                 del unit.forward  # the class's own again
@@ -237,10 +280,13 @@ class Stream:
         if not self._keep:
             return result
         outputs, out_spec = tree_flatten(result)
-        fresh = [out.detach().requires_grad_() if _differentiable(out) else out for out in outputs]
         outer = [leaf if isinstance(leaf, Tensor) and leaf.requires_grad else None for leaf in leaves]
-        batch.calls.append(_Call(name, inner, spec, outer, [out for out in fresh if _differentiable(out)]))
-        return tree_unflatten(fresh, out_spec)
+        kept = [_Gradient(out.detach()) for out in outputs if _differentiable(out)]
+        call = _Call(name, inner, spec, outer, kept, _versions(inner))
+        batch.calls.append(call)
+        start: Callable[..., Tensor] = _Start.apply
+        starts = iter([start(self._anchor, one) for one in kept])
+        return tree_unflatten([next(starts) if _differentiable(out) else out for out in outputs], out_spec)
 
     def _forwards(self, batches: Sequence[_Batch]) -> None:
         for turn in self._turns(batches):
@@ -292,6 +338,9 @@ class Stream:
             self.gradients(call.unit, index, gradients[0])
         if all(gradient is None for gradient in gradients):
             return
+        if call.versions != _versions(call.leaves):
+            hint = "--no-gradients reads forwards alone"
+            raise SvdcliError(f"the model changes what it gave to {call.unit}, which cannot be computed again", hint)
         inner = [leaf.requires_grad_() if _differentiable(leaf) else leaf for leaf in call.leaves]
         args, kwargs = tree_unflatten(inner, call.spec)
         with torch.enable_grad():
@@ -322,7 +371,12 @@ class Stream:
     def _in_memory(self, name: str) -> Iterator[None]:
         """The unit's parameters and buffers on the device in the compute dtype, for as long as its turn lasts."""
         unit = self.units[name]
-        stored = [(tensor, tensor.data) for tensor in (*unit.parameters(), *unit.buffers())]
+        with self._at_hand([*unit.parameters(), *unit.buffers()]):
+            yield
+
+    @contextmanager
+    def _at_hand(self, tensors: Sequence[Tensor]) -> Iterator[None]:
+        stored = [(tensor, tensor.data) for tensor in tensors]
         for tensor, data in stored:
             tensor.data = data.to(self.device, self.dtype if data.is_floating_point() else data.dtype)
         try:
@@ -336,6 +390,11 @@ def first_tensor(result: Any) -> Tensor:
     """The first floating tensor in what a unit returns: a block's hidden states."""
     found: Tensor = next(leaf for leaf in tree_flatten(result)[0] if _differentiable(leaf))
     return found
+
+
+def _versions(leaves: Sequence[Any]) -> list[int]:
+    """How often each tensor was changed in place."""
+    return [leaf._version for leaf in leaves if isinstance(leaf, Tensor)]
 
 
 def _differentiable(value: Any) -> bool:

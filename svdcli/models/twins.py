@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +17,10 @@ from torch import Tensor, nn
 from svdcli.linalg.products import moment
 from svdcli.linalg.solvers import Factors, transposed
 from svdcli.linalg.storage import balanced
-from svdcli.models.fisher import Batch, ModelLoss
+from svdcli.models.fisher import ModelLoss
 from svdcli.models.modules import LOW_RANK, factors_of
 from svdcli.models.refit import put_factors
+from svdcli.models.tokens import Batch
 
 FULL = 2048  # wider sides are scaled by their diagonal
 _DAMPING_INPUTS, _DAMPING_OUTPUTS = 0.01, 0.1  # of the mean diagonal
@@ -76,16 +78,24 @@ def _times(scale: Tensor, x: Tensor) -> Tensor:
 
 class Twins:
     """For every low-rank linear layer whose factors are in `tensors`, a twin to train in its place; biases in `tensors` are
-    trained where they are. batches are what the teacher reads to learn the coordinates."""
+    trained where they are. batches are what the teacher reads to learn the coordinates; call is what is called with each, if
+    not the whole teacher."""
 
-    def __init__(self, teacher: nn.Module, student: nn.Module, tensors: Mapping[str, Tensor], batches: Sequence[Batch]) -> None:
+    def __init__(
+        self,
+        teacher: nn.Module,
+        student: nn.Module,
+        tensors: Mapping[str, Tensor],
+        batches: Sequence[Batch],
+        call: Callable[..., Any] | None = None,
+    ) -> None:
         self.student = student
         low_rank = [name for name, module in student.named_modules() if isinstance(module, LOW_RANK)]
         dense = {name: teacher.get_submodule(name) for name in low_rank if f"{name}.svd_up.weight" in tensors}
         convs = {name: type(module).__name__ == "Conv1D" for name, module in dense.items()}
         convs = {name: conv for name, conv in convs.items() if conv or isinstance(dense[name], nn.Linear)}
         self.originals = {name: student.get_submodule(name) for name in convs}
-        inputs, outputs = moments_of(teacher, convs, batches)
+        inputs, outputs = moments_of(teacher, convs, batches, call)
         self.twins: dict[str, Twin] = {}
         for name, conv in convs.items():
             m, n = dense[name].get_parameter("weight").shape[:: -1 if conv else 1]
@@ -123,7 +133,7 @@ class Twins:
 
 
 def moments_of(
-    model: nn.Module, names: Mapping[str, object], batches: Sequence[Batch]
+    model: nn.Module, names: Mapping[str, object], batches: Sequence[Batch], call: Callable[..., Any] | None = None
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Second moments of the inputs and of the loss gradients at the outputs of the named layers, summed over the batches, from
     ordinary passes of a model in memory; diagonals beyond `FULL`. Padding counts as zeros in gradients only."""
@@ -152,7 +162,7 @@ def moments_of(
         for index, batch in enumerate(batches):
             caught.clear()
             with torch.enable_grad():
-                tensor, gradient = loss.seed(index, model(**batch))
+                tensor, gradient = loss.seed(index, (call or model)(**batch))
             ends = [(name, output) for name, outputs in caught.items() for output in outputs]
             found = torch.autograd.grad(tensor, [output for _, output in ends], gradient, allow_unused=True)
             for (name, _), value in zip(ends, found, strict=True):

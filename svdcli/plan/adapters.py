@@ -9,8 +9,9 @@ from svdcli.plan.tensors import TensorInfo
 
 # PEFT, kohya, LyCORIS, diffusers' older attention processors.
 _FACTOR = re.compile(
-    r"(^|[._])(lora_(A|B|up|down|mid|embedding_A|embedding_B|magnitude_vector)|dora_scale|hada_[wt]\d|lokr_[wt]\d|oft_(R|blocks)|boft_[RS]"
-    r"|ia3_l|vera_lambda_\w|to_[qkv]_lora|to_out_lora)([._]|$)"
+    r"(^|[._])(([a-z]+_)?lora\d*[._](a|b|up|down|mid|embedding_a|embedding_b|magnitude_vector)|dora_scale|hada_[wt]\d|lokr_[wt]\d|oft_(R|blocks)|boft_[RS]"
+    r"|ia3_l|vera_lambda_\w|to_[qkv]_lora|to_out_lora)([._]|$)",
+    re.IGNORECASE,
 )
 # What PEFT calls the tensors of other methods, such as prompt tuning.
 _IN_AN_ADAPTER = re.compile(r"^base_model\.|prompt")

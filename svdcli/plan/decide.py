@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from svdcli.errors import UsageError
+from svdcli.plan.budget import cost_of, note_of_missed_share, ranks_within_share, staying_dense
 from svdcli.plan.ranks import (
     Choice,
     Options,
@@ -16,16 +17,15 @@ from svdcli.plan.ranks import (
     options_of,
     rounding_energy,
     tails_of,
-    uniform,
     uniform_within,
 )
-from svdcli.plan.recipe import WEIGHTED, LayerPlan, Plan, Recipe, Skipped
+from svdcli.plan.recipe import LayerPlan, Plan, Recipe, Skipped
 from svdcli.plan.tensors import TensorInfo
+from svdcli.plan.words import WEIGHTED
 
 # Up to this short side LAPACK's SVD takes milliseconds, and there is nothing to win with a Gram matrix.
 _SVD_IS_CHEAP = 128
 _SIZE_ROUNDS = 12
-_WELL_BELOW = 0.97
 UNSOUND = "NaN or infinity, or float64 numbers whose squares leave its range"
 
 
@@ -73,7 +73,7 @@ def decide(
     """A rank, or dense with a reason, for every selected layer.
 
     predict gives the bytes of the whole output under a plan; only --size asks for it.
-    Raises UsageError where --size is below the smallest reachable size.
+    Raises UsageError where --size or --keep is below what can be reached.
     """
     out = {t.name: f"holds {UNSOUND}" for t in selected if not measured[t.name].finite}
     if recipe.calibration is not None:
@@ -99,31 +99,15 @@ def decide(
         return _within_size(recipe, options, losses, plan_with, predict)
     if recipe.target in ("energy", "error"):
         return plan_with([_bounded(o, recipe, tails[o.tensor.name]) for o in options])
-    if recipe.target == "rank":
-        choices = [fixed_rank(option, int(recipe.value)) for option in options]
+    if recipe.target == "keep":
+        choices, budget = ranks_within_share(recipe, selected, options, out)
     else:
-        choices = uniform(options, recipe.value)
+        choices = [fixed_rank(option, int(recipe.value)) for option in options]
+        budget = cost_of(options, choices)
     if recipe.allocate == "global":
-        choices = _globally(recipe, options, losses, choices, _budget(recipe, options, choices))
-    return replace(plan_with(choices), notes=_note_of_missed_share(recipe, options, choices))
-
-
-def _note_of_missed_share(recipe: Recipe, options: Sequence[Options], choices: Sequence[Choice]) -> tuple[str, ...]:
-    """A note where the least or the largest ranks there are miss the share of parameters that was asked for."""
-    tops = [o for o, c in zip(options, choices, strict=True) if c.rank is not None and c.rank == o.ranks[-1]]
-    whole = sum(option.dense_cost for option in options)
-    spent = sum(option.cost(choice.rank) for option, choice in zip(options, choices, strict=True))
-    if recipe.target == "keep" and spent > recipe.value * whole + 1:
-        least = sum(c.rank is not None and c.rank == o.ranks[0] for o, c in zip(options, choices, strict=True))
-        return (f"{spent / whole:.2g} of the parameters remain where {recipe.value:g} may: {least} layers have the least rank",)
-    if recipe.target != "keep" or not tops or spent >= _WELL_BELOW * recipe.value * whole:
-        return ()
-    dtypes = " and ".join(sorted({option.tensor.dtype for option in tops}))
-    as_what = f", in {recipe.dtype} where the weights are {dtypes}" if recipe.dtype else ""
-    return (
-        f"{spent / whole:.2f} of the parameters remain where {recipe.value:g} may: "
-        f"{len(tops)} layers have the largest rank that saves bytes{as_what}",
-    )
+        choices = _globally(recipe, options, losses, choices, budget)
+    notes = note_of_missed_share(recipe, selected, options, choices) if recipe.target == "keep" else ()
+    return replace(plan_with(choices), notes=notes)
 
 
 def _layer_plan(
@@ -157,13 +141,6 @@ def _bounded(options: Options, recipe: Recipe, tails: Sequence[float]) -> Choice
     return by_tail(options, tails, allowed, target)
 
 
-def _budget(recipe: Recipe, options: Sequence[Options], choices: Sequence[Choice]) -> int:
-    """Parameters that the selected layers may keep in all."""
-    if recipe.target == "keep":
-        return math.floor(recipe.value * sum(option.dense_cost for option in options) + 1e-9)
-    return sum(option.cost(choice.rank) for option, choice in zip(options, choices, strict=True))
-
-
 def _globally(
     recipe: Recipe,
     options: Sequence[Options],
@@ -181,8 +158,7 @@ def _globally(
     def total(choices: Sequence[Choice]) -> float:
         return math.fsum(0.0 if c.rank is None else loss(c.rank) for c, loss in zip(choices, losses, strict=True))
 
-    spent = sum(option.cost(choice.rank) for option, choice in zip(options, even, strict=True))
-    return list(even) if spent <= budget and total(even) <= total(best) else best
+    return list(even) if cost_of(options, even) <= budget and total(even) <= total(best) else best
 
 
 def _within_size(
@@ -199,8 +175,10 @@ def _within_size(
     if reachable > size:
         for _ in range(3):  # the record holds the size that was asked for, so its digits count too
             reachable = predict(replace(smallest, recipe=replace(recipe, value=reachable)))
+        dense = {layer.tensor.name: layer.reason for layer in smallest.layers if layer.rank is None}
+        why = f", since {staying_dense(dense, len(smallest.layers))}" if dense else ""
         raise UsageError(
-            f"--size {size} is not reachable: the smallest output has {reachable} bytes", f"use --size {reachable} or more"
+            f"--size {size} is not reachable: the smallest output has {reachable} bytes{why}", f"use --size {reachable} or more"
         )
     best, best_bytes = smallest, reachable
     overhead = reachable - sum(option.cost(layer.rank) for option, layer in _paired(options, smallest))
@@ -243,4 +221,4 @@ def rerun(plan: Plan, tensors: Mapping[str, TensorInfo], fingerprint: str) -> Pl
     known = {layer.tensor.name for layer in plan.layers}
     old = {item.tensor.name: item.reason for item in plan.skipped}
     skipped = tuple(Skipped(t, old.get(t.name, "not in the plan")) for t in tensors.values() if t.name not in known)
-    return replace(plan, fingerprint=fingerprint, skipped=skipped, healing=None)
+    return replace(plan, fingerprint=fingerprint, skipped=skipped, healing=None, calibration=None)

@@ -5,21 +5,16 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 
 from svdcli.errors import UsageError
+from svdcli.plan.facts import ModelFacts
 from svdcli.plan.recipe import Skipped
+from svdcli.plan.roles import Roles
 from svdcli.plan.tensors import FACTORED_DTYPES, TensorInfo, module_of
 
 # The largest rank that saves must be at least this, or a layer has nothing worth sharing.
 SMALLEST_BREAK_EVEN = 8
-
-_EMBEDDING = re.compile(r"embed|(^|[._])(emb|wte|wpe|word_emb\w*|relative_attention_bias)($|[._])|(^|[.])shared$", re.IGNORECASE)
-# Tables of positions and kinds of tokens: no output head has their shape, but a square layer of a small model may.
-_NO_VOCABULARY = re.compile(r"posit|pos_?emb|wpe|relative|token_type|segment", re.IGNORECASE)
-_HEAD_LEAVES = frozenset({"lm_head", "embed_out", "head", "classifier", "score", "qa_outputs"})
-_HEAD_TOPS = frozenset({"lm_head", "embed_out", "output", "head", "classifier", "score", "qa_outputs", "proj_out", "cls"})
-_ROUTER_LEAVES = frozenset({"gate", "router", "shared_expert_gate"})
 
 
 def choose_layers(
@@ -29,24 +24,28 @@ def choose_layers(
     exclude: Sequence[str] = (),
     layers: Sequence[str] | None = None,
     tied: Mapping[str, str] | None = None,
+    facts: ModelFacts | None = None,
 ) -> tuple[tuple[TensorInfo, ...], tuple[Skipped, ...]]:
     """Split a checkpoint's tensors into layers to factor and skipped ones with their reasons.
 
     include and exclude are globs, or regular expressions behind `re:`, tried on the tensor's name and on the name without
-    `.weight`; layers are exact names. A pattern without wildcards that names a tensor overrides the rules that go by name
-    (embeddings, heads, norms, routers), never those that go by dtype and shape. tied maps a tensor to the one whose storage
-    it shares. Raises UsageError for a pattern or name that matches nothing.
+    `.weight`; layers are exact names. A pattern without wildcards that names a tensor overrides the rules that go by what a
+    layer does (embeddings, heads, norms, routers, layers that the model's class leaves out), never those that go by dtype and
+    shape. tied maps a tensor to the one whose storage it shares. facts is what config.json says, None where there is none.
+    Raises UsageError for a pattern or name that matches nothing, or that names one of several names of one weight.
     """
-    names = [tensor.name for tensor in tensors]
+    names, roles, shared = [tensor.name for tensor in tensors], Roles(tensors, facts), tied or {}
     for pattern in (*include, *exclude):
         if not any(_matches(pattern, name) for name in names):
-            raise UsageError(f"the pattern {pattern!r} matches no tensor", near_names(pattern, names))
-    wanted = None if layers is None else _exact(layers, names)
+            raise _no_such(f"the pattern {pattern!r} matches no tensor", pattern, names, roles)
+    wanted = None if layers is None else _exact(layers, names, roles)
     named = {name for name in names if name in include or module_of(name) in include} | (wanted or set())
-    context = _Context(tensors, tied or {})
+    _check_whole(named, shared)
     selected, skipped = [], []
     for tensor in tensors:
-        reason = _not_asked_for(tensor.name, include, exclude, wanted) or context.reason(tensor, by_name=tensor.name not in named)
+        reason = _not_asked_for(tensor.name, include, exclude, wanted) or _reason_by_shape(tensor, roles)
+        if not reason and tensor.name not in named:
+            reason = roles.reason(tensor) or _reason_tied(tensor, shared)
         if reason:
             skipped.append(Skipped(tensor, reason))
         else:
@@ -84,12 +83,39 @@ def _matches(pattern: str, name: str) -> bool:
     return any(pattern == text or fnmatch.fnmatchcase(text, pattern) for text in (name, module_of(name)))
 
 
-def _exact(layers: Sequence[str], names: Sequence[str]) -> set[str]:
+def _exact(layers: Sequence[str], names: Sequence[str], roles: Roles) -> set[str]:
     known = {module_of(name): name for name in names} | {name: name for name in names}
     for layer in layers:
         if layer not in known:
-            raise UsageError(f"there is no tensor {layer!r}", near_names(layer, names))
+            raise _no_such(f"there is no tensor {layer!r}", layer, names, roles)
     return {known[layer] for layer in layers}
+
+
+def _no_such(problem: str, pattern: str, names: Sequence[str], roles: Roles) -> UsageError:
+    """A head that is tied to the embedding is not in the file, or the embedding is not: the other one is meant."""
+    other = roles.stands_for(module_of(pattern))
+    if not other:
+        return UsageError(problem, near_names(pattern, names))
+    return UsageError(f"{problem}: tied weights are in the file once, here as {other}", f"name {other}, which is both")
+
+
+def _check_whole(named: Set[str], tied: Mapping[str, str]) -> None:
+    for name in sorted(named & tied.keys()):
+        others = _same_storage(name, tied) - {name}
+        if not others <= named:
+            listed = ", ".join(sorted(map(module_of, others)))
+            raise UsageError(f"{module_of(name)} is tied: it shares its storage with {listed}", "name all of them")
+
+
+def _same_storage(name: str, tied: Mapping[str, str]) -> set[str]:
+    """Every name that a chain of ties leads to, the first one included."""
+    group: set[str] = set()
+    more = {name}
+    while more:
+        group |= more
+        more = {one for one, other in tied.items() if other in group} | {tied[one] for one in group if one in tied}
+        more -= group
+    return group
 
 
 def _not_asked_for(name: str, include: Sequence[str], exclude: Sequence[str], wanted: set[str] | None) -> str:
@@ -100,39 +126,11 @@ def _not_asked_for(name: str, include: Sequence[str], exclude: Sequence[str], wa
     return next((f"excluded by {pattern!r}" for pattern in exclude if _matches(pattern, name)), "")
 
 
-class _Context:
-    """What one tensor's reason may depend on in the rest of the checkpoint."""
-
-    def __init__(self, tensors: Sequence[TensorInfo], tied: Mapping[str, str]) -> None:
-        self.tied = tied
-        self.has_experts = any("expert" in tensor.name for tensor in tensors)
-        tables = [t for t in tensors if len(t.shape) == 2 and _EMBEDDING.search(t.module)]
-        self.embedding_shapes = {table.shape for table in tables if not _NO_VOCABULARY.search(table.module)}
-
-    def reason(self, tensor: TensorInfo, *, by_name: bool) -> str:
-        """Why this tensor is not factored, or an empty string where it is."""
-        return _reason_by_shape(tensor) or (self._reason_by_name(tensor) if by_name else "") or self._reason_tied(tensor)
-
-    def _reason_tied(self, tensor: TensorInfo) -> str:
-        return f"tied: shares its storage with {self.tied[tensor.name]}" if tensor.name in self.tied else ""
-
-    def _reason_by_name(self, tensor: TensorInfo) -> str:
-        parts = tensor.module.split(".")
-        in_a_block = any(part.isdigit() for part in parts)
-        if _EMBEDDING.search(tensor.module):
-            return "embedding"
-        if parts[0] in _HEAD_TOPS or (parts[-1] in _HEAD_LEAVES and not in_a_block):
-            return "output head"
-        if tensor.shape in self.embedding_shapes and not in_a_block:
-            return "output head (shaped like the embedding)"
-        if "norm" in parts[-1].lower():
-            return "norm"
-        if self.has_experts and parts[-1] in _ROUTER_LEAVES:
-            return "expert router"
-        return ""
+def _reason_tied(tensor: TensorInfo, tied: Mapping[str, str]) -> str:
+    return f"tied: shares its storage with {tied[tensor.name]}" if tensor.name in tied else ""
 
 
-def _reason_by_shape(tensor: TensorInfo) -> str:
+def _reason_by_shape(tensor: TensorInfo, roles: Roles) -> str:
     dimensions = len(tensor.shape)
     if dimensions == 3 and "expert" in tensor.name:
         return "3-D expert stack: not a matrix"
@@ -141,7 +139,8 @@ def _reason_by_shape(tensor: TensorInfo) -> str:
     if tensor.dtype not in FACTORED_DTYPES:
         kind = "quantised" if tensor.dtype.startswith(("F8", "F6", "F4", "I8", "U8")) else "not a real floating dtype"
         return f"{tensor.dtype}: {kind}"
-    if tensor.name != "weight" and not tensor.name.endswith(".weight"):
+    alone = tensor.name == "weight" and not roles.facts.by_class
+    if not (alone or tensor.name.endswith(".weight")):
         return "not the weight of a linear layer"
     if break_even(tensor.shape) < SMALLEST_BREAK_EVEN:
         return f"too small to gain: {tensor.shape[0]} x {tensor.shape[1]}"

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from svdcli.plan.tensors import TensorInfo, module_of
 
-LAYOUTS = ("factored", "pivoted", "dense")
 UP, DOWN, ROWS, WEIGHT = "svd_up.weight", "svd_down.weight", "svd_rows", "weight"
 
 

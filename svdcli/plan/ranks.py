@@ -30,6 +30,11 @@ class Options:
     dense_cost: int
     largest: int
 
+    @property
+    def least_cost(self) -> int:
+        """Of the least rank, or of staying dense where no rank saves."""
+        return self.costs[0] if self.ranks else self.dense_cost
+
     def cost(self, rank: int | None) -> int:
         return self.dense_cost if rank is None else self.costs[self.ranks.index(rank)]
 

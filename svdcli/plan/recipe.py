@@ -7,16 +7,25 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from svdcli.errors import UsageError
-from svdcli.plan.layout import LAYOUTS, stored_tensors
+from svdcli.plan.layout import stored_tensors
 from svdcli.plan.tensors import FACTORED_DTYPES, TensorInfo
+from svdcli.plan.words import (
+    ALLOCATIONS,
+    LAYOUTS,
+    METRICS,
+    NONFINITE,
+    SOLVERS,
+    TARGETS,
+    WEIGHTED,
+    Allocation,
+    Layout,
+    Metric,
+    OnNonfinite,
+    Solver,
+    Target,
+)
 
 FORMAT = 1
-TARGETS = ("rank", "keep", "size", "energy", "error")
-ALLOCATIONS = ("uniform", "global")
-SOLVERS = ("auto", "svd", "gram", "randomized")
-WEIGHTED = "weighted"  # the solver of calibrated layers; not to be asked for
-NONFINITE = ("error", "skip")
-METRICS = ("auto", "inputs", "diagonal", "full")
 
 
 @dataclass(frozen=True)
@@ -24,28 +33,28 @@ class Recipe:
     """What the person asked for. Everything here changes what the output is; device and threads, which change
     the last bits at most, and verbosity do not belong.
 
-    target is one of TARGETS; value is its number (a rank, a share in (0, 1], bytes). calibration is the digest of a file of
-    moments, metric how much of them counts: the inputs alone, or the loss gradients besides.
+    target is one of words.TARGETS; value is its number (a rank, a share in (0, 1], bytes). calibration is the digest of a file
+    of moments, metric how much of them counts: the inputs alone, or the loss gradients besides.
     Raises UsageError where the values cannot be met together.
     """
 
-    target: str
+    target: Target
     value: float
-    allocate: str = "uniform"
+    allocate: Allocation = "uniform"
     floor: float = 0.6
     multiple_of: int = 1
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     layers: tuple[str, ...] | None = None
-    layout: str = "factored"
+    layout: Layout = "factored"
     dtype: str | None = None
-    solver: str = "auto"
+    solver: Solver = "auto"
     seed: int = 0
-    nonfinite: str = "error"
+    nonfinite: OnNonfinite = "error"
     max_shard_size: int | None = None
     self_contained: bool = False
     calibration: str | None = None
-    metric: str = "auto"
+    metric: Metric = "auto"
 
     def __post_init__(self) -> None:
         for name, value, known in (
@@ -99,7 +108,7 @@ class Recipe:
         return f"{self.target} {self.value:g}" if self.target != "size" else f"size {int(self.value)} bytes"
 
 
-def best_defaults(target: str, *, calibrated: bool) -> dict[str, Any]:
+def best_defaults(target: Target, *, calibrated: bool) -> dict[str, Any]:
     """What --allocate, --floor and --layout are where a person does not say. With a calibration, losses of different layers
     compare, and the best is what was measured to be best: ranks where they are worth most, without a floor, stored pivoted."""
     if not calibrated:
@@ -144,6 +153,25 @@ class Skipped:
 
 
 @dataclass(frozen=True)
+class TextRead:
+    """What a calibration has read: samples windows of seq_len tokens, or sentences of at most as many; tokens in all."""
+
+    text: str
+    text_sha256: str
+    samples: int
+    seq_len: int
+    tokens: int
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @staticmethod
+    def from_json(data: dict[str, Any]) -> TextRead:
+        numbers = (int(data[name]) for name in ("samples", "seq_len", "tokens"))
+        return TextRead(str(data["text"]), str(data["text_sha256"]), *numbers)
+
+
+@dataclass(frozen=True)
 class Healing:
     """How the factors were refined after they were solved: on which text, and what came of each block.
 
@@ -178,6 +206,7 @@ class Plan:
     """What was decided for every tensor of one checkpoint.
 
     loss_unit is that of the layers' losses: "nats" or "1 - cosine" of the model, "" for shares of a layer's own energy.
+    calibration tells the text that they were measured on.
     """
 
     recipe: Recipe
@@ -187,6 +216,7 @@ class Plan:
     notes: tuple[str, ...] = field(default=())
     loss_unit: str = ""
     healing: Healing | None = None
+    calibration: TextRead | None = None
 
     @property
     def factored(self) -> tuple[LayerPlan, ...]:
@@ -204,6 +234,8 @@ class Plan:
         more: dict[str, Any] = {"loss_unit": self.loss_unit} if self.loss_unit else {}
         if self.healing is not None:
             more["healing"] = self.healing.to_json()
+        if self.calibration is not None:
+            more["calibration"] = self.calibration.to_json()
         return {
             "format": FORMAT,
             "recipe": recipe_to_json(self.recipe),
@@ -230,7 +262,8 @@ class Plan:
                 skipped=tuple(Skipped(_tensor_from_json(n, item), str(item["reason"])) for n, item in data["skipped"].items()),
                 notes=tuple(str(note) for note in data["notes"]),
                 loss_unit=str(data.get("loss_unit", "")),
-                healing=Healing.from_json(data["healing"]) if data.get("healing") is not None else None,
+                healing=None if data.get("healing") is None else Healing.from_json(data["healing"]),
+                calibration=None if data.get("calibration") is None else TextRead.from_json(data["calibration"]),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UsageError(f"not a plan of svdcli ({error})", "write one with --save-plan") from error

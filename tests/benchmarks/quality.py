@@ -39,6 +39,7 @@ from svdcli.files.texts import Texts, read_texts
 from svdcli.models.calibrate import calibrate
 from svdcli.models.evaluate import compare
 from svdcli.models.load import load_quietly
+from svdcli.models.text_side import longest_of
 from svdcli.models.tokens import Windows, load_tokenizer, window_length, windows_of
 
 HERE = Path(__file__).resolve().parent
@@ -143,7 +144,7 @@ class Work:
         return self._windows(self.subject.held_out, self.settings.eval_samples)
 
     def _windows(self, texts: Texts, count: int) -> Windows:
-        length = window_length(self.model, self.settings.seq_len)
+        length = window_length(longest_of(self.model), self.settings.seq_len)
         return windows_of(load_tokenizer(self.subject.path), texts, length, count)
 
     @cached_property

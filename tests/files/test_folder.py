@@ -149,6 +149,8 @@ def test_mistral_files_alone(tmp_path: Path) -> None:
         "model-00002-of-00002.safetensors.crdownload",
         "model.safetensors.part",
         "model.safetensors.aria2",
+        "Unconfirmed 12345.crdownload",
+        ".model.safetensors.Ab12Cd",
         ".cache/huggingface/download/x.1234.incomplete",
     ],
 )
@@ -186,6 +188,26 @@ def test_a_diffusers_pipeline_names_its_parts(tmp_path: Path) -> None:
     assert str(tmp_path / "unet") in said
     assert str(tmp_path / "text_encoder") in said
     assert "scheduler" not in said
+
+
+def test_a_pipeline_with_a_single_file_beside_its_parts_is_a_pipeline(tmp_path: Path) -> None:
+    (tmp_path / "model_index.json").write_text("{}")
+    put(tmp_path / "unet" / "diffusion_pytorch_model.safetensors")
+    save_file(tensors(1), tmp_path / "v1-5-pruned.safetensors")
+    assert str(tmp_path / "unet") in refused(tmp_path)
+    assert value_of(open_checkpoint(tmp_path / "v1-5-pruned.safetensors")) == 1
+
+
+def test_parts_by_rank_are_no_strays(tmp_path: Path) -> None:
+    for rank in range(2):
+        torch.save(tensors(rank), tmp_path / f"consolidated.{rank:02d}.pth")
+    assert "Meta's own format" in refused(tmp_path)
+
+
+def test_a_pointer_beside_whole_weights_is_told(tmp_path: Path) -> None:
+    write_model(tmp_path / "m")
+    (tmp_path / "m" / "tokenizer.model").write_bytes(b"version https://git-lfs.example/spec/v1\n")
+    assert any("tokenizer.model is a Git LFS pointer" in note for note in open_checkpoint(tmp_path / "m").notes)
 
 
 def cache_entry(folder: Path) -> Path:
@@ -281,6 +303,13 @@ OTHERS = (
     "coreml/model.mlpackage/Data/weight.bin",
     "mlx/weights.npz",
     "model.tflite",
+    "MODEL.ONNX",
+    "model.onnx_data_1",
+    "model.ckpt-1000.data-00000-of-00001",
+    "model.mnn.weight",
+    "custom_checkpoint_0.pkl",
+    "critic_optimizer.pt",
+    "checkpoint-best/model.safetensors",
     "pytorch_model.bin",
     "pytorch_model-00001-of-00002.bin",
     "model.fp16.safetensors",
@@ -324,6 +353,8 @@ GOES_ALONG = (
     "optimizer_notes.md",
     "2_Dense/pytorch_model.bin",
     ".gitattributes",
+    "adapter_model.safetensors",
+    "speech_tokenizer/model.safetensors",
 )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -186,6 +187,23 @@ def test_functions_of_the_system_are_refused_in_any_place(tmp_path: Path) -> Non
     with pytest.raises(BadCheckpointError, match="needs code to unpickle"):
         open_checkpoint(tmp_path / "x.ckpt")
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("raw", "word"),
+    [
+        (b"Entry not found", "a text file ('Entry not found')"),
+        (pickle.dumps({"a": [1.0]}), "a pickle of another kind"),
+        (bytes(5000), ""),
+    ],
+    ids=["text", "pickle", "zeros"],
+)
+def test_what_torch_did_not_write_is_named_in_plain_words(tmp_path: Path, raw: bytes, word: str) -> None:
+    (tmp_path / "x.pt").write_bytes(raw)
+    with pytest.raises(BadCheckpointError) as caught:
+        open_checkpoint(tmp_path / "x.pt")
+    assert word in str(caught.value)
+    assert "weights_only" not in str(caught.value)
 
 
 def test_a_dict_that_holds_itself(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from test_solvers import best_error, decaying
 
 from svdcli.linalg.solvers import svd
 from svdcli.linalg.storage import dense_rows, pivot, residual_energy, to_stored
-from svdcli.plan.layout import LAYOUTS
+from svdcli.plan.words import LAYOUTS
 
 SHAPES = [(60, 40), (40, 60), (50, 50)]
 

@@ -25,7 +25,7 @@ from svdcli.files.texts import Texts
 from svdcli.linalg.whitening import Metric, weighted
 from svdcli.models import calibrate as module
 from svdcli.models.calibrate import Calibrated, Forecast, calibrate
-from svdcli.models.tokens import load_tokenizer, sentences_of, windows_of
+from svdcli.models.tokens import Amount, grouped, load_tokenizer, sentences_of, windows_of
 from svdcli.pipeline import Reading
 
 Readable = Callable[..., Path]
@@ -59,7 +59,7 @@ def readable(tmp_path_factory: pytest.TempPathFactory) -> Readable:
 @pytest.fixture(autouse=True)
 def _small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     """Four windows in a batch, so that a little text makes several."""
-    monkeypatch.setattr(module, "_TOKENS_IN_A_BATCH", 4 * LENGTH)
+    monkeypatch.setattr("svdcli.models.tokens.TOKENS_IN_A_BATCH", 4 * LENGTH)
 
 
 def run(model: Path, out: Path, texts: Texts = TEXT, **options: Any) -> tuple[Moments, Calibrated]:
@@ -131,10 +131,10 @@ def by_windows(path: Path, seed: int = 0) -> tuple[Sums, int]:
 def by_sentences(path: Path, seed: int = 0) -> tuple[Sums, int]:
     """Of an encoder that reads each sentence alone, so that there is no padding."""
     model, tokenizer, events = svdcli.load(path).float().eval(), load_tokenizer(path), 0
-    sums, lines = Sums(model), sorted(sentences_of(SENTENCES, 40), key=len)
+    sums = Sums(model)
     torch.manual_seed(seed)
-    for start in range(0, len(lines), 16):
-        outputs = [model(**tokenizer(line, return_tensors="pt")) for line in lines[start : start + 16]]
+    for group in grouped(sentences_of(tokenizer, SENTENCES, 64, Amount(40)), padded=True):
+        outputs = [model(**tokenizer(sentence.text, return_tensors="pt")) for sentence in group]
         if hasattr(outputs[0], "logits"):
             loss, count = from_logits(torch.cat([output.logits for output in outputs]))
         else:
@@ -283,8 +283,9 @@ def test_rounds_add_up_to_the_same_moments(family: str, gradients: bool, readabl
     how = {"samples": samples, "gradients": gradients, "announce": told.append}
     whole, done = run(readable(family), tmp_path / "a", texts, memory=10**9, **how)
     parts, more = run(readable(family), tmp_path / "b", texts, memory=1, **how)
-    assert (done.rounds, more.rounds) == (1, 3)
-    assert [forecast.rounds for forecast in told] == [1, 3]
+    assert done.rounds == 1
+    assert more.rounds >= 3
+    assert [forecast.rounds for forecast in told] == [1, more.rounds]
     assert told[1].state_bytes < told[0].state_bytes
     assert_same_moments(parts, whole)
     assert {keys["output"] is not None for name, keys in whole.layers.items() if "pooler" not in name} == {gradients}
@@ -584,6 +585,19 @@ def test_a_run_that_is_interrupted_continues_to_the_same_bytes(stage: str, reada
     assert {file.name for file in tmp_path.iterdir()} == {"a", "b"}
 
 
+def test_a_refusal_keeps_the_calibration_for_the_next_try(readable: Readable, tmp_path: Path) -> None:
+    path, reading = readable("llama"), Reading(TEXT, samples=SAMPLES, seq_len=LENGTH)
+    svdcli.compress(path, tmp_path / "a", Recipe("keep", 0.5), reading=reading)
+    with pytest.raises(UsageError, match=r"is not reachable.*; the calibration waits in .*/b\.partial for the next try"):
+        svdcli.compress(path, tmp_path / "b", Recipe("keep", 0.0001), reading=reading)
+    again: list[str] = []
+    done = svdcli.compress(path, tmp_path / "b", Recipe("keep", 0.5), reading=reading, progress=lambda now, *_: again.append(now))
+    assert "calibrate" not in again
+    assert not done.started_over
+    assert tree(tmp_path / "a") == tree(tmp_path / "b")
+    assert {file.name for file in tmp_path.iterdir()} == {"a", "b"}
+
+
 @pytest.mark.parametrize("first", [{"seq_len": 8}, {"samples": 6}, {"metric": "inputs"}, {"text": " ".join(words(400, 9))}])
 def test_what_an_interrupted_run_read_otherwise_is_not_used(first: dict[str, Any], readable: Readable, tmp_path: Path) -> None:
     how = {"seq_len": LENGTH, "samples": SAMPLES, "metric": "full", "text": TEXT.documents[0]}
@@ -602,3 +616,13 @@ def test_what_an_interrupted_run_read_otherwise_is_not_used(first: dict[str, Any
     compress("b", **how)
     assert tree(tmp_path / "a") == tree(tmp_path / "b")
     assert {file.name for file in tmp_path.iterdir()} == {"a", "b"}
+
+
+def test_layers_that_the_model_ignores_stay_dense(readable: Readable, tmp_path: Path) -> None:
+    """As a layer beyond the last one: it is in the files, and nothing runs it."""
+    extra = {"model.layers.7.mlp.up_proj.weight": torch.linspace(-1, 1, 160 * 64).reshape(160, 64)}
+    model = changed(readable("llama"), tmp_path / "m", lambda tensors: tensors.update(extra))
+    run(model, tmp_path / "s.safetensors")
+    plan = svdcli.compress(model, tmp_path / "o", Recipe("keep", 0.6), calibration=tmp_path / "s.safetensors").plan
+    left = {layer.tensor.name: layer.reason for layer in plan.layers if layer.rank is None}
+    assert "was not calibrated" in left["model.layers.7.mlp.up_proj.weight"]

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-import zoo
 from helpers import cli, complaint
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -21,7 +20,8 @@ from svdcli.errors import SvdcliError
 from svdcli.files.texts import Texts, read_texts
 from svdcli.models import evaluate as module
 from svdcli.models.evaluate import compare, evaluate, mean_of
-from svdcli.models.tokens import Windows, kind_of, load_tokenizer, windows_of
+from svdcli.models.text_side import text_side
+from svdcli.models.tokens import Windows, batch_of, load_tokenizer, windows_of
 
 SAMPLE = Path(__file__).parents[2] / "sample_models" / "tiny-llama"
 TEXT = Texts("a test", ("import os\n\n\ndef main(path: str) -> None:\n    print(os.listdir(path))\n" * 40,))
@@ -158,18 +158,11 @@ def test_an_encoder_is_judged_by_cosine_similarity(readers: tuple[Path, Path]) -
 
 def test_padding_does_not_change_an_embedding(readers: tuple[Path, Path]) -> None:
     model, tokenizer = svdcli.load(readers[1]), load_tokenizer(readers[1])
+    side = text_side(model, "bert", len(tokenizer), "")
     lines = SENTENCES.documents[0].splitlines()[4:12]
-    together = torch.cat(
-        [module.embed(model, batch) for batch in module.batches_of(tokenizer, lines, 64, 8, torch.device("cpu"))]
-    )
-    alone = torch.cat([module.embed(model, batch) for batch in module.batches_of(tokenizer, lines, 64, 1, torch.device("cpu"))])
+    together = side.embed(model, batch_of(tokenizer, lines, 64))
+    alone = torch.cat([side.embed(model, batch_of(tokenizer, [line], 64)) for line in lines])
     assert torch.allclose(together, alone, atol=1e-5)
-
-
-def test_kinds(written: Written) -> None:
-    kinds = {family: kind_of(zoo.FAMILIES[family].build()) for family in zoo.FAMILIES}
-    assert {family for family, kind in kinds.items() if kind == "other"} == {"whisper", "vit"}
-    assert {family for family, kind in kinds.items() if kind == "encoder"} == {"bert", "bert-classifier", "t5", "marian"}
 
 
 def test_nan_is_an_error(small_llama: Path) -> None:

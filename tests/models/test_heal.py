@@ -41,7 +41,7 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 @pytest.fixture(autouse=True)
 def _small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("svdcli.models.calibrate._TOKENS_IN_A_BATCH", 128)
+    monkeypatch.setattr("svdcli.models.tokens.TOKENS_IN_A_BATCH", 128)
 
 
 def test_every_block_gets_better_and_the_model_with_them(pair: tuple[Path, Path], tmp_path: Path) -> None:
@@ -75,8 +75,9 @@ def test_only_factors_change(pair: tuple[Path, Path], tmp_path: Path) -> None:
 def test_the_reported_errors_are_those_of_the_stored_weights(pair: tuple[Path, Path], tmp_path: Path, monkeypatch: Any) -> None:
     """An oracle for a block, and for all of them: both models run in one piece, the gradient's moment by an ordinary backward
     pass, the model's own loss on the text by transformers."""
-    from svdcli.models.calibrate import read_batches
-    from svdcli.models.tokens import load_tokenizer
+    from svdcli.models.reading import read_batches
+    from svdcli.models.text_side import text_side
+    from svdcli.models.tokens import Amount, load_tokenizer
 
     teacher, small = pair
     monkeypatch.setattr("svdcli.healing._WHOLE_READS", 1)
@@ -84,7 +85,8 @@ def test_the_reported_errors_are_those_of_the_stored_weights(pair: tuple[Path, P
     monkeypatch.setattr("svdcli.healing._SHARE_FOR_THE_WHOLE", 0)
     found = svdcli.heal(small, teacher, TEXT, tmp_path / "healed", **HOW)
     dense, ours, healed = (svdcli.load(folder) for folder in (teacher, small, tmp_path / "healed"))
-    reading = Reading.of(read_batches(dense, load_tokenizer(teacher), TEXT, 64, 32, "")[0])
+    side = text_side(dense, "", 96, "")
+    reading = Reading.of(read_batches(side, load_tokenizer(teacher), TEXT, Amount(64), 32).batches)
     few = reading.fewer(12).batches
     torch.manual_seed(0)
     h = block_moments(dense.requires_grad_(False), few, {"model.layers.0"}, 1000, torch.device("cpu"))["model.layers.0"].double()
@@ -127,6 +129,21 @@ def test_a_model_that_does_not_fit_into_memory_is_healed_in_blocks_and_says_so(
     found = svdcli.heal(pair[1], pair[0], TEXT, tmp_path / "healed", **HOW)
     assert list(found.report.healing["blocks"]) == ["model.layers.0", "model.layers.1"]
     assert any("did not train the whole model" in note for note in found.report.notes)
+
+
+def test_a_size_that_the_record_of_healing_exceeds_is_noted(written: Written, tmp_path: Path) -> None:
+    """Ranks stay, and what healing did takes room in the record."""
+    teacher = shutil.copytree(written("llama"), tmp_path / "model")
+    words_tokenizer(teacher)
+    svdcli.compress(teacher, tmp_path / "small", svdcli.Recipe("rank", 12))
+    record = json.loads((tmp_path / "small" / "svdcli.json").read_text())
+    small = sum(path.stat().st_size for path in (tmp_path / "small").iterdir())
+    record["recipe"] |= {"target": "size", "value": small - 1000}
+    (tmp_path / "small" / "svdcli.json").write_text(json.dumps(record))
+    found = svdcli.heal(tmp_path / "small", teacher, TEXT, tmp_path / "healed", effort=Effort(steps=2), samples=64, seq_len=32)
+    missed = [note for note in found.report.notes if note.startswith("the target is missed: the output is larger than --size")]
+    assert found.report.total.bytes_after > record["recipe"]["value"]
+    assert len(missed) == 1
 
 
 def test_what_is_held_out_is_never_learned_from() -> None:

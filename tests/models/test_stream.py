@@ -17,6 +17,7 @@ import zoo
 from torch import Tensor, nn
 
 import svdcli
+from svdcli.errors import SvdcliError
 from svdcli.models.stream import Stream, first_tensor, units_of
 
 CPU = torch.device("cpu")
@@ -304,6 +305,14 @@ class Odd(nn.Module):
             return self.third(bent * self.second(bent).exp()) * bent
         if self.shape == "again":
             return self.third(self.first(self.second(self.first(x).sin())))
+        if self.shape == "in place":
+            bent = self.first(x)
+            bent *= 3
+            return self.third(self.second(bent).relu_())
+        if self.shape == "spoilt":
+            bent = self.first(x)
+            bent += self.second(bent)
+            return self.third(bent)
         return self.third(self.second(self.second(self.first(x))))
 
 
@@ -316,11 +325,41 @@ def test_gradients_where_blocks_share_their_layers() -> None:
     assert_same(in_turns(albert(), batches, end), in_one_piece(albert(), batches, end))
 
 
-@pytest.mark.parametrize("shape", ["shared", "again", "in a row"])
+@pytest.mark.parametrize("shape", ["shared", "again", "in a row", "in place"])
 def test_gradients_through_any_code_between_the_blocks(shape: str) -> None:
     batches = [{"x": upstream(torch.empty(4, 5, 8), seed)} for seed in range(3)]
     expected = in_one_piece(Odd(shape), batches, lambda output: output)
     assert_same(in_turns(frozen(Odd(shape)), batches, lambda output: output), expected)
+
+
+def test_a_block_whose_input_is_changed_afterwards_is_not_computed_again_from_that() -> None:
+    batches = [{"x": upstream(torch.empty(4, 5, 8), 0)}]
+    with pytest.raises(SvdcliError, match=r"changes what it gave to second.*--no-gradients"):
+        in_turns(frozen(Odd("spoilt")), batches, lambda output: output)
+
+
+class Around(nn.Module):
+    """Blocks inside a module that owns a weight besides, as models of two towers do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor([2.0], dtype=torch.bfloat16))
+        self.blocks = nn.ModuleList(nn.Linear(8, 8, dtype=torch.bfloat16) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x * self.scale).tanh()
+        return x
+
+
+def test_a_weight_around_blocks_takes_no_turn_and_is_there_in_theirs() -> None:
+    torch.manual_seed(0)
+    model, whole = frozen(Around()), Around()
+    whole.load_state_dict(model.state_dict())
+    batches, before = [{"x": upstream(torch.empty(4, 5, 8), seed)} for seed in range(2)], state_of(model)
+    assert list(units_of(model)) == ["blocks.0", "blocks.1", "blocks.2"]
+    assert_same(in_turns(model, batches, lambda output: output), in_one_piece(whole.float(), batches, lambda output: output))
+    assert same_state(before, state_of(model))
 
 
 # Errors --------------------------------------------------------------------------------------------------------------

@@ -145,7 +145,7 @@ def write_full_rank(source: Path, out: Path, layout: str) -> Path:
     """Every layer that compress would select, factored at its full rank: larger than dense, and equal to it."""
     out.mkdir()
     checkpoint = open_checkpoint(source)
-    selected, _ = choose_layers(checkpoint.infos)
+    selected, _ = choose_layers(checkpoint.infos, facts=checkpoint.facts)
     tensors = {name: checkpoint.read_tensor(name) for name in checkpoint.tensors}
     for info in selected:
         rank = min(info.shape)

@@ -104,10 +104,21 @@ def test_only_real_floating_dtypes_are_factored(dtype: str, chosen: bool) -> Non
     assert chosen or skipped[0].reason.startswith(dtype)
 
 
-def test_tied_weights_are_not_factored_even_when_named() -> None:
-    pair = tensors({"a.weight": (64, 64), "b.weight": (64, 64)})
-    _, skipped = choose_layers(pair, tied={"b.weight": "a.weight"}, layers=["b.weight"])
-    assert {item.tensor.name: item.reason for item in skipped}["b.weight"] == "tied: shares its storage with a.weight"
+THREE = {"a.weight": (64, 64), "b.weight": (64, 64), "c.weight": (64, 64), "d.weight": (64, 64)}
+TIED = {"b.weight": "a.weight", "a.weight": "c.weight", "c.weight": "a.weight"}
+
+
+def test_tied_weights_are_left_dense() -> None:
+    found = reasons(THREE, tied=TIED)
+    assert found == {one: f"tied: shares its storage with {TIED[one]}" for one in ("a.weight", "b.weight", "c.weight")}
+
+
+@pytest.mark.parametrize("how", ["include", "layers"])
+def test_tied_weights_are_factored_when_all_their_names_are_given(how: str) -> None:
+    selected, _ = choose_layers(tensors(THREE), tied=TIED, **{how: ["c", "a", "b.weight"]})
+    assert [tensor.module for tensor in selected] == ["a", "b", "c"]
+    with pytest.raises(UsageError, match=r"b is tied: it shares its storage with a, c; name all of them"):
+        choose_layers(tensors(THREE), tied=TIED, **{how: ["b", "c"]})
 
 
 def test_a_head_that_is_called_something_else_is_known_by_its_shape() -> None:

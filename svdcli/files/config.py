@@ -1,0 +1,117 @@
+"""What compress writes into a config.json, and how expand takes exactly that back."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from svdcli.plan.parts import part_configs
+from svdcli.plan.recipe import FORMAT, Plan
+
+METHOD = "svdcli"
+_DTYPE_KEYS = ("dtype", "torch_dtype")  # the key of today, and that of older files
+_DTYPE_NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
+
+Path = tuple[str, ...]
+Note = list[dict[str, Any]]
+
+
+def changes_of(
+    config: Mapping[str, Any], plan: Plan, auto_map: Mapping[str, str] | None, *, transformers: bool
+) -> dict[Path, Any]:
+    """{path: value} of what a config.json must say about an output, in it and in the sub-config of every part.
+
+    That the plugin is to be asked; where transformers reads it the dtype that was asked for, since it casts to the one that
+    it reads; and the classes of `--self-contained`.
+    """
+    factored = plan.recipe.layout != "dense" and bool(plan.factored)
+    changes: dict[Path, Any] = {}
+    for path, part in (((), config), *part_configs(config)):
+        if factored:
+            changes[(*path, "quantization_config")] = quantization_config(plan.recipe.layout)
+        if transformers and plan.recipe.dtype is not None:
+            keys = [key for key in _DTYPE_KEYS if part.get(key) is not None] or [_DTYPE_KEYS[0]]
+            changes |= {(*path, key): _DTYPE_NAMES[plan.recipe.dtype] for key in keys}
+    if factored and auto_map is not None:
+        changes[("auto_map",)] = dict(auto_map)
+    return changes
+
+
+def quantization_config(layout: str) -> dict[str, Any]:
+    """What makes transformers ask the plugin."""
+    return {"quant_method": METHOD, "format": FORMAT, "layout": layout}
+
+
+def asks_for_plugin(config: Mapping[str, Any]) -> bool:
+    """Is this config's quantization_config one of ours."""
+    quantised = config.get("quantization_config")
+    return isinstance(quantised, Mapping) and quantised.get("quant_method") == METHOD
+
+
+def change(config: Mapping[str, Any], changes: Mapping[Path, Any]) -> tuple[dict[str, Any], Note]:
+    """(the config with these changes, a note of what was there before: `path`, and `was` unless nothing was)."""
+    new, note = copy.deepcopy(dict(config)), []
+    for path, value in changes.items():
+        owner = _owner(new, path)
+        if path[-1] in owner and owner[path[-1]] == value:
+            continue
+        was = {"was": owner[path[-1]]} if path[-1] in owner else {}
+        note.append({"path": list(path)} | was)
+        owner[path[-1]] = value
+    return new, note
+
+
+def change_back(config: Mapping[str, Any], note: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The config as it was before the changes that `note` tells of; whatever else changed since then stays."""
+    old = copy.deepcopy(dict(config))
+    for item in note:
+        *path, key = item["path"]
+        owner = _owner(old, (*path, key))
+        if "was" in item:
+            owner[key] = item["was"]
+        else:
+            owner.pop(key, None)
+    return old
+
+
+def without_note(config: Mapping[str, Any], *, self_contained: bool) -> dict[str, Any]:
+    """The config of an output that has no note of its changes, without what compress is known to have added."""
+    old = dict(config)
+    if asks_for_plugin(old):
+        del old["quantization_config"]
+    if self_contained:
+        old.pop("auto_map", None)
+    return old
+
+
+def render_like(text: str, data: Mapping[str, Any]) -> bytes | None:
+    """`data` written as `text` is, a JSON file; None where no plain way of writing gives `text` for what it says."""
+    said, body = json.loads(text), text.rstrip()
+    for how in _ways_to_write(text):
+        if json.dumps(said, **how) == body:
+            return (json.dumps(data, **how) + text[len(body) :]).encode()
+    return None
+
+
+def _ways_to_write(text: str) -> list[dict[str, Any]]:
+    """Options of json.dumps that may have given `text`."""
+    indent = re.match(r"\{\n([ \t]+)", text)
+    if indent is not None:
+        layouts: list[dict[str, Any]] = [{"indent": indent[1]}]
+    else:
+        layouts = [{}, {"separators": (",", ":")}]
+    escaped = [layout | {"ensure_ascii": True} for layout in layouts]
+    plain = [layout | {"ensure_ascii": False} for layout in layouts]
+    return escaped + plain
+
+
+def _owner(config: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The dictionary in `config` that the last step of `path` is a key of; one that nobody holds where there is none."""
+    owner = config
+    for step in path[:-1]:
+        below = owner.get(step)
+        owner = below if isinstance(below, dict) else {}
+    return owner

@@ -1,0 +1,133 @@
+"""Budgets are met by all selected layers together, or it is an error that says what it would take."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+
+from svdcli.errors import UsageError
+from svdcli.plan.layout import stored_parameters
+from svdcli.plan.ranks import Choice, Options, uniform, uniform_within
+from svdcli.plan.recipe import Plan, Recipe
+from svdcli.plan.tensors import TensorInfo, module_of
+
+_WELL_BELOW = 0.97
+
+
+def ranks_within_share(
+    recipe: Recipe, selected: Sequence[TensorInfo], options: Sequence[Options], left: Mapping[str, str]
+) -> tuple[list[Choice], int]:
+    """An even share of ranks for `--keep`, and the parameters that the layers of `options` may keep in all.
+
+    left names the selected layers that have no options, with the reason: they stay dense and count in full, as do layers
+    without a rank that saves, and the others make up for them. Raises UsageError where even the least ranks are above the
+    budget.
+    """
+    whole = sum(tensor.parameters for tensor in selected)
+    fixed = whole - sum(option.dense_cost for option in options)
+    budget = math.floor(recipe.value * whole + 1e-9) - fixed
+    even = uniform(options, recipe.value)
+    spent = cost_of(options, even)
+    if spent <= budget or (spent + fixed) / whole <= recipe.value or not any(option.ranks for option in options):
+        return even, budget
+    least = sum(option.least_cost for option in options)
+    if least > budget:
+        raise _unreachable(recipe, (least + fixed) / whole, options, left)
+    return uniform_within(options, budget), budget
+
+
+def cost_of(options: Sequence[Options], choices: Sequence[Choice]) -> int:
+    return sum(option.cost(choice.rank) for option, choice in zip(options, choices, strict=True))
+
+
+def note_of_missed_share(
+    recipe: Recipe, selected: Sequence[TensorInfo], options: Sequence[Options], choices: Sequence[Choice]
+) -> tuple[str, ...]:
+    """A note where the largest ranks there are keep much less than the share of parameters that was asked for."""
+    tops = [o for o, c in zip(options, choices, strict=True) if c.rank is not None and c.rank == o.ranks[-1]]
+    whole = sum(tensor.parameters for tensor in selected)
+    spent = whole - sum(option.dense_cost for option in options) + cost_of(options, choices)
+    if not tops or spent >= _WELL_BELOW * recipe.value * whole:
+        return ()
+    dtypes = " and ".join(sorted({option.tensor.dtype for option in tops}))
+    as_what = f", in {recipe.dtype} where the weights are {dtypes}" if recipe.dtype else ""
+    return (
+        f"{spent / whole:.2f} of the parameters remain where {recipe.value:g} may: "
+        f"{len(tops)} layers have the largest rank that saves bytes{as_what}",
+    )
+
+
+def missed_target(plan: Plan, total: int) -> str:
+    """By what a plan misses the budget of its recipe, in a few words; empty where it does not. total is the output's bytes."""
+    recipe = plan.recipe
+    if recipe.target == "size" and total > recipe.value:
+        return f"the output is larger than --size {int(recipe.value)}"
+    share = _share_of(plan)
+    if recipe.target == "keep" and share > recipe.value:
+        return f"{share:.3g} of the selected parameters remain where --keep {recipe.value:g} allows less"
+    return ""
+
+
+def _share_of(plan: Plan) -> float:
+    """Parameters that remain of those of the selected layers, counted as for the budget."""
+    before = after = 0
+    for layer in plan.layers:
+        parameters = layer.tensor.parameters
+        before += parameters
+        after += parameters if layer.rank is None else stored_parameters(layer.tensor.shape, layer.rank, layer.layout)
+    return after / before if before else 1.0
+
+
+# What it would take --------------------------------------------------------------------------------------------------
+
+
+def _unreachable(recipe: Recipe, least: float, options: Sequence[Options], left: Mapping[str, str]) -> UsageError:
+    dense = dict(left) | {option.tensor.name: uniform([option], 0.5)[0].reason for option in options if not option.ranks}
+    ranked = [option.tensor.name for option in options if option.ranks]
+    hints = [f"use --keep {_rounded_up(least)} or more"]
+    why = f"with the least rank in every layer {least:.3g} of the selected parameters remain"
+    if dense:
+        why = f"{staying_dense(dense, len(dense) + len(ranked))}, and with the least ranks elsewhere {least:.3g} remain"
+        hints.append(f"leave the dense ones out of the count with {_excluding(list(dense), ranked)}")
+    if recipe.multiple_of > 1:
+        hints.append("give a smaller --multiple-of")
+    return UsageError(f"--keep {recipe.value:g} is not reachable: {why}", ", or ".join(hints))
+
+
+def staying_dense(dense: Mapping[str, str], count: int) -> str:
+    """How many of `count` selected layers stay dense, the main reason and an example. dense maps layers to their reasons."""
+    reasons = list(dense.values())
+    main = max(dict.fromkeys(reasons), key=reasons.count)
+    example = module_of(next(name for name, reason in dense.items() if reason == main))
+    share = "" if reasons.count(main) == len(dense) else f"{reasons.count(main)} of them: "
+    return f"{len(dense)} of {count} selected layers stay dense ({share}{main}; such as {example})"
+
+
+def _rounded_up(share: float) -> str:
+    """A share that is reached, in three digits where they do; more where three would be all of it."""
+    for digits in range(3 - math.ceil(math.log10(share)), 12):
+        above = math.ceil(share * 10**digits) / 10**digits
+        if above < 1:
+            return f"{above:.{digits}f}".rstrip("0")
+    return "1"
+
+
+def _excluding(dense: Sequence[str], others: Sequence[str]) -> str:
+    """Options that exclude these layers and no other: their names where they are few, or a pattern that tells them apart."""
+    if len(dense) <= 2:
+        return " ".join(f"--exclude {module_of(name)}" for name in dense)
+    shared = set.intersection(*(set(module_of(name).split(".")) for name in dense))
+    for part in reversed(module_of(dense[0]).split(".")):  # the most telling ones come last
+        for pattern in (f"*.{part}.*", f"{part}.*", f"*.{part}"):
+            if part in shared and _matches_all(pattern, dense) and not _matches_any(pattern, others):
+                return f"--exclude '{pattern}'"
+    return "--exclude"
+
+
+def _matches_all(pattern: str, names: Sequence[str]) -> bool:
+    return all(fnmatchcase(module_of(name), pattern) for name in names)
+
+
+def _matches_any(pattern: str, names: Sequence[str]) -> bool:
+    return any(fnmatchcase(text, pattern) for name in names for text in (name, module_of(name)))

@@ -1,0 +1,23 @@
+"""The words that options and recipes take: each list has its one home here, as a type and as the tuple of its values."""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+Target = Literal["rank", "keep", "size", "energy", "error"]
+Allocation = Literal["uniform", "global"]
+Layout = Literal["factored", "pivoted", "dense"]
+Solver = Literal["auto", "svd", "gram", "randomized"]
+OnNonfinite = Literal["error", "skip"]
+Metric = Literal["auto", "inputs", "diagonal", "full"]
+Device = Literal["auto", "cpu", "cuda", "mps"]
+
+TARGETS: tuple[Target, ...] = get_args(Target)
+ALLOCATIONS: tuple[Allocation, ...] = get_args(Allocation)
+LAYOUTS: tuple[Layout, ...] = get_args(Layout)
+SOLVERS: tuple[Solver, ...] = get_args(Solver)
+NONFINITE: tuple[OnNonfinite, ...] = get_args(OnNonfinite)
+METRICS: tuple[Metric, ...] = get_args(Metric)
+DEVICES: tuple[Device, ...] = get_args(Device)
+
+WEIGHTED = "weighted"  # the solver of calibrated layers; not to be asked for
