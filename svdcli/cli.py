@@ -77,7 +77,7 @@ Samples = Annotated[
     typer.Option(
         "--samples",
         help="Windows of text, or sentences, spread evenly over it; by default so many that they hold "
-        "65,536 tokens, or 16 for every input of the widest layer.",
+        "131,072 tokens, or 16 for every input of the widest layer.",
     ),
 ]
 TrustCode = Annotated[

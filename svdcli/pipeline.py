@@ -527,8 +527,10 @@ def _check_smaller(design: Design, allow_larger: bool) -> None:
 
 def not_smaller(design: Design) -> str:
     """What is wrong with an output that is no smaller than its source; empty where it is, or in a layout that never is."""
-    size, source = design.blueprint().total, design.checkpoint.nbytes
-    if size < source or isinstance(design, ExpandDesign) or design.plan.recipe.layout == "dense":
+    if isinstance(design, ExpandDesign) or design.plan.recipe.layout == "dense":
+        return ""
+    size, source = design.blueprint().total, design.source_bytes
+    if size < source:
         return ""
     saved = sum(layer.tensor.nbytes - sum(part.nbytes for part in layer.stored()) for layer in design.plan.factored)
     return (

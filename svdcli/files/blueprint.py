@@ -88,6 +88,13 @@ class CompressDesign:
         self._usual, self._widest = usual_results(plan), widest_results(plan)
         self._shared, self._blueprint = self._choose_form()
 
+    @property
+    def source_bytes(self) -> int:
+        """What the output must stay below: the source's files, or its tensors where the bytes of one serve several, as
+        pickles allow and safetensors files do not."""
+        tensors = sum(info.nbytes for info in self.checkpoint.infos)
+        return max(self.checkpoint.nbytes, tensors + sum(self.checkpoint.carried.values()))
+
     def with_room(self) -> CompressDesign:
         return CompressDesign(self.checkpoint, self.plan, self.out_name, self.beside, roomy=True)
 
@@ -97,7 +104,7 @@ class CompressDesign:
     def _choose_form(self) -> tuple[dict[str, Any], Blueprint]:
         """(fields that a file's layers share and that are said once, the blueprint): only where that makes the output smaller
         than its source, which it is not with a record that has every layer's own fields."""
-        full, source = self._draw({}), self.checkpoint.nbytes
+        full, source = self._draw({}), self.source_bytes
         if self.out_name is None or self.plan.recipe.layout == "dense" or full.total < source:
             return {}, full
         shared = shared_fields(self._record(self._usual))

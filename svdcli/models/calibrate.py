@@ -105,7 +105,7 @@ def calibrate(
 ) -> Calibrated:
     """Read text with the model and write the moments of the selected layers to `out`.
 
-    samples is how many windows of seq_len tokens are read, or sentences by an encoder; by default as many as hold 65,536 tokens,
+    samples is how many windows of seq_len tokens are read, or sentences by an encoder; by default as many as hold 131,072 tokens,
     or 16 for every input of the widest layer where that is more. gradients adds the moments of the loss gradients; None leaves
     that to the memory there is. sensitivity adds what the model's output loses when each layer alone is cut, from forward passes
     over a few of the windows. memory bounds the hidden states that are kept between blocks (bytes; by default a quarter of what

@@ -30,7 +30,7 @@ class Worker:
 
     def __init__(self, task: dict[str, Any]) -> None:
         self.task = task
-        self.own = task["trust_remote_code"] and bool(own_code.model_sources(Path(task["path"])))
+        self.own = bool(task.get("trust_remote_code")) and bool(own_code.model_sources(Path(task["path"])))
         _import_all(Path(task["path"]), own=self.own)
         import torch
 

@@ -18,7 +18,7 @@ from svdcli.models import own_code
 Batch = dict[str, Tensor]
 Item = TypeVar("Item")
 
-TOKENS = 65_536
+TOKENS = 131_072
 TOKENS_AN_INPUT = 16
 TOKENS_IN_A_BATCH = 2048
 _LONGEST = 2048
@@ -44,7 +44,7 @@ class Amount:
 
     @staticmethod
     def to_calibrate(samples: int | None, widest: int) -> Amount:
-        """As many samples as asked for; else 65,536 tokens, or 16 for every input of the widest layer where that is more."""
+        """As many samples as asked for; else 131,072 tokens, or 16 for every input of the widest layer where that is more."""
         return Amount(samples) if samples is not None else Amount(tokens=max(TOKENS, TOKENS_AN_INPUT * widest))
 
     def times(self, factor: int) -> Amount:

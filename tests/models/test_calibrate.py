@@ -623,6 +623,7 @@ def test_layers_that_the_model_ignores_stay_dense(readable: Readable, tmp_path: 
     extra = {"model.layers.7.mlp.up_proj.weight": torch.linspace(-1, 1, 160 * 64).reshape(160, 64)}
     model = changed(readable("llama"), tmp_path / "m", lambda tensors: tensors.update(extra))
     run(model, tmp_path / "s.safetensors")
-    plan = svdcli.compress(model, tmp_path / "o", Recipe("keep", 0.6), calibration=tmp_path / "s.safetensors").plan
+    recipe = Recipe("keep", 0.7, include=("*", "model.layers.7.mlp.up_proj"))
+    plan = svdcli.compress(model, tmp_path / "o", recipe, calibration=tmp_path / "s.safetensors").plan
     left = {layer.tensor.name: layer.reason for layer in plan.layers if layer.rank is None}
     assert "was not calibrated" in left["model.layers.7.mlp.up_proj.weight"]

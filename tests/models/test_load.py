@@ -223,12 +223,6 @@ _GROUPED = {
 OWN_CLASSES = {
     "linear layers of its own": ("IBertForMaskedLM", zoo._BERT, ("*layer.0*",)),
     "layers in groups": ("DeepseekV4ForCausalLM", _GROUPED, ("*attn.w*",)),
-    "a head and a table under other names": ("DeepseekV4ForCausalLM", _GROUPED, ("head", "model.embed_tokens")),
-    "a router that is named in full": (
-        "PhimoeForCausalLM",
-        zoo._decoder(num_local_experts=16, num_experts_per_tok=2),
-        ("model.layers.0.block_sparse_moe.gate",),
-    ),
 }
 
 
