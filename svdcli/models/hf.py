@@ -144,6 +144,7 @@ class SvdQuantizer(HfQuantizer):  # type: ignore[misc]
         self.merged: dict[str, str] = {}  # {module in the files: weight in the model}
         self.lone: list[str] = []  # of these, modules that no other layer shares a parameter with, as transformers calls them
         self.stacks: dict[tuple[str, str], list[bool]] = {}
+        self.renamed: dict[str, str] = {}  # {module as the model's renamings call its factors: as they call its weight}
         self.ties: Any = None  # what the model ties, before factors took the places of weights
         self.tied: set[str] = set()
         self.same_rows: dict[str, str] = {}
@@ -174,13 +175,16 @@ class SvdQuantizer(HfQuantizer):  # type: ignore[misc]
                 out.append(new)
             if new is None or sources.isdisjoint(new.source_patterns):
                 out.append(converter)
-        return out + self.get_weight_conversions()
+        # renamings apply in order: these go last, and first when names are changed back
+        follow = [WeightRenaming(rf"^{re.escape(name)}\.svd_", f"{plain}.svd_") for name, plain in self.renamed.items()]
+        return out + follow + self.get_weight_conversions()
 
     def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Iterable[Any] | None = None, **_: Any) -> None:
         shapes, stored = read_stored(str(file) for file in checkpoint_files or ())
         named = Naming(model)
         homes = {name: named(f"{name}.weight") for name in stored}
         self.stacks = _stacks(named, homes, shapes)
+        self.renamed = _renamed(named, stored)
 
         self._place(model, named, homes, stored)
         self._tell_merged(model)
@@ -206,7 +210,7 @@ class SvdQuantizer(HfQuantizer):  # type: ignore[misc]
                 new = _low_rank(target, old, stored[name])
             if new is None:
                 self.merged[name] = key
-                self.lone.append(named.plainly(name))
+                self.lone.append(named.plainly(f"{name}.weight").removesuffix(".weight"))
                 continue
             for path in paths[id(old)]:
                 model.set_submodule(path, new)
@@ -331,9 +335,9 @@ class Naming:
             key, pattern = rename_source_key(name, [], [], self._prefix, self.state)
         return Home(key, pattern)
 
-    def plainly(self, module: str) -> str:
-        """What a module is called when converters look at its tensors: renamed, and its prefix as it is in the files."""
-        return str(rename_source_key(f"{module}.weight", self._renamings, [])[0]).removesuffix(".weight")
+    def plainly(self, name: str) -> str:
+        """What a tensor is called when converters look at it: renamed, and its prefix as it is in the files."""
+        return str(rename_source_key(name, self._renamings, [])[0])
 
 
 def module_names(model: Any, stored: Iterable[str]) -> dict[str, str | None]:
@@ -451,6 +455,17 @@ def _stacks(named: Naming, homes: dict[str, Home], shapes: dict[str, tuple[int, 
         if home in members:
             members[home][name] = name in homes
     return {(home.key, str(home.pattern)): list(flags.values()) for home, flags in members.items()}
+
+
+def _renamed(named: Naming, stored: Iterable[str]) -> dict[str, str]:
+    """{module as the model's renamings call its factors: as they call its weight}, where a renaming goes by `weight`."""
+    renamed: dict[str, str] = {}
+    for name in stored:
+        as_factors = named.plainly(f"{name}.{UP}").removesuffix(f".{UP}")
+        as_weight = named.plainly(f"{name}.weight").removesuffix(".weight")
+        if as_factors != as_weight:
+            renamed[as_factors] = as_weight
+    return renamed
 
 
 def _check_rows(name: str, rows: Tensor) -> None:

@@ -12,14 +12,18 @@ from svdcli.plan.tensors import TensorInfo
 _EMBEDDING = re.compile(
     r"embed|(^|[._])(emb|wte|wpe|word_emb\w*|relative_attention_bias|codebook)($|[._])|(^|[.])shared$", re.IGNORECASE
 )
+# Heads of detectors, which give a class and a box: they embed nothing.
+_DETECTION_HEAD = re.compile(r"(^|\.)(enc_out_)?(class|bbox)_embed($|\.)")
+# Learned tables that a decoder starts from, one row a query; in attention the name is that of a layer, within a block.
+_QUERIES = re.compile(r"(^|\.)(query|queries)(_feat\w*)?$")
 # Tables of positions and kinds of tokens: no output head has their shape, but a square layer of a small model may.
 _NO_VOCABULARY = re.compile(r"posit|pos_?emb|wpe|relative|token_type|segment", re.IGNORECASE)
-_HEAD_LEAVES = frozenset({"lm_head", "embed_out", "head", "classifier", "score", "qa_outputs"})
+_HEAD_LEAVES = frozenset({"lm_head", "embed_out", "head", "head_linear", "classifier", "score", "qa_outputs"})
 _HEAD_TOPS = frozenset({"lm_head", "embed_out", "output", "head", "classifier", "score", "qa_outputs", "proj_out", "cls"})
 # Rows of a size that is a vocabulary's and hardly a layer's.
 _SURELY_A_VOCABULARY = 1000
 # A part of a name that speaks of a head; the shape must agree.
-_HEAD_PART = re.compile(r"(^|_)(heads?|classifiers?|logits?|scores?|embed_out|class_embed|predictor)$", re.IGNORECASE)
+_HEAD_PART = re.compile(r"(^|_)(heads?|classifiers?|logits?|scores?|embed_out|predictor)$", re.IGNORECASE)
 _ROUTER = re.compile(r"(^|_)routers?($|_)", re.IGNORECASE)
 # Also what gated MLPs and attention call their gates: in a mixture of experts alone, and where it sits beside the experts.
 _GATE = re.compile(r"^(moe_|expert_|switch_)?(gate|gates|gating|switch|wg)(_net|_network|_layer)?$", re.IGNORECASE)
@@ -98,6 +102,8 @@ class Roles:
         below = _below_blocks(tensor.module).split(".")
         in_a_block = any(part.isdigit() for part in parts)
         in_a_stack = in_a_block and len(below) > 1 and not parts[-1].isdigit()  # a head may be a whole network
+        if _DETECTION_HEAD.search(tensor.module):
+            return "output head"
         if (parts[0] in _HEAD_TOPS and not in_a_stack) or (parts[-1] in _HEAD_LEAVES and not in_a_block):
             return "output head"
         named = any(_HEAD_PART.search(part) for part in [part for part in parts if not part.isdigit()][-2:])
@@ -139,7 +145,16 @@ class Roles:
 
 
 def _is_embedding(tensor: TensorInfo) -> bool:
-    return _EMBEDDING.search(_below_blocks(tensor.module)) is not None
+    if _DETECTION_HEAD.search(tensor.module):
+        return False
+    return _EMBEDDING.search(_below_blocks(tensor.module)) is not None or _is_queries(tensor)
+
+
+def _is_queries(tensor: TensorInfo) -> bool:
+    """A square matrix of that name, or one in a block, is a layer of attention."""
+    in_a_block = any(part.isdigit() for part in tensor.module.split("."))
+    square = len(set(tensor.shape)) == 1
+    return not in_a_block and not square and _QUERIES.search(tensor.module) is not None
 
 
 def _below_blocks(module: str) -> str:

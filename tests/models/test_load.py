@@ -223,6 +223,12 @@ _GROUPED = {
 OWN_CLASSES = {
     "linear layers of its own": ("IBertForMaskedLM", zoo._BERT, ("*layer.0*",)),
     "layers in groups": ("DeepseekV4ForCausalLM", _GROUPED, ("*attn.w*",)),
+    "a head and a table under other names": ("DeepseekV4ForCausalLM", _GROUPED, ("head", "model.embed_tokens")),
+    "a router that is named in full": (
+        "PhimoeForCausalLM",
+        zoo._decoder(num_local_experts=16, num_experts_per_tok=2),
+        ("model.layers.0.block_sparse_moe.gate",),
+    ),
 }
 
 
@@ -231,7 +237,8 @@ OWN_CLASSES = {
 def test_layers_of_any_class_answer_as_their_factors_do(case: str, layout: str, tmp_path: Path) -> None:
     name, config, include = OWN_CLASSES[case]
     zoo._model(name, **config)().save_pretrained(tmp_path / "model")
-    outcome = svdcli.compress(tmp_path / "model", tmp_path / "out", svdcli.Recipe("rank", 10, include=include, layout=layout))
+    recipe = svdcli.Recipe("rank", 10, include=include, layout=layout)
+    outcome = svdcli.compress(tmp_path / "model", tmp_path / "out", recipe, allow_larger=True)  # a router is small
     dense = getattr(transformers, name).from_pretrained(svdcli.expand(tmp_path / "out", tmp_path / "dense")).eval()
     expected = dense(input_ids=zoo.IDS).logits
     model = svdcli.load(tmp_path / "out").eval()

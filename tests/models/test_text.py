@@ -157,7 +157,7 @@ def test_bad_requests(llama: Path, text: Path, stats: Path, tmp_path: Path) -> N
 
 
 def test_the_default_is_counted_in_tokens() -> None:
-    """65,536, or 16 for every input of the widest layer where that is more; samples that are asked for count as they are."""
+    """131,072, or 16 for every input of the widest layer where that is more; samples that are asked for count as they are."""
     assert [Amount.to_calibrate(None, widest).tokens for widest in (64, 4096, 4097, 11008)] == [131072, 131072, 131072, 176128]
     assert Amount.to_calibrate(7, 11008) == Amount(samples=7)
     assert [Amount.to_calibrate(None, 64).windows(length) for length in (2048, 512, 500, 10**6)] == [64, 256, 263, 1]

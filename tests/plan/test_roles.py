@@ -102,6 +102,20 @@ def test_a_head_of_as_many_rows_as_labels(shape: tuple[int, int]) -> None:
     assert set(reasons({"class_predictor.weight": (38, 512), "proj.weight": (38, 512)}, config)) == {"class_predictor.weight"}
 
 
+DETECTION = ["class_embed.0", "model.decoder.bbox_embed.3.layers.0", "model.enc_out_class_embed.2"]
+
+
+@pytest.mark.parametrize("head", [*DETECTION, "model.vision_tower.head_linear"])
+def test_heads_of_detectors_and_of_visual_tokenizers_are_no_embeddings(head: str) -> None:
+    assert reasons(ATTENTION | {f"{head}.weight": (256, 256)}) == {f"{head}.weight": "output head"}
+
+
+@pytest.mark.parametrize("table", ["query", "model.queries", "model.query_feat", "decoder.queries_features"])
+def test_tables_of_learned_queries_are_embeddings(table: str) -> None:
+    assert reasons(ATTENTION | {f"{table}.weight": (200, 1024)}) == {f"{table}.weight": "embedding"}
+    assert not reasons({f"{BLOCK}.attention.self.query.weight": (256, 1024), "pooling.query.weight": (512, 512)})
+
+
 def test_layers_of_a_network_within_a_head_are_layers() -> None:
     shapes = {"head.blocks.0.mlp.fc1.weight": (512, 512), "head.2.weight": (512, 512), "head.fc.weight": (512, 512)}
     assert set(reasons(shapes)) == {"head.2.weight", "head.fc.weight"}
