@@ -28,7 +28,7 @@ from svdcli.models import standalone
 from svdcli.plan.adapters import adapter_kind
 from svdcli.plan.budget import missed_target, staying_dense
 from svdcli.plan.decide import UNSOUND, Measured, decide, needs_spectra, rerun
-from svdcli.plan.layers import choose_layers
+from svdcli.plan.layers import choose_layers, nothing_selected
 from svdcli.plan.parts import part_configs
 from svdcli.plan.recipe import LayerPlan, Plan, Recipe, Skipped, TextRead, recipe_to_json
 from svdcli.plan.roles import Roles
@@ -328,7 +328,7 @@ def _choose(checkpoint: Checkpoint, recipe: Recipe, plan: Plan | None, calibrati
             facts=checkpoint.facts,
         )
     if not selected:
-        raise NothingSelectedError(f"no layer of {checkpoint.shown} is selected{_main_reason(skipped)}", "see `svdcli inspect`")
+        raise nothing_selected(checkpoint.shown, skipped)
     return _Choice(recipe, plan, selected, skipped, fingerprint, found)
 
 
@@ -351,14 +351,6 @@ def _calibrated(
         raise UsageError(f"{calibration} is not the calibration that the plan was made with", "give the same one")
     check_metric(recipe, moments)
     return replace(recipe, calibration=moments.digest), Calibration(moments, recipe.metric)
-
-
-def _main_reason(skipped: Sequence[Skipped]) -> str:
-    reasons = [item.reason for item in skipped]
-    if not reasons:
-        return ": it holds no tensors"
-    top = max(dict.fromkeys(reasons), key=reasons.count)
-    return f" ({reasons.count(top)} of {len(reasons)} tensors: {top})"
 
 
 def _decide(
@@ -535,7 +527,7 @@ def not_smaller(design: Design) -> str:
     saved = sum(layer.tensor.nbytes - sum(part.nbytes for part in layer.stored()) for layer in design.plan.factored)
     return (
         f"the output would have {size} bytes, no fewer than the {source} of its source: "
-        f"factors save {saved}, headers and the record of {len(design.plan.layers)} layers take more"
+        f"factors save {saved}, headers and the record take more"
     )
 
 

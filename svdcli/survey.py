@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from svdcli.errors import BadCheckpointError, NothingSelectedError, SvdcliError
+from svdcli.errors import BadCheckpointError, SvdcliError
 from svdcli.files.checkpoint import (
     METADATA_KEY,
     RECORD,
@@ -23,7 +23,7 @@ from svdcli.files.checkpoint import (
 from svdcli.files.formats import PICKLE_ENDINGS, format_of
 from svdcli.files.record import part_of_record, record_in, record_of, stored_layers
 from svdcli.files.report import JSON_VERSION, Report, newest_output, read_report, report_of
-from svdcli.plan.layers import break_even, choose_layers
+from svdcli.plan.layers import break_even, choose_layers, nothing_selected
 from svdcli.plan.layout import largest_saving_rank
 from svdcli.plan.recipe import LayerPlan
 from svdcli.plan.tensors import TensorInfo
@@ -186,11 +186,11 @@ def spectrum(
     with open_checkpoint(path, state_dict=state_dict) as checkpoint:
         if record_of(checkpoint) is not None:
             raise SvdcliError(f"{checkpoint.shown} is compressed already", "look at the original, or expand it first")
-        selected, _ = choose_layers(
+        selected, skipped = choose_layers(
             checkpoint.infos, include=include, exclude=exclude, layers=layers, tied=checkpoint.tied, facts=checkpoint.facts
         )
         if not selected:
-            raise NothingSelectedError(f"no layer of {checkpoint.shown} is selected", "see `svdcli inspect`")
+            raise nothing_selected(checkpoint.shown, skipped)
         device = (compute or Compute()).start()
         found = measure(checkpoint, selected, spectra=True, device=device, workspace=None, progress=progress)
         check_finite([name for name, layer in found.items() if not layer.finite])

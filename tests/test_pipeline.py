@@ -401,11 +401,15 @@ def test_report_finds_the_newest_output(tmp_path: Path, monkeypatch: pytest.Monk
     assert svdcli.report().path == "first"
 
 
-def test_an_output_that_lost_a_file_is_reported_as_damaged(tmp_path: Path) -> None:
+def test_an_output_that_lost_a_file_is_reported_with_a_note_and_without_weights_as_damaged(tmp_path: Path) -> None:
     model = write_model(tmp_path / "m")
-    svdcli.compress(model, tmp_path / "o", Recipe("rank", 9))
+    before = svdcli.compress(model, tmp_path / "o", Recipe("rank", 9)).report
     (tmp_path / "o" / "tokenizer.json").unlink()
-    with pytest.raises(SvdcliError, match=r"lacks 'tokenizer.json'"):
+    report = svdcli.report(tmp_path / "o")
+    assert report.notes == ("tokenizer.json was written too, and is gone",)
+    assert before.files.items() - report.files.items() == {("tokenizer.json", before.files["tokenizer.json"])}
+    (tmp_path / "o" / "model.safetensors").unlink()
+    with pytest.raises(SvdcliError, match=r"lacks 'model.safetensors'"):
         svdcli.report(tmp_path / "o")
 
 

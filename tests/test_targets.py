@@ -223,6 +223,22 @@ def test_a_condensed_record_reads_as_any_other(tmp_path: Path) -> None:
     assert raw["format"] == (2 if "every_layer" in raw else 1)
 
 
+def test_the_record_of_a_folder_is_condensed_too(tmp_path: Path) -> None:
+    folder, out = tmp_path / "m", tmp_path / "o"
+    folder.mkdir()
+    tiny_layers(folder / "model.safetensors")
+    done = svdcli.compress(folder, out, Recipe("rank", 13))
+    raw = json.loads((out / "svdcli.json").read_text())
+    assert (raw["format"], raw["every_layer"]["rank"]) == (2, 13)
+    record = read_record(out)
+    assert record is not None
+    assert Plan.from_json(record) == done.plan
+    assert svdcli.verify(out, folder).ok
+    assert sum(file.stat().st_size for file in out.iterdir()) == done.report.total.bytes_after
+    with pytest.raises(SvdcliError, match="no fewer than"):
+        svdcli.compress(folder, tmp_path / "p", Recipe("rank", 14))
+
+
 def test_a_usual_record_has_every_field_of_every_layer(tmp_path: Path) -> None:
     model, out = write_model(tmp_path / "m"), tmp_path / "o.safetensors"
     svdcli.compress(model / "model.safetensors", out, Recipe("rank", 9))

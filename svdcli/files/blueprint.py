@@ -105,7 +105,7 @@ class CompressDesign:
         """(fields that a file's layers share and that are said once, the blueprint): only where that makes the output smaller
         than its source, which it is not with a record that has every layer's own fields."""
         full, source = self._draw({}), self.source_bytes
-        if self.out_name is None or self.plan.recipe.layout == "dense" or full.total < source:
+        if self.plan.recipe.layout == "dense" or full.total < source:
             return {}, full
         shared = shared_fields(self._record(self._usual))
         short = self._draw(shared)
@@ -129,14 +129,16 @@ class CompressDesign:
             carried.pop(self.beside.name, None)
         sizes = Blueprint(tuple(files), texts, carried, 0).sizes()
         _check_names(sizes)
-        return Blueprint(tuple(files), texts, carried, self._record_bytes(files, sizes))
+        return Blueprint(tuple(files), texts, carried, self._record_bytes(files, sizes, shared))
 
     def fits(self, results: Mapping[str, Result]) -> bool:
         """Is there room for the final results."""
         blueprint = self._blueprint
         if any(header_size(file.tensors, self.metadata(file, results)) > file.header_bytes for file in blueprint.files):
             return False
-        return not blueprint.record_bytes or self._record_size(results, blueprint.sizes()) <= blueprint.record_bytes
+        if not blueprint.record_bytes:
+            return True
+        return self._record_size(results, blueprint.sizes(), self._shared) <= blueprint.record_bytes
 
     def metadata(self, file: OutFile, results: Mapping[str, Result]) -> Metadata:
         """The final metadata of one weight file."""
@@ -145,15 +147,15 @@ class CompressDesign:
 
     def record(self, results: Mapping[str, Result], files: Mapping[str, tuple[int, str]], reserved: int) -> bytes:
         """The final `svdcli.json`."""
-        return render_record(self._record(results, files), reserved)
+        return render_record(condensed(self._record(results, files), self._shared), reserved)
 
-    def _record_bytes(self, files: Sequence[OutFile], sizes: Mapping[str, int]) -> int:
-        usual, wide = self._record_size(self._usual, sizes), self._record_size(self._widest, sizes)
+    def _record_bytes(self, files: Sequence[OutFile], sizes: Mapping[str, int], shared: Mapping[str, Any]) -> int:
+        usual, wide = (self._record_size(results, sizes, shared) for results in (self._usual, self._widest))
         return self._room(usual, wide, files)
 
-    def _record_size(self, results: Mapping[str, Result], sizes: Mapping[str, int]) -> int:
+    def _record_size(self, results: Mapping[str, Result], sizes: Mapping[str, int], shared: Mapping[str, Any]) -> int:
         files = {name: (size, "") for name, size in sizes.items() if name != RECORD}
-        return len(render_record(self._record(results, files)))
+        return len(render_record(condensed(self._record(results, files), shared)))
 
     def _room(self, usual: int, wide: int, files: Sequence[OutFile]) -> int:
         """Bytes between the usual and the widest record: all of it where weights are large, little where they are not."""
@@ -167,8 +169,7 @@ class CompressDesign:
 
     def _metadata(self, group: Sequence[Unit], record: Mapping[str, Any], shared: Mapping[str, Any]) -> Metadata:
         own = record if self.out_name is not None else part_of_record(record, {unit.name for unit in group})
-        own = condensed(own, shared) if shared else own
-        return _base_metadata(self.checkpoint, group) | {METADATA_KEY: render_metadata(own)}
+        return _base_metadata(self.checkpoint, group) | {METADATA_KEY: render_metadata(condensed(own, shared))}
 
     def _changed_config(self) -> tuple[dict[str, Any] | None, list[dict[str, Any]] | None]:
         """(the config.json of the output, a note of what it says in place of what); (None, None) where there is none."""

@@ -282,7 +282,8 @@ def _no_weights(folder: Path, names: Sequence[str]) -> BadCheckpointError:
         return BadCheckpointError(f"the download of {folder} is not finished", "download it again; it continues")
     if parts:
         return BadCheckpointError(f"{folder} holds no weights itself", f"give a folder inside it: {', '.join(parts[:5])}")
-    for name in names:
+    deeper = [path.relative_to(folder).as_posix() for child in children for path in sorted(child.iterdir()) if path.is_file()]
+    for name in [*names, *deeper]:
         told = format_of(folder / name)
         if not told.reader and _OTHER_FRAMEWORKS.search(name):
             return BadCheckpointError(f"{folder} holds no weights but {name}, {told.name}", told.hint)

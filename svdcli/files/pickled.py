@@ -53,12 +53,12 @@ class PickledFile:
         above: tuple[str, ...] = ()
         level = loaded
         for key in keys:
-            assert isinstance(level, Mapping)
-            for other in level:
-                if str(other) != key:
-                    name = ".".join((*above, str(other)))
+            inside = _inside(level)
+            for other in inside:
+                if other != key:
+                    name = ".".join((*above, other))
                     self.left_out[name] = f"beside {key!r} in {self.path.name}"
-            above, level = (*above, key), level[key]
+            above, level = (*above, key), inside[key]
 
     def _take(self, tensors: Mapping[Any, Any]) -> None:
         seen: dict[tuple[int, tuple[int, ...], tuple[int, ...]], str] = {}
@@ -276,11 +276,20 @@ def _asked_for(candidates: list[_Candidate], path: Path, asked: str) -> _Candida
 
 def _candidates(value: object, keys: tuple[str, ...], seen: set[int]) -> Iterator[_Candidate]:
     """Every dict that holds tensors itself, outside of what training keeps for itself."""
-    if not isinstance(value, Mapping) or id(value) in seen or len(keys) > _DEEPEST:
+    if id(value) in seen or len(keys) > _DEEPEST:
         return
     seen.add(id(value))
-    if any(isinstance(item, torch.Tensor) for item in value.values()):
+    if isinstance(value, Mapping) and any(isinstance(item, torch.Tensor) for item in value.values()):
         yield _Candidate(keys, value)
-    for key, item in value.items():
-        if isinstance(key, str) and not _NO_WEIGHTS.search(key):
+    for key, item in _inside(value).items():
+        if not _NO_WEIGHTS.search(key):
             yield from _candidates(item, (*keys, key), seen)
+
+
+def _inside(value: object) -> dict[str, object]:
+    """What a dict, list or tuple holds, by key or place; nothing of anything else."""
+    if isinstance(value, Mapping):
+        return {str(key): item for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return {str(place): item for place, item in enumerate(value)}
+    return {}

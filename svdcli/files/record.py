@@ -99,7 +99,9 @@ def shared_fields(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def condensed(record: Mapping[str, Any], shared: Mapping[str, Any]) -> dict[str, Any]:
-    """The same record where what layers share is said once; `check_record` gives every layer its own again."""
+    """The same record where what layers share, if anything, is said once; `check_record` gives every layer its own again."""
+    if not shared:
+        return dict(record)
     layers = {
         name: {key: value for key, value in item.items() if key not in shared or shared[key] != value}
         for name, item in record["layers"].items()

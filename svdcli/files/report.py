@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +98,9 @@ def read_report(path: Path) -> Report:
     record = read_record(path)
     if record is None:
         raise BadCheckpointError(f"{path} was not written by svdcli compress", f"try `svdcli inspect {path}`")
-    return report_of(record, _sizes(path, record), str(path))
+    sizes, gone = _sizes(path, record)
+    report = report_of(record, sizes, str(path))
+    return replace(report, notes=(*report.notes, *(f"{name} was written too, and is gone" for name in gone)))
 
 
 def report_of(record: Mapping[str, Any], sizes: Mapping[str, int], path: str, *, predicted: bool = False) -> Report:
@@ -170,17 +172,19 @@ def newest_output(folder: Path) -> Path:
     return max(found)[1]
 
 
-def _sizes(path: Path, record: Mapping[str, Any]) -> dict[str, int]:
+def _sizes(path: Path, record: Mapping[str, Any]) -> tuple[dict[str, int], list[str]]:
+    """(the bytes of every file, what the record lists and is not there). Raises BadCheckpointError where weights are not."""
     if not path.is_dir():
         read_file_header(path)
-        return {path.name: path.stat().st_size}
+        return {path.name: path.stat().st_size}, []
     files = record.get("files")
     if not isinstance(files, dict):
         raise BadCheckpointError(f"{path / RECORD} lists no files", "write the output again")
-    missing = next((name for name in files if not (path / name).is_file()), None)
-    if missing is not None:
-        raise BadCheckpointError(f"{path} lacks {missing!r}, which its record lists", "write the output again")
-    return {name: (path / name).stat().st_size for name in [*files, RECORD]}
+    gone = [name for name in files if not (path / name).is_file()]
+    lost = next((name for name in gone if name.endswith(".safetensors")), None)
+    if lost is not None:
+        raise BadCheckpointError(f"{path} lacks {lost!r}, which its record lists", "write the output again")
+    return {name: (path / name).stat().st_size for name in [*files, RECORD] if name not in gone}, gone
 
 
 def _row(name: str, item: Mapping[str, Any], predicted: bool) -> LayerRow:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from svdcli.errors import SvdcliError
+from svdcli.errors import SvdcliError, UsageError
 from svdcli.files.report import JSON_VERSION
 from svdcli.files.texts import Texts
 from svdcli.models.load import load_quietly
@@ -114,7 +114,7 @@ def evaluate(
     Computed in `dtype`, by default in float32 on a CPU for models of up to 4 GB, else as stored. trust_remote_code runs Python
     that the models' folders bring along. Decoders give losses in nats a token and, against an original, KL divergence and
     agreement; encoders need an original. Of a model that reads more than text the part is judged that reads text alone.
-    Raises SvdcliError for a model without one, or without its tokenizer.
+    Raises SvdcliError for a model without one, or without its tokenizer, and for prompts to one that does not generate.
     """
     where = device or torch.device("cpu")
     model = load_quietly(out, where, dtype, trust_remote_code=trust_remote_code)
@@ -148,10 +148,12 @@ def evaluate(
 def _speak(
     side: TextSide, model: Any, original: Any | None, tokenizer: Any, prompts: Sequence[str], new_tokens: int
 ) -> tuple[Continuation, ...]:
-    """The continuations of a decoder that generates; of anything else none."""
+    """The continuations of a decoder. Raises UsageError for prompts to a model that continues none."""
+    if not prompts:
+        return ()
     parts = [side.module(one) for one in (model, original) if one is not None]
     if side.kind != "decoder" or not hasattr(parts[0], "generate"):
-        return ()
+        raise UsageError(f"{type(parts[0]).__name__} continues no text", "leave out --prompt")
     return tuple(_continue(prompt, parts, tokenizer, new_tokens) for prompt in prompts)
 
 

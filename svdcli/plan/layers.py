@@ -7,7 +7,7 @@ import fnmatch
 import re
 from collections.abc import Iterable, Mapping, Sequence, Set
 
-from svdcli.errors import UsageError
+from svdcli.errors import NothingSelectedError, UsageError
 from svdcli.plan.facts import ModelFacts
 from svdcli.plan.recipe import Skipped
 from svdcli.plan.roles import Roles
@@ -51,6 +51,14 @@ def choose_layers(
         else:
             selected.append(tensor)
     return tuple(selected), tuple(skipped)
+
+
+def nothing_selected(shown: str, skipped: Sequence[Skipped]) -> NothingSelectedError:
+    """The error of a checkpoint without layers to factor, with the reason that most of its tensors have."""
+    reasons = [item.reason for item in skipped]
+    top = max(dict.fromkeys(reasons), key=reasons.count, default="")
+    why = f" ({reasons.count(top)} of {len(reasons)} tensors: {top})" if top else ": it holds no tensors"
+    return NothingSelectedError(f"no layer of {shown} is selected{why}", "see `svdcli inspect`")
 
 
 def near_names(pattern: str, names: Iterable[str]) -> str:

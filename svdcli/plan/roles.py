@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from itertools import chain, product
 
+from svdcli.plan.adapters import is_adapter_factor
 from svdcli.plan.facts import ModelFacts
 from svdcli.plan.tensors import TensorInfo
 
@@ -54,6 +55,7 @@ class Roles:
         parts = tensor.module.split(".")
         return (
             self._not_in_the_class(tensor)
+            or ("a factor of an adapter that is not merged" if is_adapter_factor(tensor.name) else "")
             or ("embedding" if _is_embedding(tensor) else "")
             or self._head(tensor, parts)
             or ("norm" if "norm" in parts[-1].lower() else "")

@@ -275,7 +275,7 @@ def test_a_distributed_checkpoint_says_how_to_join_it(tmp_path: Path, names: tup
     assert word in said
 
 
-@pytest.mark.parametrize("name", ["model-q4.gguf", "flax_model.msgpack", "tf_model.h5", "model.onnx"])
+@pytest.mark.parametrize("name", ["model-q4.gguf", "flax_model.msgpack", "tf_model.h5", "model.onnx", "onnx/model.onnx"])
 def test_only_weights_of_another_kind(tmp_path: Path, name: str) -> None:
     put(tmp_path / "config.json").write_text("{}")
     put(tmp_path / name)

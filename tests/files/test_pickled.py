@@ -43,6 +43,10 @@ FORMS: dict[str, Any] = {
     },
     "model": {"model": NET, "optimizer": {"state": {0: {"exp_avg": torch.ones(500, 500)}}, "exp_avg": torch.ones(500, 500)}},
     "student": {"student": NET, "step": torch.tensor(7)},
+    "0": (NET, {"lr": 0.1}),
+    "1": [3, NET],
+    "7": {7: NET},
+    "models.0": {"models": [NET, SMALL]},
 }
 
 

@@ -212,5 +212,7 @@ def test_what_cannot_be_read_is_refused(small_llama: Path, written: Written, tmp
     empty.write_text(" \n")
     assert "holds no text" in complaint(cli("eval", small_llama, "--text", empty))
     assert "--samples" in complaint(cli("eval", small_llama, "--stdlib", "--samples", "0"), 2)
+    words_tokenizer(written("bert"))
+    assert "continues no text; leave out --prompt" in complaint(cli("eval", written("bert"), "--prompt", "a"), 2)
     words_tokenizer(written("vit"))
     assert "does not read text" in complaint(cli("eval", written("vit"), "--stdlib"))

@@ -14,6 +14,7 @@ from svdcli.errors import SvdcliError
 from svdcli.pipeline import compress
 from svdcli.plan.adapters import adapter_kind
 from svdcli.plan.recipe import Recipe
+from svdcli.plan.layers import choose_layers
 from svdcli.plan.tensors import TensorInfo
 
 RANK = Recipe("rank", 8)
@@ -57,6 +58,13 @@ def test_a_model_with_an_adapter_in_it_is_a_model() -> None:
     ]
     assert adapter_kind([whole, *factors]) == ""
     assert adapter_kind(factors) == "a LoRA adapter"
+
+
+def test_factors_of_an_adapter_in_a_model_stay_dense() -> None:
+    shapes = {"q_proj.base_layer": (512, 512), "q_proj.lora_A.default": (64, 512), "q_proj.lora_B.default": (512, 64)}
+    selected, skipped = choose_layers([TensorInfo(f"layers.0.{name}.weight", "F32", shape) for name, shape in shapes.items()])
+    assert [tensor.module for tensor in selected] == ["layers.0.q_proj.base_layer"]
+    assert {item.reason for item in skipped} == {"a factor of an adapter that is not merged"}
 
 
 @pytest.mark.parametrize(
