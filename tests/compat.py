@@ -17,7 +17,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 OLDEST = "5.12.0"
-TESTS = ("families", "load", "evaluate", "modules")
+TESTS = ("families", "load", "evaluate", "modules", "strictness", "parts")
 FREE = re.compile(r"(transformers|tokenizers|huggingface.hub)==")
 
 

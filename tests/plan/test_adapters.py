@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 from svdcli.errors import SvdcliError
 from svdcli.pipeline import compress
 from svdcli.plan.adapters import adapter_kind
-from svdcli.plan.recipe import Recipe
 from svdcli.plan.layers import choose_layers
+from svdcli.plan.recipe import Recipe
 from svdcli.plan.tensors import TensorInfo
 
 RANK = Recipe("rank", 8)
