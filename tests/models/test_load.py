@@ -222,7 +222,7 @@ _GROUPED = {
 # Layers of classes that torch does not know, and names that are others in the model: (class, config, what is asked for).
 OWN_CLASSES = {
     "linear layers of its own": ("IBertForMaskedLM", zoo._BERT, ("*layer.0*",)),
-    "layers in groups": ("DeepseekV4ForCausalLM", _GROUPED, ("*attn.w*",)),
+    "layers in groups": ("DeepseekV4ForCausalLM", _GROUPED, (r"re:attn\.",)),
     "a head and a table under other names": ("DeepseekV4ForCausalLM", _GROUPED, ("head", "model.embed_tokens")),
     "a router that is named in full": (
         "PhimoeForCausalLM",
