@@ -20,7 +20,7 @@ from unittest import mock
 
 import torch
 from safetensors import deserialize
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 INTEGERS = ("int64", "int32", "int16", "int8", "uint64", "uint32", "uint16", "uint8")
 EIGHT_BIT_FLOATS = ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu")
@@ -36,6 +36,20 @@ def weight(rows: int, columns: int, seed: int = 0, dtype: torch.dtype = torch.fl
     left = torch.linalg.qr(torch.randn(rows, short, generator=generator)).Q
     right = torch.linalg.qr(torch.randn(columns, short, generator=generator)).Q
     return ((left * 2.0 * 0.9 ** torch.arange(short)) @ right.T).to(dtype).contiguous()
+
+
+def decaying(m: int, n: int, power: float, seed: int = 0) -> torch.Tensor:
+    """A float64 (m, n) matrix with singular values 1, 2**-power, 3**-power, ..."""
+    generator = torch.Generator().manual_seed(seed)
+    k = min(m, n)
+    left = torch.linalg.qr(torch.randn(m, k, generator=generator, dtype=torch.float64)).Q
+    right = torch.linalg.qr(torch.randn(n, k, generator=generator, dtype=torch.float64)).Q
+    return (left * torch.arange(1, k + 1, dtype=torch.float64) ** -power) @ right.T
+
+
+def best_error(w: torch.Tensor, rank: int) -> float:
+    """What Eckart and Young say is lost at that rank: the energy of the tail."""
+    return float(torch.linalg.svdvals(w.double())[rank:].square().sum())
 
 
 def small_tensors() -> dict[str, torch.Tensor]:
@@ -65,13 +79,37 @@ def write_small(path: Path, metadata: Mapping[str, str] | None = None) -> Path:
     return path
 
 
-def write_model(folder: Path, config: Mapping[str, Any] | None = None) -> Path:
-    """The same as a Hugging Face directory."""
+RANKED = {"layers.0.up.weight": (96, 64), "layers.0.down.weight": (64, 96), "layers.1.up.weight": (96, 64)}
+LLAMA = {"model_type": "llama", "hidden_size": 64}
+
+
+def ranked_tensors(dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+    """Three layers worth factoring, an embedding, a norm."""
+    tensors = {name: weight(*shape, seed=i, dtype=dtype) for i, (name, shape) in enumerate(RANKED.items())}
+    return tensors | {"embed_tokens.weight": weight(80, 64, 9, dtype), "norm.weight": torch.ones(64, dtype=dtype)}
+
+
+def write_model(
+    folder: Path,
+    config: Mapping[str, Any] | None = LLAMA,
+    *,
+    tensors: Mapping[str, torch.Tensor] | None = None,
+    shards: int = 1,
+) -> Path:
+    """A Hugging Face directory of these tensors (those of `ranked_tensors`), with a tokenizer and a subfolder; config None
+    leaves config.json out."""
+    tensors = ranked_tensors() if tensors is None else dict(tensors)
     folder.mkdir()
-    write_small(folder / "model.safetensors", {"format": "pt"})
-    (folder / "config.json").write_text(json.dumps({"model_type": "llama"} if config is None else config))
+    if config is not None:
+        (folder / "config.json").write_text(json.dumps(config))
     (folder / "tokenizer.json").write_text("{}")
-    return folder
+    (folder / "1_Pooling").mkdir()
+    (folder / "1_Pooling" / "config.json").write_text('{"pooling": 1}')
+    if shards == 1:
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        return folder
+    names = [f"model-{i + 1:05d}-of-{shards:05d}.safetensors" for i in range(shards)]
+    return write_sharded(folder, {name: dict(list(tensors.items())[i::shards]) for i, name in enumerate(names)})
 
 
 def write_sharded(
@@ -81,10 +119,29 @@ def write_sharded(
     for name, tensors in shards.items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(dict(tensors), path)
+        save_file(dict(tensors), path, metadata={"format": "pt"})
     weight_map = {tensor: name for name, tensors in shards.items() for tensor in tensors}
     (folder / index).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     return folder
+
+
+def load_all(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+
+
+def size_of(path: Path) -> int:
+    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) if path.is_dir() else path.stat().st_size
+
+
+def rebuilt(tensors: dict[str, torch.Tensor], name: str, layout: str) -> torch.Tensor:
+    """The weight that the stored tensors of a layout stand for, by the formulas of the format."""
+    module = name.removesuffix(".weight")
+    if layout == "dense":
+        return tensors[name].double()
+    up, down = tensors[f"{module}.svd_up.weight"].double(), tensors[f"{module}.svd_down.weight"].double()
+    if layout == "factored":
+        return up @ down
+    return torch.cat([down, up @ down])[tensors[f"{module}.svd_rows"].long()]
 
 
 def contents(path: Path) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
@@ -106,6 +163,13 @@ def framed(header: bytes | str | Mapping[str, Any], data: bytes = b"", *, length
 def entry(dtype: Any = "F32", shape: Any = (1,), offsets: Any = (0, 4)) -> dict[str, Any]:
     """What a header says about one tensor."""
     return {"dtype": dtype, "shape": shape, "data_offsets": offsets}
+
+
+# Solvers that fail ---------------------------------------------------------------------------------------------------
+
+
+def diverges(*_: Any, **__: Any) -> Any:
+    raise torch.linalg.LinAlgError("did not converge")
 
 
 # The command line ----------------------------------------------------------------------------------------------------

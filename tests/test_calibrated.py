@@ -13,9 +13,8 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import weight
+from helpers import rebuilt, weight
 from safetensors.torch import load_file, save_file
-from test_pipeline import rebuilt
 from torch import Tensor
 
 import svdcli

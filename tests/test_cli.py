@@ -14,9 +14,8 @@ import time
 from pathlib import Path
 
 import pytest
-from helpers import cli, weight
+from helpers import RANKED, cli, weight, write_model
 from safetensors.torch import save_file
-from test_pipeline import RANKED, write_model
 
 import svdcli
 from svdcli import Recipe

@@ -70,6 +70,11 @@ def test_the_plan_needs_only_the_standard_library() -> None:
         assert not foreign, path
 
 
+def test_no_test_imports_another_test() -> None:
+    for path in (ROOT / "tests").rglob("*.py"):
+        assert not [name for name in imports(path) if name.split(".")[0].startswith("test_")], path
+
+
 def test_functions_fit_on_a_screen() -> None:
     for path in MODULES:
         for node in ast.walk(ast.parse(path.read_text())):

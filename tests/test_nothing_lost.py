@@ -17,10 +17,9 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import cli, weight
+from helpers import cli, weight, write_model
 from killing import snapshot
 from safetensors.torch import save_file
-from test_pipeline import write_model
 
 import svdcli
 from svdcli import Recipe

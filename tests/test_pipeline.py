@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import weight
+from helpers import RANKED, diverges, load_all, ranked_tensors, rebuilt, size_of, weight, write_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -20,51 +20,6 @@ from svdcli import Recipe
 from svdcli.errors import BadCheckpointError, NothingSelectedError, SvdcliError, UsageError
 from svdcli.files.report import report_of
 from svdcli.plan.ranks import rounding_energy
-
-RANKED = {"layers.0.up.weight": (96, 64), "layers.0.down.weight": (64, 96), "layers.1.up.weight": (96, 64)}
-
-
-def write_model(folder: Path, *, dtype: torch.dtype = torch.float32, shards: int = 1, config: bool = True) -> Path:
-    """A Hugging Face style directory: three layers worth factoring, an embedding, a norm, a tokenizer, a subfolder."""
-    tensors = {name: weight(*shape, seed=i, dtype=dtype) for i, (name, shape) in enumerate(RANKED.items())}
-    tensors |= {"embed_tokens.weight": weight(80, 64, 9, dtype), "norm.weight": torch.ones(64, dtype=dtype)}
-    folder.mkdir()
-    if config:
-        (folder / "config.json").write_text(json.dumps({"model_type": "llama", "hidden_size": 64}))
-    (folder / "tokenizer.json").write_text("{}")
-    (folder / "1_Pooling").mkdir()
-    (folder / "1_Pooling" / "config.json").write_text('{"pooling": 1}')
-    if shards == 1:
-        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-        return folder
-    weight_map = {}
-    for i in range(shards):
-        name = f"model-{i + 1:05d}-of-{shards:05d}.safetensors"
-        part = dict(list(tensors.items())[i::shards])
-        save_file(part, folder / name, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(part, name)
-    index = {"metadata": {"total_size": 1}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    return folder
-
-
-def load_all(folder: Path) -> dict[str, torch.Tensor]:
-    return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
-
-
-def size_of(path: Path) -> int:
-    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) if path.is_dir() else path.stat().st_size
-
-
-def rebuilt(tensors: dict[str, torch.Tensor], name: str, layout: str) -> torch.Tensor:
-    """The weight that the stored tensors of a layout stand for, by the formulas of the format."""
-    module = name.removesuffix(".weight")
-    if layout == "dense":
-        return tensors[name].double()
-    up, down = tensors[f"{module}.svd_up.weight"].double(), tensors[f"{module}.svd_down.weight"].double()
-    if layout == "factored":
-        return up @ down
-    return torch.cat([down, up @ down])[tensors[f"{module}.svd_rows"].long()]
 
 
 @pytest.mark.parametrize("layout", ["factored", "pivoted", "dense"])
@@ -107,7 +62,7 @@ def test_a_loader_without_svdcli_meets_a_tensor_that_cannot_fit(tmp_path: Path) 
     traps = [name for name, tensor in load_all(tmp_path / "o").items() if tensor.numel() == 0]
     assert traps == ["layers.0.up.weight"] or traps[0] in RANKED
     assert len(traps) == 1
-    bare = write_model(tmp_path / "bare", config=False)
+    bare = write_model(tmp_path / "bare", config=None)
     svdcli.compress(bare, tmp_path / "p", Recipe("keep", 0.5))
     assert all(tensor.numel() for tensor in load_all(tmp_path / "p").values())
 
@@ -140,7 +95,7 @@ RECIPES = [
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: f"{recipe.target}-{recipe.layout}-{recipe.allocate}")
 @pytest.mark.parametrize("single", [True, False], ids=["file", "directory"])
 def test_prediction_is_the_file_to_the_byte(tmp_path: Path, recipe: Recipe, single: bool) -> None:
-    model = write_model(tmp_path / "m", dtype=torch.bfloat16, shards=1 if single else 2)
+    model = write_model(tmp_path / "m", tensors=ranked_tensors(torch.bfloat16), shards=1 if single else 2)
     source, out = (model / "model.safetensors", tmp_path / "o.safetensors") if single else (model, tmp_path / "o")
     dry = svdcli.compress(source, out, recipe, dry_run=True)
     assert not out.exists()
@@ -217,7 +172,7 @@ def test_global_loses_less_than_uniform_at_the_same_budget(tmp_path: Path) -> No
 
 
 def test_expand_restores_names_shapes_dtypes_and_files(tmp_path: Path) -> None:
-    model = write_model(tmp_path / "m", dtype=torch.bfloat16, shards=2)
+    model = write_model(tmp_path / "m", tensors=ranked_tensors(torch.bfloat16), shards=2)
     svdcli.compress(model, tmp_path / "o", Recipe("keep", 0.5, layout="pivoted", dtype="F32"), allow_larger=True)
     svdcli.expand(tmp_path / "o", tmp_path / "d")
     before, after, low = load_all(model), load_all(tmp_path / "d"), load_all(tmp_path / "o")
@@ -307,10 +262,6 @@ def test_weights_in_other_formats_are_left_out_and_told(tmp_path: Path) -> None:
 
 
 # Solvers that fail --------------------------------------------------------------------------------------------------
-
-
-def diverges(*_: Any, **__: Any) -> Any:
-    raise torch.linalg.LinAlgError("did not converge")
 
 
 def makes_noise(real: Callable[..., Any]) -> Callable[..., Any]:

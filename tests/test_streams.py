@@ -10,8 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers import cli
-from test_pipeline import write_model
+from helpers import cli, write_model
 
 import svdcli
 from svdcli import Recipe

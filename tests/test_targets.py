@@ -9,10 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import cli, complaint, tree, weight
+from helpers import cli, complaint, diverges, load_all, rebuilt, size_of, tree, weight, write_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from test_pipeline import diverges, load_all, rebuilt, size_of, write_model
 
 import svdcli
 from svdcli import Plan, Recipe, engine

@@ -10,9 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import cli, complaint, write_sharded
+from helpers import cli, complaint, write_model, write_sharded
 from safetensors.torch import load_file, save_file
-from test_pipeline import write_model
 
 import svdcli
 from svdcli import Recipe
@@ -96,7 +95,7 @@ def test_weights_that_a_loader_opens_in_place_of_ours(shards: Path) -> None:
 
 def test_weights_that_are_opened_along_with_ours(tmp_path: Path) -> None:
     model = tmp_path / "m"
-    write_model(model, config=False)
+    write_model(model, config=None)
     (model / "model.safetensors").rename(model / "net.safetensors")
     svdcli.compress(model, tmp_path / "o", Recipe("rank", 9))
     assert svdcli.verify(tmp_path / "o").ok

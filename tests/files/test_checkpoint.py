@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import contents, small_tensors, weight, write_model, write_sharded, write_small
+from helpers import LLAMA, contents, size_of, small_tensors, weight, write_model, write_sharded, write_small
 from safetensors.torch import save_file
 
 from svdcli.errors import BadCheckpointError
@@ -76,9 +76,9 @@ def test_directory(folder: Path) -> None:
     checkpoint = open_checkpoint(write_model(folder / "model"))
     assert all_of(checkpoint) == contents(folder / "model/model.safetensors")
     assert checkpoint.is_directory
-    assert checkpoint.config == {"model_type": "llama"}
-    assert set(checkpoint.carried) == {"config.json", "tokenizer.json"}
-    assert checkpoint.nbytes == sum(path.stat().st_size for path in (folder / "model").iterdir())
+    assert checkpoint.config == LLAMA
+    assert set(checkpoint.carried) == {"config.json", "tokenizer.json", "1_Pooling/config.json"}
+    assert checkpoint.nbytes == size_of(folder / "model")
 
 
 def test_directory_without_config(folder: Path) -> None:
@@ -472,7 +472,7 @@ def fingerprint(path: Path) -> str:
 def test_fingerprint_does_not_depend_on_sharding_or_format(folder: Path) -> None:
     write_small(folder / "one.safetensors", {"some": "metadata"})
     torch.save(small_tensors(), folder / "one.bin")
-    write_model(folder / "model")
+    write_model(folder / "model", tensors=small_tensors())
     places = [folder / "one.safetensors", folder / "one.bin", folder / "model"]
     places += [write_sharded(folder / f"in{count}", shards_of(count)) for count in (1, 2, 5)]
     assert len({fingerprint(place) for place in places}) == 1

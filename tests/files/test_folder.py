@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import weight, write_model
+from helpers import size_of, weight, write_model
 from safetensors.torch import save_file
 
 from svdcli.errors import BadCheckpointError, UsageError
@@ -373,8 +373,7 @@ def test_an_older_save_of_the_same_model_stays_behind(tmp_path: Path) -> None:
     write_model(tmp_path / "m" / "speech_tokenizer", {"model_type": "another"})
     checkpoint = open_checkpoint(tmp_path / "m")
     assert set(checkpoint.left_out) == {"best/"}
-    inside = sum(path.stat().st_size for path in (tmp_path / "m" / "best").iterdir())
-    assert checkpoint.left_out_bytes == {"best/": inside}
+    assert checkpoint.left_out_bytes == {"best/": size_of(tmp_path / "m" / "best")}
     assert "speech_tokenizer/model.safetensors" in checkpoint.carried
 
 
@@ -388,12 +387,12 @@ def test_modules_of_a_sentence_transformer_go_along(tmp_path: Path) -> None:
 def test_linked_folders_are_followed_but_not_in_circles(tmp_path: Path) -> None:
     write_model(tmp_path / "m")
     put(tmp_path / "shared" / "config.json")
-    for name in ("1_Pooling", "2_Pooling"):
+    for name in ("2_Pooling", "3_Pooling"):
         (tmp_path / "m" / name).symlink_to("../shared")
     (tmp_path / "m" / "self").symlink_to(".")
     (tmp_path / "shared" / "back").symlink_to("../m")
     carried = open_checkpoint(tmp_path / "m").carried
-    assert {"1_Pooling/config.json", "2_Pooling/config.json"} <= set(carried)
+    assert {"2_Pooling/config.json", "3_Pooling/config.json"} <= set(carried)
     assert not any("self" in name or "back" in name for name in carried)
 
 

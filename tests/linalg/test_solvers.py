@@ -4,25 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
+from helpers import best_error, decaying
 
 from svdcli.linalg.solvers import SOLVERS, eigh_lower, eigvalsh_lower, squared_norm, squared_singular_values
 
 SHAPES = [(60, 40), (40, 60), (50, 50), (300, 20), (20, 300), (33, 1)]
 EXACT = ["svd", "gram"]
-
-
-def decaying(m: int, n: int, power: float, seed: int = 0) -> Tensor:
-    """A float64 (m, n) matrix with singular values 1, 2**-power, 3**-power, ..."""
-    generator = torch.Generator().manual_seed(seed)
-    k = min(m, n)
-    left = torch.linalg.qr(torch.randn(m, k, generator=generator, dtype=torch.float64)).Q
-    right = torch.linalg.qr(torch.randn(n, k, generator=generator, dtype=torch.float64)).Q
-    return (left * torch.arange(1, k + 1, dtype=torch.float64) ** -power) @ right.T
-
-
-def best_error(w: Tensor, rank: int) -> float:
-    return float(torch.linalg.svdvals(w.double())[rank:].square().sum())
 
 
 @pytest.mark.parametrize("solver", EXACT)

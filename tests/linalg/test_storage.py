@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_solvers import best_error, decaying
+from helpers import best_error, decaying
 
 from svdcli.linalg.solvers import svd
 from svdcli.linalg.storage import dense_rows, pivot, residual_energy, to_stored

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +11,8 @@ import torch
 import zoo
 from helpers import tree
 from safetensors.torch import load_file, save_file
-from test_evaluate import words_tokenizer
-from test_stream import albert
 from torch import Tensor, nn
+from zoo import Sums, albert, close, words_tokenizer
 
 import svdcli
 from svdcli import Recipe
@@ -78,30 +76,6 @@ def changed(model: Path, folder: Path, change: Callable[[dict[str, Tensor]], Any
     return folder
 
 
-class Sums:
-    """Sums over everything that enters the linear layers of a whole model, and over the gradients at what leaves them."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.inputs: dict[str, Tensor] = {}
-        self.mean: dict[str, Tensor] = {}
-        self.outputs: dict[str, Tensor] = {}
-        self.rows: dict[str, int] = {}
-        for name, layer in model.named_modules():
-            if isinstance(layer, nn.Linear) or type(layer).__name__ == "Conv1D":
-                layer.register_forward_hook(partial(self._hook, f"{name}.weight"))
-
-    def _hook(self, name: str, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        x = inputs[0].detach().double().flatten(0, -2)
-        self.inputs[name] = self.inputs.get(name, 0) + x.T @ x
-        self.mean[name] = self.mean.get(name, 0) + x.sum(0)
-        self.rows[name] = self.rows.get(name, 0) + x.shape[0]
-        output.register_hook(partial(self._outputs, name))
-
-    def _outputs(self, name: str, gradient: Tensor) -> None:
-        g = gradient.double().flatten(0, -2)
-        self.outputs[name] = self.outputs.get(name, 0) + g.T @ g
-
-
 def from_logits(logits: Tensor) -> tuple[Tensor, int]:
     """The loss of labels drawn from the predictions, and how many there are."""
     flat = logits.flatten(0, -2)
@@ -144,10 +118,6 @@ def by_sentences(path: Path, seed: int = 0) -> tuple[Sums, int]:
         loss.backward()
         events += count
     return sums, events
-
-
-def close(found: Tensor, expected: Tensor) -> None:
-    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
 
 
 def assert_moments(moments: Moments, sums: Sums, events: int) -> None:

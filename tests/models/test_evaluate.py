@@ -12,8 +12,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import cli, complaint
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from zoo import words_tokenizer
 
 import svdcli
 from svdcli.errors import SvdcliError
@@ -34,14 +33,6 @@ def small_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("eval") / "out"
     svdcli.compress(SAMPLE, out, svdcli.Recipe("keep", 0.5))
     return out
-
-
-def words_tokenizer(folder: Path) -> None:
-    """A tokenizer of 96 words, so that tiny encoders can read."""
-    words = {"[PAD]": 0, "[UNK]": 1} | {f"w{i}": i for i in range(2, 96)}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]").save_pretrained(folder)
 
 
 def losses(model: Any, ids: torch.Tensor) -> torch.Tensor:

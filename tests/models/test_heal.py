@@ -12,8 +12,8 @@ import pytest
 import torch
 import zoo
 from helpers import cli, complaint, contents, tree
-from test_evaluate import words_tokenizer
 from torch import Tensor, nn
+from zoo import words_tokenizer
 
 import svdcli
 from svdcli.errors import SvdcliError

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 import zoo
 from torch import Tensor, nn
+from zoo import albert
 
 import svdcli
 from svdcli.errors import SvdcliError
@@ -270,13 +270,6 @@ def test_the_gradients_of_a_compressed_model_are_those_of_one_backward_pass(comp
     path, batches, end = compressed("llama", "pivoted"), batches_of(zoo.TEXT), ends_of("llama")
     found, expected = in_turns(frozen(svdcli.load(path)), batches, end), in_one_piece(frozen(svdcli.load(path)), batches, end)
     assert_same(found, expected, {name for name, _ in expected.found} - {"lm_head"})
-
-
-def albert() -> Any:
-    """One group of layers that is run three times."""
-    torch.manual_seed(0)
-    sizes = {"vocab_size": 96, "embedding_size": 32, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4}
-    return frozen(transformers.AlbertModel(transformers.AlbertConfig(num_hidden_layers=3, **sizes)))
 
 
 class Block(nn.Module):

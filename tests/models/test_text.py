@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import zoo
 from helpers import cli, complaint
-from test_evaluate import words_tokenizer
+from zoo import words_tokenizer
 
 import svdcli
 from svdcli.errors import UsageError

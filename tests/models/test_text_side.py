@@ -12,10 +12,9 @@ import torch
 import transformers
 import zoo
 from helpers import cli, complaint, contents
-from test_calibrate import Sums, close
-from test_evaluate import words_tokenizer
 from torch import nn
 from transformers import CLIPTextModel
+from zoo import Sums, close, words_tokenizer
 
 import svdcli
 from svdcli.errors import SvdcliError

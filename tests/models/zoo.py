@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from safetensors.torch import save_file
-from torch import Tensor
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerFast
 
 from svdcli.files.checkpoint import open_checkpoint
 from svdcli.linalg.solvers import svd
@@ -164,3 +167,48 @@ def answer(family: str, model: Any) -> Tensor:
     with torch.inference_mode():
         found: Tensor = getattr(model(**FAMILIES[family].inputs), FAMILIES[family].answer)
     return found
+
+
+def words_tokenizer(folder: Path) -> None:
+    """A tokenizer of 96 words, so that tiny encoders can read."""
+    words = {"[PAD]": 0, "[UNK]": 1} | {f"w{i}": i for i in range(2, 96)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]").save_pretrained(folder)
+
+
+class Sums:
+    """Sums over everything that enters the linear layers of a whole model, and over the gradients at what leaves them."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.inputs: dict[str, Tensor] = {}
+        self.mean: dict[str, Tensor] = {}
+        self.outputs: dict[str, Tensor] = {}
+        self.rows: dict[str, int] = {}
+        for name, layer in model.named_modules():
+            if isinstance(layer, nn.Linear) or type(layer).__name__ == "Conv1D":
+                layer.register_forward_hook(partial(self._hook, f"{name}.weight"))
+
+    def _hook(self, name: str, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        x = inputs[0].detach().double().flatten(0, -2)
+        self.inputs[name] = self.inputs.get(name, 0) + x.T @ x
+        self.mean[name] = self.mean.get(name, 0) + x.sum(0)
+        self.rows[name] = self.rows.get(name, 0) + x.shape[0]
+        output.register_hook(partial(self._outputs, name))
+
+    def _outputs(self, name: str, gradient: Tensor) -> None:
+        g = gradient.double().flatten(0, -2)
+        self.outputs[name] = self.outputs.get(name, 0) + g.T @ g
+
+
+def close(found: Tensor, expected: Tensor) -> None:
+    """Equal but for the rounding of float32 sums."""
+    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
+
+
+def albert() -> Any:
+    """One group of layers that is run three times."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 96, "embedding_size": 32, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4}
+    model = transformers.AlbertModel(transformers.AlbertConfig(num_hidden_layers=3, **sizes))
+    return model.requires_grad_(False).eval()
