@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from svdcli.engine import Compute
+    from svdcli.files.texts import Texts
     from svdcli.models.calibrate import Forecast
     from svdcli.pipeline import Outcome, Reading
     from svdcli.plan.recipe import Plan
@@ -311,13 +312,23 @@ def _reading(
     text: str | None, stdlib: bool, samples: int | None, seq_len: int | None, trust_remote_code: bool, quiet: bool
 ) -> Reading:
     """The text to calibrate on, with what it will cost told before it starts."""
-    from svdcli.files.texts import read_texts
     from svdcli.pipeline import Reading
 
     _check_samples(samples)
-    texts = read_texts(text, stdlib=stdlib, held_out=False)
-    texts, held_out = (texts, read_texts(None, stdlib=True, held_out=True)) if stdlib else texts.split(0.9)
+    texts = _read_text(text, stdlib=stdlib, held_out=False)
+    texts, held_out = (texts, _read_text(None, stdlib=True, held_out=True)) if stdlib else texts.split(0.9)
     return Reading(texts, held_out, samples, seq_len, trust_remote_code, _announce(quiet))
+
+
+def _read_text(path: str | None, *, stdlib: bool, held_out: bool) -> Texts:
+    """The text of --text or --stdlib; files of a folder that are none are told."""
+    from svdcli.files.texts import read_texts
+
+    texts = read_texts(path, stdlib=stdlib, held_out=held_out)
+    if texts.passed_over:
+        count, first = len(texts.passed_over), printable(texts.passed_over[0])
+        _note(f"{printable(texts.name)}: files that are not UTF-8 are passed over: {count}, such as {first}")
+    return texts
 
 
 def _say(outcome: Outcome, quiet: bool) -> None:
@@ -476,9 +487,8 @@ def eval_(
     Encoders are compared by the cosine similarity of their sentence embeddings.
     """
     from svdcli import render
-    from svdcli.files.texts import read_texts
 
-    texts = read_texts(text, stdlib=stdlib, held_out=True) if text or stdlib or not prompt else None
+    texts = _read_text(text, stdlib=stdlib, held_out=True) if text or stdlib or not prompt else None
     at_least_one("--samples", samples)
     at_least_one("--new-tokens", new_tokens)
     computed_in = parse_dtype(dtype)
@@ -537,10 +547,9 @@ def calibrate(
     The model is in memory a block at a time.
     """
     from svdcli import render
-    from svdcli.files.texts import read_texts
 
     _check_samples(samples)
-    texts = read_texts(text, stdlib=stdlib, held_out=False)
+    texts = _read_text(text, stdlib=stdlib, held_out=False)
     goal = Path(output)
     if not goal.absolute().parent.is_dir():
         raise SvdcliError(f"the folder {goal.absolute().parent} does not exist", "create it first")
@@ -614,7 +623,6 @@ def heal(
 
     A run that was cut short continues with the block it had reached. OUT is not touched.
     """
-    from svdcli.files.texts import read_texts
     from svdcli.healing import Effort
     from svdcli.healing import heal as run
 
@@ -626,7 +634,7 @@ def heal(
     if json_ and csv_:
         raise UsageError("--json and --csv exclude each other", "choose one")
     effort = Effort(steps if steps or minutes else 400, None if minutes is None else 60 * minutes)
-    texts = read_texts(text, stdlib=stdlib, held_out=False)
+    texts = _read_text(text, stdlib=stdlib, held_out=False)
     _tell_code(trust_remote_code, output, teacher)
     with _working(quiet) as progress:
         outcome = run(

@@ -177,7 +177,8 @@ class Ready:
     def take(self, w: Tensor, layer: LayerPlan) -> tuple[tuple[Tensor, ...], Result]:
         """The tensors of one layer, and their exact error against its weight."""
         tensors = self.tensors(layer)
-        return tensors, replace(self.results[layer.tensor.name], relative_error=_relative_error(w, tensors, layer))
+        without_bias = tensors[: len(layer.stored())]
+        return tensors, replace(self.results[layer.tensor.name], relative_error=_relative_error(w, without_bias, layer))
 
 
 class LayerFailedError(Exception):

@@ -222,10 +222,14 @@ def expand(model: str | Path, out: str | Path | None = None, *, force: bool = Fa
 
 
 def _check_undamaged(checkpoint: Checkpoint, record: Mapping[str, Any], layers: Sequence[LayerPlan]) -> None:
-    """Raises BadCheckpointError where a weight file of a directory is not what was written, or an order of rows is none."""
+    """Raises BadCheckpointError where a weight file of a directory is not what was written, config.json is gone, or an order of
+    rows is none."""
     from svdcli.engine import has_row_order
 
-    for name, item in (record.get("files") or {}).items():
+    files = record.get("files") or {}
+    if "config.json" in files and checkpoint.config is None:
+        raise BadCheckpointError(f"{checkpoint.path} has lost its config.json", "put it back, or write the output again")
+    for name, item in files.items():
         if name in checkpoint.files and sha256_of(checkpoint.path / name) != item.get("sha256"):
             raise BadCheckpointError(f"{checkpoint.path / name} was changed after svdcli wrote it", "see `svdcli verify`")
     damaged = next((layer.tensor.name for layer in layers if not has_row_order(checkpoint, layer)), None)

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 import svdcli
 from svdcli import Recipe
 from svdcli.files.record import is_inside
-from svdcli.survey import Check
+from svdcli.survey import BESIDE, Check
 
 
 @pytest.fixture
@@ -129,6 +129,15 @@ def test_a_config_that_is_gone(output: Path) -> None:
 
 
 # Beside them ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_that_was_carried_along_did_not_come_afterwards(tmp_path: Path) -> None:
+    model = write_model(tmp_path / "m")
+    write_model(model / "checkpoint-500")
+    svdcli.compress(model, tmp_path / "o", Recipe("rank", 9), carry=["checkpoint-500/*"])
+    assert not [check for check in svdcli.verify(tmp_path / "o").checks if check.check == BESIDE]
+    write_model(tmp_path / "o" / "checkpoint-600")
+    assert [check.subject for check in svdcli.verify(tmp_path / "o").checks if check.check == BESIDE] == ["checkpoint-600/"]
 
 
 def test_what_a_hub_and_its_users_do_is_noted_and_no_failure(output: Path) -> None:

@@ -85,8 +85,16 @@ class Checkpoint:
 
     @property
     def nbytes(self) -> int:
-        """Bytes on disk of everything that the output stands for: weights, configuration, carried files."""
-        return sum(self.files.values()) + sum(self.carried.values())
+        """Bytes on disk of everything that the output stands for: weights, configuration, carried files. Of a pickle that holds
+        more than the weights, these count."""
+        sizes = [self._bytes_of_weights(name, size) for name, size in self.files.items()]
+        return sum(sizes) + sum(self.carried.values())
+
+    def _bytes_of_weights(self, name: str, size: int) -> int:
+        pickle = self.pickled.get(name)
+        if pickle is None or not pickle.left_out:
+            return size
+        return min(size, sum(info.nbytes for info in pickle.infos))
 
     @property
     def shown(self) -> str:

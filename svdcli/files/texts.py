@@ -14,10 +14,12 @@ from svdcli.files.stdlib_text import stdlib_modules
 
 @dataclass(frozen=True)
 class Texts:
-    """Documents with the name that a person gave them. digest is the SHA-256 of all of them, in order."""
+    """Documents with the name that a person gave them. digest is the SHA-256 of all of them, in order; passed_over names files
+    that are no text."""
 
     name: str
     documents: tuple[str, ...]
+    passed_over: tuple[str, ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -47,8 +49,8 @@ class Texts:
 def read_texts(path: str | None, *, stdlib: bool, held_out: bool) -> Texts:
     """The text of `--text PATH` (a file, a folder of files, `-`) or of `--stdlib`, its held-out half or the other.
 
-    Files of a folder that are not UTF-8 are passed over. Raises UsageError where both or neither are given, SvdcliError
-    where there is no text.
+    Files of a folder that are not UTF-8 are passed over, and named. Raises UsageError where both or neither are given,
+    SvdcliError where there is no text or a file is none.
     """
     if (path is None) != stdlib:
         raise UsageError("give --text FILE or --stdlib, one of them", "--text takes a file, a folder or -")
@@ -56,11 +58,11 @@ def read_texts(path: str | None, *, stdlib: bool, held_out: bool) -> Texts:
         half = "held-out modules" if held_out else "modules that are not held out"
         found = Texts(f"standard library, {half}", tuple(text for _, text in stdlib_modules(held_out=held_out)))
     elif path == STANDARD:
-        found = Texts("standard input", (sys.stdin.buffer.read().decode("utf-8"),))
+        found = Texts("standard input", (_decoded(sys.stdin.buffer.read(), "standard input"),))
     elif Path(path).is_dir():
-        found = Texts(path, tuple(_documents(Path(path))))
+        found = _folder_of_texts(Path(path), path)
     elif Path(path).exists():
-        found = Texts(path, (Path(path).read_text(encoding="utf-8"),))
+        found = Texts(path, (_decoded(Path(path).read_bytes(), path),))
     else:
         raise SvdcliError(f"{path} does not exist", "check the path of --text")
     if not any(document.strip() for document in found.documents):
@@ -68,13 +70,22 @@ def read_texts(path: str | None, *, stdlib: bool, held_out: bool) -> Texts:
     return found
 
 
-def _documents(folder: Path) -> list[str]:
-    texts = []
+def _decoded(raw: bytes, name: str) -> str:
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise SvdcliError(f"{name} is not UTF-8 text ({error.reason})", "convert it first") from error
+
+
+def _folder_of_texts(folder: Path, name: str) -> Texts:
+    texts: list[str] = []
+    passed_over: list[str] = []
     for file in sorted(folder.rglob("*")):
-        hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
-        if file.is_file() and not hidden:
-            try:
-                texts.append(file.read_text(encoding="utf-8"))
-            except UnicodeDecodeError:
-                continue
-    return texts
+        inside = file.relative_to(folder)
+        if not file.is_file() or any(part.startswith(".") for part in inside.parts):
+            continue
+        try:
+            texts.append(_decoded(file.read_bytes(), name))
+        except SvdcliError:
+            passed_over.append(str(inside))
+    return Texts(name, tuple(texts), tuple(passed_over))

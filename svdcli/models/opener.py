@@ -41,10 +41,11 @@ class Opener:
     @classmethod
     def from_pretrained(cls, path: Any, *arguments: Any, **options: Any) -> Any:
         stock = getattr(transformers, cls.__name__)
-        model = stock.from_pretrained(path, *arguments, **(options | {"trust_remote_code": False}))
+        opened = stock.from_pretrained(path, *arguments, **(options | {"trust_remote_code": False}))
+        model = opened[0] if isinstance(opened, tuple) else opened  # output_loading_info gives a pair
         if hasattr(model.config, "auto_map"):
             del model.config.auto_map
-        return model
+        return opened
 
 
 for _name in AUTO_CLASSES:

@@ -12,6 +12,7 @@ from svdcli.plan.ranks import Choice, Options, uniform, uniform_within
 from svdcli.plan.recipe import Plan, Recipe
 from svdcli.plan.tensors import TensorInfo, module_of
 
+NOT_CALIBRATED = "was not calibrated"  # so begins the reason of a layer that no text reached
 _WELL_BELOW = 0.97
 
 
@@ -90,6 +91,8 @@ def _unreachable(recipe: Recipe, least: float, options: Sequence[Options], left:
     if dense:
         why = f"{staying_dense(dense, len(dense) + len(ranked))}, and with the least ranks elsewhere {least:.3g} remain"
         hints.append(f"leave the dense ones out of the count with {_excluding(list(dense), ranked)}")
+    if any(reason.startswith(NOT_CALIBRATED) for reason in left.values()):
+        hints.append("calibrate with more text")
     if recipe.multiple_of > 1:
         hints.append("give a smaller --multiple-of")
     return UsageError(f"--keep {recipe.value:g} is not reachable: {why}", ", or ".join(hints))

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from svdcli.errors import UsageError
-from svdcli.plan.budget import cost_of, note_of_missed_share, ranks_within_share, staying_dense
+from svdcli.plan.budget import NOT_CALIBRATED, cost_of, note_of_missed_share, ranks_within_share, staying_dense
 from svdcli.plan.ranks import (
     Choice,
     Options,
@@ -78,7 +78,7 @@ def decide(
     out = {t.name: f"holds {UNSOUND}" for t in selected if not measured[t.name].finite}
     if recipe.calibration is not None:
         out |= {
-            t.name: "was not calibrated: no input reached it, or no gradient"
+            t.name: f"{NOT_CALIBRATED}: no input reached it, or no gradient"
             for t in selected
             if not measured[t.name].metric and t.name not in out
         }

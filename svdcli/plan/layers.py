@@ -15,6 +15,7 @@ from svdcli.plan.tensors import FACTORED_DTYPES, TensorInfo, module_of
 
 # The largest rank that saves must be at least this, or a layer has nothing worth sharing.
 SMALLEST_BREAK_EVEN = 8
+_NOT_MEANT = ("not in the list of layers", "no --include matches", "excluded by ")
 
 
 def choose_layers(
@@ -56,6 +57,11 @@ def choose_layers(
 def nothing_selected(shown: str, skipped: Sequence[Skipped]) -> NothingSelectedError:
     """The error of a checkpoint without layers to factor, with the reason that most of its tensors have."""
     reasons = [item.reason for item in skipped]
+    meant = [item for item in skipped if not item.reason.startswith(_NOT_MEANT)]
+    if meant and len(meant) < len(skipped):  # what was asked for by a pattern stays dense for what it is
+        what = f"{meant[0].tensor.module} stays dense: {meant[0].reason}"
+        hint = "its full name as --include overrides what a layer does"
+        return NothingSelectedError(f"no layer of {shown} is selected ({what})", hint)
     top = max(dict.fromkeys(reasons), key=reasons.count, default="")
     why = f" ({reasons.count(top)} of {len(reasons)} tensors: {top})" if top else ": it holds no tensors"
     return NothingSelectedError(f"no layer of {shown} is selected{why}", "see `svdcli inspect`")

@@ -75,7 +75,9 @@ class Roles:
             return ""
         parts, vocabularies = module.split("."), self.facts.vocabularies
         held: list[TensorInfo] = []
-        if _EMBEDDING.search(module) and not _NO_VOCABULARY.search(module) and not self.tables:
+        if parts[-2:] in (["encoder", "embed_tokens"], ["decoder", "embed_tokens"]):
+            held = [table for table in self.tables if table.module.split(".")[-1] == "shared"]
+        elif _EMBEDDING.search(module) and not _NO_VOCABULARY.search(module) and not self.tables:
             held = [head for head in self.heads if head.shape[0] in vocabularies]
         elif parts[0] in _HEAD_TOPS or _HEAD_PART.search(parts[-1]):
             held = [table for table in self.tables if not vocabularies or table.shape[0] in vocabularies]

@@ -176,6 +176,14 @@ def test_a_note_that_is_none_is_a_damaged_record(tmp_path: Path, note: Any) -> N
         svdcli.expand(tmp_path / "o", tmp_path / "d")
 
 
+def test_an_output_that_lost_its_config_is_not_expanded(tmp_path: Path) -> None:
+    svdcli.compress(write_model(tmp_path / "m"), tmp_path / "o", svdcli.Recipe("rank", 9))
+    (tmp_path / "o" / "config.json").unlink()
+    with pytest.raises(SvdcliError, match=r"has lost its config\.json"):
+        svdcli.expand(tmp_path / "o", tmp_path / "d")
+    assert not (tmp_path / "d").exists()
+
+
 def test_what_somebody_else_changed_stays(tmp_path: Path) -> None:
     svdcli.compress(write_model(tmp_path / "m"), tmp_path / "o", svdcli.Recipe("rank", 9))
     config = json.loads((tmp_path / "o" / "config.json").read_text())

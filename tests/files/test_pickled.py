@@ -210,6 +210,13 @@ def test_what_torch_did_not_write_is_named_in_plain_words(tmp_path: Path, raw: b
     assert "weights_only" not in str(caught.value)
 
 
+def test_what_is_left_out_of_a_pickle_is_no_saving(tmp_path: Path) -> None:
+    torch.save({"net": NET, "optimizer": {"state": {0: torch.ones(500, 500)}}}, tmp_path / "x.pth")
+    assert open_checkpoint(tmp_path / "x.pth").nbytes == sum(tensor.nbytes for tensor in NET.values())
+    torch.save(NET, tmp_path / "y.pth")
+    assert open_checkpoint(tmp_path / "y.pth").nbytes == (tmp_path / "y.pth").stat().st_size
+
+
 def test_a_dict_that_holds_itself(tmp_path: Path) -> None:
     value: dict[str, Any] = {"net": NET}
     value["self"] = value

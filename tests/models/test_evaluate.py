@@ -194,6 +194,16 @@ def test_stdlib_is_the_held_out_half() -> None:
     assert not set(held.documents) & set(other.documents) - {""}
 
 
+def test_files_that_are_no_text_are_named(small_llama: Path, tmp_path: Path) -> None:
+    for name in ("a.txt", "b.bin", "c/d.bin"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"\xff\xfe" if name.endswith("bin") else b"import os " * 400)
+    done = cli("eval", small_llama, "--text", tmp_path, "--samples", "2", "--seq-len", "32", "--json")
+    assert f"svdcli: {tmp_path}: files that are not UTF-8 are passed over: 2, such as b.bin\n" in done.err
+    assert json.loads(done.out)["text"] == str(tmp_path)
+    assert "b.bin is not UTF-8 text" in complaint(cli("eval", small_llama, "--text", tmp_path / "b.bin"))
+
+
 def test_what_cannot_be_read_is_refused(small_llama: Path, written: Written, tmp_path: Path) -> None:
     assert "one of them" in complaint(cli("eval", small_llama), 2)
     assert "one of them" in complaint(cli("eval", small_llama, "--text", "x", "--stdlib"), 2)

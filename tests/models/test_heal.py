@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 import torch
 import zoo
 from helpers import cli, complaint, contents, tree
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from zoo import words_tokenizer
 
@@ -129,6 +131,23 @@ def test_a_model_that_does_not_fit_into_memory_is_healed_in_blocks_and_says_so(
     found = svdcli.heal(pair[1], pair[0], TEXT, tmp_path / "healed", **HOW)
     assert list(found.report.healing["blocks"]) == ["model.layers.0", "model.layers.1"]
     assert any("did not train the whole model" in note for note in found.report.notes)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "bert"])
+def test_a_calibrated_model_with_biases_heals(family: str, written: Written, tmp_path: Path) -> None:
+    """Its biases are refitted with its layers, and are trained with them."""
+    teacher = written(family)
+    words_tokenizer(teacher)
+    lines = svdcli.Texts("lines", (textwrap.fill(TEXT.documents[0], 90),))
+    reading = svdcli.Reading(lines, samples=16, seq_len=32)
+    recipe = svdcli.Recipe("keep", 0.5, allocate="global", floor=0.0, layout="pivoted")
+    plan = svdcli.compress(teacher, tmp_path / "small", recipe, reading=reading).plan
+    assert any(layer.bias is not None for layer in plan.factored)
+    healed = svdcli.heal(tmp_path / "small", teacher, lines, tmp_path / "healed", **HOW).plan
+    assert svdcli.verify(tmp_path / "healed", teacher).ok
+    small, better = (load_file(tmp_path / name / "model.safetensors") for name in ("small", "healed"))
+    biases = [layer.bias.name for layer in healed.factored if layer.bias is not None]
+    assert any(not torch.equal(small[name], better[name]) for name in biases)
 
 
 def test_a_size_that_the_record_of_healing_exceeds_is_noted(written: Written, tmp_path: Path) -> None:

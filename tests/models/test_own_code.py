@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import zoo
-from helpers import cli, complaint
+from helpers import cli, complaint, run_code
 from zoo import words_tokenizer
 
 import svdcli
@@ -168,6 +168,19 @@ def test_where_the_class_is_transformers_own_only_the_option_runs_the_folder_s(t
     assert type(svdcli.load(path)).__name__ == "LlamaForCausalLM"
     assert "RUNS" not in capfd.readouterr().err
     assert type(svdcli.load(path, trust_remote_code=True)).__name__ == "MyForCausalLM"
+
+
+def test_a_self_contained_output_tells_what_was_loaded(written: Callable[[str], Path], tmp_path: Path) -> None:
+    svdcli.compress(written("llama"), tmp_path / "o", svdcli.Recipe("keep", 0.6, self_contained=True))
+    code = (
+        "import sys, transformers\n"
+        "options = {'trust_remote_code': True, 'output_loading_info': True}\n"
+        "opened = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], **options)\n"
+        "assert not opened[1]['missing_keys'], opened\n"
+        "assert not hasattr(opened[0].config, 'auto_map')\n"
+    )
+    done = run_code(code, tmp_path / "o", folder=tmp_path)
+    assert done.code == 0, done.err
 
 
 def test_a_self_contained_output_needs_no_trust(tmp_path: Path) -> None:

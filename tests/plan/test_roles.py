@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers import write_model
 
-from svdcli.errors import UsageError
+import svdcli
+from svdcli.errors import NothingSelectedError, UsageError
 from svdcli.plan.facts import ModelFacts
 from svdcli.plan.layers import choose_layers
 from svdcli.plan.tensors import TensorInfo
@@ -166,6 +169,18 @@ def test_a_head_that_is_tied_leads_to_its_embedding(head: str, how: str) -> None
         reasons(TABLE, {"tie_word_embeddings": True, "vocab_size": 900}, **{how: [head]})
     with pytest.raises(UsageError, match=r"near names: model\.embed"):
         reasons(TABLE, {"tie_word_embeddings": False, "vocab_size": 900}, **{how: [head]})
+
+
+@pytest.mark.parametrize("side", ["encoder", "decoder"])
+def test_the_tables_of_an_encoder_and_a_decoder_lead_to_the_shared_one(side: str) -> None:
+    with pytest.raises(UsageError, match="tied weights are in the file once, here as shared; name shared"):
+        reasons({"shared.weight": (900, 64)}, {"vocab_size": 900}, include=[f"{side}.embed_tokens"])
+
+
+def test_a_pattern_that_only_finds_what_stays_dense_says_why(tmp_path: Path) -> None:
+    model = write_model(tmp_path / "m")
+    with pytest.raises(NothingSelectedError, match=r"embed_tokens stays dense: embedding\); its full name as --include"):
+        svdcli.compress(model, tmp_path / "o", svdcli.Recipe("rank", 8, include=("*embed*",)))
 
 
 def test_an_embedding_that_is_tied_leads_to_its_head() -> None:
