@@ -1,20 +1,26 @@
 """svdcli makes neural-network checkpoints smaller by low rank."""
 
-__version__ = "0.1.0"
+from svdcli.version import __version__
 
 # Nothing is imported here: the command must catch an interrupt early, and `typing` alone takes milliseconds.
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from svdcli.engine import Compute
+    from svdcli.engine.executor import Compute
     from svdcli.errors import SvdcliError
-    from svdcli.files.texts import Texts, read_texts
-    from svdcli.healing import Effort, heal
-    from svdcli.models.calibrate import calibrate
-    from svdcli.models.export import export_onnx
+    from svdcli.healing.blocks import Effort
     from svdcli.models.load import load
-    from svdcli.pipeline import Reading, compress, expand
-    from svdcli.plan.recipe import Plan, Recipe
-    from svdcli.survey import inspect, report, spectrum, verify
+    from svdcli.plan.plan import Plan
+    from svdcli.plan.recipe import Recipe
+    from svdcli.text.texts import Texts, read_texts
+    from svdcli.verbs.calibrate import calibrate
+    from svdcli.verbs.compress import Reading, compress
+    from svdcli.verbs.expand import expand
+    from svdcli.verbs.export import export_onnx
+    from svdcli.verbs.heal import heal
+    from svdcli.verbs.inspect import inspect
+    from svdcli.verbs.report import report
+    from svdcli.verbs.spectrum import spectrum
+    from svdcli.verbs.verify import verify
 
 __all__ = [
     "Compute",
@@ -39,16 +45,28 @@ __all__ = [
 ]
 
 _HOMES = {
-    "svdcli.engine": ("Compute",),
+    "svdcli.engine.executor": ("Compute",),
     "svdcli.errors": ("SvdcliError",),
-    "svdcli.files.texts": ("Texts", "read_texts"),
-    "svdcli.healing": ("Effort", "heal"),
-    "svdcli.models.calibrate": ("calibrate",),
-    "svdcli.models.export": ("export_onnx",),
+    "svdcli.healing.blocks": ("Effort",),
     "svdcli.models.load": ("load",),
-    "svdcli.pipeline": ("Reading", "compress", "expand"),
-    "svdcli.plan.recipe": ("Plan", "Recipe"),
-    "svdcli.survey": ("inspect", "report", "spectrum", "verify"),
+    "svdcli.plan.plan": ("Plan",),
+    "svdcli.plan.recipe": ("Recipe",),
+    "svdcli.text.texts": (
+        "Texts",
+        "read_texts",
+    ),
+    "svdcli.verbs.calibrate": ("calibrate",),
+    "svdcli.verbs.compress": (
+        "Reading",
+        "compress",
+    ),
+    "svdcli.verbs.expand": ("expand",),
+    "svdcli.verbs.export": ("export_onnx",),
+    "svdcli.verbs.heal": ("heal",),
+    "svdcli.verbs.inspect": ("inspect",),
+    "svdcli.verbs.report": ("report",),
+    "svdcli.verbs.spectrum": ("spectrum",),
+    "svdcli.verbs.verify": ("verify",),
 }
 
 

@@ -33,7 +33,7 @@ def main() -> None:
     gc.disable()  # start-up makes many objects and no garbage; long commands turn it on again
     # Page faults in large buffers took a sixth of the CPU time of `compress` (PyTorch's tuning guide, transparent huge pages).
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    from svdcli.cli import main as run
+    from svdcli.cli.commands import main as run
 
     try:
         run()

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+Compressed = Callable[..., Path]
 
 # Fixtures import what they need: the process that only deals out tests to workers needs none of it.
 
@@ -47,3 +51,43 @@ def compressed_mlp(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("mlp") / "mlp.svd.safetensors"
     svdcli.compress(Path(__file__).parent.parent / "sample_models" / "mlp.safetensors", out, svdcli.Recipe("rank", 64))
     return out
+
+
+@pytest.fixture(autouse=True)
+def _no_bars() -> None:
+    """transformers draws its own bars where a test has imported it."""
+    if "transformers" in sys.modules:
+        sys.modules["transformers"].utils.logging.disable_progress_bar()
+
+
+@pytest.fixture(scope="session")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The directory of a family's tiny model, written when it is first asked for."""
+    import zoo
+
+    made: dict[str, Path] = {}
+
+    def write(family: str) -> Path:
+        if family not in made:
+            made[family] = zoo.save(family, tmp_path_factory.mktemp(family) / "model")
+        return made[family]
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def compressed(written: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Compressed:
+    """The same, compressed: (family, layout, keep) -> directory."""
+    import svdcli
+
+    made: dict[tuple[str, str, float], Path] = {}
+
+    def make(family: str, layout: str = "factored", keep: float = 0.6) -> Path:
+        key = (family, layout, keep)
+        if key not in made:
+            out = tmp_path_factory.mktemp(f"{family}-{layout}") / "out"
+            svdcli.compress(written(family), out, svdcli.Recipe("keep", keep, layout=layout))
+            made[key] = out
+        return made[key]
+
+    return make

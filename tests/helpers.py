@@ -208,7 +208,7 @@ def cli(
     env: Mapping[str, str] | None = None,
 ) -> Finished:
     """`svdcli ARGS` in this process: the same as `run`, without the seconds that importing torch takes."""
-    from svdcli.cli import main
+    from svdcli.cli.commands import main
 
     out = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True)
     err = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", errors="backslashreplace", write_through=True)

@@ -30,7 +30,7 @@ def _become(arguments: list[str], stop_at: int, ignored: bool, err: int, count: 
 
     def hook(event: str, values: tuple[object, ...]) -> None:
         nonlocal seen
-        if event == "import" and (seen or values[0] == "svdcli.cli"):  # the first import that main() makes
+        if event == "import" and (seen or values[0] == "svdcli.cli.commands"):  # the first import that main() makes
             seen += 1
             os.write(count, b".")
             if seen == stop_at:

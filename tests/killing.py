@@ -15,7 +15,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from svdcli import cli, engine, pipeline  # noqa: F401  imported before the fork
+# imported before the fork
+import svdcli.engine.job
+import svdcli.verbs.compress  # noqa: F401
+from svdcli.cli import commands
 
 _EVENTS = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "shutil.rmtree", "os.truncate"}
 
@@ -51,7 +54,7 @@ def _become(arguments: list[str], out: Path, stop_at: int | None, kind: int, cou
     sys.argv = ["svdcli", *arguments]
     sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     try:
-        cli.main()
+        commands.main()
     except SystemExit as end:
         os._exit(int(end.code or 0))
     finally:

@@ -10,7 +10,6 @@ import pytest
 from helpers import run_code
 
 sys.path.insert(0, str(Path(__file__).parent / "readme"))
-sys.path.insert(0, str(Path(__file__).parent / "models"))
 import zoo
 from regenerate import BLOCK, PICTURE, README, render_picture, render_readme, workshop
 

@@ -1,0 +1,1 @@
+"""The disk: headers, checkpoints, records, reports, and writing that can be resumed."""

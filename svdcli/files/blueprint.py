@@ -29,7 +29,7 @@ from svdcli.files.record import (
 )
 from svdcli.files.writer import OutFile, Unit, group_units, lay_out, safetensors_name, shard_stem
 from svdcli.plan.parts import tripwires
-from svdcli.plan.recipe import LayerPlan, Plan
+from svdcli.plan.plan import LayerPlan, Plan
 from svdcli.plan.tensors import TensorInfo
 
 Metadata = dict[str, str]

@@ -139,7 +139,7 @@ class Checkpoint:
         """One tensor, in its own dtype and shape, in memory of its own."""
         import torch
 
-        from svdcli.files.bytes_of import TORCH_DTYPES, bytes_of
+        from svdcli.files.dtypes import TORCH_DTYPES, bytes_of
 
         ref = self.tensors[name]
         if ref.file in self.pickled:

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from svdcli.plan.parts import part_configs
-from svdcli.plan.recipe import FORMAT, Plan
+from svdcli.plan.plan import FORMAT, Plan
 
 METHOD = "svdcli"
 _DTYPE_KEYS = ("dtype", "torch_dtype")  # the key of today, and that of older files

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from svdcli.errors import BadCheckpointError, UsageError
-from svdcli.files.bytes_of import DTYPE_NAMES, bytes_of
+from svdcli.files.dtypes import DTYPE_NAMES, bytes_of
 from svdcli.plan.tensors import TensorInfo
 
 _NEEDS_CODE = re.compile(r"Unsupported (global|class)|Trying to |Can only (build|create|SETITEM)")

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
-from svdcli import __version__
 from svdcli.errors import BadCheckpointError, UsageError
 from svdcli.files.checkpoint import METADATA_KEY, RECORD, Checkpoint, read_file_header
 from svdcli.files.folder import read_json
-from svdcli.plan.recipe import FORMAT, LayerPlan, Plan, layer_from_json
+from svdcli.plan.plan import FORMAT, LayerPlan, Plan, layer_from_json
+from svdcli.version import __version__
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,9 @@ from typing import Any
 from svdcli.errors import BadCheckpointError
 from svdcli.files.checkpoint import RECORD, read_file_header
 from svdcli.files.record import read_record
-from svdcli.plan.expected import expected_loss
 from svdcli.plan.layout import stored_tensors
-from svdcli.plan.recipe import Healing, TextRead
+from svdcli.plan.loss import expected_loss
+from svdcli.plan.plan import Healing, TextRead
 from svdcli.plan.tensors import TensorInfo
 
 JSON_VERSION = 1

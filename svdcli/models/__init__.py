@@ -1,1 +1,1 @@
-"""What needs a live nn.Module: low-rank modules, the transformers plugin, loading, evaluation. Nothing is imported here."""
+"""Opening a model: low-rank modules, the transformers plugin, loading. Nothing is imported here."""

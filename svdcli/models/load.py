@@ -16,7 +16,7 @@ from svdcli.files.checkpoint import Checkpoint, open_checkpoint
 from svdcli.files.record import check_listed, record_of, stored_layers
 from svdcli.models import own_code
 from svdcli.models.modules import low_rank_like
-from svdcli.plan.recipe import FORMAT, LayerPlan
+from svdcli.plan.plan import FORMAT, LayerPlan
 
 METHOD = "svdcli"
 _SMALL = 4 * 10**9

@@ -12,7 +12,7 @@ from typing import Any
 
 from svdcli.errors import BadCheckpointError, SvdcliError
 from svdcli.files.folder import read_json
-from svdcli.models import standalone
+from svdcli.models import self_contained as standalone
 
 OPTION = "--trust-remote-code"
 _TOKENIZER_CONFIG = "tokenizer_config.json"

@@ -1,0 +1,1 @@
+"""Words and numbers, standard library only: recipe, layers, ranks, budgets, plan."""

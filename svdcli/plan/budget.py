@@ -8,8 +8,9 @@ from fnmatch import fnmatchcase
 
 from svdcli.errors import UsageError
 from svdcli.plan.layout import stored_parameters
+from svdcli.plan.plan import Plan
 from svdcli.plan.ranks import Choice, Options, uniform, uniform_within
-from svdcli.plan.recipe import Plan, Recipe
+from svdcli.plan.recipe import Recipe
 from svdcli.plan.tensors import TensorInfo, module_of
 
 NOT_CALIBRATED = "was not calibrated"  # so begins the reason of a layer that no text reached

@@ -8,18 +8,10 @@ from dataclasses import dataclass, replace
 
 from svdcli.errors import UsageError
 from svdcli.plan.budget import NOT_CALIBRATED, cost_of, note_of_missed_share, ranks_within_share, staying_dense
-from svdcli.plan.ranks import (
-    Choice,
-    Options,
-    allocate_globally,
-    by_tail,
-    fixed_rank,
-    options_of,
-    rounding_energy,
-    tails_of,
-    uniform_within,
-)
-from svdcli.plan.recipe import LayerPlan, Plan, Recipe, Skipped
+from svdcli.plan.knapsack import allocate_globally
+from svdcli.plan.plan import LayerPlan, Plan, Skipped
+from svdcli.plan.ranks import Choice, Options, by_tail, fixed_rank, options_of, rounding_energy, tails_of, uniform_within
+from svdcli.plan.recipe import Recipe
 from svdcli.plan.tensors import TensorInfo
 from svdcli.plan.words import WEIGHTED
 

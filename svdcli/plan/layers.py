@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence, Set
 
 from svdcli.errors import NothingSelectedError, UsageError
 from svdcli.plan.facts import ModelFacts
-from svdcli.plan.recipe import Skipped
+from svdcli.plan.plan import Skipped
 from svdcli.plan.roles import Roles
 from svdcli.plan.tensors import FACTORED_DTYPES, TensorInfo, module_of
 

@@ -177,7 +177,7 @@ def main() -> None:
     options = made.parse_args()
     if not options.estimate:
         with building_in(options.folder) as folder:
-            start = python("-c", "import torch, transformers, svdcli.healing; transformers.LlamaForCausalLM")
+            start = python("-c", "import torch, transformers, svdcli.verbs.heal; transformers.LlamaForCausalLM")
             found = {name: measure(folder, name) for name in options.size or SIZES}
         print(circumstances(max(run.others for runs in found.values() for run in runs.values())) + "\n")
         head = ("what", "work", "time", "operations a second", f"whole model, {TOKENS:,} tokens", "peak memory above imports")

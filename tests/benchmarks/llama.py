@@ -85,7 +85,7 @@ def build(folder: Path, shape: Shape) -> None:
     """Write config.json and one weight file, tensor by tensor."""
     import torch
 
-    from svdcli.files.bytes_of import bytes_of
+    from svdcli.files.dtypes import bytes_of
 
     folder.mkdir(parents=True)
     tensors = [*shape.ends, *shape.layers_from(0, shape.layers)]

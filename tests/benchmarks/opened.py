@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from svdcli.models.speed_worker import Worker
+from svdcli.models.bench_worker import Worker
 
 TOKENS = 8
 

@@ -34,13 +34,13 @@ from common import building_in, python, say, table, verdict
 from methods import METHODS, Inputs, even_rank, inputs_of, with_factors
 
 import svdcli
-from svdcli.files.bytes_of import TORCH_DTYPES
-from svdcli.files.texts import Texts, read_texts
-from svdcli.models.calibrate import calibrate
-from svdcli.models.evaluate import compare
+from svdcli.calibration.text_side import longest_of
+from svdcli.files.dtypes import TORCH_DTYPES
 from svdcli.models.load import load_quietly
-from svdcli.models.text_side import longest_of
-from svdcli.models.tokens import Windows, load_tokenizer, window_length, windows_of
+from svdcli.text.texts import Texts, read_texts
+from svdcli.text.tokens import Windows, load_tokenizer, window_length, windows_of
+from svdcli.verbs.calibrate import calibrate
+from svdcli.verbs.evaluate import compare
 
 HERE = Path(__file__).resolve().parent
 SAMPLE = HERE.parents[1] / "sample_models" / "tiny-llama"

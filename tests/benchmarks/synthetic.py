@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from llama import SHAPES
 
-from svdcli.files.bytes_of import bytes_of
+from svdcli.files.dtypes import bytes_of
 from svdcli.files.header import render_header
 from svdcli.plan.tensors import TensorInfo
 

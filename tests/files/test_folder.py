@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 from svdcli.errors import BadCheckpointError, UsageError
 from svdcli.files.checkpoint import Checkpoint, open_checkpoint
 from svdcli.files.folder import in_hub_cache
-from svdcli.pipeline import compress
 from svdcli.plan.recipe import Recipe
+from svdcli.verbs.compress import compress
 
 HALF = Recipe("keep", 0.5)
 

@@ -21,7 +21,7 @@ from safetensors import deserialize, safe_open
 from safetensors.torch import save
 
 from svdcli.errors import BadCheckpointError
-from svdcli.files.bytes_of import TORCH_DTYPES
+from svdcli.files.dtypes import TORCH_DTYPES
 from svdcli.files.header import LARGEST_HEADER, Header, read_header, render_header
 from svdcli.plan.tensors import DTYPE_BITS, TensorInfo
 

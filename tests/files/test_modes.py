@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 from helpers import run, write_model, write_small
 
-from svdcli.pipeline import compress, expand
 from svdcli.plan.recipe import Recipe
+from svdcli.verbs.compress import compress
+from svdcli.verbs.expand import expand
 
 HALF = Recipe("keep", 0.5)
 

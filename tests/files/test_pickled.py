@@ -15,9 +15,10 @@ from safetensors.torch import load_file
 
 from svdcli.errors import BadCheckpointError, UsageError
 from svdcli.files.checkpoint import open_checkpoint
-from svdcli.pipeline import compress
 from svdcli.plan.recipe import Recipe
-from svdcli.survey import inspect, verify
+from svdcli.verbs.compress import compress
+from svdcli.verbs.inspect import inspect
+from svdcli.verbs.verify import verify
 
 NET = {"net.0.weight": weight(48, 40), "net.0.bias": torch.ones(48)}
 SMALL = {"disc.weight": torch.ones(3, 4)}

@@ -17,8 +17,8 @@ from zoo import words_tokenizer
 import svdcli
 from svdcli.errors import SvdcliError
 from svdcli.models import own_code
-from svdcli.models.speed_worker import Worker
-from svdcli.models.tokens import load_tokenizer
+from svdcli.models.bench_worker import Worker
+from svdcli.text.tokens import load_tokenizer
 
 WORDS = " ".join(f"w{(i * i + 3 * i) % 94 + 2}" for i in range(600))
 TELL = "import sys\nsys.stderr.write('RUNS ' + __name__ + chr(10))\n"
@@ -123,7 +123,7 @@ def test_bench_and_export_pass_it_on(own: Path, tmp_path: Path, monkeypatch: pyt
         found.append(type(model).__name__)
         raise SvdcliError("stopped")
 
-    monkeypatch.setattr("svdcli.models.export._call_for", stop)
+    monkeypatch.setattr("svdcli.verbs.export._call_for", stop)
     with pytest.raises(SvdcliError, match="stopped"):
         svdcli.export_onnx(own, tmp_path / "m.onnx", trust_remote_code=True)
     assert found == ["MyForCausalLM"]

@@ -11,11 +11,11 @@ from helpers import weight
 from safetensors.torch import save_file
 
 from svdcli.errors import SvdcliError
-from svdcli.pipeline import compress
 from svdcli.plan.adapters import adapter_kind
 from svdcli.plan.layers import choose_layers
 from svdcli.plan.recipe import Recipe
 from svdcli.plan.tensors import TensorInfo
+from svdcli.verbs.compress import compress
 
 RANK = Recipe("rank", 8)
 PEFT = "base_model.model.model.layers.0.self_attn.q_proj"

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from svdcli.errors import UsageError
 from svdcli.plan.budget import cost_of, missed_target, ranks_within_share
 from svdcli.plan.layers import choose_layers
+from svdcli.plan.plan import LayerPlan, Plan
 from svdcli.plan.ranks import options_of, uniform
-from svdcli.plan.recipe import LayerPlan, Plan, Recipe
+from svdcli.plan.recipe import Recipe
 from svdcli.plan.tensors import TensorInfo
 
 sides = st.integers(20, 200)

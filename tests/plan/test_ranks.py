@@ -9,9 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from svdcli.plan.knapsack import allocate_globally
 from svdcli.plan.layers import break_even
 from svdcli.plan.layout import largest_saving_rank, stored_bytes, stored_parameters, stored_tensors
-from svdcli.plan.ranks import Options, allocate_globally, by_tail, fixed_rank, options_of, tails_of, uniform, uniform_within
+from svdcli.plan.ranks import Options, by_tail, fixed_rank, options_of, tails_of, uniform, uniform_within
 from svdcli.plan.recipe import Recipe
 from svdcli.plan.tensors import TensorInfo
 

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from svdcli.errors import UsageError
-from svdcli.plan.recipe import LayerPlan, Plan, Recipe, Skipped, recipe_from_json, recipe_to_json
+from svdcli.plan.plan import LayerPlan, Plan, Skipped
+from svdcli.plan.recipe import Recipe, recipe_from_json, recipe_to_json
 from svdcli.plan.tensors import TensorInfo
 
 BAD = [

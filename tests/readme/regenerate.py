@@ -50,7 +50,7 @@ def workshop() -> Iterator[Path]:
 
 def output_of(command: str) -> str:
     """What `svdcli ...` prints on both streams, 80 columns wide, without trailing blanks."""
-    from svdcli.cli import main
+    from svdcli.cli.commands import main
 
     text = io.StringIO()
     with (
@@ -84,7 +84,7 @@ def render_picture(folder: Path) -> str:
     from rich.console import Console
 
     from svdcli import report
-    from svdcli.render import render_report
+    from svdcli.render.tables import render_report
 
     console = Console(record=True, width=96, file=io.StringIO(), highlight=False, force_terminal=True)
     render_report(report(folder / "sample_models" / "tiny-llama-svd"), console, grouped=True)

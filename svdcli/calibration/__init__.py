@@ -1,0 +1,1 @@
+"""What the layers of a model see, and how much it matters to the model's loss."""

@@ -1,0 +1,124 @@
+"""The loss whose curvature counts: the model's own, with labels drawn from its predictions (the Fisher information).
+
+An encoder without a head is judged by its normalised sentence embedding e: gradients of e . z with z ~ N(0, I). Half the squared
+error in their metric is the expected 1 - cosine where errors of a sentence's tokens are independent; where they go together it
+is too low, by up to the number of tokens, and not evenly over the layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from svdcli.calibration.stream import Stream
+from svdcli.calibration.text_side import pooled, rows_of
+from svdcli.errors import SvdcliError
+from svdcli.linalg.products import fill_gram, mirror
+from svdcli.text.tokens import Batch
+
+
+class ModelLoss:
+    """What a backward pass through `Stream` starts from. events counts predictions (embeddings); nats tells which it was."""
+
+    def __init__(self) -> None:
+        self.batches: Sequence[Batch] = ()
+        self.events = 0
+        self.nats = True
+
+    def look(self, batch: int, output: Any) -> None:
+        """A model without logits is judged by its embeddings."""
+        self.nats = getattr(output, "logits", None) is not None
+
+    def seed(self, batch: int, output: Any) -> tuple[Tensor, Tensor]:
+        """The tensor to differentiate for one batch, and its gradient."""
+        self.look(batch, output)
+        mask = self.batches[batch].get("attention_mask")
+        if self.nats:
+            return output.logits, self._sampled(output.logits, mask)
+        rows = rows_of(output)
+        leaf = rows.detach().requires_grad_()
+        with torch.enable_grad():
+            embedding = embedding_of(leaf, mask)
+            (embedding * torch.randn(embedding.shape).to(embedding)).sum().backward()
+        self.events += leaf.shape[0]
+        assert leaf.grad is not None
+        return rows, leaf.grad
+
+    def _sampled(self, logits: Tensor, mask: Tensor | None) -> Tensor:
+        """Gradient of the summed loss at logits (..., classes) for labels drawn from the predictions themselves."""
+        gradient = logits.detach().float().softmax(-1)
+        if not bool(torch.isfinite(gradient.sum())):
+            raise SvdcliError("the model answers with NaN or infinity", "it does so on this text; check it with `svdcli eval`")
+        flat = gradient.view(-1, gradient.shape[-1])
+        labels = torch.multinomial(flat.cpu(), 1).to(flat.device)
+        flat.scatter_add_(1, labels, torch.full_like(labels, -1, dtype=flat.dtype))
+        if mask is not None and mask.shape == logits.shape[:-1]:
+            gradient = gradient * mask.to(gradient)[..., None]
+            self.events += int(mask.sum())
+        else:
+            self.events += flat.shape[0]
+        return gradient.to(logits.dtype)
+
+
+def embedding_of(rows: Tensor, mask: Tensor | None) -> Tensor:
+    """Normalised sentence embeddings (batch, width) from the rows of an encoder."""
+    return nn.functional.normalize(pooled(rows, mask), dim=-1)
+
+
+def answer_of(output: Any, batch: Batch) -> tuple[Tensor, Callable[[Tensor, Tensor], Tensor]]:
+    """Rows to compare, and the summed distance between two sets of them."""
+    mask = batch.get("attention_mask")
+    logits = getattr(output, "logits", None)
+    if logits is None:
+        return embedding_of(rows_of(output), mask), _cosine_distance
+    rows = logits.float().log_softmax(-1)
+    if mask is not None and mask.shape == rows.shape[:-1]:
+        rows = rows[mask.bool().to(rows.device)]
+    return rows.reshape(-1, rows.shape[-1]), _divergence
+
+
+def _divergence(whole: Tensor, cut: Tensor) -> Tensor:
+    return (whole.exp() * (whole - cut)).sum(dtype=torch.float64)
+
+
+def _cosine_distance(whole: Tensor, cut: Tensor) -> Tensor:
+    return (1 - (whole.double() * cut.double()).sum(-1)).sum()
+
+
+def excess_of(whole: Tensor, cut: Tensor, ids: Tensor) -> Tensor:
+    """By how much more, in nats a token, a decoder loses on the tokens ids (batch, length) than its original. whole and cut
+    (batch * length, vocabulary) are the log probabilities of the original and of the decoder."""
+    theirs, ours = (rows.view(*ids.shape, -1)[:, :-1].gather(-1, ids[:, 1:, None]) for rows in (whole, cut))
+    return (theirs - ours).mean()
+
+
+def block_moments(
+    model: nn.Module,
+    batches: Sequence[Batch],
+    blocks: Collection[str],
+    at_a_time: int,
+    device: torch.device,
+    call: Callable[..., Any] | None = None,
+) -> dict[str, Tensor]:
+    """Second moments (width, width) of the loss gradient at the output of every block, averaged over predictions.
+
+    at_a_time bounds how many batches are under way together; call is what is called with each, if not the whole model.
+    """
+    loss, sums = ModelLoss(), dict[str, Tensor]()
+
+    def add(unit: str, batch: int, gradient: Tensor) -> None:
+        if unit in blocks:
+            rows = gradient.reshape(-1, gradient.shape[-1]).float()
+            if unit not in sums:
+                sums[unit] = rows.new_zeros((rows.shape[1], rows.shape[1]))
+            fill_gram(rows.T, sums[unit], add=True)
+
+    stream = Stream(model, device, torch.float32, lambda *_: None, call)
+    stream.gradients = add
+    for start in range(0, len(batches), at_a_time):
+        loss.batches = batches[start : start + at_a_time]
+        stream.run(loss.batches, loss.seed)
+    return {unit: mirror(total) / max(1, loss.events) for unit, total in sums.items()}

@@ -1,0 +1,183 @@
+"""The file of `svdcli calibrate`: second moments of layers' inputs and of the loss gradients at their outputs.
+
+A safetensors file. `mean.K` (n,) and `input.K` (n, n) are of the input that a group of layers shares, K being the name of the
+first of them; `output.L` is (m, m) or, diagonal only, (m,); `sensitivity.L` (2,) is what the model loses when L alone is cut,
+and the share of L's energy that the cut gave up. All float32; the metadata key `svdcli_moments` says which layer has
+which, and where they come from.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from svdcli.errors import BadCheckpointError, SvdcliError
+from svdcli.files.checkpoint import Checkpoint, open_checkpoint
+from svdcli.files.dtypes import bytes_of
+from svdcli.files.writer import Unit, WeightWriter, lay_out
+from svdcli.linalg.whitening import Metric
+from svdcli.plan.tensors import TensorInfo
+
+METADATA = "svdcli_moments"
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Which model read which text. unit is that of the predicted loss: nats, or 1 - cosine."""
+
+    fingerprint: str
+    text: str
+    text_sha256: str
+    tokens: int
+    samples: int
+    seq_len: int
+    seed: int
+    gradients: bool
+    sensitivity: bool
+    unit: str
+
+
+@dataclass(frozen=True)
+class LayerMoments:
+    """The moments of one layer: inputs G (n, n), their mean (n,), outputs H (m, m) or (m,) or None. Float32, on the CPU.
+
+    transposed says that the weight is stored as (in, out).
+    """
+
+    inputs: Tensor
+    mean: Tensor
+    outputs: Tensor | None
+    transposed: bool
+
+
+def metric_of(moments: LayerMoments, device: torch.device, *, centred: bool) -> Metric:
+    """How a layer's error counts, in float64. A bias that follows the mean leaves only what varies around it."""
+    inputs = moments.inputs.to(device, torch.float64)
+    if centred:
+        mean = moments.mean.to(device, torch.float64)
+        inputs = inputs - torch.outer(mean, mean)
+    return Metric(inputs, None if moments.outputs is None else moments.outputs.to(device))
+
+
+class Spool:
+    """Sums that are kept on disk between rounds, one file each."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.shapes: dict[str, tuple[int, ...]] = {}
+
+    def add(self, key: str, value: Tensor) -> None:
+        path = self._path(key)
+        if key in self.shapes:
+            value = value + torch.load(path, weights_only=True)
+        self.shapes[key] = tuple(value.shape)
+        torch.save(value.to("cpu", torch.float32).contiguous(), path)
+
+    def get(self, key: str) -> Tensor:
+        value: Tensor = torch.load(self._path(key), weights_only=True)
+        return value
+
+    def _path(self, key: str) -> Path:
+        return self.folder / f"{hashlib.sha256(key.encode()).hexdigest()}.pt"
+
+
+def write_moments(
+    path: Path, spool: Spool, scales: Mapping[str, float], layers: Mapping[str, Mapping[str, Any]], provenance: Provenance
+) -> None:
+    """Every spooled sum times its scale, into one file that appears whole or not at all.
+
+    layers maps a weight's name to the keys of its moments: {"input": K, "output": key or None, "transposed": bool}.
+    """
+    metadata = {METADATA: json.dumps({"format": FORMAT} | asdict(provenance) | {"layers": layers})}
+    infos = tuple(TensorInfo(key, "F32", shape) for key, shape in spool.shapes.items())
+    with tempfile.TemporaryDirectory(dir=path.absolute().parent, prefix=f".{path.name}.") as folder:
+        file = lay_out(path.name, [Unit("moments", "copy", (), infos, path.name)], metadata)
+        writer = WeightWriter(Path(folder), [file])
+        for info in infos:
+            writer.write(info.name, [bytes_of(spool.get(info.name) * scales[info.name])])
+        writer.finish(path.name, metadata)
+        os.replace(Path(folder) / path.name, path)
+
+
+class Moments:
+    """An open file of moments. Tensors are read when they are asked for."""
+
+    def __init__(self, checkpoint: Checkpoint, data: Mapping[str, Any]) -> None:
+        self._checkpoint = checkpoint
+        self.provenance = Provenance(**{name: data[name] for name in Provenance.__dataclass_fields__})
+        self.layers: Mapping[str, Mapping[str, Any]] = data["layers"]
+
+    def of(self, name: str) -> LayerMoments | None:
+        """The moments of the weight `name`, None where it was not calibrated. Raises BadCheckpointError where they are not
+        finite."""
+        keys = self.layers.get(name)
+        if keys is None:
+            return None
+        inputs, mean, outputs = (None if key is None else self._checkpoint.read_tensor(key) for key in _keys_of(keys))
+        assert inputs is not None
+        assert mean is not None
+        if not all(bool(tensor.isfinite().all()) for tensor in (inputs, mean, outputs) if tensor is not None):
+            raise BadCheckpointError(f"{self._checkpoint.shown}: the moments of {name} hold NaN or infinity", "calibrate again")
+        return LayerMoments(inputs, mean, outputs, bool(keys["transposed"]))
+
+    def weight(self, name: str) -> float | None:
+        """Loss of the model for the whole of a layer's energy, from its measured sensitivity; None where there is none."""
+        if f"sensitivity.{name}" not in self._checkpoint.tensors:
+            return None
+        loss, share = self._checkpoint.read_tensor(f"sensitivity.{name}").tolist()
+        return float(loss / share) if share > 0 else 0.0
+
+    def kind(self, name: str) -> str:
+        """What is known of the layer: "" nothing, "inputs", "diagonal" or "full" moments of the gradients besides."""
+        keys = self.layers.get(name)
+        if keys is None:
+            return ""
+        output = keys["output"]
+        return "inputs" if output is None else "full" if len(self._checkpoint.tensors[output].info.shape) == 2 else "diagonal"
+
+    @property
+    def digest(self) -> str:
+        """Tells files of moments apart: the checkpoint fingerprint of this one."""
+        return self._checkpoint.fingerprint()
+
+
+def open_moments(path: str | Path) -> Moments:
+    """Open a file of `svdcli calibrate`. Raises BadCheckpointError where it is none, or damaged."""
+    checkpoint = open_checkpoint(path)
+    text = next(iter(checkpoint.metadata.values()), {}).get(METADATA)
+    if text is None:
+        raise BadCheckpointError(f"{path} was not written by svdcli calibrate", "run `svdcli calibrate` first")
+    try:
+        data = json.loads(text)
+        if data["format"] > FORMAT:
+            raise BadCheckpointError(f"{path} has format {data['format']}, this svdcli knows {FORMAT}", "upgrade svdcli")
+        moments = Moments(checkpoint, data)
+        for name, keys in moments.layers.items():
+            inputs, mean, output = ((0,) if key is None else checkpoint.tensors[key].info.shape for key in _keys_of(keys))
+            fit = len(mean) == 1 and inputs == mean * 2 and len(output) in (1, 2) and len({*output}) == 1
+            if not fit or not isinstance(keys["transposed"], bool):
+                raise KeyError(name)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise BadCheckpointError(f"{path}: its moments are damaged ({error})", "calibrate again") from error
+    return moments
+
+
+def _keys_of(keys: Mapping[str, Any]) -> tuple[str, str, str | None]:
+    """Names of the tensors with a layer's inputs, their mean and, where they were measured, the outputs."""
+    return f"input.{keys['input']}", f"mean.{keys['input']}", keys["output"]
+
+
+def check_provenance(moments: Moments, fingerprint: str, shown: str) -> None:
+    """Raises SvdcliError where the moments were measured on another model."""
+    if moments.provenance.fingerprint != fingerprint:
+        raise SvdcliError(f"the calibration was made with another model than {shown}", "run `svdcli calibrate` on this one")

@@ -1,0 +1,796 @@
+"""argv -> one call -> one rendering."""
+
+from __future__ import annotations
+
+import gc
+import sys
+import warnings
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
+
+import typer
+
+import svdcli
+from svdcli.cli.options import (
+    Csv,
+    Device,
+    Exclude,
+    Force,
+    Include,
+    Json,
+    LayersFrom,
+    Model,
+    Out,
+    Output,
+    Quiet,
+    Samples,
+    SeqLen,
+    StateDict,
+    Stdlib,
+    Text,
+    Threads,
+    TrustCode,
+    at_least_one,
+    check_plan_path,
+    check_samples,
+    compute_from,
+    dtypes,
+    parse_dtype,
+    parse_size,
+    read_layers,
+    read_plan,
+    write_plan,
+)
+from svdcli.cli.process import interruptible, one_line_errors, open_closed_streams, outlive_readers, print_note
+from svdcli.errors import INTERRUPTED, SvdcliError, UsageError, printable
+from svdcli.plan import words
+from svdcli.version import __version__
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from svdcli.progress import Progress
+    from svdcli.text.texts import Texts
+    from svdcli.verbs.calibrate import Forecast
+    from svdcli.verbs.compress import Reading
+    from svdcli.verbs.outcome import Outcome
+
+
+app = typer.Typer(
+    name="svdcli",
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    help="Make neural-network checkpoints smaller by low rank.\n\n"
+    "Each chosen linear layer is replaced by the factors of its truncated SVD; what comes out is a checkpoint again.",
+    epilog="Exit codes: 0 done, 1 failed, 2 usage, 3 nothing selected, 130 interrupted (the same command continues).",
+)
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    context: typer.Context, version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False
+) -> None:
+    if version:
+        typer.echo(f"svdcli {__version__}")
+        raise typer.Exit
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+        raise typer.Exit(2)
+
+
+@app.command(epilog="Example: svdcli compress my-llm/ --keep 0.6 --allocate global --json | jq .total.saved_bytes")
+def compress(
+    context: typer.Context,
+    model: Model,
+    output: Out = None,
+    rank: Annotated[int | None, typer.Option("--rank", help="Target: this rank in every layer.")] = None,
+    keep: Annotated[
+        float | None, typer.Option("--keep", help="Target: share of the selected layers' parameters that remain.")
+    ] = None,
+    size: Annotated[str | None, typer.Option("--size", help="Target: bytes of the whole output, such as 350MB.")] = None,
+    energy: Annotated[
+        float | None, typer.Option("--energy", help="Target: share of each layer's squared singular values to keep.")
+    ] = None,
+    error: Annotated[
+        float | None, typer.Option("--error", help="Target: relative Frobenius error that no layer exceeds.")
+    ] = None,
+    text: Text = None,
+    stdlib: Stdlib = False,
+    calibration: Annotated[
+        str | None, typer.Option("--calibration", help="Count errors by this file of `svdcli calibrate`.", metavar="FILE")
+    ] = None,
+    metric: Annotated[words.Metric, typer.Option("--metric", help="How much of a calibration counts.")] = "auto",
+    samples: Samples = None,
+    seq_len: SeqLen = None,
+    trust_remote_code: TrustCode = False,
+    allocate: Annotated[
+        words.Allocation | None,
+        typer.Option("--allocate", help="Ranks evenly, or where they are worth most (uniform; with text: global)."),
+    ] = None,
+    floor: Annotated[
+        float | None, typer.Option("--floor", help="With global: least rank, as a share of the uniform one (0.6; with text: 0).")
+    ] = None,
+    multiple_of: Annotated[int, typer.Option("--multiple-of", help="Only ranks that are multiples of this.")] = 1,
+    include: Include = None,
+    exclude: Exclude = None,
+    layers_from: LayersFrom = None,
+    state_dict: StateDict = None,
+    carry: Annotated[
+        list[str] | None,
+        typer.Option("--carry", help="Take files that match this glob along, although they would be left out. Repeatable."),
+    ] = None,
+    layout: Annotated[
+        words.Layout | None, typer.Option("--layout", help="How factors are stored (factored; with text: pivoted).")
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            "--dtype",
+            help="Of the factors: float32, float16, bfloat16 or float64; by default the source's.",
+            autocompletion=dtypes,
+        ),
+    ] = None,
+    solver: Annotated[words.Solver, typer.Option("--solver", help="How factors are computed.")] = "auto",
+    device: Device = "auto",
+    seed: Annotated[int, typer.Option("--seed", help="Seed of the randomized solver.")] = 0,
+    threads: Threads = None,
+    max_shard_size: Annotated[
+        str | None, typer.Option("--max-shard-size", help="Largest weight file of a directory, such as 5GB.")
+    ] = None,
+    self_contained: Annotated[
+        bool, typer.Option("--self-contained", help="Add a Python file that opens the directory where svdcli is not installed.")
+    ] = False,
+    nonfinite: Annotated[
+        words.OnNonfinite, typer.Option("--nonfinite", help="NaN or infinity in a layer: stop, or leave it dense.")
+    ] = "error",
+    plan_file: Annotated[str | None, typer.Option("--plan", help="Run this saved plan again.", metavar="FILE")] = None,
+    save_plan: Annotated[str | None, typer.Option("--save-plan", help="Write the plan as JSON.", metavar="FILE")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print the plan and its exact size.")] = False,
+    force: Force = False,
+    allow_larger: Annotated[
+        bool, typer.Option("--allow-larger", help="Write an output that is not smaller than MODEL, which else is an error.")
+    ] = False,
+    every_layer: Annotated[bool, typer.Option("--every-layer", help="A table line for every layer, not for every kind.")] = False,
+    json_: Annotated[bool, typer.Option("--json", help="Print JSON on standard output; with -o - on standard error.")] = False,
+    csv_: Csv = False,
+    quiet: Quiet = False,
+) -> None:
+    """Factor the selected layers of MODEL and write a smaller checkpoint.
+
+    Give exactly one target (or --plan). The output is MODEL's stem with .svd.safetensors, or its name with -svd.
+    """
+    targets: dict[words.Target, float | None] = {
+        "rank": rank,
+        "keep": keep,
+        "size": None if size is None else parse_size(size, "--size"),
+        "energy": energy,
+        "error": error,
+    }
+    given = [(name, float(value)) for name, value in targets.items() if value is not None]
+    inputs = {"the model": model, "the list of layers": layers_from, "the text": text}
+    piped = [what for what, path in inputs.items() if path == "-"]
+    if len(piped) > 1:
+        raise UsageError(f"standard input cannot be both {piped[0]} and {piped[1]}", "write one of them to a file")
+    if json_ and csv_:
+        raise UsageError("--json and --csv exclude each other", "choose one")
+    if save_plan is not None:
+        check_plan_path(Path(save_plan), model, output)
+    reading = None
+    if text or stdlib:
+        _tell_code(trust_remote_code, model)
+        reading = _reading(text, stdlib, samples, seq_len, trust_remote_code, quiet)
+    calibrated = reading is not None or calibration is not None
+    recipe = plan = None
+    if plan_file is not None:
+        _check_nothing_beside_a_plan(context)
+        plan = read_plan(plan_file)
+    else:
+        if len(given) != 1:
+            names = ", ".join(f"--{name}" for name in targets)
+            raise UsageError(f"give exactly one target, not {len(given)}", f"one of {names}, or --plan")
+        [(target, value)] = given
+        from svdcli.plan.recipe import Recipe, best_defaults
+
+        defaults = best_defaults(target, calibrated=calibrated)
+        recipe = Recipe(
+            target=target,
+            value=value,
+            allocate=allocate or defaults["allocate"],
+            floor=defaults["floor"] if floor is None else floor,
+            multiple_of=multiple_of,
+            include=tuple(include or ()),
+            exclude=tuple(exclude or ()),
+            layers=read_layers(layers_from),
+            layout=layout or defaults["layout"],
+            dtype=parse_dtype(dtype),
+            solver=solver,
+            seed=seed,
+            nonfinite=nonfinite,
+            max_shard_size=None if max_shard_size is None else parse_size(max_shard_size, "--max-shard-size"),
+            self_contained=self_contained,
+            metric=metric,
+        )
+        if floor is not None and recipe.allocate != "global":
+            raise UsageError("--floor is for --allocate global", "leave it out, or allocate globally")
+
+    with _working(quiet) as progress:
+        outcome = svdcli.compress(
+            model,
+            output,
+            recipe,
+            plan=plan,
+            calibration=calibration,
+            reading=reading,
+            state_dict=state_dict,
+            carry=tuple(carry or ()),
+            compute=compute_from(device, threads),
+            force=force,
+            allow_larger=allow_larger,
+            dry_run=dry_run,
+            progress=progress,
+        )
+    if save_plan is not None:
+        write_plan(save_plan, outcome.plan)
+    _say(outcome, quiet)
+    if outcome.refused:
+        print_note(f"a run would stop: {outcome.refused}; --allow-larger lets it go on")
+    _show_outcome(outcome, _data_stream(output), json_, csv_, quiet, grouped=not every_layer)
+    if outcome.report.failed:
+        from svdcli.files.report import MISSED
+
+        first, *more = outcome.report.failed
+        others = f" and {len(more)} more" if more else ""
+        missed = "".join(f", and {note}" for note in outcome.report.notes if note.startswith(MISSED))
+        raise SvdcliError(f"every solver failed on {first}{others}; what failed stayed dense{missed}", "see the report")
+
+
+# What may stand beside --plan: where to read and write, how to compute, what to show.
+_BESIDE_A_PLAN = {
+    *("model", "output", "text", "stdlib", "calibration", "samples", "seq_len", "state_dict", "carry"),
+    *("trust_remote_code", "device", "threads"),
+    *("plan_file", "save_plan", "dry_run", "force", "allow_larger", "every_layer", "json_", "csv_", "quiet"),
+}
+
+
+def _check_nothing_beside_a_plan(context: typer.Context) -> None:
+    for parameter in context.command.params:
+        source = context.get_parameter_source(parameter.name or "")
+        if parameter.name not in _BESIDE_A_PLAN and source is not None and source.name != "DEFAULT":
+            raise UsageError(f"--plan decides by itself, and {parameter.opts[0]} would change nothing", "leave one of them out")
+
+
+def _reading(
+    text: str | None, stdlib: bool, samples: int | None, seq_len: int | None, trust_remote_code: bool, quiet: bool
+) -> Reading:
+    """The text to calibrate on, with what it will cost told before it starts."""
+    from svdcli.verbs.compress import Reading
+
+    check_samples(samples)
+    texts = _read_text(text, stdlib=stdlib, held_out=False)
+    texts, held_out = (texts, _read_text(None, stdlib=True, held_out=True)) if stdlib else texts.split(0.9)
+    return Reading(texts, held_out, samples, seq_len, trust_remote_code, _announce(quiet))
+
+
+def _read_text(path: str | None, *, stdlib: bool, held_out: bool) -> Texts:
+    """The text of --text or --stdlib; files of a folder that are none are told."""
+    from svdcli.text.texts import read_texts
+
+    texts = read_texts(path, stdlib=stdlib, held_out=held_out)
+    if texts.passed_over:
+        count, first = len(texts.passed_over), printable(texts.passed_over[0])
+        print_note(f"{printable(texts.name)}: files that are not UTF-8 are passed over: {count}, such as {first}")
+    return texts
+
+
+def _say(outcome: Outcome, quiet: bool) -> None:
+    if quiet:
+        return
+    if outcome.started_over:
+        print_note("an earlier run with other settings had left a partial output; this one started over")
+    if outcome.path is not None:
+        print_note(f"wrote {outcome.path}")
+
+
+@app.command(epilog="Example: svdcli report my-llm-svd --json | jq '.layers[] | {name, rank, relative_error}'")
+def report(
+    output: Output = None,
+    group: Annotated[
+        bool | None,
+        typer.Option("--group/--every-layer", help="A line for each kind of layer, or for each; kinds where layers are many."),
+    ] = None,
+    json_: Json = False,
+    csv_: Csv = False,
+) -> None:
+    """Show what an output saved and what it cost: layer by layer, and in all.
+
+    Without OUT the newest output in the current folder; - reads one from standard input.
+    """
+    from svdcli.render import tables
+
+    found = svdcli.report(output)
+    grouped = len(found.layers) > tables.MANY if group is None else group
+    if _machine(found.to_json(), [asdict(row) for row in found.layers], json_, csv_, sys.stdout):
+        tables.print_report(found, sys.stdout, grouped=grouped)
+
+
+@app.command(epilog="Example: svdcli inspect my-llm --names | grep mlp | svdcli compress my-llm --layers-from - --keep 0.5")
+def inspect(
+    model: Model,
+    include: Include = None,
+    exclude: Exclude = None,
+    state_dict: StateDict = None,
+    names: Annotated[bool, typer.Option("--names", help="Only the names of the selected layers, one a line.")] = False,
+    json_: Json = False,
+    csv_: Csv = False,
+) -> None:
+    """List what is in MODEL, which layers compress would select, and up to which rank they gain."""
+    from svdcli.render import machine, tables
+
+    found = svdcli.inspect(model, include=include or (), exclude=exclude or (), state_dict=state_dict)
+    if names:
+        machine.print_lines([row.name for row in found.selected], sys.stdout)
+    elif _machine(found.to_json(), [asdict(row) for row in found.tensors], json_, csv_, sys.stdout):
+        tables.print_inspection(found, sys.stdout)
+
+
+@app.command(epilog="Example: svdcli spectrum my-llm --include '*.mlp.*' --csv > spectrum.csv")
+def spectrum(
+    model: Model,
+    include: Include = None,
+    exclude: Exclude = None,
+    layers_from: LayersFrom = None,
+    state_dict: StateDict = None,
+    device: Device = "auto",
+    threads: Threads = None,
+    json_: Json = False,
+    csv_: Csv = False,
+    quiet: Quiet = False,
+) -> None:
+    """Measure each selected layer's singular values: effective rank, rank for 90, 95 and 99 % of the energy, decay."""
+    from svdcli.render import tables
+
+    with _working(quiet) as progress:
+        found = svdcli.spectrum(
+            model,
+            include=include or (),
+            exclude=exclude or (),
+            layers=read_layers(layers_from),
+            state_dict=state_dict,
+            compute=compute_from(device, threads),
+            progress=progress,
+        )
+    if _machine(found.to_json(), [asdict(row) for row in found.layers], json_, csv_, sys.stdout):
+        tables.print_spectrum(found, sys.stdout)
+
+
+@app.command(epilog="Example: svdcli expand my-llm-svd -o my-llm-dense")
+def expand(
+    output: Annotated[str, typer.Argument(help="What compress wrote, or - for standard input.", metavar="OUT")],
+    dense: Out = None,
+    force: Force = False,
+    quiet: Quiet = False,
+) -> None:
+    """Turn an output of compress back into an ordinary checkpoint: original names, shapes and dtypes."""
+
+    with _working(quiet) as progress:
+        path = svdcli.expand(output, dense, force=force, progress=progress)
+    if path is not None and not quiet:
+        print_note(f"wrote {path}")
+
+
+@app.command(epilog="Example: svdcli verify my-llm-svd --against my-llm")
+def verify(
+    output: Annotated[str, typer.Argument(help="What compress wrote.", metavar="OUT")],
+    against: Annotated[
+        str | None, typer.Option("--against", help="The original: recompute errors, compare what was copied.", metavar="MODEL")
+    ] = None,
+    json_: Json = False,
+    csv_: Csv = False,
+    quiet: Quiet = False,
+) -> None:
+    """Check that an output still holds what its record says: SHA-256, headers, plan; and errors against the original."""
+    from svdcli.render import tables
+
+    with _working(quiet) as progress:
+        found = svdcli.verify(output, against, progress=progress)
+    if _machine(found.to_json(), [asdict(check) for check in found.checks], json_, csv_, sys.stdout) and not quiet:
+        tables.print_verification(found, sys.stdout)
+    if not found.ok:
+        bad = next(check for check in found.checks if not check.ok)
+        hint = "give the model that it was made from" if bad.check == "source" else "write the output again"
+        if bad.detail.startswith("came"):
+            hint = "move it elsewhere"
+        raise SvdcliError(f"{output} does not verify: {bad.check}, {bad.subject} ({bad.detail})", hint)
+
+
+@app.command(epilog="Example: svdcli eval my-llm-svd --against my-llm --text held-out.txt --prompt 'def '", name="eval")
+def eval_(
+    output: Annotated[str, typer.Argument(help="What compress wrote, or any model directory.", metavar="OUT")],
+    against: Annotated[
+        str | None, typer.Option("--against", help="The original: adds excess loss, KL divergence, agreement.", metavar="MODEL")
+    ] = None,
+    text: Text = None,
+    stdlib: Stdlib = False,
+    samples: Annotated[int, typer.Option("--samples", help="Windows of text, or sentences, spread evenly over it.")] = 128,
+    seq_len: SeqLen = None,
+    trust_remote_code: TrustCode = False,
+    prompt: Annotated[
+        list[str] | None, typer.Option("--prompt", help="Print both continuations of this, side by side. Repeatable.")
+    ] = None,
+    new_tokens: Annotated[int, typer.Option("--new-tokens", help="Length of the continuations.")] = 48,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            "--dtype",
+            help="Compute in float32, float16, bfloat16 or float64; "
+            "by default float32 for small models on a CPU, else as stored.",
+            autocompletion=dtypes,
+        ),
+    ] = None,
+    device: Device = "auto",
+    threads: Threads = None,
+    json_: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Measure a compressed model on text: perplexity with its error, and the distance from the original.
+
+    Encoders are compared by the cosine similarity of their sentence embeddings.
+    """
+    from svdcli.render import machine, tables
+
+    texts = _read_text(text, stdlib=stdlib, held_out=True) if text or stdlib or not prompt else None
+    at_least_one("--samples", samples)
+    at_least_one("--new-tokens", new_tokens)
+    computed_in = parse_dtype(dtype)
+    _tell_code(trust_remote_code, output, against)
+    where = compute_from(device, threads).start()
+    from svdcli.files.dtypes import TORCH_DTYPES
+    from svdcli.verbs.evaluate import evaluate
+
+    with _working(quiet) as progress:
+        found = evaluate(
+            output,
+            texts,
+            against=against,
+            seq_len=seq_len,
+            samples=samples,
+            prompts=prompt or (),
+            new_tokens=new_tokens,
+            device=where,
+            dtype=None if computed_in is None else TORCH_DTYPES[computed_in],
+            trust_remote_code=trust_remote_code,
+            progress=progress,
+        )
+    if json_:
+        machine.print_json(found.to_json(), sys.stdout)
+    elif not quiet:
+        tables.print_evaluation(found, sys.stdout)
+
+
+@app.command(epilog="Example: svdcli calibrate my-llm --text corpus/ -o stats.safetensors")
+def calibrate(
+    model: Model,
+    output: Annotated[str, typer.Option("-o", "--output", help="The file of moments to write.", metavar="FILE")],
+    text: Text = None,
+    stdlib: Stdlib = False,
+    samples: Samples = None,
+    seq_len: SeqLen = None,
+    trust_remote_code: TrustCode = False,
+    gradients: Annotated[
+        bool | None,
+        typer.Option("--gradients/--no-gradients", help="Moments of the loss gradients too; by default where memory allows."),
+    ] = None,
+    sensitivity: Annotated[
+        bool, typer.Option("--sensitivity", help="Also measure what the output loses when each layer alone is cut.")
+    ] = False,
+    include: Include = None,
+    exclude: Exclude = None,
+    seed: Annotated[int, typer.Option("--seed", help="Seed of the sampled labels.")] = 0,
+    device: Device = "auto",
+    threads: Threads = None,
+    force: Force = False,
+    json_: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Read text with MODEL and write what its layers see and how much their outputs matter, for compress --calibration.
+
+    The model is in memory a block at a time.
+    """
+    from svdcli.render import machine, words
+
+    check_samples(samples)
+    texts = _read_text(text, stdlib=stdlib, held_out=False)
+    goal = Path(output)
+    if not goal.absolute().parent.is_dir():
+        raise SvdcliError(f"the folder {goal.absolute().parent} does not exist", "create it first")
+    if goal.is_dir() or goal.suffix != ".safetensors":
+        raise UsageError(f"-o {output} does not end in .safetensors", "that is what it will be")
+    if goal.exists() and not force:
+        raise SvdcliError(f"{output} exists", "use --force to replace it, or choose another -o")
+    _tell_code(trust_remote_code, model)
+    where = compute_from(device, threads).start()
+    from svdcli.verbs.calibrate import calibrate as run
+
+    with _working(quiet) as progress:
+        found = run(
+            model,
+            texts,
+            goal,
+            samples=samples,
+            seq_len=seq_len,
+            gradients=gradients,
+            sensitivity=sensitivity,
+            include=include or (),
+            exclude=exclude or (),
+            seed=seed,
+            device=where,
+            trust_remote_code=trust_remote_code,
+            announce=_announce(quiet),
+            progress=progress,
+        )
+    if not quiet:
+        print_note(f"wrote {found.path}: {found.layers} layers, {found.inputs} distinct inputs, {words.human(found.bytes, 'B')}")
+        for name in found.uncalibrated[:3]:
+            print_note(
+                f"{printable(name)} saw no input, and stays dense when compress uses this ({len(found.uncalibrated)} such)"
+            )
+    if json_:
+        machine.print_json(found.to_json(), sys.stdout)
+
+
+@app.command(epilog="Example: svdcli heal my-llm-svd --teacher my-llm --text corpus/ --minutes 30")
+def heal(
+    output: Annotated[str, typer.Argument(help="What compress wrote, factored or pivoted.", metavar="OUT")],
+    teacher: Annotated[str, typer.Option("--teacher", help="The original.", metavar="MODEL")],
+    text: Text = None,
+    stdlib: Stdlib = False,
+    healed: Annotated[
+        str | None, typer.Option("-o", "--output", help="Where to write; by default OUT with -healed.", metavar="PATH")
+    ] = None,
+    minutes: Annotated[float | None, typer.Option("--minutes", help="Time for all of it.")] = None,
+    steps: Annotated[
+        int | None, typer.Option("--steps", help="Steps for each block and the whole model (400, where --minutes is not given).")
+    ] = None,
+    samples: Samples = None,
+    seq_len: SeqLen = None,
+    trust_remote_code: TrustCode = False,
+    hard_labels: Annotated[
+        float | None,
+        typer.Option(
+            "--hard-labels",
+            help="How much the text itself counts (0.1), the rest being what the original answers.",
+            metavar="SHARE",
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", help="Seed of the order in which text is read.")] = 0,
+    device: Device = "auto",
+    threads: Threads = None,
+    force: Force = False,
+    every_layer: Annotated[bool, typer.Option("--every-layer", help="A table line for every layer, not for every kind.")] = False,
+    json_: Json = False,
+    csv_: Csv = False,
+    quiet: Quiet = False,
+) -> None:
+    """Refine the factors of OUT, block by block and then all together, so that they answer as the original does.
+
+    A run that was cut short continues with the block it had reached. OUT is not touched.
+    """
+    from svdcli.verbs.heal import Effort
+    from svdcli.verbs.heal import heal as run
+
+    check_samples(samples)
+    if steps is not None:
+        at_least_one("--steps", steps)
+    if minutes is not None and not 0 < minutes < 1e6:
+        raise UsageError(f"--minutes {minutes:g} is not a time", "give minutes above 0")
+    if json_ and csv_:
+        raise UsageError("--json and --csv exclude each other", "choose one")
+    effort = Effort(steps if steps or minutes else 400, None if minutes is None else 60 * minutes)
+    texts = _read_text(text, stdlib=stdlib, held_out=False)
+    _tell_code(trust_remote_code, output, teacher)
+    with _working(quiet) as progress:
+        outcome = run(
+            output,
+            teacher,
+            texts,
+            healed,
+            effort=effort,
+            samples=samples,
+            seq_len=seq_len,
+            hard_labels=hard_labels,
+            seed=seed,
+            compute=compute_from(device, threads),
+            force=force,
+            trust_remote_code=trust_remote_code,
+            progress=progress,
+        )
+    _say(outcome, quiet)
+    _show_outcome(outcome, sys.stdout, json_, csv_, quiet, grouped=not every_layer)
+
+
+@app.command(epilog="Example: svdcli export my-llm-svd --onnx my-llm.onnx")
+def export(
+    output: Annotated[str, typer.Argument(help="What compress wrote, or any model directory.", metavar="OUT")],
+    onnx: Annotated[str, typer.Option("--onnx", help="The ONNX file to write; needs svdcli[onnx].", metavar="FILE")],
+    dtype: Annotated[
+        str,
+        typer.Option(
+            "--dtype", help="Of weights and outputs: float32 or float16.", autocompletion=lambda: ["float32", "float16"]
+        ),
+    ] = "float32",
+    trust_remote_code: TrustCode = False,
+    force: Force = False,
+    json_: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write a model as ONNX, its factors as two matrix products, and check it against onnxruntime.
+
+    For text encoders, decoders (without a cache) and vision models; batch and sequence lengths are free.
+    """
+    from svdcli.render import machine
+    from svdcli.verbs.export import export_onnx
+
+    _tell_code(trust_remote_code, output)
+    with _working(quiet) as progress:
+        found = export_onnx(
+            output,
+            onnx,
+            dtype=parse_dtype(dtype) or dtype,
+            force=force,
+            trust_remote_code=trust_remote_code,
+            progress=progress,
+        )
+    if not quiet:
+        print_note(f"wrote {found.path}")
+        if found.checked is None:
+            print_note("onnxruntime is not installed, so this was not checked; pip install 'svdcli[onnx]'")
+        else:
+            print_note(f"onnxruntime gives torch's outputs, up to {found.checked:.0e} of the largest")
+    if json_:
+        machine.print_json(found.to_json(), sys.stdout)
+
+
+@app.command(epilog="Example: svdcli bench my-llm-svd --against my-llm --json | jq .ratios.decode.median")
+def bench(
+    output: Annotated[str, typer.Argument(help="What compress wrote, or any model directory.", metavar="OUT")],
+    against: Annotated[str, typer.Option("--against", help="The model to compare with: the original.", metavar="MODEL")],
+    prompt_tokens: Annotated[int, typer.Option("--prompt-tokens", help="Length of the prompt.")] = 128,
+    new_tokens: Annotated[int, typer.Option("--new-tokens", help="Tokens written after it.")] = 32,
+    batch: Annotated[int, typer.Option("--batch", help="Prompts at a time.")] = 1,
+    rounds: Annotated[int, typer.Option("--rounds", help="How often both are measured, after one round to warm up.")] = 5,
+    trust_remote_code: TrustCode = False,
+    device: Device = "auto",
+    threads: Threads = None,
+    json_: Json = False,
+    csv_: Annotated[bool, typer.Option("--csv", help="Print CSV on standard output, a line a measure.")] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Measure speed and memory of a compressed model beside its original: tokens/s, time to load, peak memory, file size.
+
+    Each is in a process of its own, and they take turns.
+    """
+    from svdcli.render import tables
+    from svdcli.verbs import bench as speed
+
+    _tell_code(trust_remote_code, output, against)
+    with _working(quiet) as progress:
+        found = speed.bench(
+            output,
+            against,
+            prompt_tokens=prompt_tokens,
+            new_tokens=new_tokens,
+            batch=batch,
+            rounds=rounds,
+            device=device,
+            threads=threads,
+            trust_remote_code=trust_remote_code,
+            progress=progress,
+        )
+    if _machine(found.to_json(), [asdict(row) for row in found.measures], json_, csv_, sys.stdout) and not quiet:
+        tables.print_bench(found, sys.stdout)
+
+
+def _data_stream(output: str | None) -> TextIO:
+    """Standard output is data; where it carries the checkpoint, tables go to standard error."""
+    return sys.stderr if output == "-" else sys.stdout
+
+
+def _show_outcome(outcome: Outcome, stream: TextIO, json_: bool, csv_: bool, quiet: bool, *, grouped: bool) -> None:
+    """The report of what was written, and what was measured of it."""
+    from svdcli.render import tables
+
+    report, measured = outcome.report, outcome.measured
+    data = report.to_json() | {"measured": None if measured is None else measured.to_json()}
+    if _machine(data, [asdict(row) for row in report.layers], json_, csv_, stream) and not quiet:
+        tables.print_report(report, stream, grouped=grouped)
+        if measured is not None:
+            tables.print_measured(measured, stream)
+    if outcome.not_measured and not quiet:
+        print_note(f"the loss was not measured: {outcome.not_measured}; see `svdcli eval`")
+
+
+def _machine(data: dict[str, Any], rows: Sequence[dict[str, Any]], json_: bool, csv_: bool, stream: TextIO) -> bool:
+    """Print JSON or CSV where asked; True where a person's table is wanted instead."""
+    from svdcli.render import machine
+
+    if json_ and csv_:
+        raise UsageError("--json and --csv exclude each other", "choose one")
+    if json_:
+        machine.print_json(data, stream)
+    elif csv_:
+        machine.print_csv(rows, stream)
+    return not (json_ or csv_)
+
+
+def _announce(quiet: bool) -> Callable[[Forecast], None]:
+    """Tell on standard error what a calibration will take."""
+    from svdcli.render import words
+
+    def tell(forecast: Forecast) -> None:
+        rounds = "" if forecast.rounds == 1 else f" in {forecast.rounds} rounds"
+        what = "inputs and loss gradients" if forecast.gradients else "inputs"
+        portions = words.portions(forecast.samples, forecast.tokens, forecast.seq_len)
+        print_note(f"calibrating on {forecast.tokens:,} tokens, {portions}{rounds}: moments of {what}")
+        if forecast.side:
+            print_note(f"only {forecast.side} of the model reads text alone, and is run")
+        state = words.human(forecast.state_bytes, "B")
+        print_note(f"about {words.duration(forecast.seconds)}, and {state} for hidden states between blocks")
+        if forecast.reason:
+            print_note(f"no gradients: {forecast.reason}")
+
+    return (lambda forecast: None) if quiet else tell
+
+
+def _tell_code(trusted: bool, *models: str | None) -> None:
+    """Name the Python files that a command is about to run, since somebody trusts them."""
+    if not trusted:
+        return
+    from svdcli.models import own_code
+
+    files = dict.fromkeys(file for model in models if model is not None for file in own_code.sources(model))
+    if files:
+        print_note(f"{own_code.OPTION}: Python code of others will run: {printable(', '.join(files))}")
+
+
+@contextmanager
+def _working(quiet: bool) -> Iterator[Progress]:
+    """Around everything that may take long: progress on a terminal, and the garbage collector that start-up did without."""
+    import logging
+
+    from svdcli.render import bars
+
+    gc.enable()
+    for library in ("torchao", "torch.utils._pytree"):  # what they say when transformers imports them is nobody's business here
+        logging.getLogger(library).setLevel(logging.ERROR)
+    with bars.progress_on(sys.stderr, quiet=quiet) as progress:
+        yield progress
+
+
+def main() -> None:
+    """The `svdcli` command."""
+    open_closed_streams()
+    outlive_readers()
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    # torch works without NumPy, and says at every start that it does
+    warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
+    _leave_out_other_commands()
+    with one_line_errors(), interruptible():
+        code = app(prog_name="svdcli", standalone_mode=False) or 0
+        if code == INTERRUPTED:  # which is all that typer makes of the interrupt
+            raise KeyboardInterrupt
+        sys.stdout.flush()
+        sys.exit(code)
+
+
+_COMMANDS = list(app.registered_commands)
+
+
+def _leave_out_other_commands() -> None:
+    """Typer reads the signatures of all commands at every start; where the first word names one, that one will do."""
+    asked = [c for c in _COMMANDS if c.callback and sys.argv[1:2] == [c.name or c.callback.__name__]]
+    app.registered_commands = asked or _COMMANDS

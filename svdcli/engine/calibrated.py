@@ -1,0 +1,61 @@
+"""A calibration as solvers take it: the metric of every layer, read from the moments of `svdcli calibrate`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from svdcli.calibration.moments import LayerMoments, Moments
+from svdcli.errors import SvdcliError, UsageError
+from svdcli.plan.plan import LayerPlan
+from svdcli.plan.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The moments that a recipe counts with, and how much of them."""
+
+    moments: Moments
+    metric: str
+
+    @property
+    def unit(self) -> str:
+        """Of the predicted losses: that of the model's own loss where gradients or sensitivities count, else none."""
+        known = self.moments.provenance
+        counts = known.sensitivity and not known.gradients if self.metric == "inputs" else known.gradients or known.sensitivity
+        return known.unit if counts else ""
+
+    def kind(self, name: str) -> str:
+        """The metric of one layer: "" where the moments say nothing of it."""
+        known = self.moments.kind(name)
+        if self.moments.provenance.gradients and known == "inputs" and self.metric != "inputs":
+            return ""  # no gradient reached it, so nothing compares it with the others
+        if self.moments.provenance.sensitivity and self.moments.weight(name) is None:
+            return ""
+        if self.metric == "diagonal" and known == "full":
+            return "diagonal"
+        return known if self.metric in ("auto", "full", "diagonal") or not known else "inputs"
+
+    def weight(self, name: str, kind: str) -> float | None:
+        """The measured sensitivity of one layer, where it was measured in the metric that counts here."""
+        return self.moments.weight(name) if kind and kind == self.moments.kind(name) else None
+
+    def of(self, layer: LayerPlan) -> LayerMoments | None:
+        """The moments of one planned layer, cut to its metric."""
+        return self.cut(layer.tensor.name, layer.metric) if layer.metric else None
+
+    def cut(self, name: str, kind: str) -> LayerMoments:
+        found = self.moments.of(name)
+        if found is None:
+            raise SvdcliError(f"the calibration lacks {name}, which the plan needs", "give the calibration it was made with")
+        outputs = None if kind == "inputs" else found.outputs
+        if kind == "diagonal" and outputs is not None and outputs.ndim == 2:
+            outputs = outputs.diagonal().contiguous()
+        return LayerMoments(found.inputs, found.mean, outputs, found.transposed)
+
+
+def check_metric(recipe: Recipe, moments: Moments) -> None:
+    """Raises UsageError where the recipe asks for gradients that the calibration did not measure."""
+    if recipe.metric in ("diagonal", "full") and not moments.provenance.gradients:
+        raise UsageError(
+            f"--metric {recipe.metric} needs gradients, which the calibration left out", "calibrate with --gradients"
+        )

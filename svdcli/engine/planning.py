@@ -1,0 +1,264 @@
+"""From a checkpoint and a recipe to a plan: what is selected, measured and decided before any work."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from svdcli.errors import NothingSelectedError, SvdcliError, UsageError
+from svdcli.files.blueprint import Beside, CompressDesign, Design, ExpandDesign
+from svdcli.files.checkpoint import STANDALONE, Checkpoint
+from svdcli.files.record import Result, make_record, record_of, source_json
+from svdcli.files.report import MISSED, Report, report_of
+from svdcli.files.workspace import Workspace
+from svdcli.models import self_contained as standalone
+from svdcli.plan.adapters import adapter_kind
+from svdcli.plan.budget import missed_target, staying_dense
+from svdcli.plan.decide import UNSOUND, Measured, decide, needs_spectra, rerun
+from svdcli.plan.layers import choose_layers, nothing_selected
+from svdcli.plan.parts import part_configs
+from svdcli.plan.plan import Plan, Skipped, TextRead
+from svdcli.plan.recipe import Recipe
+from svdcli.plan.roles import Roles
+from svdcli.plan.tensors import TensorInfo
+from svdcli.progress import Progress
+
+if TYPE_CHECKING:
+    import torch
+
+    from svdcli.engine.calibrated import Calibration
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be decided about: the recipe, the plan it came from if any, and the layers."""
+
+    recipe: Recipe
+    plan: Plan | None
+    selected: tuple[TensorInfo, ...]
+    skipped: tuple[Skipped, ...]
+    fingerprint: str
+    calibration: Calibration | None = None
+
+
+def check_source(checkpoint: Checkpoint, recipe: Recipe) -> None:
+    """Raises SvdcliError for an input that svdcli wrote, or that another tool has quantised; UsageError for odd options."""
+    if record_of(checkpoint) is not None:
+        raise SvdcliError(f"{checkpoint.shown} was written by svdcli already", "start from the original, or expand it first")
+    adapter = adapter_kind(checkpoint.infos, checkpoint.carried)
+    if adapter:
+        raise SvdcliError(
+            f"{checkpoint.shown} is {adapter}, whose matrices are small factors already",
+            "merge it into its base model (PEFT: merge_and_unload), and compress that",
+        )
+    config = checkpoint.config or {}
+    parts = [config, *(part for _, part in part_configs(config))]
+    quantised = next((part["quantization_config"] for part in parts if part.get("quantization_config")), None)
+    if quantised and recipe.layout != "dense":
+        method = quantised.get("quant_method", "another tool") if isinstance(quantised, dict) else "another tool"
+        raise SvdcliError(f"{checkpoint.shown} is quantised by {method}", "start from the unquantised model")
+    if recipe.self_contained:
+        if not (checkpoint.is_directory and checkpoint.transformers_opens_it):
+            raise UsageError("--self-contained is for directories with a config.json of transformers", "leave it out")
+        if config.get("auto_map"):
+            raise UsageError(f"{checkpoint.shown} brings its own code (auto_map)", "leave out --self-contained")
+    if recipe.max_shard_size is not None and not checkpoint.is_directory:
+        raise UsageError("--max-shard-size is for directories", "leave it out for a single file")
+
+
+def request_of(checkpoint: Checkpoint, recipe: Recipe, plan: Plan | None, calibration: str | Path | None) -> Request:
+    fingerprint = checkpoint.fingerprint()
+    recipe, found = _calibrated(recipe, calibration, fingerprint, checkpoint.shown)
+    if plan is not None:
+        plan = rerun(plan, {info.name: info for info in checkpoint.infos}, fingerprint)
+        selected, skipped = tuple(layer.tensor for layer in plan.layers), plan.skipped
+    else:
+        selected, skipped = choose_layers(
+            checkpoint.infos,
+            include=recipe.include,
+            exclude=recipe.exclude,
+            layers=recipe.layers,
+            tied=checkpoint.tied,
+            facts=checkpoint.facts,
+        )
+    if not selected:
+        raise nothing_selected(checkpoint.shown, skipped)
+    return Request(recipe, plan, selected, skipped, fingerprint, found)
+
+
+def _calibrated(
+    recipe: Recipe, calibration: str | Path | None, fingerprint: str, shown: str
+) -> tuple[Recipe, Calibration | None]:
+    """The recipe with the digest of its calibration, and the calibration, checked to be of this model."""
+    if calibration is None:
+        if recipe.calibration is not None:
+            raise UsageError("the plan was made with a calibration", "give the same one with --calibration")
+        if recipe.metric != "auto":
+            raise UsageError(f"--metric {recipe.metric} says how a calibration counts", "give --calibration too")
+        return recipe, None
+    from svdcli.calibration.moments import check_provenance, open_moments
+    from svdcli.engine.calibrated import Calibration, check_metric
+
+    moments = open_moments(calibration)
+    check_provenance(moments, fingerprint, shown)
+    if recipe.calibration not in (None, moments.digest):
+        raise UsageError(f"{calibration} is not the calibration that the plan was made with", "give the same one")
+    check_metric(recipe, moments)
+    return replace(recipe, calibration=moments.digest), Calibration(moments, recipe.metric)
+
+
+def make_plan(
+    checkpoint: Checkpoint,
+    choice: Request,
+    name: str | None,
+    device: torch.device,
+    workspace: Workspace | None,
+    progress: Progress,
+) -> Plan:
+    """Look at the weights, then fix every rank. Nothing is written but the journal's notes of what was measured."""
+    from svdcli.engine.measure import check_finite, measure
+
+    recipe = choice.recipe
+    spectra = choice.plan is None and needs_spectra(recipe)
+    measured = measure(
+        checkpoint,
+        choice.selected,
+        spectra=spectra,
+        device=device,
+        workspace=workspace,
+        progress=progress,
+        calibration=choice.calibration,
+    )
+    bad = [tensor.name for tensor in choice.selected if not measured[tensor.name].finite]
+    if recipe.nonfinite == "error":
+        check_finite(bad)
+    if choice.plan is not None:
+        plan = _rerun(checkpoint, _with_its_text(choice.plan, choice), name, bad)
+        plan = replace(plan, notes=tuple(dict.fromkeys((*plan.notes, *checkpoint.notes))))
+    else:
+        plan = _decide_ranks(checkpoint, choice, name, measured)
+    if not plan.factored:
+        reason = plan.layers[0].reason or "nothing to do"
+        raise NothingSelectedError(f"no layer of {checkpoint.shown} would shrink ({plan.layers[0].tensor.name}: {reason})")
+    return plan
+
+
+def _decide_ranks(checkpoint: Checkpoint, choice: Request, name: str | None, measured: Mapping[str, Measured]) -> Plan:
+    notes = (*checkpoint.notes, *_little_read(choice), *_no_longer_tied(checkpoint, choice))
+
+    def complete(plan: Plan) -> Plan:
+        return _with_its_text(replace(plan, notes=(*plan.notes, *notes)), choice)
+
+    def predict(plan: Plan) -> int:
+        return design_of(checkpoint, complete(plan), name).blueprint().total
+
+    unit = "" if choice.calibration is None else choice.calibration.unit
+    return complete(decide(choice.recipe, choice.fingerprint, choice.selected, choice.skipped, measured, predict, unit))
+
+
+def _with_its_text(plan: Plan, choice: Request) -> Plan:
+    """The plan with what the calibration behind it has read."""
+    if choice.calibration is None:
+        return plan
+    read = choice.calibration.moments.provenance
+    return replace(plan, calibration=TextRead(read.text, read.text_sha256, read.samples, read.seq_len, read.tokens))
+
+
+def _rerun(checkpoint: Checkpoint, saved: Plan, name: str | None, bad: Sequence[str]) -> Plan:
+    """A saved plan, with the layers dense that cannot be factored here.
+
+    A note tells where it misses the budget it was made for. Raises UsageError where those layers are the reason.
+    """
+    plan = saved.with_dense(dict.fromkeys(bad, f"holds {UNSOUND}"))
+    missed = missed_target(plan, design_of(checkpoint, plan, name).blueprint().total)
+    if not missed:
+        return plan
+    if bad and not missed_target(saved, design_of(checkpoint, saved, name).blueprint().total):
+        dense = {layer.tensor.name: layer.reason for layer in plan.layers if layer.rank is None}
+        why = staying_dense(dense, len(plan.layers))
+        hint = f"make a new plan of this model: --{plan.recipe.target} without --plan"
+        raise UsageError(f"the plan does not meet its target here: {missed}, since {why}", hint)
+    return noting_a_miss(plan, missed)
+
+
+def _little_read(choice: Request) -> tuple[str, ...]:
+    """A note where the calibration cannot have seen every direction of some layer's input."""
+    if choice.calibration is None:
+        return ()
+    moments = choice.calibration.moments
+    widths = [t.shape[0 if moments.layers[t.name]["transposed"] else 1] for t in choice.selected if t.name in moments.layers]
+    tokens, widest = moments.provenance.tokens, max(widths, default=0)
+    if tokens >= widest:
+        return ()
+    return (f"the calibration read {tokens} tokens, fewer than the {widest} inputs of a layer: expect more loss than predicted",)
+
+
+def _no_longer_tied(checkpoint: Checkpoint, choice: Request) -> tuple[str, ...]:
+    """A note for each head or embedding that is factored while its equal copy in the file is not."""
+    facts, selected = checkpoint.facts, {tensor.name for tensor in choice.selected}
+    if facts is None or facts.tied is False:
+        return ()
+    apart = [pair for pair in Roles(checkpoint.infos, facts).copies() if len({t.name for t in pair} & selected) == 1]
+    return tuple(
+        f"{head.module} and {table.module} hold the same numbers: tied before, they are two weights now; name both to keep one"
+        for head, table in apart
+        if checkpoint.look_equal(head.name, table.name)
+    )
+
+
+def design_of(checkpoint: Checkpoint, plan: Plan, name: str | None) -> CompressDesign:
+    return CompressDesign(checkpoint, plan, name, beside() if plan.recipe.self_contained else None)
+
+
+def beside() -> Beside:
+    """The Python file of `--self-contained`, and what config.json says about it."""
+    return Beside(STANDALONE, standalone.standalone_source(), standalone.auto_map())
+
+
+def predicted_report(checkpoint: Checkpoint, plan: Plan, name: str | None) -> Report:
+    sizes = design_of(checkpoint, plan, name).blueprint().sizes()
+    planned = {layer.tensor.name: Result(0.0, layer.solver) for layer in plan.factored}
+    source = source_json(checkpoint, plan.fingerprint)
+    record = make_record(plan, source, checkpoint.left_out, checkpoint.left_out_bytes, planned)
+    return report_of(record, sizes, checkpoint.shown, predicted=True)
+
+
+@contextmanager
+def refusing(workspace: Workspace) -> Iterator[None]:
+    """A refusal leaves nothing behind but a calibration that was made on the way, and says where that is."""
+    try:
+        yield
+    except SvdcliError as error:
+        if workspace.give_up():
+            where = f"the calibration waits in {workspace.folder} for the next try"
+            error.hint = f"{error.hint}; {where}" if error.hint else where
+        raise
+
+
+def check_smaller(design: Design, allow_larger: bool) -> None:
+    larger = not_smaller(design)
+    if larger and not allow_larger:
+        raise SvdcliError(larger, "cut more, --exclude what hardly shrinks, or write it all the same with --allow-larger")
+
+
+def not_smaller(design: Design) -> str:
+    """What is wrong with an output that is no smaller than its source; empty where it is, or in a layout that never is."""
+    if isinstance(design, ExpandDesign) or design.plan.recipe.layout == "dense":
+        return ""
+    size, source = design.blueprint().total, design.source_bytes
+    if size < source:
+        return ""
+    saved = sum(layer.tensor.nbytes - sum(part.nbytes for part in layer.stored()) for layer in design.plan.factored)
+    return (
+        f"the output would have {size} bytes, no fewer than the {source} of its source: "
+        f"factors save {saved}, headers and the record take more"
+    )
+
+
+def noting_a_miss(plan: Plan, missed: str) -> Plan:
+    """The plan with a note of the target that it misses, where it misses one."""
+    note = f"{MISSED} {missed}"
+    return plan if not missed or note in plan.notes else replace(plan, notes=(*plan.notes, note))

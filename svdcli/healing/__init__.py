@@ -1,0 +1,1 @@
+"""Refining the factors of a compressed model against its original."""

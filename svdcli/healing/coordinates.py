@@ -1,0 +1,174 @@
+"""Stand-ins for low-rank layers while a whole model is trained: the same weights, in coordinates in which all steps cost alike.
+
+With G = L_G L_G^T the second moment of a layer's inputs and H = L_H L_H^T that of the loss gradient at its outputs, a change D of
+its weight costs about ||L_H^T D L_G||^2 / 2 (K-FAC; Martens and Grosse, 2015). A layer W = up @ down is trained as the balanced
+factors A @ B of L_H^T W L_G: a step there is worth the same in every direction, whatever the layout stores.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from svdcli.calibration.loss import ModelLoss
+from svdcli.healing.refit import put_factors
+from svdcli.linalg.products import moment
+from svdcli.linalg.solvers import Factors, transposed
+from svdcli.linalg.storage import balanced
+from svdcli.models.modules import LOW_RANK, factors_of
+from svdcli.text.tokens import Batch
+
+FULL = 2048  # wider sides are scaled by their diagonal
+_DAMPING_INPUTS, _DAMPING_OUTPUTS = 0.01, 0.1  # of the mean diagonal
+
+
+class Twin(nn.Module):
+    """y = x (outputs A B inputs)^T + b, with A (m, r) and B (r, n) to train; outputs and inputs undo the coordinates."""
+
+    def __init__(self, module: nn.Module, conv: bool, inputs: Tensor, outputs: Tensor) -> None:
+        super().__init__()
+        up, down, rows = factors_of(module)
+        if rows is not None:
+            up = torch.cat((torch.eye(down.shape[0]).to(up), up))[rows.long()]
+        if conv:  # stored as (in, out)
+            up, down = down.T, up.T
+        left, undo_left = _root(outputs, _DAMPING_OUTPUTS)
+        right, undo_right = _root(inputs, _DAMPING_INPUTS)
+        a, b = balanced(_times(left.mT if left.ndim == 2 else left, up), _times(right.mT if right.ndim == 2 else right, down.T).T)
+        self.conv, self.bias = conv, getattr(module, "bias", None)
+        self.a, self.b = nn.Parameter(a.float(), requires_grad=False), nn.Parameter(b.float(), requires_grad=False)
+        self.register_buffer("outputs", undo_left.mT.float() if undo_left.ndim == 2 else undo_left.float())
+        self.register_buffer("inputs", undo_right.mT.float() if undo_right.ndim == 2 else undo_right.float())
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """(up, down) of the weight as (out, in)."""
+        return _times(self.get_buffer("outputs"), self.a), _times(self.get_buffer("inputs"), self.b.T).T
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight as it is stored, for model code that looks at it."""
+        up, down = self.factors()
+        return (up @ down).T if self.conv else up @ down
+
+    def forward(self, x: Tensor) -> Tensor:
+        up, down = self.factors()
+        y = nn.functional.linear(nn.functional.linear(x, down), up)
+        return y if self.bias is None else y + self.bias
+
+
+def _root(moment: Tensor, damping: float) -> tuple[Tensor, Tensor]:
+    """L with L L^T = the damped moment, and its inverse, in float64; of a diagonal, diagonals."""
+    m = moment.to(torch.float64)
+    if m.ndim == 1:
+        root = (m + damping * m.mean()).clamp(min=torch.finfo(m.dtype).tiny).sqrt()
+        return root, 1 / root
+    eye = torch.eye(m.shape[0], dtype=m.dtype, device=m.device)
+    mean = m.diagonal().mean()
+    lower = torch.linalg.cholesky(m + damping * mean * eye) if mean > 0 else eye
+    return lower, torch.linalg.solve_triangular(lower, eye, upper=False)
+
+
+def _times(scale: Tensor, x: Tensor) -> Tensor:
+    return scale.to(x.dtype) @ x if scale.ndim == 2 else scale.to(x.dtype)[:, None] * x
+
+
+class Twins:
+    """For every low-rank linear layer whose factors are in `tensors`, a twin to train in its place; biases in `tensors` are
+    trained where they are. batches are what the teacher reads to learn the coordinates; call is what is called with each, if
+    not the whole teacher."""
+
+    def __init__(
+        self,
+        teacher: nn.Module,
+        student: nn.Module,
+        tensors: Mapping[str, Tensor],
+        batches: Sequence[Batch],
+        call: Callable[..., Any] | None = None,
+    ) -> None:
+        self.student = student
+        low_rank = [name for name, module in student.named_modules() if isinstance(module, LOW_RANK)]
+        dense = {name: teacher.get_submodule(name) for name in low_rank if f"{name}.svd_up.weight" in tensors}
+        convs = {name: type(module).__name__ == "Conv1D" for name, module in dense.items()}
+        convs = {name: conv for name, conv in convs.items() if conv or isinstance(dense[name], nn.Linear)}
+        self.originals = {name: student.get_submodule(name) for name in convs}
+        inputs, outputs = moments_of(teacher, convs, batches, call)
+        self.twins: dict[str, Twin] = {}
+        for name, conv in convs.items():
+            m, n = dense[name].get_parameter("weight").shape[:: -1 if conv else 1]
+            unknown = torch.ones(max(m, n), device=tensors[f"{name}.svd_up.weight"].device)
+            scales = inputs.get(name, unknown[:n]), outputs.get(name, unknown[:m])
+            self.twins[name] = Twin(self.originals[name], conv, *scales)
+        self.weights = [weight for twin in self.twins.values() for weight in (twin.a, twin.b)]
+        self.weights += [p for name in convs if isinstance(p := tensors.get(f"{name}.bias"), nn.Parameter)]
+
+    @contextmanager
+    def training(self) -> Iterator[None]:
+        """The twins in the model."""
+        self._use(self.twins)
+        try:
+            yield
+        finally:
+            self._use(self.originals)
+
+    @contextmanager
+    def stored(self) -> Iterator[None]:
+        """Inside `training`: what would be stored of the twins, in the model in place of them."""
+        for name, twin in self.twins.items():
+            up, down = (factor.detach() for factor in twin.factors())
+            factors = Factors(up, down, up.new_empty(0), 0.0)
+            put_factors(self.originals[name], transposed(factors) if twin.conv else factors)
+        self._use(self.originals)
+        try:
+            yield
+        finally:
+            self._use(self.twins)
+
+    def _use(self, modules: Mapping[str, nn.Module]) -> None:
+        for name, module in modules.items():
+            self.student.set_submodule(name, module)
+
+
+def moments_of(
+    model: nn.Module, names: Mapping[str, object], batches: Sequence[Batch], call: Callable[..., Any] | None = None
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Second moments of the inputs and of the loss gradients at the outputs of the named layers, summed over the batches, from
+    ordinary passes of a model in memory; diagonals beyond `FULL`. Padding counts as zeros in gradients only."""
+    inputs: dict[str, Tensor] = {}
+    gradients: dict[str, Tensor] = {}
+    caught: dict[str, list[Tensor]] = {}
+
+    def add(sums: dict[str, Tensor], name: str, values: Tensor) -> None:
+        more = moment(values.detach().reshape(-1, values.shape[-1]), FULL)
+        sums[name] = sums[name] + more if name in sums else more
+
+    def hook(name: str) -> Callable[..., Tensor]:
+        def catch(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            add(inputs, name, args[0])
+            if not output.requires_grad:  # nothing before this layer is differentiated
+                output = output.detach().requires_grad_().clone()
+            caught.setdefault(name, []).append(output)
+            return output
+
+        return catch
+
+    loss = ModelLoss()
+    loss.batches = batches
+    handles = [model.get_submodule(name).register_forward_hook(hook(name)) for name in names]
+    try:
+        for index, batch in enumerate(batches):
+            caught.clear()
+            with torch.enable_grad():
+                tensor, gradient = loss.seed(index, (call or model)(**batch))
+            ends = [(name, output) for name, outputs in caught.items() for output in outputs]
+            found = torch.autograd.grad(tensor, [output for _, output in ends], gradient, allow_unused=True)
+            for (name, _), value in zip(ends, found, strict=True):
+                if value is not None:
+                    add(gradients, name, value)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return inputs, gradients

@@ -1,0 +1,32 @@
+"""The one Python file of `compress --self-contained`, put together from the plugin's own source. No torch here."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+from svdcli.files.checkpoint import STANDALONE
+from svdcli.version import __version__
+
+_SOURCES = ("plan/parts.py", "models/modules.py", "models/hf.py", "models/auto_classes.py")
+_PACKAGE = Path(__file__).parent.parent
+
+
+def standalone_source() -> bytes:
+    """Modules, plugin and openers in one file that imports torch, safetensors and transformers only."""
+    parts = [f"# Written by svdcli {__version__}: opens the model beside it. Apache-2.0.\nfrom __future__ import annotations\n"]
+    for name in _SOURCES:
+        text = (_PACKAGE / name).read_text(encoding="utf-8")
+        parts.append("\n".join(line for line in text.splitlines() if not _drops(line)) + "\n")
+    return "\n".join(parts).encode()
+
+
+def auto_map() -> dict[str, str]:
+    """What config.json says about that file: every stock class by its own name."""
+    tree = ast.parse((_PACKAGE / "models" / "auto_classes.py").read_text(encoding="utf-8"))
+    names = next(node.value for node in tree.body if isinstance(node, ast.Assign) and node.targets[0].id == "AUTO_CLASSES")  # type: ignore[attr-defined]
+    return {name: f"{STANDALONE.removesuffix('.py')}.{name}" for name in ast.literal_eval(names)}
+
+
+def _drops(line: str) -> bool:
+    return line.startswith(("from svdcli", "from __future__"))

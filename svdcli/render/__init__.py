@@ -1,0 +1,1 @@
+"""Values to tables, bars, JSON and CSV; the only room that imports rich."""

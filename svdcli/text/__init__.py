@@ -1,0 +1,1 @@
+"""From a path to documents, tokens and windows."""

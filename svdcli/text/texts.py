@@ -1,0 +1,91 @@
+"""Text to calibrate and to evaluate on: a file, a folder, standard input, or the standard library's source."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from svdcli.errors import SvdcliError, UsageError
+from svdcli.files.checkpoint import STANDARD
+from svdcli.text.stdlib import stdlib_modules
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Documents with the name that a person gave them. digest is the SHA-256 of all of them, in order; passed_over names files
+    that are no text."""
+
+    name: str
+    documents: tuple[str, ...]
+    passed_over: tuple[str, ...] = ()
+
+    @property
+    def nbytes(self) -> int:
+        return sum(len(document.encode()) for document in self.documents)
+
+    def split(self, share: float) -> tuple[Texts, Texts]:
+        """The first `share` of all characters, and the rest; a document may be cut in two."""
+        left = int(share * sum(map(len, self.documents)))
+        first, rest = [], []
+        for document in self.documents:
+            first.append(document[:left])
+            rest.append(document[len(first[-1]) :])
+            left -= len(first[-1])
+        return (
+            Texts(f"{self.name}, first {share:.0%}", tuple(filter(None, first))),
+            Texts(f"{self.name}, last {1 - share:.0%}", tuple(filter(None, rest))),
+        )
+
+    @property
+    def digest(self) -> str:
+        whole = hashlib.sha256()
+        for document in self.documents:
+            whole.update(document.encode() + b"\0")
+        return whole.hexdigest()
+
+
+def read_texts(path: str | None, *, stdlib: bool, held_out: bool) -> Texts:
+    """The text of `--text PATH` (a file, a folder of files, `-`) or of `--stdlib`, its held-out half or the other.
+
+    Files of a folder that are not UTF-8 are passed over, and named. Raises UsageError where both or neither are given,
+    SvdcliError where there is no text or a file is none.
+    """
+    if (path is None) != stdlib:
+        raise UsageError("give --text FILE or --stdlib, one of them", "--text takes a file, a folder or -")
+    if path is None:
+        half = "held-out modules" if held_out else "modules that are not held out"
+        found = Texts(f"standard library, {half}", tuple(text for _, text in stdlib_modules(held_out=held_out)))
+    elif path == STANDARD:
+        found = Texts("standard input", (_decoded(sys.stdin.buffer.read(), "standard input"),))
+    elif Path(path).is_dir():
+        found = _folder_of_texts(Path(path), path)
+    elif Path(path).exists():
+        found = Texts(path, (_decoded(Path(path).read_bytes(), path),))
+    else:
+        raise SvdcliError(f"{path} does not exist", "check the path of --text")
+    if not any(document.strip() for document in found.documents):
+        raise SvdcliError(f"{found.name} holds no text", "give another --text")
+    return found
+
+
+def _decoded(raw: bytes, name: str) -> str:
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise SvdcliError(f"{name} is not UTF-8 text ({error.reason})", "convert it first") from error
+
+
+def _folder_of_texts(folder: Path, name: str) -> Texts:
+    texts: list[str] = []
+    passed_over: list[str] = []
+    for file in sorted(folder.rglob("*")):
+        inside = file.relative_to(folder)
+        if not file.is_file() or any(part.startswith(".") for part in inside.parts):
+            continue
+        try:
+            texts.append(_decoded(file.read_bytes(), name))
+        except SvdcliError:
+            passed_over.append(str(inside))
+    return Texts(name, tuple(texts), tuple(passed_over))

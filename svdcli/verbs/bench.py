@@ -1,0 +1,317 @@
+"""How fast a compressed model is beside another: tokens a second, time to load, memory. Each in a process of its own.
+
+The two take turns in one run, so that whatever else the machine does meets both. This side imports no torch.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from svdcli.errors import USAGE, SvdcliError, UsageError, printable
+from svdcli.files.checkpoint import CHUNK, STANDARD, Checkpoint, open_checkpoint
+from svdcli.files.report import JSON_VERSION
+from svdcli.progress import Progress, silent
+
+# `-m` would put the current folder, with whatever modules lie there, before everything else.
+_START = "import sys; sys.path[:] = {path!r}; from svdcli.models.bench_worker import main; main()"
+
+
+@dataclass(frozen=True)
+class Spread:
+    """One number a round: the median, the lowest and the highest of them."""
+
+    median: float
+    lowest: float
+    highest: float
+    rounds: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Side:
+    """One of the two models. prefill and decode are tokens a second; decode is None for a model that keeps no cache.
+
+    load_seconds is once, with the files in the page cache. Memory is that of the process above what its imports take, or the
+    accelerator's where the model is on a CUDA device: at rest after the last round, and at its highest, loading included.
+    """
+
+    path: str
+    process: int
+    model_class: str
+    dtype: str
+    parameters: int
+    file_bytes: int
+    load_seconds: float
+    memory_bytes: int
+    peak_bytes: int
+    prefill: Spread
+    decode: Spread | None
+
+
+@dataclass(frozen=True)
+class Ratios:
+    """Compressed over original. Speeds: above 1 is faster, paired by round; the others: below 1 is less."""
+
+    prefill: Spread
+    decode: Spread | None
+    load_seconds: float | None
+    memory_bytes: float | None
+    peak_bytes: float | None
+    file_bytes: float | None
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One line of the comparison. lowest and highest are those of the ratio, where there is one a round."""
+
+    measure: str
+    unit: str
+    original: float
+    compressed: float
+    ratio: float | None
+    lowest: float | None = None
+    highest: float | None = None
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Both models under the same load: `batch` prompts of prompt_tokens, then new_tokens one by one."""
+
+    path: str
+    against: str
+    device: str
+    threads: int
+    prompt_tokens: int
+    new_tokens: int
+    batch: int
+    rounds: int
+    compressed: Side
+    original: Side
+    ratios: Ratios
+
+    @property
+    def measures(self) -> tuple[Measure, ...]:
+        """The comparison line by line; no decode where there is none."""
+        before, after, ratios = self.original, self.compressed, self.ratios
+        speeds = [
+            Measure(name, "tokens/s", theirs.median, ours.median, ratio.median, ratio.lowest, ratio.highest)
+            for name, theirs, ours, ratio in (
+                ("decode", before.decode, after.decode, ratios.decode),
+                ("prefill", before.prefill, after.prefill, ratios.prefill),
+            )
+            if theirs is not None and ours is not None and ratio is not None
+        ]
+        return (
+            *speeds,
+            Measure("load", "s", before.load_seconds, after.load_seconds, ratios.load_seconds),
+            Measure("peak memory", "B", before.peak_bytes, after.peak_bytes, ratios.peak_bytes),
+            Measure("memory", "B", before.memory_bytes, after.memory_bytes, ratios.memory_bytes),
+            Measure("files", "B", before.file_bytes, after.file_bytes, ratios.file_bytes),
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        return {"svdcli_json": JSON_VERSION, "kind": "bench"} | asdict(self)
+
+
+def bench(
+    out: str | Path,
+    against: str | Path,
+    *,
+    prompt_tokens: int = 128,
+    new_tokens: int = 32,
+    batch: int = 1,
+    rounds: int = 5,
+    device: str = "auto",
+    threads: int | None = None,
+    trust_remote_code: bool = False,
+    progress: Progress = silent,
+) -> Bench:
+    """Measure both models by turns, `rounds` times after one round to warm up.
+
+    A round reads a prompt of random tokens in one pass (prefill), then writes new_tokens greedily with the cache (decode).
+    trust_remote_code runs Python that the models' folders bring along. Raises SvdcliError where a model does not open, does
+    not read text, or its process dies.
+    """
+    for name, value in (("prompt-tokens", prompt_tokens), ("new-tokens", new_tokens), ("batch", batch), ("rounds", rounds)):
+        if value < 1:
+            raise UsageError(f"--{name} {value} is not a whole number above 0", "give at least 1")
+    if threads is not None and not 1 <= threads <= 4096:
+        raise UsageError(f"--threads {threads} is outside [1, 4096]", "leave it out for torch's own choice")
+    checkpoints = [_open(path) for path in (against, out)]
+    task = {"device": device, "threads": threads, "prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "batch": batch}
+    task |= {"trust_remote_code": trust_remote_code}
+    with ExitStack() as stack:
+        pair = [stack.enter_context(_Child(checkpoint.path, task)) for checkpoint in checkpoints]
+        for done, child in enumerate(pair):
+            progress("load", child.path, done, len(pair))
+            child.about = child.answer()
+        for checkpoint, child in zip(checkpoints, pair, strict=True):
+            _into_page_cache(checkpoint)
+            child.about |= child.ask("load")
+        turns = _turns(pair, rounds, progress)
+        for child in pair:
+            child.about |= child.ask("memory")
+    original, compressed = (
+        _side(child, checkpoint, prompt_tokens * batch, new_tokens * batch, turns[child])
+        for checkpoint, child in zip(checkpoints, pair, strict=True)
+    )
+    where, count = pair[0].about["device"], pair[0].about["threads"]
+    asked = (prompt_tokens, new_tokens, batch, rounds)
+    return Bench(str(out), str(against), where, count, *asked, compressed, original, _ratios(compressed, original))
+
+
+def _open(path: str | Path) -> Checkpoint:
+    """Only the headers; what cannot be measured is told before any process starts."""
+    if str(path) == STANDARD:
+        raise UsageError("bench does not read standard input", "name a directory")
+    checkpoint = open_checkpoint(path)
+    if not checkpoint.is_directory or not checkpoint.transformers_opens_it:
+        raise SvdcliError(f"{checkpoint.shown} has no config.json that names a model", "bench opens Hugging Face directories")
+    return checkpoint
+
+
+def _into_page_cache(checkpoint: Checkpoint) -> None:
+    """Both models then load from memory, not one of them from a slow disk."""
+    for name in checkpoint.files:
+        with checkpoint.file_path(name).open("rb", buffering=0) as stream:
+            while stream.read(CHUNK):
+                pass
+
+
+# Turns ---------------------------------------------------------------------------------------------------------------
+
+Turns = dict["_Child", dict[str, list[float]]]
+
+
+def _turns(pair: Sequence[_Child], rounds: int, progress: Progress) -> Turns:
+    """Seconds of every round but the first. Who begins changes with the round, so that a drift favours nobody."""
+    turns: Turns = {child: {"prefill": [], "decode": []} for child in pair}
+    for number in range(rounds + 1):
+        order = pair if number % 2 == 0 else pair[::-1]
+        for what in ("prefill", "decode"):
+            for child in order:
+                seconds = child.ask(what)["seconds"]
+                if number > 0 and seconds is not None:
+                    turns[child][what].append(seconds)
+        progress("bench", f"round {number} of {rounds}", number + 1, rounds + 1)
+    return turns
+
+
+def _spread(values: Sequence[float]) -> Spread | None:
+    return Spread(statistics.median(values), min(values), max(values), tuple(values)) if values else None
+
+
+def _side(child: _Child, checkpoint: Checkpoint, prompt: int, new: int, turns: Mapping[str, Sequence[float]]) -> Side:
+    about = child.about
+    prefill = _spread([prompt / seconds for seconds in turns["prefill"]])
+    assert prefill is not None
+    return Side(
+        path=child.path,
+        process=child.process.pid,
+        model_class=about["model_class"],
+        dtype=about["dtype"],
+        parameters=about["parameters"],
+        file_bytes=sum(checkpoint.files.values()),
+        load_seconds=about["seconds"],
+        memory_bytes=about["memory_bytes"],
+        peak_bytes=about["peak_bytes"],
+        prefill=prefill,
+        decode=_spread([new / seconds for seconds in turns["decode"]]),
+    )
+
+
+def _ratios(ours: Side, theirs: Side) -> Ratios:
+    def paired(one: Spread | None, other: Spread | None) -> Spread | None:
+        if one is None or other is None:
+            return None
+        return _spread([mine / yours for mine, yours in zip(one.rounds, other.rounds, strict=True)])
+
+    def once(pick: Callable[[Side], float]) -> float | None:
+        return pick(ours) / pick(theirs) if pick(theirs) > 0 else None
+
+    prefill = paired(ours.prefill, theirs.prefill)
+    assert prefill is not None
+    return Ratios(
+        prefill=prefill,
+        decode=paired(ours.decode, theirs.decode),
+        load_seconds=once(lambda side: side.load_seconds),
+        memory_bytes=once(lambda side: side.memory_bytes),
+        peak_bytes=once(lambda side: side.peak_bytes),
+        file_bytes=once(lambda side: side.file_bytes),
+    )
+
+
+# One process a model --------------------------------------------------------------------------------------------------
+
+
+class _Child:
+    """A process that holds one model and waits on its pipe: a command a line in, JSON a line out.
+
+    It has a session of its own, so that an interrupt from the terminal reaches this side alone, which ends it.
+    """
+
+    def __init__(self, path: Path, task: Mapping[str, Any]) -> None:
+        self.path, self.about = str(path), dict[str, Any]()
+        self.stderr = tempfile.TemporaryFile()  # noqa: SIM115  closed with the process
+        command = [sys.executable, "-c", _START.format(path=sys.path), json.dumps({"path": str(path.absolute())} | dict(task))]
+        pipe = subprocess.PIPE
+        quiet = {"PYTHONUTF8": "1", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+        self.process = subprocess.Popen(
+            command,
+            stdin=pipe,
+            stdout=pipe,
+            stderr=self.stderr,
+            start_new_session=True,
+            env=os.environ | quiet,
+            encoding="utf-8",
+        )
+
+    def __enter__(self) -> _Child:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.wait()
+        for stream in (self.process.stdin, self.process.stdout, self.stderr):
+            with suppress(OSError):  # what could not be written to a dead process
+                stream.close()  # type: ignore[union-attr]
+
+    def ask(self, what: str) -> dict[str, Any]:
+        """Send one command and wait for its answer."""
+        assert self.process.stdin is not None
+        with suppress(BrokenPipeError):  # the answer, which does not come, tells more
+            self.process.stdin.write(what + "\n")
+            self.process.stdin.flush()
+        return self.answer()
+
+    def answer(self) -> dict[str, Any]:
+        """Raises SvdcliError for what went wrong on the other side, and where it has died."""
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line.endswith("\n"):
+            raise self._death()
+        found: dict[str, Any] = json.loads(line)
+        if "error" in found:
+            kind = UsageError if found["exit_code"] == USAGE else SvdcliError
+            raise kind(found["error"], found["hint"])
+        return found
+
+    def _death(self) -> SvdcliError:
+        code = self.process.wait()
+        if code == -signal.SIGKILL:
+            return SvdcliError(f"the process that held {self.path} was killed", "memory may be too small for both models at once")
+        self.stderr.seek(0)
+        lines = [line.strip() for line in self.stderr.read().decode(errors="replace").splitlines() if line.strip()]
+        why = f"signal {-code}" if code < 0 else f"exit code {code}"
+        last = f": {printable(lines[-1])[:200]}" if lines else ""
+        return SvdcliError(f"the process that held {self.path} ended with {why}{last}", "try `svdcli verify`")

@@ -1,0 +1,30 @@
+"""What compress and heal give back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from svdcli.files.report import Report
+from svdcli.plan.plan import Plan
+
+if TYPE_CHECKING:
+    from svdcli.verbs.evaluate import Evaluation
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What compress did or would do: the report, the plan behind it, and where the output is (None for a dry run).
+
+    measured is how far the output is from the original on text that calibration did not read, where there was such text;
+    not_measured says why it is missing. refused says why a run would stop where this dry run did not.
+    """
+
+    report: Report
+    plan: Plan
+    path: Path | None
+    started_over: bool = False
+    measured: Evaluation | None = None
+    not_measured: str = ""
+    refused: str = ""

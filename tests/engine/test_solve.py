@@ -1,0 +1,87 @@
+"""Work is spread over two workers, never more, and nothing is lost on the way."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+import torch
+from helpers import weight
+
+from svdcli.engine.executor import Compute, spread
+from svdcli.engine.solve import solve_layer
+from svdcli.errors import UsageError
+from svdcli.linalg.scratch import keeping_scratch
+from svdcli.linalg.storage import dense_rows
+from svdcli.plan.plan import LayerPlan
+from svdcli.plan.tensors import TensorInfo
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(params=[1, 2, 4])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def test_every_answer_comes_and_at_most_two_are_under_way(threads: int) -> None:
+    under_way, most, lock = 0, 0, threading.Lock()
+
+    def work(item: int) -> int:
+        nonlocal under_way, most
+        with lock:
+            under_way += 1
+            most = max(most, under_way)
+        time.sleep(0.002)
+        assert torch.get_num_threads() == max(1, threads // 2)
+        with lock:
+            under_way -= 1
+        return item * item
+
+    assert sorted(spread(work, range(20), CPU)) == [item * item for item in range(20)]
+    assert most == min(2, threads)
+
+
+def test_an_error_ends_the_work_and_is_told(threads: int) -> None:
+    started = []
+
+    def work(item: int) -> int:
+        started.append(item)
+        if item == 3:
+            raise ValueError("three")
+        return item
+
+    with pytest.raises(ValueError, match="three"):
+        list(spread(work, range(100), CPU))
+    assert len(started) < 10
+
+
+@pytest.mark.parametrize("solver", ["svd", "gram"])
+@pytest.mark.parametrize("layout", ["factored", "pivoted"])
+@pytest.mark.parametrize("dtype", ["BF16", "F32"])
+def test_layers_are_solved_whichever_side_is_long(solver: str, layout: str, dtype: str) -> None:
+    """A weight that is converted is laid on its long side first; the same memory serves one after the other."""
+    kinds = {"BF16": torch.bfloat16, "F32": torch.float32}
+    with keeping_scratch():
+        for shape in ((300, 170), (170, 300), (200, 200), (300, 170)):
+            w = weight(*shape, dtype=kinds[dtype])
+            layer = LayerPlan(TensorInfo("a.weight", dtype, shape), 40, layout, dtype, solver)
+            stored, result = solve_layer(w, layer, 0, CPU)
+            rebuilt = dense_rows(stored, layout, torch.float64, slice(None))
+            measured = float((w.double() - rebuilt).norm() / w.double().norm())
+            best = float(torch.linalg.svdvals(w.double())[40:].norm() / w.double().norm())
+            rounding = {"BF16": 0.02 if layout == "pivoted" else 0.003, "F32": 1e-6}[dtype]
+            assert result.fell_back == ()
+            assert result.relative_error == pytest.approx(measured, rel=1e-4)
+            assert best - 1e-9 <= measured <= best + rounding
+
+
+def test_a_device_that_is_not_there_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    with pytest.raises(UsageError, match=r"--device mps is not available here; use cpu"):
+        Compute("mps").start()
