@@ -1,9 +1,11 @@
-"""Train sample_models/mlp.safetensors: a small network that guesses the next byte of Python source from the 16 before it.
+"""Train sample_models/mlp.safetensors: a small network that guesses the next byte of Python source
+from the 16 before it.
 
     pip install -c tests/constraints.txt .
     python sample_models/train_mlp.py            # under a minute on two cores
 
-The architecture is Bengio et al. (2003): embed, concatenate, two hidden layers, 256 outputs. One plain file, no config.
+The architecture is Bengio et al. (2003): embed, concatenate, two hidden layers,
+256 outputs. One plain file, no config.
 """
 
 from __future__ import annotations
@@ -11,11 +13,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from svdcli.files.bytes_of import bytes_of
+from svdcli.files.stdlib_text import stdlib_modules
 from torch import Tensor, nn
 
-from svdcli.files.bytes_of import bytes_of
 from svdcli.files.header import render_header
-from svdcli.files.stdlib_text import stdlib_modules
 from svdcli.plan.tensors import TensorInfo
 
 HERE = Path(__file__).parent

@@ -1,10 +1,12 @@
-"""Train sample_models/tiny-llama: a Llama with grouped-query attention on the source of Python's standard library.
+"""Train sample_models/tiny-llama: a Llama with grouped-query attention on the source of
+Python's standard library.
 
     pip install -c tests/constraints.txt '.[train]'
-    python sample_models/train_tiny_llama.py --steps 5400        # about an hour on two cores
-    python sample_models/train_tiny_llama.py --evaluate          # validation loss of the model in the repository
+    python sample_models/train_tiny_llama.py --steps 5400  about an hour on two cores
+    python sample_models/train_tiny_llama.py --evaluate
+        validation loss of the model in the repository
 
-Every module goes to training or to validation by a hash of its path (svdcli/files/stdlib_text.py).
+Every module goes to training or to validation by a hash of its path (svdcli/text/stdlib.py).
 """
 
 from __future__ import annotations
@@ -15,10 +17,9 @@ import time
 from pathlib import Path
 
 import torch
+from svdcli.files.stdlib_text import stdlib_modules
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-from svdcli.files.stdlib_text import stdlib_modules
 
 HERE = Path(__file__).parent
 END = "<|endoftext|>"
@@ -38,7 +39,11 @@ def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     )
     core.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(
-        tokenizer_object=core, bos_token=END, eos_token=END, clean_up_tokenization_spaces=False, model_max_length=CONTEXT
+        tokenizer_object=core,
+        bos_token=END,
+        eos_token=END,
+        clean_up_tokenization_spaces=False,
+        model_max_length=CONTEXT,
     )
 
 
@@ -89,7 +94,9 @@ def validation_loss(model: LlamaForCausalLM, stream: torch.Tensor) -> float:
     total = 0.0
     for batch in windows.split(8):
         logits = model(input_ids=batch[:, :-1], use_cache=False).logits.float()
-        total += torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="sum").item()
+        total += torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="sum"
+        ).item()
     model.train()
     return total / (windows.shape[0] * CONTEXT)
 
@@ -121,12 +128,18 @@ def train(args: argparse.Namespace) -> None:
         optimizer.step()
         if step % 100 == 99 or step == args.steps - 1:
             spent = time.monotonic() - started
-            print(f"step {step + 1}/{args.steps}  loss {loss.item():.3f}  {spent:.0f} s", flush=True)
+            print(
+                f"step {step + 1}/{args.steps}  loss {loss.item():.3f}  {spent:.0f} s", flush=True
+            )
         if step % 600 == 599:
             print(f"  held-out loss {validation_loss(model, validation):.4f}", flush=True)
     model.to(torch.bfloat16).save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)
-    print(f"held-out loss of the saved model {validation_loss(model.float(), validation):.4f} nats a token", flush=True)
+    print(
+        f"held-out loss of the saved model {validation_loss(model.float(), validation):.4f} "
+        f"nats a token",
+        flush=True,
+    )
 
 
 def evaluate(out: Path) -> None:
@@ -138,12 +151,15 @@ def evaluate(out: Path) -> None:
     size = sum(len(text.encode()) for text in texts)
     bits = loss * len(stream) / size / math.log(2)
     print(
-        f"held-out loss {loss:.4f} nats a token, perplexity {math.exp(loss):.2f}, {bits:.3f} bits a byte, {len(stream):,} tokens"
+        f"held-out loss {loss:.4f} nats a token, perplexity {math.exp(loss):.2f}, {bits:.3f} "
+        f"bits a byte, {len(stream):,} tokens"
     )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--steps", type=int, default=5400)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--lr", type=float, default=2e-3)

@@ -2,7 +2,8 @@
 
 from svdcli.version import __version__
 
-# Nothing is imported here: the command must catch an interrupt early, and `typing` alone takes milliseconds.
+# Nothing is imported here: the command must catch an interrupt early, and `typing` alone takes
+# milliseconds.
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from svdcli.engine.executor import Compute
@@ -71,7 +72,8 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> object:
-    """Import public names when they are first asked for (PEP 562): `import svdcli` itself stays instant."""
+    """Import public names when they are first asked for (PEP 562): `import svdcli` itself stays
+    instant."""
     for home, names in _HOMES.items():
         if name in names:
             from importlib import import_module

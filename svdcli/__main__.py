@@ -7,8 +7,8 @@ import sys
 
 
 def _leave_quietly() -> None:
-    """Until a command has begun, and when it has ended, an interrupt is the end and not a traceback. One that the parent
-    ignores (nohup, jobs in the background) stays ignored."""
+    """Until a command has begun, and when it has ended, an interrupt is the end and not a
+    traceback. One that the parent ignores (nohup, jobs in the background) stays ignored."""
     write, end = os.write, os._exit  # modules lose their names while the interpreter ends
 
     def leave(*_: object) -> None:
@@ -31,14 +31,17 @@ def main() -> None:
     """Set what must be set before the first import, then run the command line."""
     _leave_quietly()
     gc.disable()  # start-up makes many objects and no garbage; long commands turn it on again
-    # Page faults in large buffers took a sixth of the CPU time of `compress` (PyTorch's tuning guide, transparent huge pages).
+    # Page faults in large buffers took a sixth of the CPU time of `compress` (PyTorch's tuning
+    # guide, transparent huge pages).
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     from svdcli.cli.commands import main as run
 
     try:
         run()
     finally:
-        gc.freeze()  # what is left goes with the process; looking through it for garbage takes 0.3 s where torch is loaded
+        # what is left goes with the process; looking through it for garbage takes 0.3 s where torch
+        # is loaded
+        gc.freeze()
 
 
 if __name__ == "__main__":

@@ -30,7 +30,8 @@ class SvdcliError(Exception):
 
 
 class UsageError(SvdcliError):
-    """The request itself cannot be met: options that contradict, values out of range, patterns that match nothing."""
+    """The request itself cannot be met: options that contradict, values out of range, patterns that
+    match nothing."""
 
     exit_code = USAGE
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-# Phase, name of what was just done, work done so far, all work; in seconds of a guess, good enough for the time left.
+# Phase, name of what was just done, work done so far, all work; in seconds of a guess, good enough
+# for the time left.
 Progress = Callable[[str, str, float, float], None]
 
 

@@ -16,7 +16,8 @@ Compressed = Callable[..., Path]
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """A worker for each core, up to four; none where files are named, whose tests start at once and can be debugged."""
+    """A worker for each core, up to four; none where files are named, whose tests start at once and
+    can be debugged."""
     return 0 if any(".py" in argument for argument in config.args) else min(4, os.cpu_count() or 1)
 
 
@@ -49,7 +50,11 @@ def compressed_mlp(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import svdcli
 
     out = tmp_path_factory.mktemp("mlp") / "mlp.svd.safetensors"
-    svdcli.compress(Path(__file__).parent.parent / "sample_models" / "mlp.safetensors", out, svdcli.Recipe("rank", 64))
+    svdcli.compress(
+        Path(__file__).parent.parent / "sample_models" / "mlp.safetensors",
+        out,
+        svdcli.Recipe("rank", 64),
+    )
     return out
 
 
@@ -76,7 +81,9 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 
 @pytest.fixture(scope="session")
-def compressed(written: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Compressed:
+def compressed(
+    written: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> Compressed:
     """The same, compressed: (family, layout, keep) -> directory."""
     import svdcli
 

@@ -1,4 +1,5 @@
-"""Small checkpoints, hostile files, and two ways to drive the command line. Plain functions; fixtures are in conftest.py."""
+"""Small checkpoints, hostile files, and two ways to drive the command line. Plain functions;
+fixtures are in conftest.py."""
 
 from __future__ import annotations
 
@@ -23,13 +24,21 @@ from safetensors import deserialize
 from safetensors.torch import load_file, save_file
 
 INTEGERS = ("int64", "int32", "int16", "int8", "uint64", "uint32", "uint16", "uint8")
-EIGHT_BIT_FLOATS = ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu")
+EIGHT_BIT_FLOATS = (
+    "float8_e4m3fn",
+    "float8_e5m2",
+    "float8_e4m3fnuz",
+    "float8_e5m2fnuz",
+    "float8_e8m0fnu",
+)
 
 
-# Checkpoints ---------------------------------------------------------------------------------------------------------
+# Checkpoints --------------------------------------------------------------------------------------
 
 
-def weight(rows: int, columns: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+def weight(
+    rows: int, columns: int, seed: int = 0, dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
     """A matrix with a decaying spectrum, as trained layers have."""
     generator = torch.Generator().manual_seed(seed)
     short = min(rows, columns)
@@ -53,7 +62,8 @@ def best_error(w: torch.Tensor, rank: int) -> float:
 
 
 def small_tensors() -> dict[str, torch.Tensor]:
-    """Two linear layers worth factoring, and a tensor of every dtype that torch and safetensors share."""
+    """Two linear layers worth factoring, and a tensor of every dtype that torch and safetensors
+    share."""
     tensors = {
         "layers.0.up.weight": weight(48, 40, 1),
         "layers.0.down.weight": weight(40, 48, 2, torch.bfloat16),
@@ -74,19 +84,29 @@ def small_tensors() -> dict[str, torch.Tensor]:
 
 
 def write_small(path: Path, metadata: Mapping[str, str] | None = None) -> Path:
-    """A small valid safetensors file with several dtypes, two layers of which are worth factoring."""
+    """A small valid safetensors file with several dtypes, two layers of which are worth
+    factoring."""
     save_file(small_tensors(), path, metadata=dict(metadata) if metadata else None)
     return path
 
 
-RANKED = {"layers.0.up.weight": (96, 64), "layers.0.down.weight": (64, 96), "layers.1.up.weight": (96, 64)}
+RANKED = {
+    "layers.0.up.weight": (96, 64),
+    "layers.0.down.weight": (64, 96),
+    "layers.1.up.weight": (96, 64),
+}
 LLAMA = {"model_type": "llama", "hidden_size": 64}
 
 
 def ranked_tensors(dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
     """Three layers worth factoring, an embedding, a norm."""
-    tensors = {name: weight(*shape, seed=i, dtype=dtype) for i, (name, shape) in enumerate(RANKED.items())}
-    return tensors | {"embed_tokens.weight": weight(80, 64, 9, dtype), "norm.weight": torch.ones(64, dtype=dtype)}
+    tensors = {
+        name: weight(*shape, seed=i, dtype=dtype) for i, (name, shape) in enumerate(RANKED.items())
+    }
+    return tensors | {
+        "embed_tokens.weight": weight(80, 64, 9, dtype),
+        "norm.weight": torch.ones(64, dtype=dtype),
+    }
 
 
 def write_model(
@@ -96,8 +116,8 @@ def write_model(
     tensors: Mapping[str, torch.Tensor] | None = None,
     shards: int = 1,
 ) -> Path:
-    """A Hugging Face directory of these tensors (those of `ranked_tensors`), with a tokenizer and a subfolder; config None
-    leaves config.json out."""
+    """A Hugging Face directory of these tensors (those of `ranked_tensors`), with a tokenizer and a
+    subfolder; config None leaves config.json out."""
     tensors = ranked_tensors() if tensors is None else dict(tensors)
     folder.mkdir()
     if config is not None:
@@ -109,11 +129,15 @@ def write_model(
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
         return folder
     names = [f"model-{i + 1:05d}-of-{shards:05d}.safetensors" for i in range(shards)]
-    return write_sharded(folder, {name: dict(list(tensors.items())[i::shards]) for i, name in enumerate(names)})
+    return write_sharded(
+        folder, {name: dict(list(tensors.items())[i::shards]) for i, name in enumerate(names)}
+    )
 
 
 def write_sharded(
-    folder: Path, shards: Mapping[str, Mapping[str, torch.Tensor]], index: str = "model.safetensors.index.json"
+    folder: Path,
+    shards: Mapping[str, Mapping[str, torch.Tensor]],
+    index: str = "model.safetensors.index.json",
 ) -> Path:
     """A directory of shards with the index that lists them."""
     for name, tensors in shards.items():
@@ -126,11 +150,19 @@ def write_sharded(
 
 
 def load_all(folder: Path) -> dict[str, torch.Tensor]:
-    return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+    return {
+        name: tensor
+        for file in sorted(folder.glob("*.safetensors"))
+        for name, tensor in load_file(file).items()
+    }
 
 
 def size_of(path: Path) -> int:
-    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) if path.is_dir() else path.stat().st_size
+    return (
+        sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+        if path.is_dir()
+        else path.stat().st_size
+    )
 
 
 def rebuilt(tensors: dict[str, torch.Tensor], name: str, layout: str) -> torch.Tensor:
@@ -138,7 +170,10 @@ def rebuilt(tensors: dict[str, torch.Tensor], name: str, layout: str) -> torch.T
     module = name.removesuffix(".weight")
     if layout == "dense":
         return tensors[name].double()
-    up, down = tensors[f"{module}.svd_up.weight"].double(), tensors[f"{module}.svd_down.weight"].double()
+    up, down = (
+        tensors[f"{module}.svd_up.weight"].double(),
+        tensors[f"{module}.svd_down.weight"].double(),
+    )
     if layout == "factored":
         return up @ down
     return torch.cat([down, up @ down])[tensors[f"{module}.svd_rows"].long()]
@@ -147,14 +182,19 @@ def rebuilt(tensors: dict[str, torch.Tensor], name: str, layout: str) -> torch.T
 def contents(path: Path) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
     """What the reference reader finds in one file: dtype, shape and bytes of every tensor."""
     found = deserialize(path.read_bytes())
-    return {name: (item["dtype"], tuple(item["shape"]), bytes(item["data"])) for name, item in found}
+    return {
+        name: (item["dtype"], tuple(item["shape"]), bytes(item["data"])) for name, item in found
+    }
 
 
-# Hostile headers -----------------------------------------------------------------------------------------------------
+# Hostile headers ----------------------------------------------------------------------------------
 
 
-def framed(header: bytes | str | Mapping[str, Any], data: bytes = b"", *, length: int | None = None) -> bytes:
-    """The bytes of a safetensors file with this header, however wrong; length is what its first 8 bytes claim."""
+def framed(
+    header: bytes | str | Mapping[str, Any], data: bytes = b"", *, length: int | None = None
+) -> bytes:
+    """The bytes of a safetensors file with this header, however wrong; length is what its first 8
+    bytes claim."""
     raw = json.dumps(header) if isinstance(header, Mapping) else header
     raw = raw.encode() if isinstance(raw, str) else raw
     return struct.pack("<Q", len(raw) if length is None else length) + raw + data
@@ -165,14 +205,14 @@ def entry(dtype: Any = "F32", shape: Any = (1,), offsets: Any = (0, 4)) -> dict[
     return {"dtype": dtype, "shape": shape, "data_offsets": offsets}
 
 
-# Solvers that fail ---------------------------------------------------------------------------------------------------
+# Solvers that fail --------------------------------------------------------------------------------
 
 
 def diverges(*_: Any, **__: Any) -> Any:
     raise torch.linalg.LinAlgError("did not converge")
 
 
-# The command line ----------------------------------------------------------------------------------------------------
+# The command line ---------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -207,15 +247,20 @@ def cli(
     input: bytes | None = None,  # noqa: A002
     env: Mapping[str, str] | None = None,
 ) -> Finished:
-    """`svdcli ARGS` in this process: the same as `run`, without the seconds that importing torch takes."""
+    """`svdcli ARGS` in this process: the same as `run`, without the seconds that importing torch
+    takes."""
     from svdcli.cli.commands import main
 
     out = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True)
-    err = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", errors="backslashreplace", write_through=True)
+    err = io.TextIOWrapper(
+        io.BytesIO(), encoding="utf-8", errors="backslashreplace", write_through=True
+    )
     code: Any = 0
     with (
         mock.patch.object(sys, "argv", ["svdcli", *map(str, args)]),
-        mock.patch.object(sys, "stdin", io.TextIOWrapper(io.BytesIO(input or b""), encoding="utf-8")),
+        mock.patch.object(
+            sys, "stdin", io.TextIOWrapper(io.BytesIO(input or b""), encoding="utf-8")
+        ),
         mock.patch.dict(os.environ, {"COLUMNS": "160", **(env or {})}),
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),
@@ -228,15 +273,20 @@ def cli(
 
 
 _FORKED = multiprocessing.get_context("forkserver")
-_FORKED.set_forkserver_preload(["torch", "transformers.modeling_utils", "peft", "torchao.quantization"])
+_FORKED.set_forkserver_preload(
+    ["torch", "transformers.modeling_utils", "peft", "torchao.quantization"]
+)
 
 
 def run_code(code: str, *arguments: str | Path, folder: Path) -> Finished:
-    """The same as `python -c CODE ARGUMENTS` with `folder` as the current one, but for the seconds that importing torch and
-    transformers takes: its process is forked from one that has these, and neither svdcli nor anything that a test has done."""
+    """The same as `python -c CODE ARGUMENTS` with `folder` as the current one, but for the seconds
+    that importing torch and transformers takes: its process is forked from one that has these, and
+    neither svdcli nor anything that a test has done."""
     with tempfile.TemporaryDirectory() as place:
         streams = [Path(place) / "out", Path(place) / "err"]
-        process = _FORKED.Process(target=_run_forked, args=(code, list(map(str, arguments)), folder, streams))
+        process = _FORKED.Process(
+            target=_run_forked, args=(code, list(map(str, arguments)), folder, streams)
+        )
         process.start()
         process.join(120)
         process.kill()
@@ -255,7 +305,8 @@ def _run_forked(code: str, arguments: list[str], folder: Path, streams: list[Pat
 
 
 def complaint(done: Finished, code: int = 1) -> str:
-    """The one line of a refusal. Fails where the command succeeded, said more or less, or met what it did not foresee."""
+    """The one line of a refusal. Fails where the command succeeded, said more or less, or met what
+    it did not foresee."""
     assert done.code == code, done
     assert done.out == b""
     assert done.err.startswith("svdcli: error: "), done.err
@@ -266,11 +317,18 @@ def complaint(done: Finished, code: int = 1) -> str:
 
 
 def tree(folder: Path) -> dict[str, str]:
-    """Every path below a folder with a digest of what is there: equal before and after where nothing was touched."""
+    """Every path below a folder with a digest of what is there: equal before and after where
+    nothing was touched."""
     return {str(path.relative_to(folder)): _digest(path) for path in sorted(folder.rglob("*"))}
 
 
 def _digest(path: Path) -> str:
     if path.is_symlink():
         return f"link to {os.readlink(path)}"
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "directory" if path.is_dir() else "special"
+    return (
+        hashlib.sha256(path.read_bytes()).hexdigest()
+        if path.is_file()
+        else "directory"
+        if path.is_dir()
+        else "special"
+    )

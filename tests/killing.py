@@ -1,9 +1,11 @@
-"""Stop a run at any file operation, then run it again. Used by test_nothing_lost.py in a process of its own.
+"""Stop a run at any file operation, then run it again. Used by test_nothing_lost.py in a process of
+its own.
 
-A task a line comes on standard input, as JSON with arguments, out, points and signal; the answer goes to standard output: the
-operations of an unbroken run, how many of them were tried, and what went wrong. The parent imports everything once and never
-computes, so that forked children start instantly and may use threads. An audit hook counts every file operation on the
-output's side; at the chosen one the child gets a signal.
+A task a line comes on standard input, as JSON with arguments, out, points and signal; the answer
+goes to standard output: the operations of an unbroken run, how many of them were tried, and what
+went wrong. The parent imports everything once and never computes, so that forked children start
+instantly and may use threads. An audit hook counts every file operation on the output's side; at
+the chosen one the child gets a signal.
 """
 
 from __future__ import annotations
@@ -23,8 +25,16 @@ from svdcli.cli import commands
 _EVENTS = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "shutil.rmtree", "os.truncate"}
 
 
-def run(arguments: list[str], out: Path, *, stop_at: int | None = None, kind: int = signal.SIGKILL, counter: int = -1) -> int:
-    """Fork, run the command line, and return the exit code (negative signal number where a signal ended it).
+def run(
+    arguments: list[str],
+    out: Path,
+    *,
+    stop_at: int | None = None,
+    kind: int = signal.SIGKILL,
+    counter: int = -1,
+) -> int:
+    """Fork, run the command line, and return the exit code (negative signal number where a signal
+    ended it).
 
     counter is a pipe's end that gets one byte for every file operation.
     """
@@ -77,7 +87,9 @@ def snapshot(path: Path) -> dict[str, bytes] | None:
     return {str(file.relative_to(path.parent)): file.read_bytes() for file in files}
 
 
-def try_point(arguments: list[str], out: Path, stop_at: int, kind: int, reference: dict[str, bytes] | None) -> str:
+def try_point(
+    arguments: list[str], out: Path, stop_at: int, kind: int, reference: dict[str, bytes] | None
+) -> str:
     """What went wrong when the run was stopped there and started again; empty where nothing did."""
     code = run(arguments, out, stop_at=stop_at, kind=kind)
     after = snapshot(out)
@@ -89,7 +101,9 @@ def try_point(arguments: list[str], out: Path, stop_at: int, kind: int, referenc
         return f"stopped at {stop_at} with code {code}: the second run ended with {again}"
     if snapshot(out) != reference:
         return f"stopped at {stop_at} with code {code}: other bytes than an unbroken run"
-    left = [path.name for path in out.parent.iterdir() if path.name.startswith(out.name) and path != out]
+    left = [
+        path.name for path in out.parent.iterdir() if path.name.startswith(out.name) and path != out
+    ]
     return f"stopped at {stop_at}: left {left}" if left else ""
 
 
@@ -119,7 +133,9 @@ def main() -> None:
     for line in sys.stdin:
         task = json.loads(line)
         found = answer(task["arguments"], Path(task["out"]), task["points"], task["signal"])
-        print(json.dumps(found), flush=True)  # nothing may be left in the buffer that the next child inherits
+        print(
+            json.dumps(found), flush=True
+        )  # nothing may be left in the buffer that the next child inherits
 
 
 if __name__ == "__main__":

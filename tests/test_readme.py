@@ -1,4 +1,5 @@
-"""What README shows is what the commands print today. `python tests/readme/regenerate.py` brings it up to date."""
+"""What README shows is what the commands print today. `python tests/readme/regenerate.py` brings it
+up to date."""
 
 from __future__ import annotations
 
@@ -38,7 +39,9 @@ def test_every_file_that_readme_links_to_is_there() -> None:
 
 
 def test_every_python_block_runs() -> None:
-    for block in re.findall(r"^```python\n(.*?)^```$", README.read_text(), re.DOTALL | re.MULTILINE):
+    for block in re.findall(
+        r"^```python\n(.*?)^```$", README.read_text(), re.DOTALL | re.MULTILINE
+    ):
         with workshop() as folder:
             done = run_code(block, folder=folder)
         assert done.code == 0, done.err
@@ -49,10 +52,11 @@ def test_install_lines_use_the_constraints() -> None:
         assert "-c tests/constraints.txt" in line, line
 
 
-# Applications --------------------------------------------------------------------------------------------------------
+# Applications -------------------------------------------------------------------------------------
 
 ROW = re.compile(
-    r"^\| `(?P<family>[a-z0-9-]+)` \| (?P<task>[^|]+) \| `(?P<kind>\w+)`[^|]* \| (?P<run>[^|]+) \| (?P<dense>[^|]+) \|$",
+    r"^\| `(?P<family>[a-z0-9-]+)` \| (?P<task>[^|]+) \| `(?P<kind>\w+)`[^|]* \| (?P<run>[^|]+) "
+    r"\| (?P<dense>[^|]+) \|$",
     re.MULTILINE,
 )
 APPLICATIONS = {row["family"]: row for row in ROW.finditer(README.read_text())}
@@ -71,5 +75,9 @@ def test_a_row_tells_what_the_tests_run(name: str, tmp_path: Path) -> None:
     _, skipped = choose_layers(checkpoint.infos, facts=checkpoint.facts)
     dense = {item.tensor.module for item in skipped if len(item.tensor.shape) > 1}
     told = set(re.findall(r"`([a-z0-9_.]+)`", row["dense"])) - {"save_pretrained"}
-    assert {weight for weight in dense if any(f".{weight}".endswith(f".{word}") for word in told)} == dense
-    assert {word for word in told if any(f".{weight}".endswith(f".{word}") for weight in dense)} == told
+    assert {
+        weight for weight in dense if any(f".{weight}".endswith(f".{word}") for word in told)
+    } == dense
+    assert {
+        word for word in told if any(f".{weight}".endswith(f".{word}") for weight in dense)
+    } == told

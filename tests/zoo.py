@@ -1,4 +1,5 @@
-"""Tiny models of many families, made from their configs with random weights: what users compress, in miniature."""
+"""Tiny models of many families, made from their configs with random weights: what users compress,
+in miniature."""
 
 from __future__ import annotations
 
@@ -47,8 +48,20 @@ def _model(name: str, **config: Any) -> Callable[[], Any]:
 
 
 def _decoder(**more: Any) -> dict[str, Any]:
-    base = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2, "num_attention_heads": 4}
-    ends = {"num_key_value_heads": 2, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    base = {
+        "vocab_size": 96,
+        "hidden_size": 64,
+        "intermediate_size": 160,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
+    ends = {
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
     return base | ends | more
 
 
@@ -60,7 +73,15 @@ _BERT = {
     "num_attention_heads": 4,
     "max_position_embeddings": 64,
 }
-_T5 = {"vocab_size": 96, "d_model": 64, "d_ff": 160, "d_kv": 16, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0}
+_T5 = {
+    "vocab_size": 96,
+    "d_model": 64,
+    "d_ff": 160,
+    "d_kv": 16,
+    "num_layers": 2,
+    "num_heads": 4,
+    "decoder_start_token_id": 0,
+}
 _WHISPER = {
     "vocab_size": 96,
     "d_model": 64,
@@ -80,7 +101,15 @@ _WHISPER = {
     "begin_suppress_tokens": None,
     "suppress_tokens": None,
 }
-_GPT2 = {"vocab_size": 96, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64, "bos_token_id": 1, "eos_token_id": 2}
+_GPT2 = {
+    "vocab_size": 96,
+    "n_embd": 64,
+    "n_layer": 2,
+    "n_head": 4,
+    "n_positions": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 _VIT = {
     "image_size": 16,
     "patch_size": 4,
@@ -109,9 +138,18 @@ _PAIR = TEXT | {"decoder_input_ids": IDS[:, :6]}
 
 FAMILIES = {
     "llama": Family("generation", _model("LlamaForCausalLM", **_decoder()), TEXT, generates=True),
-    "llama-tied": Family("generation", _model("LlamaForCausalLM", **_decoder(tie_word_embeddings=True)), TEXT, generates=True),
-    "qwen3": Family("generation", _model("Qwen3ForCausalLM", **_decoder(head_dim=16)), TEXT, generates=True),
-    "mistral": Family("generation", _model("MistralForCausalLM", **_decoder()), TEXT, generates=True),
+    "llama-tied": Family(
+        "generation",
+        _model("LlamaForCausalLM", **_decoder(tie_word_embeddings=True)),
+        TEXT,
+        generates=True,
+    ),
+    "qwen3": Family(
+        "generation", _model("Qwen3ForCausalLM", **_decoder(head_dim=16)), TEXT, generates=True
+    ),
+    "mistral": Family(
+        "generation", _model("MistralForCausalLM", **_decoder()), TEXT, generates=True
+    ),
     "gpt2": Family("generation", _model("GPT2LMHeadModel", **_GPT2), TEXT, generates=True),
     "mixtral": Family(
         "generation, mixture of experts",
@@ -121,12 +159,17 @@ FAMILIES = {
     ),
     "t5": Family("translation", _model("T5ForConditionalGeneration", **_T5), _PAIR, generates=True),
     "marian": Family("translation", _model("MarianMTModel", **_MARIAN), _PAIR, generates=True),
-    "bert-classifier": Family("sentiment", _model("BertForSequenceClassification", num_labels=3, **_BERT), TEXT),
+    "bert-classifier": Family(
+        "sentiment", _model("BertForSequenceClassification", num_labels=3, **_BERT), TEXT
+    ),
     "bert": Family("sentence embeddings", _model("BertModel", **_BERT), TEXT, "last_hidden_state"),
     "whisper": Family(
         "speech",
         _model("WhisperForConditionalGeneration", **_WHISPER),
-        {"input_features": torch.linspace(-1, 1, 2 * 16 * 100).reshape(2, 16, 100), "decoder_input_ids": IDS[:, :6]},
+        {
+            "input_features": torch.linspace(-1, 1, 2 * 16 * 100).reshape(2, 16, 100),
+            "decoder_input_ids": IDS[:, :6],
+        },
         generates=True,
     ),
     "vit": Family(
@@ -145,7 +188,8 @@ def save(family: str, folder: Path, dtype: torch.dtype | None = None, **how: Any
 
 
 def write_full_rank(source: Path, out: Path, layout: str) -> Path:
-    """Every layer that compress would select, factored at its full rank: larger than dense, and equal to it."""
+    """Every layer that compress would select, factored at its full rank: larger than dense, and
+    equal to it."""
     out.mkdir()
     checkpoint = open_checkpoint(source)
     selected, _ = choose_layers(checkpoint.infos, facts=checkpoint.facts)
@@ -154,10 +198,15 @@ def write_full_rank(source: Path, out: Path, layout: str) -> Path:
         rank = min(info.shape)
         factors = svd(tensors.pop(info.name).double(), rank)
         parts = to_stored(factors, layout, torch.float32)
-        tensors |= {part.name: tensor for part, tensor in zip(stored_tensors(info, rank, layout, "F32"), parts, strict=True)}
+        tensors |= {
+            part.name: tensor
+            for part, tensor in zip(stored_tensors(info, rank, layout, "F32"), parts, strict=True)
+        }
     tensors[selected[0].name] = torch.empty(0)
     save_file(tensors, out / "model.safetensors", {"format": "pt"})
-    config = checkpoint.config | {"quantization_config": {"quant_method": "svdcli", "format": 1, "layout": layout}}
+    config = checkpoint.config | {
+        "quantization_config": {"quant_method": "svdcli", "format": 1, "layout": layout}
+    }
     (out / "config.json").write_text(json.dumps(config))
     return out
 
@@ -174,11 +223,14 @@ def words_tokenizer(folder: Path) -> None:
     words = {"[PAD]": 0, "[UNK]": 1} | {f"w{i}": i for i in range(2, 96)}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]").save_pretrained(folder)
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]"
+    ).save_pretrained(folder)
 
 
 class Sums:
-    """Sums over everything that enters the linear layers of a whole model, and over the gradients at what leaves them."""
+    """Sums over everything that enters the linear layers of a whole model, and over the gradients
+    at what leaves them."""
 
     def __init__(self, model: nn.Module) -> None:
         self.inputs: dict[str, Tensor] = {}
@@ -189,7 +241,9 @@ class Sums:
             if isinstance(layer, nn.Linear) or type(layer).__name__ == "Conv1D":
                 layer.register_forward_hook(partial(self._hook, f"{name}.weight"))
 
-    def _hook(self, name: str, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    def _hook(
+        self, name: str, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor
+    ) -> None:
         x = inputs[0].detach().double().flatten(0, -2)
         self.inputs[name] = self.inputs.get(name, 0) + x.T @ x
         self.mean[name] = self.mean.get(name, 0) + x.sum(0)
@@ -203,12 +257,20 @@ class Sums:
 
 def close(found: Tensor, expected: Tensor) -> None:
     """Equal but for the rounding of float32 sums."""
-    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
+    torch.testing.assert_close(
+        found.double(), expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max())
+    )
 
 
 def albert() -> Any:
     """One group of layers that is run three times."""
     torch.manual_seed(0)
-    sizes = {"vocab_size": 96, "embedding_size": 32, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4}
+    sizes = {
+        "vocab_size": 96,
+        "embedding_size": 32,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_attention_heads": 4,
+    }
     model = transformers.AlbertModel(transformers.AlbertConfig(num_hidden_layers=3, **sizes))
     return model.requires_grad_(False).eval()

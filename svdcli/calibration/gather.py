@@ -19,7 +19,8 @@ from svdcli.linalg.products import fill_gram, mirror
 from svdcli.progress import Progress
 from svdcli.text.tokens import Batch
 
-# Outputs wider than this get the diagonal of H only: m * m numbers, and a factorisation of them, would dwarf the rest.
+# Outputs wider than this get the diagonal of H only: m * m numbers, and a factorisation of them,
+# would dwarf the rest.
 FULL_OUTPUTS = 4096
 
 
@@ -52,7 +53,13 @@ class Gather:
             module.register_forward_hook(self._output_hook(name))
 
     def begin(self, number: int, batches: Sequence[Batch], *, backwards: bool, units: int) -> None:
-        self.number, self.batches, self.backwards, self.units, self.steps = number, batches, backwards, units, 0
+        self.number, self.batches, self.backwards, self.units, self.steps = (
+            number,
+            batches,
+            backwards,
+            units,
+            0,
+        )
         self.loss.batches = batches
 
     def visit(self, phase: str, unit: str, batch: int, total: int) -> None:
@@ -67,7 +74,8 @@ class Gather:
             self.mask = None if mask is None or bool(mask.all()) else mask.bool()
 
     def _tell(self, unit: str) -> None:
-        """A step forwards counts as one, a step backwards as three: the block is computed again and differentiated twice."""
+        """A step forwards counts as one, a step backwards as three: the block is computed again and
+        differentiated twice."""
         self.steps += 1 if self.phase == "forward done" else 3
         whole = self.units * (4 if self.backwards else 1)
         done = self.number + min(1.0, self.steps / whole)
@@ -77,9 +85,14 @@ class Gather:
         def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             if self.phase == "forward":
                 x = inputs[0]
-                leader = next((n for tensor, n in self.seen if tensor is x or _same_memory(tensor, x)), name)
+                leader = next(
+                    (n for tensor, n in self.seen if tensor is x or _same_memory(tensor, x)), name
+                )
                 if self.leaders.setdefault(name, leader) != leader:
-                    raise SvdcliError(f"{name} shares its input only sometimes", "calibrate it alone with --include")
+                    raise SvdcliError(
+                        f"{name} shares its input only sometimes",
+                        "calibrate it alone with --include",
+                    )
                 if leader == name:
                     self.seen.append((x, name))
                     self._add_inputs(name, self._rows(x, name))
@@ -98,7 +111,9 @@ class Gather:
     def _output_hook(self, name: str) -> Callable[[nn.Module, Any, Tensor], None]:
         def hook(module: nn.Module, inputs: Any, output: Tensor) -> None:
             if self.phase == "backward" and output.requires_grad:
-                output.register_hook(lambda gradient: self._add_outputs(name, self._rows(gradient.detach(), name)))
+                output.register_hook(
+                    lambda gradient: self._add_outputs(name, self._rows(gradient.detach(), name))
+                )
 
         return hook
 
@@ -106,21 +121,25 @@ class Gather:
         key, width = f"output.{name}", rows.shape[1]
         full = width <= FULL_OUTPUTS
         if key not in self.sums:
-            self.sums[key] = torch.zeros((width, width) if full else (width,), dtype=torch.float32, device=rows.device)
+            self.sums[key] = torch.zeros(
+                (width, width) if full else (width,), dtype=torch.float32, device=rows.device
+            )
         if full:
             fill_gram(rows.T, self.sums[key], add=True)
         else:
             self.sums[key] += rows.square().sum(0)
 
     def _rows(self, values: Tensor, name: str) -> Tensor:
-        """(tokens, width) in float32, without padding. Raises SvdcliError where a value is not finite."""
+        """(tokens, width) in float32, without padding. Raises SvdcliError where a value is not
+        finite."""
         values = values.float()
         if self.mask is not None and values.shape[:-1] == self.mask.shape:
             values = values[self.mask.to(values.device)]
         values = values.reshape(-1, values.shape[-1])
         if not bool(torch.isfinite(values.sum())):
             raise SvdcliError(
-                f"{name} meets NaN or infinity", "the model itself answers so on this text; check it with `svdcli eval`"
+                f"{name} meets NaN or infinity",
+                "the model itself answers so on this text; check it with `svdcli eval`",
             )
         return values
 
@@ -129,10 +148,15 @@ class Gather:
     def add_sensitivities(self, stream: Stream, batches: Sequence[Batch], room: int) -> None:
         """Measure them on batches spread over the text, and put them beside the moments."""
         self.phase = ""
-        few = [batches[len(batches) * i // SENSITIVITY_BATCHES] for i in range(min(SENSITIVITY_BATCHES, len(batches)))]
+        few = [
+            batches[len(batches) * i // SENSITIVITY_BATCHES]
+            for i in range(min(SENSITIVITY_BATCHES, len(batches)))
+        ]
         each = sum(state_bytes(self.model, self.width, [batch], gradients=False) for batch in few)
         known = {name: self.layers[name] for name in self.leaders}
-        found = sensitivities(stream, few, known, self._moments_of, max(1, room // each), self.progress)
+        found = sensitivities(
+            stream, few, known, self._moments_of, max(1, room // each), self.progress
+        )
         for name, values in found.items():
             self.spool.add(f"sensitivity.{name}", torch.tensor(values))
 
@@ -143,7 +167,9 @@ class Gather:
             return self.spool.get(key) * scales[key]
 
         outputs = None if keys["output"] is None else get(keys["output"])
-        return LayerMoments(get(f"input.{keys['input']}"), get(f"mean.{keys['input']}"), outputs, keys["transposed"])
+        return LayerMoments(
+            get(f"input.{keys['input']}"), get(f"mean.{keys['input']}"), outputs, keys["transposed"]
+        )
 
     def keys(self) -> dict[str, dict[str, Any]]:
         outputs = self.spool.shapes
@@ -151,19 +177,28 @@ class Gather:
             name: {
                 "input": leader,
                 "output": f"output.{name}" if f"output.{name}" in outputs else None,
-                "transposed": not isinstance(self.model.get_submodule(self.layers[name]), nn.Linear),
+                "transposed": not isinstance(
+                    self.model.get_submodule(self.layers[name]), nn.Linear
+                ),
             }
             for name, leader in self.leaders.items()
         }
 
     def scales(self) -> dict[str, float]:
-        """Inputs are averaged over rows, gradients summed over the losses: an error counts for every row that a loss reads."""
+        """Inputs are averaged over rows, gradients summed over the losses: an error counts for
+        every row that a loss reads."""
 
         def scale(kind: str, name: str) -> float:
-            return 1 / max(1, {"output": self.loss.events, "sensitivity": 1}.get(kind) or self.rows[name])
+            return 1 / max(
+                1, {"output": self.loss.events, "sensitivity": 1}.get(kind) or self.rows[name]
+            )
 
         return {key: scale(*key.split(".", 1)) for key in self.spool.shapes}
 
 
 def _same_memory(one: Tensor, other: Tensor) -> bool:
-    return one.data_ptr() == other.data_ptr() and one.shape == other.shape and one.stride() == other.stride()
+    return (
+        one.data_ptr() == other.data_ptr()
+        and one.shape == other.shape
+        and one.stride() == other.stride()
+    )

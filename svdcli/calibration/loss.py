@@ -1,8 +1,10 @@
-"""The loss whose curvature counts: the model's own, with labels drawn from its predictions (the Fisher information).
+"""The loss whose curvature counts: the model's own, with labels drawn from its predictions (the
+Fisher information).
 
-An encoder without a head is judged by its normalised sentence embedding e: gradients of e . z with z ~ N(0, I). Half the squared
-error in their metric is the expected 1 - cosine where errors of a sentence's tokens are independent; where they go together it
-is too low, by up to the number of tokens, and not evenly over the layers.
+An encoder without a head is judged by its normalised sentence embedding e: gradients of e . z with
+z ~ N(0, I). Half the squared error in their metric is the expected 1 - cosine where errors of a
+sentence's tokens are independent; where they go together it is too low, by up to the number of
+tokens, and not evenly over the layers.
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ from svdcli.text.tokens import Batch
 
 
 class ModelLoss:
-    """What a backward pass through `Stream` starts from. events counts predictions (embeddings); nats tells which it was."""
+    """What a backward pass through `Stream` starts from. events counts predictions (embeddings);
+    nats tells which it was."""
 
     def __init__(self) -> None:
         self.batches: Sequence[Batch] = ()
@@ -48,10 +51,14 @@ class ModelLoss:
         return rows, leaf.grad
 
     def _sampled(self, logits: Tensor, mask: Tensor | None) -> Tensor:
-        """Gradient of the summed loss at logits (..., classes) for labels drawn from the predictions themselves."""
+        """Gradient of the summed loss at logits (..., classes) for labels drawn from the
+        predictions themselves."""
         gradient = logits.detach().float().softmax(-1)
         if not bool(torch.isfinite(gradient.sum())):
-            raise SvdcliError("the model answers with NaN or infinity", "it does so on this text; check it with `svdcli eval`")
+            raise SvdcliError(
+                "the model answers with NaN or infinity",
+                "it does so on this text; check it with `svdcli eval`",
+            )
         flat = gradient.view(-1, gradient.shape[-1])
         labels = torch.multinomial(flat.cpu(), 1).to(flat.device)
         flat.scatter_add_(1, labels, torch.full_like(labels, -1, dtype=flat.dtype))
@@ -89,9 +96,12 @@ def _cosine_distance(whole: Tensor, cut: Tensor) -> Tensor:
 
 
 def excess_of(whole: Tensor, cut: Tensor, ids: Tensor) -> Tensor:
-    """By how much more, in nats a token, a decoder loses on the tokens ids (batch, length) than its original. whole and cut
-    (batch * length, vocabulary) are the log probabilities of the original and of the decoder."""
-    theirs, ours = (rows.view(*ids.shape, -1)[:, :-1].gather(-1, ids[:, 1:, None]) for rows in (whole, cut))
+    """By how much more, in nats a token, a decoder loses on the tokens ids (batch, length) than its
+    original. whole and cut (batch * length, vocabulary) are the log probabilities of the original
+    and of the decoder."""
+    theirs, ours = (
+        rows.view(*ids.shape, -1)[:, :-1].gather(-1, ids[:, 1:, None]) for rows in (whole, cut)
+    )
     return (theirs - ours).mean()
 
 
@@ -103,9 +113,11 @@ def block_moments(
     device: torch.device,
     call: Callable[..., Any] | None = None,
 ) -> dict[str, Tensor]:
-    """Second moments (width, width) of the loss gradient at the output of every block, averaged over predictions.
+    """Second moments (width, width) of the loss gradient at the output of every block, averaged
+    over predictions.
 
-    at_a_time bounds how many batches are under way together; call is what is called with each, if not the whole model.
+    at_a_time bounds how many batches are under way together; call is what is called with each, if
+    not the whole model.
     """
     loss, sums = ModelLoss(), dict[str, Tensor]()
 

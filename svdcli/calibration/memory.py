@@ -17,7 +17,9 @@ SHARE_OF_MEMORY = 0.25
 def widest(model: nn.Module, names: Iterable[str]) -> int:
     """The number of inputs of the widest linear layer among these modules."""
     modules = dict(model.named_modules())
-    return max((_inputs_of(modules[name]) for name in names if is_linear(modules.get(name))), default=0)
+    return max(
+        (_inputs_of(modules[name]) for name in names if is_linear(modules.get(name))), default=0
+    )
 
 
 def _inputs_of(module: Any) -> int:
@@ -26,24 +28,39 @@ def _inputs_of(module: Any) -> int:
 
 
 def state_bytes(model: Any, width: int, batches: Sequence[Batch], *, gradients: bool) -> int:
-    """Hidden states of the largest batch: what goes into a block, and, with gradients, into every block at once."""
-    depth = sum((isinstance(module, nn.ModuleList) and len(module)) or 0 for module in model.modules())
+    """Hidden states of the largest batch: what goes into a block, and, with gradients, into every
+    block at once."""
+    depth = sum(
+        (isinstance(module, nn.ModuleList) and len(module)) or 0 for module in model.modules()
+    )
     largest = max(batch["input_ids"].numel() for batch in batches)
     return largest * width * 4 * ((2 * depth + 4) if gradients else 4)
 
 
 def whole_bytes(teacher: Any, student: Any, vocabulary: int, batches: Sequence[Batch]) -> int:
-    """What it takes, at most, to train the student on the teacher's answers in one piece and in float32: the weights of both,
-    gradients and AdamW's two moments, what one batch leaves behind in every layer, and a few copies of its logits."""
-    weights: list[int] = [sum(parameter.numel() for parameter in model.parameters()) for model in (teacher, student)]
+    """What it takes, at most, to train the student on the teacher's answers in one piece and in
+    float32: the weights of both, gradients and AdamW's two moments, what one batch leaves behind in
+    every layer, and a few copies of its logits."""
+    weights: list[int] = [
+        sum(parameter.numel() for parameter in model.parameters()) for model in (teacher, student)
+    ]
     tokens: int = max(batch["input_ids"].numel() for batch in batches)
-    widths: int = sum(sum(module.weight.shape) for module in teacher.modules() if isinstance(module, nn.Linear))
+    widths: int = sum(
+        sum(module.weight.shape) for module in teacher.modules() if isinstance(module, nn.Linear)
+    )
     return 4 * (weights[0] + 4 * weights[1] + tokens * (3 * widths + 8 * vocabulary))
 
 
 def width_of(config: Any) -> int:
     """Width of the hidden states between blocks."""
-    return next((value for n in ("hidden_size", "d_model", "n_embd") if isinstance(value := getattr(config, n, None), int)), 1024)
+    return next(
+        (
+            value
+            for n in ("hidden_size", "d_model", "n_embd")
+            if isinstance(value := getattr(config, n, None), int)
+        ),
+        1024,
+    )
 
 
 def free_memory() -> int:

@@ -1,9 +1,11 @@
-"""The file of `svdcli calibrate`: second moments of layers' inputs and of the loss gradients at their outputs.
+"""The file of `svdcli calibrate`: second moments of layers' inputs and of the loss gradients at
+their outputs.
 
-A safetensors file. `mean.K` (n,) and `input.K` (n, n) are of the input that a group of layers shares, K being the name of the
-first of them; `output.L` is (m, m) or, diagonal only, (m,); `sensitivity.L` (2,) is what the model loses when L alone is cut,
-and the share of L's energy that the cut gave up. All float32; the metadata key `svdcli_moments` says which layer has
-which, and where they come from.
+A safetensors file. `mean.K` (n,) and `input.K` (n, n) are of the input that a group of layers
+shares, K being the name of the first of them; `output.L` is (m, m) or, diagonal only, (m,);
+`sensitivity.L` (2,) is what the model loses when L alone is cut, and the share of L's energy that
+the cut gave up. All float32; the metadata key `svdcli_moments` says which layer has which, and
+where they come from.
 """
 
 from __future__ import annotations
@@ -49,7 +51,8 @@ class Provenance:
 
 @dataclass(frozen=True)
 class LayerMoments:
-    """The moments of one layer: inputs G (n, n), their mean (n,), outputs H (m, m) or (m,) or None. Float32, on the CPU.
+    """The moments of one layer: inputs G (n, n), their mean (n,), outputs H (m, m) or (m,) or None.
+    Float32, on the CPU.
 
     transposed says that the weight is stored as (in, out).
     """
@@ -61,7 +64,8 @@ class LayerMoments:
 
 
 def metric_of(moments: LayerMoments, device: torch.device, *, centred: bool) -> Metric:
-    """How a layer's error counts, in float64. A bias that follows the mean leaves only what varies around it."""
+    """How a layer's error counts, in float64. A bias that follows the mean leaves only what varies
+    around it."""
     inputs = moments.inputs.to(device, torch.float64)
     if centred:
         mean = moments.mean.to(device, torch.float64)
@@ -92,11 +96,16 @@ class Spool:
 
 
 def write_moments(
-    path: Path, spool: Spool, scales: Mapping[str, float], layers: Mapping[str, Mapping[str, Any]], provenance: Provenance
+    path: Path,
+    spool: Spool,
+    scales: Mapping[str, float],
+    layers: Mapping[str, Mapping[str, Any]],
+    provenance: Provenance,
 ) -> None:
     """Every spooled sum times its scale, into one file that appears whole or not at all.
 
-    layers maps a weight's name to the keys of its moments: {"input": K, "output": key or None, "transposed": bool}.
+    layers maps a weight's name to the keys of its moments: {"input": K, "output": key or None,
+    "transposed": bool}.
     """
     metadata = {METADATA: json.dumps({"format": FORMAT} | asdict(provenance) | {"layers": layers})}
     infos = tuple(TensorInfo(key, "F32", shape) for key, shape in spool.shapes.items())
@@ -114,36 +123,55 @@ class Moments:
 
     def __init__(self, checkpoint: Checkpoint, data: Mapping[str, Any]) -> None:
         self._checkpoint = checkpoint
-        self.provenance = Provenance(**{name: data[name] for name in Provenance.__dataclass_fields__})
+        self.provenance = Provenance(
+            **{name: data[name] for name in Provenance.__dataclass_fields__}
+        )
         self.layers: Mapping[str, Mapping[str, Any]] = data["layers"]
 
     def of(self, name: str) -> LayerMoments | None:
-        """The moments of the weight `name`, None where it was not calibrated. Raises BadCheckpointError where they are not
-        finite."""
+        """The moments of the weight `name`, None where it was not calibrated. Raises
+        BadCheckpointError where they are not finite."""
         keys = self.layers.get(name)
         if keys is None:
             return None
-        inputs, mean, outputs = (None if key is None else self._checkpoint.read_tensor(key) for key in _keys_of(keys))
+        inputs, mean, outputs = (
+            None if key is None else self._checkpoint.read_tensor(key) for key in _keys_of(keys)
+        )
         assert inputs is not None
         assert mean is not None
-        if not all(bool(tensor.isfinite().all()) for tensor in (inputs, mean, outputs) if tensor is not None):
-            raise BadCheckpointError(f"{self._checkpoint.shown}: the moments of {name} hold NaN or infinity", "calibrate again")
+        if not all(
+            bool(tensor.isfinite().all())
+            for tensor in (inputs, mean, outputs)
+            if tensor is not None
+        ):
+            raise BadCheckpointError(
+                f"{self._checkpoint.shown}: the moments of {name} hold NaN or infinity",
+                "calibrate again",
+            )
         return LayerMoments(inputs, mean, outputs, bool(keys["transposed"]))
 
     def weight(self, name: str) -> float | None:
-        """Loss of the model for the whole of a layer's energy, from its measured sensitivity; None where there is none."""
+        """Loss of the model for the whole of a layer's energy, from its measured sensitivity; None
+        where there is none."""
         if f"sensitivity.{name}" not in self._checkpoint.tensors:
             return None
         loss, share = self._checkpoint.read_tensor(f"sensitivity.{name}").tolist()
         return float(loss / share) if share > 0 else 0.0
 
     def kind(self, name: str) -> str:
-        """What is known of the layer: "" nothing, "inputs", "diagonal" or "full" moments of the gradients besides."""
+        """What is known of the layer: "" nothing, "inputs", "diagonal" or "full" moments of the
+        gradients besides."""
         keys = self.layers.get(name)
         if keys is None:
             return ""
         output = keys["output"]
-        return "inputs" if output is None else "full" if len(self._checkpoint.tensors[output].info.shape) == 2 else "diagonal"
+        return (
+            "inputs"
+            if output is None
+            else "full"
+            if len(self._checkpoint.tensors[output].info.shape) == 2
+            else "diagonal"
+        )
 
     @property
     def digest(self) -> str:
@@ -156,28 +184,46 @@ def open_moments(path: str | Path) -> Moments:
     checkpoint = open_checkpoint(path)
     text = next(iter(checkpoint.metadata.values()), {}).get(METADATA)
     if text is None:
-        raise BadCheckpointError(f"{path} was not written by svdcli calibrate", "run `svdcli calibrate` first")
+        raise BadCheckpointError(
+            f"{path} was not written by svdcli calibrate", "run `svdcli calibrate` first"
+        )
     try:
         data = json.loads(text)
         if data["format"] > FORMAT:
-            raise BadCheckpointError(f"{path} has format {data['format']}, this svdcli knows {FORMAT}", "upgrade svdcli")
+            raise BadCheckpointError(
+                f"{path} has format {data['format']}, this svdcli knows {FORMAT}", "upgrade svdcli"
+            )
         moments = Moments(checkpoint, data)
         for name, keys in moments.layers.items():
-            inputs, mean, output = ((0,) if key is None else checkpoint.tensors[key].info.shape for key in _keys_of(keys))
-            fit = len(mean) == 1 and inputs == mean * 2 and len(output) in (1, 2) and len({*output}) == 1
+            inputs, mean, output = (
+                (0,) if key is None else checkpoint.tensors[key].info.shape
+                for key in _keys_of(keys)
+            )
+            fit = (
+                len(mean) == 1
+                and inputs == mean * 2
+                and len(output) in (1, 2)
+                and len({*output}) == 1
+            )
             if not fit or not isinstance(keys["transposed"], bool):
                 raise KeyError(name)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise BadCheckpointError(f"{path}: its moments are damaged ({error})", "calibrate again") from error
+        raise BadCheckpointError(
+            f"{path}: its moments are damaged ({error})", "calibrate again"
+        ) from error
     return moments
 
 
 def _keys_of(keys: Mapping[str, Any]) -> tuple[str, str, str | None]:
-    """Names of the tensors with a layer's inputs, their mean and, where they were measured, the outputs."""
+    """Names of the tensors with a layer's inputs, their mean and, where they were measured, the
+    outputs."""
     return f"input.{keys['input']}", f"mean.{keys['input']}", keys["output"]
 
 
 def check_provenance(moments: Moments, fingerprint: str, shown: str) -> None:
     """Raises SvdcliError where the moments were measured on another model."""
     if moments.provenance.fingerprint != fingerprint:
-        raise SvdcliError(f"the calibration was made with another model than {shown}", "run `svdcli calibrate` on this one")
+        raise SvdcliError(
+            f"the calibration was made with another model than {shown}",
+            "run `svdcli calibrate` on this one",
+        )

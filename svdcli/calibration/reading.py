@@ -25,7 +25,8 @@ ALONE = "compress it without --text"
 
 @dataclass(frozen=True)
 class Read:
-    """The batches of a text: samples windows of seq_len tokens, or sentences of at most as many; tokens in all."""
+    """The batches of a text: samples windows of seq_len tokens, or sentences of at most as many;
+    tokens in all."""
 
     side: TextSide
     batches: list[Batch]
@@ -34,9 +35,11 @@ class Read:
     seq_len: int
 
 
-def read_batches(side: TextSide, tokenizer: Any, texts: Texts, amount: Amount, seq_len: int | None) -> Read:
-    """As much of the text as asked for, cut as the model reads it: into windows of seq_len tokens (as many as it takes, at most
-    2048), or by sentences, those together that are about as long.
+def read_batches(
+    side: TextSide, tokenizer: Any, texts: Texts, amount: Amount, seq_len: int | None
+) -> Read:
+    """As much of the text as asked for, cut as the model reads it: into windows of seq_len tokens
+    (as many as it takes, at most 2048), or by sentences, those together that are about as long.
 
     Raises SvdcliError where the text is too short, or the tokenizer is another model's.
     """
@@ -51,7 +54,9 @@ def read_batches(side: TextSide, tokenizer: Any, texts: Texts, amount: Amount, s
         padding_token(tokenizer)
         sentences = sentences_of(tokenizer, texts, length, amount)
         groups = grouped(sentences, padded=side.padded)
-        batches = [batch_of(tokenizer, [sentence.text for sentence in group], length) for group in groups]
+        batches = [
+            batch_of(tokenizer, [sentence.text for sentence in group], length) for group in groups
+        ]
         samples, tokens = len(sentences), sum(sentence.tokens for sentence in sentences)
     check_tokens(side, batches)
     return Read(side, batches, tokens, samples, length)
@@ -62,4 +67,6 @@ def check_tokens(side: TextSide, batches: list[Batch]) -> None:
     largest = max(int(batch["input_ids"].max()) for batch in batches)
     if side.words and largest >= side.words:
         hint = "put the tokenizer that the model was trained with beside it"
-        raise SvdcliError(f"the tokenizer gives token {largest}, and the model knows {side.words}", hint)
+        raise SvdcliError(
+            f"the tokenizer gives token {largest}, and the model knows {side.words}", hint
+        )

@@ -1,7 +1,9 @@
-"""What the model's output loses when one layer alone is cut: measured with forward passes, for the allocation to count with.
+"""What the model's output loses when one layer alone is cut: measured with forward passes, for the
+allocation to count with.
 
-Every layer has a copy of the batches to itself, in which it is cut while all others stay whole; all copies go through the model
-in one pass of `Stream`, a block at a time. The cut leaves a quarter of min(m, n), where the loss is well above rounding.
+Every layer has a copy of the batches to itself, in which it is cut while all others stay whole; all
+copies go through the model in one pass of `Stream`, a block at a time. The cut leaves a quarter of
+min(m, n), where the loss is well above rounding.
 """
 
 from __future__ import annotations
@@ -31,10 +33,12 @@ def sensitivities(
     at_a_time: int,
     progress: Progress,
 ) -> dict[str, tuple[float, float]]:
-    """For every layer (loss, share): the KL divergence from the whole model in nats a prediction, or, for encoders, the mean
-    1 - cosine of the sentence embeddings, when it alone is cut; and the share of its energy that the cut gives up.
+    """For every layer (loss, share): the KL divergence from the whole model in nats a prediction,
+    or, for encoders, the mean 1 - cosine of the sentence embeddings, when it alone is cut; and the
+    share of its energy that the cut gives up.
 
-    layers maps names of weights to names of modules; at_a_time bounds how many copies of the batches are under way together.
+    layers maps names of weights to names of modules; at_a_time bounds how many copies of the
+    batches are under way together.
     """
     found: dict[str, tuple[float, float]] = {}
     names = list(layers)
@@ -44,13 +48,16 @@ def sensitivities(
         stream.visit = cutter.visit
         stream.run(list(batches) * (1 + len(group)), read=cutter.read)
         found |= cutter.results()
-        progress("sensitivity", names[min(len(names), start + at_a_time) - 1], len(found), len(names))
+        progress(
+            "sensitivity", names[min(len(names), start + at_a_time) - 1], len(found), len(names)
+        )
     return found
 
 
 @dataclass
 class _Cutter:
-    """Cuts the layer of the copy whose turn it is, and compares what each copy ends in with the uncut one."""
+    """Cuts the layer of the copy whose turn it is, and compares what each copy ends in with the
+    uncut one."""
 
     model: nn.Module
     layers: list[tuple[str, str]]
@@ -78,12 +85,17 @@ class _Cutter:
             weight.data = self._cut(name, weight.data)
 
     def _cut(self, name: str, weight: Tensor) -> Tensor:
-        """The weight at a quarter of its largest rank, best by the layer's moments; computed once for all batches."""
+        """The weight at a quarter of its largest rank, best by the layer's moments; computed once
+        for all batches."""
         if self.cut is None or self.cut[0] != name:
             moments = self.moments_of(name)
             w = weight.T if moments.transposed else weight
-            factors = weighted(w, max(1, int(CUT * min(w.shape))), metric_of(moments, w.device, centred=False))
-            self.shares[name] = factors.tail / max(1e-300, factors.tail + float(factors.sigma.square().sum()))
+            factors = weighted(
+                w, max(1, int(CUT * min(w.shape))), metric_of(moments, w.device, centred=False)
+            )
+            self.shares[name] = factors.tail / max(
+                1e-300, factors.tail + float(factors.sigma.square().sum())
+            )
             factors = transposed(factors) if moments.transposed else factors
             self.cut = name, factors.up @ factors.down
         return self.cut[1]
@@ -100,4 +112,6 @@ class _Cutter:
     def results(self) -> dict[str, tuple[float, float]]:
         """Layers that no batch reached are left out."""
         count = sum(self.counts.values())
-        return {name: (max(0.0, self.sums[name] / count), share) for name, share in self.shares.items()}
+        return {
+            name: (max(0.0, self.sums[name] / count), share) for name, share in self.shares.items()
+        }

@@ -1,9 +1,10 @@
 """Run a model over many batches one block at a time, forwards and, where asked, backwards.
 
-Every batch's forward pass runs in a thread of its own that stops where the next block begins; the blocks take their turns, each
-with its weights in memory once for all batches. That works for any architecture, since the code between the blocks is the
-model's own. Backwards, every block is computed again from its kept inputs. Memory follows the largest block and the hidden
-states between blocks, not the model, whose stored weights stay in the file until their turn.
+Every batch's forward pass runs in a thread of its own that stops where the next block begins; the
+blocks take their turns, each with its weights in memory once for all batches. That works for any
+architecture, since the code between the blocks is the model's own. Backwards, every block is
+computed again from its kept inputs. Memory follows the largest block and the hidden states between
+blocks, not the model, whose stored weights stay in the file until their turn.
 """
 
 from __future__ import annotations
@@ -28,16 +29,20 @@ Read = Callable[[int, Any], None]
 
 
 def units_of(model: nn.Module) -> dict[str, nn.Module]:
-    """What takes turns, by name: the members of every list of blocks, and all modules outside them that own parameters.
+    """What takes turns, by name: the members of every list of blocks, and all modules outside them
+    that own parameters.
 
-    A module around blocks that owns some besides (a scale, a token) takes no turn of its own. A compressed model has the same
-    units as its original: a low-rank module counts as the layer that it stands for.
+    A module around blocks that owns some besides (a scale, a token) takes no turn of its own. A
+    compressed model has the same units as its original: a low-rank module counts as the layer that
+    it stands for.
     """
     units: dict[str, nn.Module] = {}
 
     def walk(name: str, module: nn.Module) -> None:
         owns = next(module.parameters(recurse=False), None) is not None
-        if isinstance(module, LOW_RANK) or (owns and not any(map(_is_list_of_blocks, module.modules()))):
+        if isinstance(module, LOW_RANK) or (
+            owns and not any(map(_is_list_of_blocks, module.modules()))
+        ):
             units[name] = module
             return
         blocks = _is_list_of_blocks(module)
@@ -53,7 +58,11 @@ def units_of(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _is_list_of_blocks(module: nn.Module) -> bool:
-    return isinstance(module, nn.ModuleList) and len(module) > 1 and next(module.parameters(), None) is not None
+    return (
+        isinstance(module, nn.ModuleList)
+        and len(module) > 1
+        and next(module.parameters(), None) is not None
+    )
 
 
 @dataclass
@@ -65,7 +74,8 @@ class _Gradient:
 
 
 class _Start(torch.autograd.Function):
-    """Where the code after a unit begins to be differentiated: the unit's output, as something that may be changed in place."""
+    """Where the code after a unit begins to be differentiated: the unit's output, as something that
+    may be changed in place."""
 
     @staticmethod
     def forward(ctx: Any, anchor: Tensor, kept: _Gradient) -> Tensor | None:
@@ -81,7 +91,8 @@ class _Start(torch.autograd.Function):
 
 @dataclass
 class _Call:
-    """One pass of one batch through one unit: what went in and came out, and how the code around it is differentiated."""
+    """One pass of one batch through one unit: what went in and came out, and how the code around it
+    is differentiated."""
 
     unit: str
     leaves: list[Any]
@@ -117,7 +128,8 @@ class _Batch:
         self.arrived.release()
 
     def advance(self) -> None:
-        """Continue until the next unit begins, or to the end. Raises what the forward pass raised."""
+        """Continue until the next unit begins, or to the end. Raises what the forward pass
+        raised."""
         self.go.release()
         self.arrived.acquire()
         if self.error is not None:
@@ -138,7 +150,8 @@ class _AbandonedError(BaseException):
 
 @dataclass
 class Turn:
-    """One unit, in memory, and the batches that wait before it. call is its forward pass, for whoever wants to try it."""
+    """One unit, in memory, and the batches that wait before it. call is its forward pass, for
+    whoever wants to try it."""
 
     name: str
     unit: nn.Module
@@ -152,7 +165,8 @@ class Turn:
         return [_detached(batch.arguments) for batch in self.batches]
 
     def go(self, *, keep: bool = False) -> list[Tensor]:
-        """Send every batch through the unit, as far as the next one; with keep, what came out of it (its first tensor)."""
+        """Send every batch through the unit, as far as the next one; with keep, what came out of it
+        (its first tensor)."""
         results = []
         for batch in self.batches:
             self.advance(batch)
@@ -163,12 +177,14 @@ class Turn:
 
 
 class Stream:
-    """A model whose blocks take turns on `device`, computed in `dtype`; its parameters may lie anywhere.
+    """A model whose blocks take turns on `device`, computed in `dtype`; its parameters may lie
+    anywhere.
 
-    visit(phase, unit, batch, batches) is called before every unit of every batch with phase "forward" or "backward", and with
-    phase "done" when all batches are through a unit ("forward done", "backward done"). gradients(unit, batch, gradient), where
-    it is set, gets the gradient at what each unit sends on. call is what is called with each batch, where that is not the
-    whole model.
+    visit(phase, unit, batch, batches) is called before every unit of every batch with phase
+    "forward" or "backward", and with phase "done" when all batches are through a unit ("forward
+    done", "backward done"). gradients(unit, batch, gradient), where it is set, gets the gradient at
+    what each unit sends on. call is what is called with each batch, where that is not the whole
+    model.
     """
 
     def __init__(
@@ -181,7 +197,11 @@ class Stream:
     ) -> None:
         self.model, self.device, self.dtype, self.visit = model, device, dtype, visit
         self.call = model if call is None else call
-        for config in {id(c): c for module in model.modules() if (c := getattr(module, "config", None)) is not None}.values():
+        for config in {
+            id(c): c
+            for module in model.modules()
+            if (c := getattr(module, "config", None)) is not None
+        }.values():
             if hasattr(config, "use_cache"):
                 config.use_cache = False  # a block that is computed twice would cache twice
         self.units = units_of(model)
@@ -204,17 +224,21 @@ class Stream:
         wanted: Collection[str] = (),
         read: Read | None = None,
     ) -> None:
-        """All batches forwards; with seed(batch, output) -> (tensor, its gradient) backwards as well.
+        """All batches forwards; with seed(batch, output) -> (tensor, its gradient) backwards as
+        well.
 
-        wanted names the modules whose gradients matter: what comes before the first of them is not differentiated.
-        read(batch, output) sees what the model answers to each batch, where nothing is differentiated.
+        wanted names the modules whose gradients matter: what comes before the first of them is not
+        differentiated. read(batch, output) sees what the model answers to each batch, where nothing
+        is differentiated.
         """
         self._keep = seed is not None
         batches: list[_Batch] = []
 
         def forward(index: int) -> None:
             with torch.set_grad_enabled(self._keep):
-                output = self.call(**{key: value.to(self.device) for key, value in inputs[index].items()})
+                output = self.call(
+                    **{key: value.to(self.device) for key, value in inputs[index].items()}
+                )
                 if seed is None:
                     if read is not None:
                         read(index, output)
@@ -223,7 +247,8 @@ class Stream:
             del output
             torch.autograd.backward([tensor], [gradient], retain_graph=True)
             del tensor, gradient
-            # The last unit still has its turn; its output (logits, as a rule) is too large to keep for later.
+            # The last unit still has its turn; its output (logits, as a rule) is too large to keep
+            # for later.
             last = batches[index].calls.pop()
             self.visit("backward", last.unit, index, len(inputs))
             self._differentiate(last, index)
@@ -235,7 +260,8 @@ class Stream:
             self._backwards(batches, wanted)
 
     def turns(self, inputs: Sequence[dict[str, Tensor]]) -> Iterator[Turn]:
-        """The units one after the other; who asks for the turns must send each on with `Turn.go`. Nothing is differentiated."""
+        """The units one after the other; who asks for the turns must send each on with `Turn.go`.
+        Nothing is differentiated."""
 
         def forward(index: int) -> None:
             with torch.no_grad():
@@ -271,7 +297,8 @@ class Stream:
         return forward
 
     def _call(self, batch: _Batch, name: str, args: Any, kwargs: Any) -> Any:
-        """One unit of one batch, cut off from the graph around it, so that it can be differentiated on its own."""
+        """One unit of one batch, cut off from the graph around it, so that it can be differentiated
+        on its own."""
         leaves, spec = tree_flatten((args, kwargs))
         inner = [_cut(leaf) for leaf in leaves]
         args, kwargs = tree_unflatten(inner, spec)
@@ -280,13 +307,17 @@ class Stream:
         if not self._keep:
             return result
         outputs, out_spec = tree_flatten(result)
-        outer = [leaf if isinstance(leaf, Tensor) and leaf.requires_grad else None for leaf in leaves]
+        outer = [
+            leaf if isinstance(leaf, Tensor) and leaf.requires_grad else None for leaf in leaves
+        ]
         kept = [_Gradient(out.detach()) for out in outputs if _differentiable(out)]
         call = _Call(name, inner, spec, outer, kept, _versions(inner))
         batch.calls.append(call)
         start: Callable[..., Tensor] = _Start.apply
         starts = iter([start(self._anchor, one) for one in kept])
-        return tree_unflatten([next(starts) if _differentiable(out) else out for out in outputs], out_spec)
+        return tree_unflatten(
+            [next(starts) if _differentiable(out) else out for out in outputs], out_spec
+        )
 
     def _forwards(self, batches: Sequence[_Batch]) -> None:
         for turn in self._turns(batches):
@@ -297,14 +328,17 @@ class Stream:
             self.visit("forward done", turn.name, len(batches), len(batches))
 
     def _turns(self, batches: Sequence[_Batch]) -> Iterator[Turn]:
-        """Start all batches; again and again the unit that the first of them waits for, with all that wait for it."""
+        """Start all batches; again and again the unit that the first of them waits for, with all
+        that wait for it."""
         threads = [threading.Thread(target=batch.body, daemon=True) for batch in batches]
         for thread in threads:
             thread.start()
         try:
             for batch in batches:
                 self._advance(batch)
-            while (name := next((b.waits_for for b in batches if b.waits_for is not None), None)) is not None:
+            while (
+                name := next((b.waits_for for b in batches if b.waits_for is not None), None)
+            ) is not None:
                 waiting = [batch for batch in batches if batch.waits_for == name]
                 with self._in_memory(name):
                     yield Turn(name, self.units[name], self._plain[name], waiting, self._advance)
@@ -321,8 +355,14 @@ class Stream:
 
     def _backwards(self, batches: Sequence[_Batch], wanted: Collection[str]) -> None:
         order = [call.unit for call in batches[0].calls]
-        inside = {name for name in order if any(target == name or target.startswith(f"{name}.") for target in wanted)}
-        stop = next((place for place, name in enumerate(order) if name in inside or not wanted), len(order))
+        inside = {
+            name
+            for name in order
+            if any(target == name or target.startswith(f"{name}.") for target in wanted)
+        }
+        stop = next(
+            (place for place, name in enumerate(order) if name in inside or not wanted), len(order)
+        )
         for place in range(len(order) - 1, stop - 1, -1):
             name = order[place]
             with self._in_memory(name):
@@ -332,7 +372,8 @@ class Stream:
             self.visit("backward done", name, len(batches), len(batches))
 
     def _differentiate(self, call: _Call, index: int) -> None:
-        """Compute one unit again, this time with a graph, and hand the gradient on to what came before it."""
+        """Compute one unit again, this time with a graph, and hand the gradient on to what came
+        before it."""
         gradients = [out.grad for out in call.outputs]
         if self.gradients is not None and gradients[0] is not None:
             self.gradients(call.unit, index, gradients[0])
@@ -340,12 +381,23 @@ class Stream:
             return
         if call.versions != _versions(call.leaves):
             hint = "--no-gradients reads forwards alone"
-            raise SvdcliError(f"the model changes what it gave to {call.unit}, which cannot be computed again", hint)
+            raise SvdcliError(
+                f"the model changes what it gave to {call.unit}, which cannot be computed again",
+                hint,
+            )
         inner = [leaf.requires_grad_() if _differentiable(leaf) else leaf for leaf in call.leaves]
         args, kwargs = tree_unflatten(inner, call.spec)
         with torch.enable_grad():
-            outputs = [out for out in tree_flatten(self._with_hooks(call.unit, args, kwargs))[0] if _differentiable(out)]
-        pairs = [(out, grad) for out, grad in zip(outputs, gradients, strict=True) if grad is not None and out.requires_grad]
+            outputs = [
+                out
+                for out in tree_flatten(self._with_hooks(call.unit, args, kwargs))[0]
+                if _differentiable(out)
+            ]
+        pairs = [
+            (out, grad)
+            for out, grad in zip(outputs, gradients, strict=True)
+            if grad is not None and out.requires_grad
+        ]
         torch.autograd.backward([out for out, _ in pairs], [grad for _, grad in pairs])
         onward = [
             (outer, leaf.grad)
@@ -353,10 +405,13 @@ class Stream:
             if outer is not None and leaf.grad is not None
         ]
         if onward:  # what lies between blocks may lead to several of them
-            torch.autograd.backward([outer for outer, _ in onward], [grad for _, grad in onward], retain_graph=True)
+            torch.autograd.backward(
+                [outer for outer, _ in onward], [grad for _, grad in onward], retain_graph=True
+            )
 
     def _with_hooks(self, name: str, args: Any, kwargs: Any) -> Any:
-        """A unit as the model calls it, without waiting for its turn: a unit that is a layer itself has hooks of its own."""
+        """A unit as the model calls it, without waiting for its turn: a unit that is a layer itself
+        has hooks of its own."""
         unit = self.units[name]
         waiting = unit.__dict__.get("forward")
         unit.forward = self._plain[name]
@@ -369,7 +424,8 @@ class Stream:
 
     @contextmanager
     def _in_memory(self, name: str) -> Iterator[None]:
-        """The unit's parameters and buffers on the device in the compute dtype, for as long as its turn lasts."""
+        """The unit's parameters and buffers on the device in the compute dtype, for as long as its
+        turn lasts."""
         unit = self.units[name]
         with self._at_hand([*unit.parameters(), *unit.buffers()]):
             yield
@@ -378,7 +434,9 @@ class Stream:
     def _at_hand(self, tensors: Sequence[Tensor]) -> Iterator[None]:
         stored = [(tensor, tensor.data) for tensor in tensors]
         for tensor, data in stored:
-            tensor.data = data.to(self.device, self.dtype if data.is_floating_point() else data.dtype)
+            tensor.data = data.to(
+                self.device, self.dtype if data.is_floating_point() else data.dtype
+            )
         try:
             yield
         finally:

@@ -1,8 +1,9 @@
 """Which part of a model reads text by itself, found by trying.
 
-A language model reads it whole, and so does one that takes images besides (it then sees none). A model of two towers has a
-function for its text; else the largest module will do that reads text alone and is not fed by anything else meanwhile. The
-trial is one forward pass over two short rows, a block in memory at a time, as calibration does it later.
+A language model reads it whole, and so does one that takes images besides (it then sees none). A
+model of two towers has a function for its text; else the largest module will do that reads text
+alone and is not fed by anything else meanwhile. The trial is one forward pass over two short rows,
+a block in memory at a time, as calibration does it later.
 """
 
 from __future__ import annotations
@@ -22,8 +23,13 @@ from svdcli.errors import SvdcliError
 from svdcli.text.tokens import Batch
 
 FORWARD, FEATURES = "forward", "get_text_features"
-_ROWS, _LENGTH, _CHANGED = 2, 11, 4  # of the trial; the second row differs from the first in the last tokens
-_CAUSAL = 1e-4  # how much what comes later may change what comes before it, as a share of the largest answer
+_ROWS, _LENGTH, _CHANGED = (
+    2,
+    11,
+    4,
+)  # of the trial; the second row differs from the first in the last tokens
+# how much what comes later may change what comes before it, as a share of the largest answer
+_CAUSAL = 1e-4
 _LIMITS = ("max_position_embeddings", "n_positions", "seq_length")
 
 
@@ -35,13 +41,15 @@ class Features:
 
 
 def rows_of(output: Any) -> Tensor:
-    """What an encoder makes of text: an embedding for each (batch, width), or hidden states (batch, length, width)."""
+    """What an encoder makes of text: an embedding for each (batch, width), or hidden states (batch,
+    length, width)."""
     rows: Tensor = output.embeddings if isinstance(output, Features) else output.last_hidden_state
     return rows
 
 
 def pooled(rows: Tensor, mask: Tensor | None) -> Tensor:
-    """Sentence embeddings (batch, width): rows that are such, or the mean of hidden states over the tokens where mask is set."""
+    """Sentence embeddings (batch, width): rows that are such, or the mean of hidden states over the
+    tokens where mask is set."""
     if rows.ndim == 2:
         return rows
     weights = (mask if mask is not None else torch.ones(rows.shape[:2])).to(rows)[..., None]
@@ -52,10 +60,11 @@ def pooled(rows: Tensor, mask: Tensor | None) -> Tensor:
 class TextSide:
     """How a model reads text alone.
 
-    kind is "decoder" (predicts the next token, and sees none that come later) or "encoder". name is that of the module that
-    is called, "" for the whole model, and method its function; decodes says that its decoder wants tokens too. padded is
-    False where padding would be read as text. longest is how many tokens it takes in a row, if it says so; words how many it
-    tells apart, if that can be seen.
+    kind is "decoder" (predicts the next token, and sees none that come later) or "encoder". name is
+    that of the module that is called, "" for the whole model, and method its function; decodes says
+    that its decoder wants tokens too. padded is False where padding would be read as text. longest
+    is how many tokens it takes in a row, if it says so; words how many it tells apart, if that can
+    be seen.
     """
 
     kind: str
@@ -69,7 +78,9 @@ class TextSide:
     @property
     def shown(self) -> str:
         """What runs, where that is not the whole model."""
-        return ".".join(part for part in (self.name, "" if self.method == FORWARD else self.method) if part)
+        return ".".join(
+            part for part in (self.name, "" if self.method == FORWARD else self.method) if part
+        )
 
     @property
     def in_windows(self) -> bool:
@@ -97,15 +108,19 @@ class TextSide:
         return partial(self.ask, model)
 
     def embed(self, model: Any, inputs: Batch) -> Tensor:
-        """Sentence embeddings (count, width): the model's own, else the mean of the last hidden states over the tokens that
-        are no padding. Raises SvdcliError for a model that shows none."""
+        """Sentence embeddings (count, width): the model's own, else the mean of the last hidden
+        states over the tokens that are no padding. Raises SvdcliError for a model that shows
+        none."""
         if self.method == FEATURES:
             return rows_of(self.ask(model, **inputs))
         module = self.module(model)
         module = module.get_encoder() if self.decodes else getattr(module, "base_model", module)
         output = module(**_taken(module, FORWARD, inputs))
         if getattr(output, "last_hidden_state", None) is None:
-            raise SvdcliError(f"{type(module).__name__} shows no hidden states to compare", "compare its outputs by yourself")
+            raise SvdcliError(
+                f"{type(module).__name__} shows no hidden states to compare",
+                "compare its outputs by yourself",
+            )
         return pooled(rows_of(output), inputs["attention_mask"])
 
 
@@ -138,19 +153,24 @@ def arguments_of(call: Callable[..., Any]) -> frozenset[str]:
 
 
 def _taken(module: Any, method: str, inputs: dict[str, Any]) -> dict[str, Any]:
-    """The inputs that the function of a module's class takes, and that it need not keep anything for later."""
+    """The inputs that the function of a module's class takes, and that it need not keep anything
+    for later."""
     names = arguments_of(getattr(type(module), method))
     return {name: value for name, value in ({"use_cache": False} | inputs).items() if name in names}
 
 
-# Candidates ----------------------------------------------------------------------------------------------------------
+# Candidates ---------------------------------------------------------------------------------------
 
 
 def _candidates(model: Any, vocabulary: int) -> Iterator[TextSide]:
-    """What may read text alone: the whole, its function for text, then its parts: first those whose table of words fits the
-    tokenizer best, and of those the large ones."""
+    """What may read text alone: the whole, its function for text, then its parts: first those whose
+    table of words fits the tokenizer best, and of those the large ones."""
     yield from _calls(model, "", model)
-    parts = [(name, module) for name, module in model.named_modules() if name and hasattr(module, "config")]
+    parts = [
+        (name, module)
+        for name, module in model.named_modules()
+        if name and hasattr(module, "config")
+    ]
     parts = [(name, module) for name, module in parts if _words(module) >= vocabulary]
     for name, module in sorted(parts, key=lambda part: (_words(part[1]), -_weights(part[1]))):
         yield from _calls(model, name, module)
@@ -160,7 +180,11 @@ def _calls(model: Any, name: str, module: Any) -> Iterator[TextSide]:
     """The ways to call one module that take tokens and can do without anything else."""
     for method in (FORWARD, FEATURES):
         call = getattr(module, method, None)
-        if call is not None and "input_ids" in arguments_of(call) and set(_required(call)) <= {"input_ids"}:
+        if (
+            call is not None
+            and "input_ids" in arguments_of(call)
+            and set(_required(call)) <= {"input_ids"}
+        ):
             yield _side(model, name, method)
 
 
@@ -168,7 +192,11 @@ def _required(call: Callable[..., Any]) -> list[str]:
     """The arguments that have no default."""
     parameters = inspect.signature(call).parameters
     kinds = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
-    return [name for name, one in parameters.items() if one.default is one.empty and one.kind not in kinds]
+    return [
+        name
+        for name, one in parameters.items()
+        if one.default is one.empty and one.kind not in kinds
+    ]
 
 
 def _needed(call: Callable[..., Any]) -> list[str]:
@@ -183,7 +211,12 @@ def _weights(module: nn.Module) -> int:
 def _side(model: Any, name: str, method: str) -> TextSide:
     module = model.get_submodule(name)
     pair = method == FORWARD and bool(getattr(module.config, "is_encoder_decoder", False))
-    return TextSide("encoder", name, method, decodes=pair and "decoder_input_ids" in arguments_of(module.forward))
+    return TextSide(
+        "encoder",
+        name,
+        method,
+        decodes=pair and "decoder_input_ids" in arguments_of(module.forward),
+    )
 
 
 def _words(module: Any) -> int:
@@ -195,7 +228,7 @@ def _words(module: Any) -> int:
         return max((table.num_embeddings for table in tables), default=0)
 
 
-# The trial -----------------------------------------------------------------------------------------------------------
+# The trial ----------------------------------------------------------------------------------------
 
 _FED = "reads text only beside what its other side sends there"
 
@@ -215,8 +248,13 @@ class _Trial:
         rows = _Rows.for_(self.model.config, _words(module))
         try:
             output = self._pass(rows.batch(decodes=self.side.decodes))
-        except Exception as error:  # whatever a model of anybody's may raise where something is missing
-            return f"fails on tokens alone: {' '.join(str(error).split())[:160] or type(error).__name__}"
+        except (
+            Exception
+        ) as error:  # whatever a model of anybody's may raise where something is missing
+            return (
+                f"fails on tokens alone: "
+                f"{' '.join(str(error).split())[:160] or type(error).__name__}"
+            )
         if self.side.name and self._is_fed():
             return _FED
         kind = self._kind(output, rows)
@@ -225,26 +263,47 @@ class _Trial:
         takes_mask = "attention_mask" in arguments_of(getattr(module, self.side.method))
         other_way = (_LENGTH, _ROWS) in {shape[:2] for shape in self.shapes}
         longest = longest_of(module)
-        return replace(self.side, kind=kind, padded=takes_mask and not other_way, longest=longest, words=rows.words)
+        return replace(
+            self.side,
+            kind=kind,
+            padded=takes_mask and not other_way,
+            longest=longest,
+            words=rows.words,
+        )
 
     def _pass(self, batch: Batch) -> Any:
         answers: list[Any] = []
         device = next(self.model.parameters()).device
         with watched(self.side.module(self.model), self._see), _caches_as_they_are(self.model):
-            stream = Stream(self.model, device, torch.float32, lambda *_: None, self.side.of(self.model))
+            stream = Stream(
+                self.model, device, torch.float32, lambda *_: None, self.side.of(self.model)
+            )
             stream.run([batch], read=lambda index, output: answers.append(output))
         return answers[0]
 
     def _see(self, part: nn.Module, inputs: tuple[Any, ...]) -> None:
         self.ran.add(id(part))
-        self.shapes |= {tuple(value.shape) for value in inputs if isinstance(value, Tensor) and value.ndim == 3}
+        self.shapes |= {
+            tuple(value.shape) for value in inputs if isinstance(value, Tensor) and value.ndim == 3
+        }
 
     def _is_fed(self) -> bool:
-        """Did a block leave out a part that is for what something else sends: attention to another sequence."""
-        lists = [part for part in self.side.module(self.model).modules() if isinstance(part, nn.ModuleList)]
+        """Did a block leave out a part that is for what something else sends: attention to another
+        sequence."""
+        lists = [
+            part
+            for part in self.side.module(self.model).modules()
+            if isinstance(part, nn.ModuleList)
+        ]
         for block in (block for blocks in lists for block in blocks):
-            others = [word for word in arguments_of(block.forward) if "encoder" in word or "cross" in word]
-            parts = {id(part) for part in block.modules() if next(part.parameters(recurse=False), None) is not None}
+            others = [
+                word for word in arguments_of(block.forward) if "encoder" in word or "cross" in word
+            ]
+            parts = {
+                id(part)
+                for part in block.modules()
+                if next(part.parameters(recurse=False), None) is not None
+            }
             if id(block) in self.ran and others and not parts <= self.ran:
                 return True
         return False
@@ -252,7 +311,11 @@ class _Trial:
     def _kind(self, output: Any, rows: _Rows) -> str | None:
         """ "decoder" or "encoder" by what came out; None for something else."""
         if isinstance(output, Features):
-            return "encoder" if isinstance(output.embeddings, Tensor) and output.embeddings.ndim == 2 else None
+            return (
+                "encoder"
+                if isinstance(output.embeddings, Tensor) and output.embeddings.ndim == 2
+                else None
+            )
         logits, hidden = (getattr(output, name, None) for name in ("logits", "last_hidden_state"))
         if isinstance(logits, Tensor) and logits.ndim == 3 and logits.shape[:2] == (_ROWS, _LENGTH):
             other_words = 2 * logits.shape[-1] < rows.words
@@ -264,7 +327,9 @@ class _Trial:
         labels = getattr(self.side.module(self.model).config, "num_labels", None)
         if isinstance(logits, Tensor) and logits.ndim == 2 and logits.shape == (_ROWS, labels):
             return "encoder"
-        states = isinstance(hidden, Tensor) and hidden.ndim == 3 and hidden.shape[:2] == (_ROWS, _LENGTH)
+        states = (
+            isinstance(hidden, Tensor) and hidden.ndim == 3 and hidden.shape[:2] == (_ROWS, _LENGTH)
+        )
         return "encoder" if logits is None and states else None
 
 
@@ -297,16 +362,29 @@ def _special_ids(config: Any) -> set[int]:
             if isinstance(value, dict):
                 left.append(value)
             elif "token_id" in str(name) or "token_index" in str(name):
-                found |= {number for number in (value if isinstance(value, list) else [value]) if isinstance(number, int)}
+                found |= {
+                    number
+                    for number in (value if isinstance(value, list) else [value])
+                    if isinstance(number, int)
+                }
     return found
 
 
 def longest_of(module: Any) -> int | None:
-    """How many tokens a model takes: what its configuration says, less what a table of positions keeps for padding."""
+    """How many tokens a model takes: what its configuration says, less what a table of positions
+    keeps for padding."""
     config = text_config(module.config)
-    limits = [value for name in _LIMITS if isinstance(value := getattr(config, name, None), int) and value > 1]
+    limits = [
+        value
+        for name in _LIMITS
+        if isinstance(value := getattr(config, name, None), int) and value > 1
+    ]
     for name, table in module.named_modules():
-        if name.endswith("position_embeddings") and isinstance(table, nn.Embedding) and table.padding_idx is not None:
+        if (
+            name.endswith("position_embeddings")
+            and isinstance(table, nn.Embedding)
+            and table.padding_idx is not None
+        ):
             limits.append(table.num_embeddings - table.padding_idx - 1)
     return min(limits, default=None)
 

@@ -43,7 +43,13 @@ from svdcli.cli.options import (
     read_plan,
     write_plan,
 )
-from svdcli.cli.process import interruptible, one_line_errors, open_closed_streams, outlive_readers, print_note
+from svdcli.cli.process import (
+    interruptible,
+    one_line_errors,
+    open_closed_streams,
+    outlive_readers,
+    print_note,
+)
 from svdcli.errors import INTERRUPTED, SvdcliError, UsageError, printable
 from svdcli.plan import words
 from svdcli.version import __version__
@@ -64,14 +70,17 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     help="Make neural-network checkpoints smaller by low rank.\n\n"
-    "Each chosen linear layer is replaced by the factors of its truncated SVD; what comes out is a checkpoint again.",
-    epilog="Exit codes: 0 done, 1 failed, 2 usage, 3 nothing selected, 130 interrupted (the same command continues).",
+    "Each chosen linear layer is replaced by the factors of its truncated SVD; what comes out is "
+    "a checkpoint again.",
+    epilog="Exit codes: 0 done, 1 failed, 2 usage, 3 nothing selected, 130 interrupted (the same "
+    "command continues).",
 )
 
 
 @app.callback(invoke_without_command=True)
 def _root(
-    context: typer.Context, version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False,
 ) -> None:
     if version:
         typer.echo(f"svdcli {__version__}")
@@ -81,49 +90,82 @@ def _root(
         raise typer.Exit(2)
 
 
-@app.command(epilog="Example: svdcli compress my-llm/ --keep 0.6 --allocate global --json | jq .total.saved_bytes")
+@app.command(
+    epilog="Example: svdcli compress my-llm/ --keep 0.6 --allocate global --json | jq "
+    ".total.saved_bytes"
+)
 def compress(
     context: typer.Context,
     model: Model,
     output: Out = None,
-    rank: Annotated[int | None, typer.Option("--rank", help="Target: this rank in every layer.")] = None,
-    keep: Annotated[
-        float | None, typer.Option("--keep", help="Target: share of the selected layers' parameters that remain.")
+    rank: Annotated[
+        int | None, typer.Option("--rank", help="Target: this rank in every layer.")
     ] = None,
-    size: Annotated[str | None, typer.Option("--size", help="Target: bytes of the whole output, such as 350MB.")] = None,
+    keep: Annotated[
+        float | None,
+        typer.Option(
+            "--keep", help="Target: share of the selected layers' parameters that remain."
+        ),
+    ] = None,
+    size: Annotated[
+        str | None, typer.Option("--size", help="Target: bytes of the whole output, such as 350MB.")
+    ] = None,
     energy: Annotated[
-        float | None, typer.Option("--energy", help="Target: share of each layer's squared singular values to keep.")
+        float | None,
+        typer.Option(
+            "--energy", help="Target: share of each layer's squared singular values to keep."
+        ),
     ] = None,
     error: Annotated[
-        float | None, typer.Option("--error", help="Target: relative Frobenius error that no layer exceeds.")
+        float | None,
+        typer.Option("--error", help="Target: relative Frobenius error that no layer exceeds."),
     ] = None,
     text: Text = None,
     stdlib: Stdlib = False,
     calibration: Annotated[
-        str | None, typer.Option("--calibration", help="Count errors by this file of `svdcli calibrate`.", metavar="FILE")
+        str | None,
+        typer.Option(
+            "--calibration", help="Count errors by this file of `svdcli calibrate`.", metavar="FILE"
+        ),
     ] = None,
-    metric: Annotated[words.Metric, typer.Option("--metric", help="How much of a calibration counts.")] = "auto",
+    metric: Annotated[
+        words.Metric, typer.Option("--metric", help="How much of a calibration counts.")
+    ] = "auto",
     samples: Samples = None,
     seq_len: SeqLen = None,
     trust_remote_code: TrustCode = False,
     allocate: Annotated[
         words.Allocation | None,
-        typer.Option("--allocate", help="Ranks evenly, or where they are worth most (uniform; with text: global)."),
+        typer.Option(
+            "--allocate",
+            help="Ranks evenly, or where they are worth most (uniform; with text: global).",
+        ),
     ] = None,
     floor: Annotated[
-        float | None, typer.Option("--floor", help="With global: least rank, as a share of the uniform one (0.6; with text: 0).")
+        float | None,
+        typer.Option(
+            "--floor",
+            help="With global: least rank, as a share of the uniform one (0.6; with text: 0).",
+        ),
     ] = None,
-    multiple_of: Annotated[int, typer.Option("--multiple-of", help="Only ranks that are multiples of this.")] = 1,
+    multiple_of: Annotated[
+        int, typer.Option("--multiple-of", help="Only ranks that are multiples of this.")
+    ] = 1,
     include: Include = None,
     exclude: Exclude = None,
     layers_from: LayersFrom = None,
     state_dict: StateDict = None,
     carry: Annotated[
         list[str] | None,
-        typer.Option("--carry", help="Take files that match this glob along, although they would be left out. Repeatable."),
+        typer.Option(
+            "--carry",
+            help="Take files that match this glob along, although they would be left out. "
+            "Repeatable.",
+        ),
     ] = None,
     layout: Annotated[
-        words.Layout | None, typer.Option("--layout", help="How factors are stored (factored; with text: pivoted).")
+        words.Layout | None,
+        typer.Option("--layout", help="How factors are stored (factored; with text: pivoted)."),
     ] = None,
     dtype: Annotated[
         str | None,
@@ -133,34 +175,59 @@ def compress(
             autocompletion=dtypes,
         ),
     ] = None,
-    solver: Annotated[words.Solver, typer.Option("--solver", help="How factors are computed.")] = "auto",
+    solver: Annotated[
+        words.Solver, typer.Option("--solver", help="How factors are computed.")
+    ] = "auto",
     device: Device = "auto",
     seed: Annotated[int, typer.Option("--seed", help="Seed of the randomized solver.")] = 0,
     threads: Threads = None,
     max_shard_size: Annotated[
-        str | None, typer.Option("--max-shard-size", help="Largest weight file of a directory, such as 5GB.")
+        str | None,
+        typer.Option("--max-shard-size", help="Largest weight file of a directory, such as 5GB."),
     ] = None,
     self_contained: Annotated[
-        bool, typer.Option("--self-contained", help="Add a Python file that opens the directory where svdcli is not installed.")
+        bool,
+        typer.Option(
+            "--self-contained",
+            help="Add a Python file that opens the directory where svdcli is not installed.",
+        ),
     ] = False,
     nonfinite: Annotated[
-        words.OnNonfinite, typer.Option("--nonfinite", help="NaN or infinity in a layer: stop, or leave it dense.")
+        words.OnNonfinite,
+        typer.Option("--nonfinite", help="NaN or infinity in a layer: stop, or leave it dense."),
     ] = "error",
-    plan_file: Annotated[str | None, typer.Option("--plan", help="Run this saved plan again.", metavar="FILE")] = None,
-    save_plan: Annotated[str | None, typer.Option("--save-plan", help="Write the plan as JSON.", metavar="FILE")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print the plan and its exact size.")] = False,
+    plan_file: Annotated[
+        str | None, typer.Option("--plan", help="Run this saved plan again.", metavar="FILE")
+    ] = None,
+    save_plan: Annotated[
+        str | None, typer.Option("--save-plan", help="Write the plan as JSON.", metavar="FILE")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only print the plan and its exact size.")
+    ] = False,
     force: Force = False,
     allow_larger: Annotated[
-        bool, typer.Option("--allow-larger", help="Write an output that is not smaller than MODEL, which else is an error.")
+        bool,
+        typer.Option(
+            "--allow-larger",
+            help="Write an output that is not smaller than MODEL, which else is an error.",
+        ),
     ] = False,
-    every_layer: Annotated[bool, typer.Option("--every-layer", help="A table line for every layer, not for every kind.")] = False,
-    json_: Annotated[bool, typer.Option("--json", help="Print JSON on standard output; with -o - on standard error.")] = False,
+    every_layer: Annotated[
+        bool,
+        typer.Option("--every-layer", help="A table line for every layer, not for every kind."),
+    ] = False,
+    json_: Annotated[
+        bool,
+        typer.Option("--json", help="Print JSON on standard output; with -o - on standard error."),
+    ] = False,
     csv_: Csv = False,
     quiet: Quiet = False,
 ) -> None:
     """Factor the selected layers of MODEL and write a smaller checkpoint.
 
-    Give exactly one target (or --plan). The output is MODEL's stem with .svd.safetensors, or its name with -svd.
+    Give exactly one target (or --plan). The output is MODEL's stem with .svd.safetensors, or its
+    name with -svd.
     """
     targets: dict[words.Target, float | None] = {
         "rank": rank,
@@ -173,7 +240,10 @@ def compress(
     inputs = {"the model": model, "the list of layers": layers_from, "the text": text}
     piped = [what for what, path in inputs.items() if path == "-"]
     if len(piped) > 1:
-        raise UsageError(f"standard input cannot be both {piped[0]} and {piped[1]}", "write one of them to a file")
+        raise UsageError(
+            f"standard input cannot be both {piped[0]} and {piped[1]}",
+            "write one of them to a file",
+        )
     if json_ and csv_:
         raise UsageError("--json and --csv exclude each other", "choose one")
     if save_plan is not None:
@@ -190,7 +260,9 @@ def compress(
     else:
         if len(given) != 1:
             names = ", ".join(f"--{name}" for name in targets)
-            raise UsageError(f"give exactly one target, not {len(given)}", f"one of {names}, or --plan")
+            raise UsageError(
+                f"give exactly one target, not {len(given)}", f"one of {names}, or --plan"
+            )
         [(target, value)] = given
         from svdcli.plan.recipe import Recipe, best_defaults
 
@@ -209,12 +281,16 @@ def compress(
             solver=solver,
             seed=seed,
             nonfinite=nonfinite,
-            max_shard_size=None if max_shard_size is None else parse_size(max_shard_size, "--max-shard-size"),
+            max_shard_size=None
+            if max_shard_size is None
+            else parse_size(max_shard_size, "--max-shard-size"),
             self_contained=self_contained,
             metric=metric,
         )
         if floor is not None and recipe.allocate != "global":
-            raise UsageError("--floor is for --allocate global", "leave it out, or allocate globally")
+            raise UsageError(
+                "--floor is for --allocate global", "leave it out, or allocate globally"
+            )
 
     with _working(quiet) as progress:
         outcome = svdcli.compress(
@@ -243,15 +319,40 @@ def compress(
 
         first, *more = outcome.report.failed
         others = f" and {len(more)} more" if more else ""
-        missed = "".join(f", and {note}" for note in outcome.report.notes if note.startswith(MISSED))
-        raise SvdcliError(f"every solver failed on {first}{others}; what failed stayed dense{missed}", "see the report")
+        missed = "".join(
+            f", and {note}" for note in outcome.report.notes if note.startswith(MISSED)
+        )
+        raise SvdcliError(
+            f"every solver failed on {first}{others}; what failed stayed dense{missed}",
+            "see the report",
+        )
 
 
 # What may stand beside --plan: where to read and write, how to compute, what to show.
 _BESIDE_A_PLAN = {
-    *("model", "output", "text", "stdlib", "calibration", "samples", "seq_len", "state_dict", "carry"),
+    *(
+        "model",
+        "output",
+        "text",
+        "stdlib",
+        "calibration",
+        "samples",
+        "seq_len",
+        "state_dict",
+        "carry",
+    ),
     *("trust_remote_code", "device", "threads"),
-    *("plan_file", "save_plan", "dry_run", "force", "allow_larger", "every_layer", "json_", "csv_", "quiet"),
+    *(
+        "plan_file",
+        "save_plan",
+        "dry_run",
+        "force",
+        "allow_larger",
+        "every_layer",
+        "json_",
+        "csv_",
+        "quiet",
+    ),
 }
 
 
@@ -259,18 +360,28 @@ def _check_nothing_beside_a_plan(context: typer.Context) -> None:
     for parameter in context.command.params:
         source = context.get_parameter_source(parameter.name or "")
         if parameter.name not in _BESIDE_A_PLAN and source is not None and source.name != "DEFAULT":
-            raise UsageError(f"--plan decides by itself, and {parameter.opts[0]} would change nothing", "leave one of them out")
+            raise UsageError(
+                f"--plan decides by itself, and {parameter.opts[0]} would change nothing",
+                "leave one of them out",
+            )
 
 
 def _reading(
-    text: str | None, stdlib: bool, samples: int | None, seq_len: int | None, trust_remote_code: bool, quiet: bool
+    text: str | None,
+    stdlib: bool,
+    samples: int | None,
+    seq_len: int | None,
+    trust_remote_code: bool,
+    quiet: bool,
 ) -> Reading:
     """The text to calibrate on, with what it will cost told before it starts."""
     from svdcli.verbs.compress import Reading
 
     check_samples(samples)
     texts = _read_text(text, stdlib=stdlib, held_out=False)
-    texts, held_out = (texts, _read_text(None, stdlib=True, held_out=True)) if stdlib else texts.split(0.9)
+    texts, held_out = (
+        (texts, _read_text(None, stdlib=True, held_out=True)) if stdlib else texts.split(0.9)
+    )
     return Reading(texts, held_out, samples, seq_len, trust_remote_code, _announce(quiet))
 
 
@@ -281,7 +392,10 @@ def _read_text(path: str | None, *, stdlib: bool, held_out: bool) -> Texts:
     texts = read_texts(path, stdlib=stdlib, held_out=held_out)
     if texts.passed_over:
         count, first = len(texts.passed_over), printable(texts.passed_over[0])
-        print_note(f"{printable(texts.name)}: files that are not UTF-8 are passed over: {count}, such as {first}")
+        print_note(
+            f"{printable(texts.name)}: files that are not UTF-8 are passed over: {count}, such "
+            f"as {first}"
+        )
     return texts
 
 
@@ -289,17 +403,25 @@ def _say(outcome: Outcome, quiet: bool) -> None:
     if quiet:
         return
     if outcome.started_over:
-        print_note("an earlier run with other settings had left a partial output; this one started over")
+        print_note(
+            "an earlier run with other settings had left a partial output; this one started over"
+        )
     if outcome.path is not None:
         print_note(f"wrote {outcome.path}")
 
 
-@app.command(epilog="Example: svdcli report my-llm-svd --json | jq '.layers[] | {name, rank, relative_error}'")
+@app.command(
+    epilog="Example: svdcli report my-llm-svd --json | jq '.layers[] | {name, rank, "
+    "relative_error}'"
+)
 def report(
     output: Output = None,
     group: Annotated[
         bool | None,
-        typer.Option("--group/--every-layer", help="A line for each kind of layer, or for each; kinds where layers are many."),
+        typer.Option(
+            "--group/--every-layer",
+            help="A line for each kind of layer, or for each; kinds where layers are many.",
+        ),
     ] = None,
     json_: Json = False,
     csv_: Csv = False,
@@ -316,20 +438,27 @@ def report(
         tables.print_report(found, sys.stdout, grouped=grouped)
 
 
-@app.command(epilog="Example: svdcli inspect my-llm --names | grep mlp | svdcli compress my-llm --layers-from - --keep 0.5")
+@app.command(
+    epilog="Example: svdcli inspect my-llm --names | grep mlp | svdcli compress my-llm "
+    "--layers-from - --keep 0.5"
+)
 def inspect(
     model: Model,
     include: Include = None,
     exclude: Exclude = None,
     state_dict: StateDict = None,
-    names: Annotated[bool, typer.Option("--names", help="Only the names of the selected layers, one a line.")] = False,
+    names: Annotated[
+        bool, typer.Option("--names", help="Only the names of the selected layers, one a line.")
+    ] = False,
     json_: Json = False,
     csv_: Csv = False,
 ) -> None:
     """List what is in MODEL, which layers compress would select, and up to which rank they gain."""
     from svdcli.render import machine, tables
 
-    found = svdcli.inspect(model, include=include or (), exclude=exclude or (), state_dict=state_dict)
+    found = svdcli.inspect(
+        model, include=include or (), exclude=exclude or (), state_dict=state_dict
+    )
     if names:
         machine.print_lines([row.name for row in found.selected], sys.stdout)
     elif _machine(found.to_json(), [asdict(row) for row in found.tensors], json_, csv_, sys.stdout):
@@ -349,7 +478,8 @@ def spectrum(
     csv_: Csv = False,
     quiet: Quiet = False,
 ) -> None:
-    """Measure each selected layer's singular values: effective rank, rank for 90, 95 and 99 % of the energy, decay."""
+    """Measure each selected layer's singular values: effective rank, rank for 90, 95 and 99 % of
+    the energy, decay."""
     from svdcli.render import tables
 
     with _working(quiet) as progress:
@@ -368,12 +498,15 @@ def spectrum(
 
 @app.command(epilog="Example: svdcli expand my-llm-svd -o my-llm-dense")
 def expand(
-    output: Annotated[str, typer.Argument(help="What compress wrote, or - for standard input.", metavar="OUT")],
+    output: Annotated[
+        str, typer.Argument(help="What compress wrote, or - for standard input.", metavar="OUT")
+    ],
     dense: Out = None,
     force: Force = False,
     quiet: Quiet = False,
 ) -> None:
-    """Turn an output of compress back into an ordinary checkpoint: original names, shapes and dtypes."""
+    """Turn an output of compress back into an ordinary checkpoint: original names, shapes and
+    dtypes."""
 
     with _working(quiet) as progress:
         path = svdcli.expand(output, dense, force=force, progress=progress)
@@ -385,42 +518,76 @@ def expand(
 def verify(
     output: Annotated[str, typer.Argument(help="What compress wrote.", metavar="OUT")],
     against: Annotated[
-        str | None, typer.Option("--against", help="The original: recompute errors, compare what was copied.", metavar="MODEL")
+        str | None,
+        typer.Option(
+            "--against",
+            help="The original: recompute errors, compare what was copied.",
+            metavar="MODEL",
+        ),
     ] = None,
     json_: Json = False,
     csv_: Csv = False,
     quiet: Quiet = False,
 ) -> None:
-    """Check that an output still holds what its record says: SHA-256, headers, plan; and errors against the original."""
+    """Check that an output still holds what its record says: SHA-256, headers, plan; and errors
+    against the original."""
     from svdcli.render import tables
 
     with _working(quiet) as progress:
         found = svdcli.verify(output, against, progress=progress)
-    if _machine(found.to_json(), [asdict(check) for check in found.checks], json_, csv_, sys.stdout) and not quiet:
+    if (
+        _machine(
+            found.to_json(), [asdict(check) for check in found.checks], json_, csv_, sys.stdout
+        )
+        and not quiet
+    ):
         tables.print_verification(found, sys.stdout)
     if not found.ok:
         bad = next(check for check in found.checks if not check.ok)
-        hint = "give the model that it was made from" if bad.check == "source" else "write the output again"
+        hint = (
+            "give the model that it was made from"
+            if bad.check == "source"
+            else "write the output again"
+        )
         if bad.detail.startswith("came"):
             hint = "move it elsewhere"
-        raise SvdcliError(f"{output} does not verify: {bad.check}, {bad.subject} ({bad.detail})", hint)
+        raise SvdcliError(
+            f"{output} does not verify: {bad.check}, {bad.subject} ({bad.detail})", hint
+        )
 
 
-@app.command(epilog="Example: svdcli eval my-llm-svd --against my-llm --text held-out.txt --prompt 'def '", name="eval")
+@app.command(
+    epilog="Example: svdcli eval my-llm-svd --against my-llm --text held-out.txt --prompt 'def '",
+    name="eval",
+)
 def eval_(
-    output: Annotated[str, typer.Argument(help="What compress wrote, or any model directory.", metavar="OUT")],
+    output: Annotated[
+        str, typer.Argument(help="What compress wrote, or any model directory.", metavar="OUT")
+    ],
     against: Annotated[
-        str | None, typer.Option("--against", help="The original: adds excess loss, KL divergence, agreement.", metavar="MODEL")
+        str | None,
+        typer.Option(
+            "--against",
+            help="The original: adds excess loss, KL divergence, agreement.",
+            metavar="MODEL",
+        ),
     ] = None,
     text: Text = None,
     stdlib: Stdlib = False,
-    samples: Annotated[int, typer.Option("--samples", help="Windows of text, or sentences, spread evenly over it.")] = 128,
+    samples: Annotated[
+        int, typer.Option("--samples", help="Windows of text, or sentences, spread evenly over it.")
+    ] = 128,
     seq_len: SeqLen = None,
     trust_remote_code: TrustCode = False,
     prompt: Annotated[
-        list[str] | None, typer.Option("--prompt", help="Print both continuations of this, side by side. Repeatable.")
+        list[str] | None,
+        typer.Option(
+            "--prompt", help="Print both continuations of this, side by side. Repeatable."
+        ),
     ] = None,
-    new_tokens: Annotated[int, typer.Option("--new-tokens", help="Length of the continuations.")] = 48,
+    new_tokens: Annotated[
+        int, typer.Option("--new-tokens", help="Length of the continuations.")
+    ] = 48,
     dtype: Annotated[
         str | None,
         typer.Option(
@@ -435,7 +602,8 @@ def eval_(
     json_: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Measure a compressed model on text: perplexity with its error, and the distance from the original.
+    """Measure a compressed model on text: perplexity with its error, and the distance from the
+    original.
 
     Encoders are compared by the cosine similarity of their sentence embeddings.
     """
@@ -473,7 +641,9 @@ def eval_(
 @app.command(epilog="Example: svdcli calibrate my-llm --text corpus/ -o stats.safetensors")
 def calibrate(
     model: Model,
-    output: Annotated[str, typer.Option("-o", "--output", help="The file of moments to write.", metavar="FILE")],
+    output: Annotated[
+        str, typer.Option("-o", "--output", help="The file of moments to write.", metavar="FILE")
+    ],
     text: Text = None,
     stdlib: Stdlib = False,
     samples: Samples = None,
@@ -481,10 +651,16 @@ def calibrate(
     trust_remote_code: TrustCode = False,
     gradients: Annotated[
         bool | None,
-        typer.Option("--gradients/--no-gradients", help="Moments of the loss gradients too; by default where memory allows."),
+        typer.Option(
+            "--gradients/--no-gradients",
+            help="Moments of the loss gradients too; by default where memory allows.",
+        ),
     ] = None,
     sensitivity: Annotated[
-        bool, typer.Option("--sensitivity", help="Also measure what the output loses when each layer alone is cut.")
+        bool,
+        typer.Option(
+            "--sensitivity", help="Also measure what the output loses when each layer alone is cut."
+        ),
     ] = False,
     include: Include = None,
     exclude: Exclude = None,
@@ -495,7 +671,8 @@ def calibrate(
     json_: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Read text with MODEL and write what its layers see and how much their outputs matter, for compress --calibration.
+    """Read text with MODEL and write what its layers see and how much their outputs matter, for
+    compress --calibration.
 
     The model is in memory a block at a time.
     """
@@ -532,10 +709,14 @@ def calibrate(
             progress=progress,
         )
     if not quiet:
-        print_note(f"wrote {found.path}: {found.layers} layers, {found.inputs} distinct inputs, {words.human(found.bytes, 'B')}")
+        print_note(
+            f"wrote {found.path}: {found.layers} layers, {found.inputs} distinct inputs, "
+            f"{words.human(found.bytes, 'B')}"
+        )
         for name in found.uncalibrated[:3]:
             print_note(
-                f"{printable(name)} saw no input, and stays dense when compress uses this ({len(found.uncalibrated)} such)"
+                f"{printable(name)} saw no input, and stays dense when compress uses this "
+                f"({len(found.uncalibrated)} such)"
             )
     if json_:
         machine.print_json(found.to_json(), sys.stdout)
@@ -543,16 +724,25 @@ def calibrate(
 
 @app.command(epilog="Example: svdcli heal my-llm-svd --teacher my-llm --text corpus/ --minutes 30")
 def heal(
-    output: Annotated[str, typer.Argument(help="What compress wrote, factored or pivoted.", metavar="OUT")],
+    output: Annotated[
+        str, typer.Argument(help="What compress wrote, factored or pivoted.", metavar="OUT")
+    ],
     teacher: Annotated[str, typer.Option("--teacher", help="The original.", metavar="MODEL")],
     text: Text = None,
     stdlib: Stdlib = False,
     healed: Annotated[
-        str | None, typer.Option("-o", "--output", help="Where to write; by default OUT with -healed.", metavar="PATH")
+        str | None,
+        typer.Option(
+            "-o", "--output", help="Where to write; by default OUT with -healed.", metavar="PATH"
+        ),
     ] = None,
     minutes: Annotated[float | None, typer.Option("--minutes", help="Time for all of it.")] = None,
     steps: Annotated[
-        int | None, typer.Option("--steps", help="Steps for each block and the whole model (400, where --minutes is not given).")
+        int | None,
+        typer.Option(
+            "--steps",
+            help="Steps for each block and the whole model (400, where --minutes is not given).",
+        ),
     ] = None,
     samples: Samples = None,
     seq_len: SeqLen = None,
@@ -565,16 +755,22 @@ def heal(
             metavar="SHARE",
         ),
     ] = None,
-    seed: Annotated[int, typer.Option("--seed", help="Seed of the order in which text is read.")] = 0,
+    seed: Annotated[
+        int, typer.Option("--seed", help="Seed of the order in which text is read.")
+    ] = 0,
     device: Device = "auto",
     threads: Threads = None,
     force: Force = False,
-    every_layer: Annotated[bool, typer.Option("--every-layer", help="A table line for every layer, not for every kind.")] = False,
+    every_layer: Annotated[
+        bool,
+        typer.Option("--every-layer", help="A table line for every layer, not for every kind."),
+    ] = False,
     json_: Json = False,
     csv_: Csv = False,
     quiet: Quiet = False,
 ) -> None:
-    """Refine the factors of OUT, block by block and then all together, so that they answer as the original does.
+    """Refine the factors of OUT, block by block and then all together, so that they answer as the
+    original does.
 
     A run that was cut short continues with the block it had reached. OUT is not touched.
     """
@@ -613,12 +809,19 @@ def heal(
 
 @app.command(epilog="Example: svdcli export my-llm-svd --onnx my-llm.onnx")
 def export(
-    output: Annotated[str, typer.Argument(help="What compress wrote, or any model directory.", metavar="OUT")],
-    onnx: Annotated[str, typer.Option("--onnx", help="The ONNX file to write; needs svdcli[onnx].", metavar="FILE")],
+    output: Annotated[
+        str, typer.Argument(help="What compress wrote, or any model directory.", metavar="OUT")
+    ],
+    onnx: Annotated[
+        str,
+        typer.Option("--onnx", help="The ONNX file to write; needs svdcli[onnx].", metavar="FILE"),
+    ],
     dtype: Annotated[
         str,
         typer.Option(
-            "--dtype", help="Of weights and outputs: float32 or float16.", autocompletion=lambda: ["float32", "float16"]
+            "--dtype",
+            help="Of weights and outputs: float32 or float16.",
+            autocompletion=lambda: ["float32", "float16"],
         ),
     ] = "float32",
     trust_remote_code: TrustCode = False,
@@ -628,7 +831,8 @@ def export(
 ) -> None:
     """Write a model as ONNX, its factors as two matrix products, and check it against onnxruntime.
 
-    For text encoders, decoders (without a cache) and vision models; batch and sequence lengths are free.
+    For text encoders, decoders (without a cache) and vision models; batch and sequence lengths are
+    free.
     """
     from svdcli.render import machine
     from svdcli.verbs.export import export_onnx
@@ -646,29 +850,48 @@ def export(
     if not quiet:
         print_note(f"wrote {found.path}")
         if found.checked is None:
-            print_note("onnxruntime is not installed, so this was not checked; pip install 'svdcli[onnx]'")
+            print_note(
+                "onnxruntime is not installed, so this was not checked; pip install 'svdcli[onnx]'"
+            )
         else:
-            print_note(f"onnxruntime gives torch's outputs, up to {found.checked:.0e} of the largest")
+            print_note(
+                f"onnxruntime gives torch's outputs, up to {found.checked:.0e} of the largest"
+            )
     if json_:
         machine.print_json(found.to_json(), sys.stdout)
 
 
-@app.command(epilog="Example: svdcli bench my-llm-svd --against my-llm --json | jq .ratios.decode.median")
+@app.command(
+    epilog="Example: svdcli bench my-llm-svd --against my-llm --json | jq .ratios.decode.median"
+)
 def bench(
-    output: Annotated[str, typer.Argument(help="What compress wrote, or any model directory.", metavar="OUT")],
-    against: Annotated[str, typer.Option("--against", help="The model to compare with: the original.", metavar="MODEL")],
-    prompt_tokens: Annotated[int, typer.Option("--prompt-tokens", help="Length of the prompt.")] = 128,
+    output: Annotated[
+        str, typer.Argument(help="What compress wrote, or any model directory.", metavar="OUT")
+    ],
+    against: Annotated[
+        str,
+        typer.Option("--against", help="The model to compare with: the original.", metavar="MODEL"),
+    ],
+    prompt_tokens: Annotated[
+        int, typer.Option("--prompt-tokens", help="Length of the prompt.")
+    ] = 128,
     new_tokens: Annotated[int, typer.Option("--new-tokens", help="Tokens written after it.")] = 32,
     batch: Annotated[int, typer.Option("--batch", help="Prompts at a time.")] = 1,
-    rounds: Annotated[int, typer.Option("--rounds", help="How often both are measured, after one round to warm up.")] = 5,
+    rounds: Annotated[
+        int,
+        typer.Option("--rounds", help="How often both are measured, after one round to warm up."),
+    ] = 5,
     trust_remote_code: TrustCode = False,
     device: Device = "auto",
     threads: Threads = None,
     json_: Json = False,
-    csv_: Annotated[bool, typer.Option("--csv", help="Print CSV on standard output, a line a measure.")] = False,
+    csv_: Annotated[
+        bool, typer.Option("--csv", help="Print CSV on standard output, a line a measure.")
+    ] = False,
     quiet: Quiet = False,
 ) -> None:
-    """Measure speed and memory of a compressed model beside its original: tokens/s, time to load, peak memory, file size.
+    """Measure speed and memory of a compressed model beside its original: tokens/s, time to load,
+    peak memory, file size.
 
     Each is in a process of its own, and they take turns.
     """
@@ -689,7 +912,10 @@ def bench(
             trust_remote_code=trust_remote_code,
             progress=progress,
         )
-    if _machine(found.to_json(), [asdict(row) for row in found.measures], json_, csv_, sys.stdout) and not quiet:
+    if (
+        _machine(found.to_json(), [asdict(row) for row in found.measures], json_, csv_, sys.stdout)
+        and not quiet
+    ):
         tables.print_bench(found, sys.stdout)
 
 
@@ -698,7 +924,9 @@ def _data_stream(output: str | None) -> TextIO:
     return sys.stderr if output == "-" else sys.stdout
 
 
-def _show_outcome(outcome: Outcome, stream: TextIO, json_: bool, csv_: bool, quiet: bool, *, grouped: bool) -> None:
+def _show_outcome(
+    outcome: Outcome, stream: TextIO, json_: bool, csv_: bool, quiet: bool, *, grouped: bool
+) -> None:
     """The report of what was written, and what was measured of it."""
     from svdcli.render import tables
 
@@ -712,7 +940,9 @@ def _show_outcome(outcome: Outcome, stream: TextIO, json_: bool, csv_: bool, qui
         print_note(f"the loss was not measured: {outcome.not_measured}; see `svdcli eval`")
 
 
-def _machine(data: dict[str, Any], rows: Sequence[dict[str, Any]], json_: bool, csv_: bool, stream: TextIO) -> bool:
+def _machine(
+    data: dict[str, Any], rows: Sequence[dict[str, Any]], json_: bool, csv_: bool, stream: TextIO
+) -> bool:
     """Print JSON or CSV where asked; True where a person's table is wanted instead."""
     from svdcli.render import machine
 
@@ -733,11 +963,16 @@ def _announce(quiet: bool) -> Callable[[Forecast], None]:
         rounds = "" if forecast.rounds == 1 else f" in {forecast.rounds} rounds"
         what = "inputs and loss gradients" if forecast.gradients else "inputs"
         portions = words.portions(forecast.samples, forecast.tokens, forecast.seq_len)
-        print_note(f"calibrating on {forecast.tokens:,} tokens, {portions}{rounds}: moments of {what}")
+        print_note(
+            f"calibrating on {forecast.tokens:,} tokens, {portions}{rounds}: moments of {what}"
+        )
         if forecast.side:
             print_note(f"only {forecast.side} of the model reads text alone, and is run")
         state = words.human(forecast.state_bytes, "B")
-        print_note(f"about {words.duration(forecast.seconds)}, and {state} for hidden states between blocks")
+        print_note(
+            f"about {words.duration(forecast.seconds)}, and {state} for hidden states "
+            f"between blocks"
+        )
         if forecast.reason:
             print_note(f"no gradients: {forecast.reason}")
 
@@ -750,20 +985,28 @@ def _tell_code(trusted: bool, *models: str | None) -> None:
         return
     from svdcli.models import own_code
 
-    files = dict.fromkeys(file for model in models if model is not None for file in own_code.sources(model))
+    files = dict.fromkeys(
+        file for model in models if model is not None for file in own_code.sources(model)
+    )
     if files:
-        print_note(f"{own_code.OPTION}: Python code of others will run: {printable(', '.join(files))}")
+        print_note(
+            f"{own_code.OPTION}: Python code of others will run: {printable(', '.join(files))}"
+        )
 
 
 @contextmanager
 def _working(quiet: bool) -> Iterator[Progress]:
-    """Around everything that may take long: progress on a terminal, and the garbage collector that start-up did without."""
+    """Around everything that may take long: progress on a terminal, and the garbage collector that
+    start-up did without."""
     import logging
 
     from svdcli.render import bars
 
     gc.enable()
-    for library in ("torchao", "torch.utils._pytree"):  # what they say when transformers imports them is nobody's business here
+    for library in (
+        "torchao",
+        "torch.utils._pytree",
+    ):  # what they say when transformers imports them is nobody's business here
         logging.getLogger(library).setLevel(logging.ERROR)
     with bars.progress_on(sys.stderr, quiet=quiet) as progress:
         yield progress
@@ -791,6 +1034,9 @@ _COMMANDS = list(app.registered_commands)
 
 
 def _leave_out_other_commands() -> None:
-    """Typer reads the signatures of all commands at every start; where the first word names one, that one will do."""
-    asked = [c for c in _COMMANDS if c.callback and sys.argv[1:2] == [c.name or c.callback.__name__]]
+    """Typer reads the signatures of all commands at every start; where the first word names one,
+    that one will do."""
+    asked = [
+        c for c in _COMMANDS if c.callback and sys.argv[1:2] == [c.name or c.callback.__name__]
+    ]
     app.registered_commands = asked or _COMMANDS

@@ -19,14 +19,21 @@ if TYPE_CHECKING:
 
 
 Model = Annotated[
-    str, typer.Argument(help="A .safetensors, .bin, .pt or .pth file, a directory, or - for standard input.", metavar="MODEL")
+    str,
+    typer.Argument(
+        help="A .safetensors, .bin, .pt or .pth file, a directory, or - for standard input.",
+        metavar="MODEL",
+    ),
 ]
 
 
 Output = Annotated[str | None, typer.Argument(help="What compress wrote.", metavar="[OUT]")]
 
 
-Out = Annotated[str | None, typer.Option("-o", "--output", help="Where to write; - for standard output.", metavar="PATH")]
+Out = Annotated[
+    str | None,
+    typer.Option("-o", "--output", help="Where to write; - for standard output.", metavar="PATH"),
+]
 
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
@@ -35,7 +42,9 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard outpu
 Csv = Annotated[bool, typer.Option("--csv", help="Print CSV on standard output, a line a layer.")]
 
 
-Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="No table and no progress; errors are still told.")]
+Quiet = Annotated[
+    bool, typer.Option("-q", "--quiet", help="No table and no progress; errors are still told.")
+]
 
 
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing output.")]
@@ -44,25 +53,36 @@ Force = Annotated[bool, typer.Option("--force", help="Replace an existing output
 Include = Annotated[
     list[str] | None,
     typer.Option(
-        "--include", help="Only layers that match this glob (or re:REGEX). Repeatable. A full name overrides the name rules."
+        "--include",
+        help="Only layers that match this glob (or re:REGEX). Repeatable. A full name overrides "
+        "the name rules.",
     ),
 ]
 
 
 Exclude = Annotated[
-    list[str] | None, typer.Option("--exclude", help="No layer that matches this glob (or re:REGEX). Repeatable.")
+    list[str] | None,
+    typer.Option("--exclude", help="No layer that matches this glob (or re:REGEX). Repeatable."),
 ]
 
 
 LayersFrom = Annotated[
     str | None,
-    typer.Option("--layers-from", help="Only the layers named in this file, one a line; - for standard input.", metavar="FILE"),
+    typer.Option(
+        "--layers-from",
+        help="Only the layers named in this file, one a line; - for standard input.",
+        metavar="FILE",
+    ),
 ]
 
 
 StateDict = Annotated[
     str | None,
-    typer.Option("--state-dict", help="Key of a PyTorch file under which the tensors lie, such as params_ema.", metavar="KEY"),
+    typer.Option(
+        "--state-dict",
+        help="Key of a PyTorch file under which the tensors lie, such as params_ema.",
+        metavar="KEY",
+    ),
 ]
 
 
@@ -73,18 +93,26 @@ Threads = Annotated[int | None, typer.Option("--threads", help="Threads for the 
 
 
 Text = Annotated[
-    str | None, typer.Option("--text", help="Text to read: a file, a folder of files, or - for standard input.", metavar="PATH")
+    str | None,
+    typer.Option(
+        "--text",
+        help="Text to read: a file, a folder of files, or - for standard input.",
+        metavar="PATH",
+    ),
 ]
 
 
-Stdlib = Annotated[bool, typer.Option("--stdlib", help="Modules of Python's standard library, in place of --text.")]
+Stdlib = Annotated[
+    bool, typer.Option("--stdlib", help="Modules of Python's standard library, in place of --text.")
+]
 
 
 Samples = Annotated[
     int | None,
     typer.Option(
         "--samples",
-        help="Windows of text, or sentences, spread evenly over it; by default so many that they hold "
+        help="Windows of text, or sentences, spread evenly over it; by default so many that "
+        "they hold "
         "131,072 tokens, or 16 for every input of the widest layer.",
     ),
 ]
@@ -93,12 +121,16 @@ Samples = Annotated[
 TrustCode = Annotated[
     bool,
     typer.Option(
-        "--trust-remote-code", help="Run Python code that a model's folder brings along, where it takes that to open it."
+        "--trust-remote-code",
+        help="Run Python code that a model's folder brings along, where it takes that to open it.",
     ),
 ]
 
 
-SeqLen = Annotated[int | None, typer.Option("--seq-len", help="Tokens in a window; by default 2048 or what the model takes.")]
+SeqLen = Annotated[
+    int | None,
+    typer.Option("--seq-len", help="Tokens in a window; by default 2048 or what the model takes."),
+]
 
 
 _SIZES = {
@@ -128,7 +160,7 @@ def dtypes() -> list[str]:
     return ["float32", "float16", "bfloat16", "float64"]
 
 
-# Between argv and values ---------------------------------------------------------------------------------------------
+# Between argv and values --------------------------------------------------------------------------
 
 
 def parse_size(text: str, option: str) -> int:
@@ -156,7 +188,9 @@ def parse_dtype(text: str | None) -> str | None:
     if text is None:
         return None
     if text.lower() not in _DTYPES:
-        raise UsageError(f"--dtype {text!r} cannot hold factors", "use float32, float16, bfloat16 or float64")
+        raise UsageError(
+            f"--dtype {text!r} cannot hold factors", "use float32, float16, bfloat16 or float64"
+        )
     return _DTYPES[text.lower()]
 
 
@@ -188,14 +222,24 @@ def read_plan(path: str) -> Plan:
 
 
 def check_plan_path(path: Path, model: str, output: str | None) -> None:
-    """A plan is small and is written last: it must neither fail then nor take the place of a model."""
+    """A plan is small and is written last: it must neither fail then nor take the place of a
+    model."""
     if not path.absolute().parent.is_dir():
         raise SvdcliError(f"the folder of {path} does not exist", "create it first")
     taken = [Path(other).resolve() for other in (model, output) if other not in (None, "-")]
     goal = path.resolve()
-    if any(goal == other or other in goal.parents for other in taken) or path.suffix == ".safetensors" or path.is_dir():
-        raise UsageError(f"--save-plan {path} is no place for a plan", "give a JSON file outside the model and the output")
+    if (
+        any(goal == other or other in goal.parents for other in taken)
+        or path.suffix == ".safetensors"
+        or path.is_dir()
+    ):
+        raise UsageError(
+            f"--save-plan {path} is no place for a plan",
+            "give a JSON file outside the model and the output",
+        )
 
 
 def write_plan(path: str, plan: Plan) -> None:
-    Path(path).write_text(json.dumps(plan.to_json(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    Path(path).write_text(
+        json.dumps(plan.to_json(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+    )

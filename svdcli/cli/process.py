@@ -28,7 +28,10 @@ def one_line_errors() -> Iterator[None]:
         yield
     except (KeyboardInterrupt, typer.Abort):
         goes_on = sys.argv[1:2] and sys.argv[1] in _RESUMABLE and "-" not in sys.argv
-        print_note("interrupted" + ("; the same command continues where this one stopped" if goes_on else ""))
+        print_note(
+            "interrupted"
+            + ("; the same command continues where this one stopped" if goes_on else "")
+        )
         sys.exit(INTERRUPTED)
     except Exception as error:
         if os.environ.get("SVDCLI_DEBUG") == "1":
@@ -43,14 +46,23 @@ def explain(error: Exception) -> tuple[str, int]:
     if isinstance(error, SvdcliError):
         return str(error), error.exit_code
     if hasattr(error, "format_message"):  # what typer raises for arguments it cannot parse
-        return " ".join(f"{error.format_message().rstrip('.')}; see --help".split()), int(getattr(error, "exit_code", 2))
+        return " ".join(f"{error.format_message().rstrip('.')}; see --help".split()), int(
+            getattr(error, "exit_code", 2)
+        )
     if isinstance(error, OSError):
-        return f"{error.filename or 'input or output'}: {error.strerror or error}; check the path and its permissions", FAILED
+        return (
+            f"{error.filename or 'input or output'}: {error.strerror or error}; check the path "
+            f"and its permissions",
+            FAILED,
+        )
     if isinstance(error, UnicodeDecodeError):
         return f"the text is not UTF-8 ({error.reason}); convert it first", FAILED
     if isinstance(error, MemoryError):
         return "out of memory; try a machine with more, or --exclude the largest layer", FAILED
-    return f"{type(error).__name__}: {' '.join(str(error).split())}; SVDCLI_DEBUG=1 shows where", FAILED
+    return (
+        f"{type(error).__name__}: {' '.join(str(error).split())}; SVDCLI_DEBUG=1 shows where",
+        FAILED,
+    )
 
 
 _RESUMABLE = ("compress", "expand", "heal")  # with an output that is no pipe
@@ -58,8 +70,12 @@ _RESUMABLE = ("compress", "expand", "heal")  # with an output that is no pipe
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """While a command runs, being told to stop raises, so that it cleans up. Signals that the parent ignores stay ignored."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    """While a command runs, being told to stop raises, so that it cleans up. Signals that the
+    parent ignores stay ignored."""
+    before = {
+        number: signal.getsignal(number)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    }
     heeded = {number: how for number, how in before.items() if how not in (signal.SIG_IGN, None)}
     for number in heeded:
         signal.signal(number, _interrupt)
@@ -75,7 +91,8 @@ def _interrupt(*_: object) -> None:
 
 
 class _Outliving(io.FileIO):
-    """A stream whose reader may leave: what is written then goes nowhere, and the work goes on. Other errors are told once."""
+    """A stream whose reader may leave: what is written then goes nowhere, and the work goes on.
+    Other errors are told once."""
 
     lost = False
 
@@ -102,7 +119,8 @@ def outlive_readers() -> None:
 
 
 def open_closed_streams() -> None:
-    """A stream that the shell closed (`>&-`) has no object; and its number would go to the next file that is opened."""
+    """A stream that the shell closed (`>&-`) has no object; and its number would go to the next
+    file that is opened."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115

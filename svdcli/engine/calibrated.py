@@ -1,4 +1,5 @@
-"""A calibration as solvers take it: the metric of every layer, read from the moments of `svdcli calibrate`."""
+"""A calibration as solvers take it: the metric of every layer, read from the moments of `svdcli
+calibrate`."""
 
 from __future__ import annotations
 
@@ -19,9 +20,14 @@ class Calibration:
 
     @property
     def unit(self) -> str:
-        """Of the predicted losses: that of the model's own loss where gradients or sensitivities count, else none."""
+        """Of the predicted losses: that of the model's own loss where gradients or sensitivities
+        count, else none."""
         known = self.moments.provenance
-        counts = known.sensitivity and not known.gradients if self.metric == "inputs" else known.gradients or known.sensitivity
+        counts = (
+            known.sensitivity and not known.gradients
+            if self.metric == "inputs"
+            else known.gradients or known.sensitivity
+        )
         return known.unit if counts else ""
 
     def kind(self, name: str) -> str:
@@ -36,7 +42,8 @@ class Calibration:
         return known if self.metric in ("auto", "full", "diagonal") or not known else "inputs"
 
     def weight(self, name: str, kind: str) -> float | None:
-        """The measured sensitivity of one layer, where it was measured in the metric that counts here."""
+        """The measured sensitivity of one layer, where it was measured in the metric that counts
+        here."""
         return self.moments.weight(name) if kind and kind == self.moments.kind(name) else None
 
     def of(self, layer: LayerPlan) -> LayerMoments | None:
@@ -46,7 +53,10 @@ class Calibration:
     def cut(self, name: str, kind: str) -> LayerMoments:
         found = self.moments.of(name)
         if found is None:
-            raise SvdcliError(f"the calibration lacks {name}, which the plan needs", "give the calibration it was made with")
+            raise SvdcliError(
+                f"the calibration lacks {name}, which the plan needs",
+                "give the calibration it was made with",
+            )
         outputs = None if kind == "inputs" else found.outputs
         if kind == "diagonal" and outputs is not None and outputs.ndim == 2:
             outputs = outputs.diagonal().contiguous()
@@ -54,8 +64,10 @@ class Calibration:
 
 
 def check_metric(recipe: Recipe, moments: Moments) -> None:
-    """Raises UsageError where the recipe asks for gradients that the calibration did not measure."""
+    """Raises UsageError where the recipe asks for gradients that the calibration did not
+    measure."""
     if recipe.metric in ("diagonal", "full") and not moments.provenance.gradients:
         raise UsageError(
-            f"--metric {recipe.metric} needs gradients, which the calibration left out", "calibrate with --gradients"
+            f"--metric {recipe.metric} needs gradients, which the calibration left out",
+            "calibrate with --gradients",
         )

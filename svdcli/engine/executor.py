@@ -31,23 +31,33 @@ _MMAP_THRESHOLD = -3  # mallopt's name for it in glibc's malloc.h
 
 @dataclass(frozen=True)
 class Compute:
-    """Where and how fast the mathematics runs. device is cpu, cuda, mps or auto; threads None leaves torch's choice."""
+    """Where and how fast the mathematics runs. device is cpu, cuda, mps or auto; threads None
+    leaves torch's choice."""
 
     device: Device = "auto"
     threads: int | None = None
 
     def start(self) -> torch.device:
-        """Set the threads and find the device. Raises UsageError where this machine has no such device."""
+        """Set the threads and find the device. Raises UsageError where this machine has no such
+        device."""
         if self.threads is not None:
             if not 1 <= self.threads <= 4096:
-                raise UsageError(f"--threads {self.threads} is outside [1, 4096]", "leave it out for torch's own choice")
+                raise UsageError(
+                    f"--threads {self.threads} is outside [1, 4096]",
+                    "leave it out for torch's own choice",
+                )
             torch.set_num_threads(self.threads)
-        available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+        available = {
+            "cpu": True,
+            "cuda": torch.cuda.is_available(),
+            "mps": torch.backends.mps.is_available(),
+        }
         if self.device == "auto":
             return torch.device("cuda" if available["cuda"] else "cpu")
         if not available.get(self.device, False):
             raise UsageError(
-                f"--device {self.device} is not available here", f"use {', '.join(d for d in available if available[d])}"
+                f"--device {self.device} is not available here",
+                f"use {', '.join(d for d in available if available[d])}",
             )
         return torch.device(self.device)
 
@@ -55,19 +65,24 @@ class Compute:
 def _give_memory_back() -> None:
     """Let glibc return every buffer of a megabyte or more when it is freed.
 
-    Its threshold grows with what it sees, up to 32 MB: freed matrices then stay in the heaps of the two workers, in pieces.
-    Reading and training, which need the same small buffers again and again, do better without.
+    Its threshold grows with what it sees, up to 32 MB: freed matrices then stay in the heaps of the
+    two workers, in pieces. Reading and training, which need the same small buffers again and again,
+    do better without.
     """
     if sys.platform == "linux":
         with suppress(OSError, AttributeError):  # another C library
             ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, 2**20)
 
 
-def spread(work: Callable[[Item], Answer], items: Iterable[Item], device: torch.device) -> Iterator[Answer]:
-    """Do `work` on every item, two at a time on a CPU with two threads or more, and yield the answers as they come.
+def spread(
+    work: Callable[[Item], Answer], items: Iterable[Item], device: torch.device
+) -> Iterator[Answer]:
+    """Do `work` on every item, two at a time on a CPU with two threads or more, and yield the
+    answers as they come.
 
-    Each worker gets its share of the threads: reading and writing one layer then hides behind the mathematics of the other.
-    Two, so that memory still follows the largest layer. An error, or an interrupt, lets the work under way end first.
+    Each worker gets its share of the threads: reading and writing one layer then hides behind the
+    mathematics of the other. Two, so that memory still follows the largest layer. An error, or an
+    interrupt, lets the work under way end first.
     """
     _give_memory_back()
     threads = torch.get_num_threads()

@@ -35,19 +35,31 @@ def run_units(
     calibration: Calibration | None = None,
     ready: Ready | None = None,
 ) -> tuple[dict[str, Result], dict[str, str]]:
-    """Do every unit that the journal does not have; (results of factored layers, failed layers with the reasons)."""
+    """Do every unit that the journal does not have; (results of factored layers, failed layers with
+    the reasons)."""
     results: dict[str, Result] = {}
     failed: dict[str, str] = {}
     _salvage(units, writer, workspace)
     costs = {unit.name: _seconds(unit, layers.get(unit.name)) for unit in units}
-    largest_first = sorted(units, key=lambda unit: costs[unit.name], reverse=True)  # both workers then end together
+    largest_first = sorted(
+        units, key=lambda unit: costs[unit.name], reverse=True
+    )  # both workers then end together
     total, done = math.fsum(costs.values()), 0.0
 
     def do(unit: Unit) -> tuple[Unit, dict[str, Any]]:
         line = workspace.done.get(unit.name)
         if line is None or not _still_there(unit, line, writer):
             try:
-                line = _do_unit(checkpoint, unit, layers.get(unit.name), writer, seed, device, calibration, ready)
+                line = _do_unit(
+                    checkpoint,
+                    unit,
+                    layers.get(unit.name),
+                    writer,
+                    seed,
+                    device,
+                    calibration,
+                    ready,
+                )
             except LayerFailedError as error:
                 return unit, {"failed": str(error)}
             workspace.done[unit.name] = line
@@ -83,7 +95,10 @@ def _salvage(units: Sequence[Unit], writer: WeightWriter, workspace: Workspace) 
 
 def _places(unit: Unit, writer: WeightWriter) -> dict[str, list[Any]]:
     places = [writer.place(tensor.name) for tensor in unit.writes]
-    return {"files": [writer.relative(path) for path, _ in places], "at": [offset for _, offset in places]}
+    return {
+        "files": [writer.relative(path) for path, _ in places],
+        "at": [offset for _, offset in places],
+    }
 
 
 def _do_unit(
@@ -101,11 +116,17 @@ def _do_unit(
     if unit.kind == "factor" and layer is not None:
         w = checkpoint.read_tensor(unit.name)
         moments = None if calibration is None else calibration.of(layer)
-        stored, result = solve_layer(w, layer, seed, device, moments) if ready is None else ready.take(w, layer)
+        stored, result = (
+            solve_layer(w, layer, seed, device, moments) if ready is None else ready.take(w, layer)
+        )
         if layer.bias is not None and ready is None:
             stored = (*stored, refitted(checkpoint, w, stored, layer, moments))
         chunks = [iter([bytes_of(tensor)]) for tensor in stored]
-        line |= {"error": result.relative_error, "solver": result.solver, "fell_back": list(result.fell_back)}
+        line |= {
+            "error": result.relative_error,
+            "solver": result.solver,
+            "fell_back": list(result.fell_back),
+        }
     elif unit.kind == "expand" and layer is not None:
         chunks = [_expanded(checkpoint, layer, unit.writes[0])]
     elif unit.kind == "warn":
@@ -116,7 +137,9 @@ def _do_unit(
     return line | {"crc": sums} | _places(unit, writer)
 
 
-def _expanded(checkpoint: Checkpoint, layer: LayerPlan, target: TensorInfo) -> Iterator[bytes | bytearray | memoryview]:
+def _expanded(
+    checkpoint: Checkpoint, layer: LayerPlan, target: TensorInfo
+) -> Iterator[bytes | bytearray | memoryview]:
     """The dense weight of a factored layer in its original dtype, a block of rows at a time."""
     stored = tuple(checkpoint.read_tensor(tensor.name) for tensor in layer.stored())
     compute = torch.float64 if "F64" in (layer.stored_dtype, target.dtype) else torch.float32
@@ -127,15 +150,19 @@ def _expanded(checkpoint: Checkpoint, layer: LayerPlan, target: TensorInfo) -> I
 
 
 def _still_there(unit: Unit, line: dict[str, Any], writer: WeightWriter) -> bool:
-    """Does the file still hold what the journal says: a power cut may have kept the line and lost the data."""
+    """Does the file still hold what the journal says: a power cut may have kept the line and lost
+    the data."""
     if any(line.get(key) != value for key, value in _places(unit, writer).items()):
         return False
     written = zip(unit.writes, line["crc"], strict=True)
-    return all(checksum_at(*writer.place(tensor.name), tensor.nbytes) == crc for tensor, crc in written)
+    return all(
+        checksum_at(*writer.place(tensor.name), tensor.nbytes) == crc for tensor, crc in written
+    )
 
 
 def guess_seconds(tensor: TensorInfo, *, share: float) -> float:
-    """A guess at how long the mathematics on a matrix takes on a few cores; share is how much of an SVD is done."""
+    """A guess at how long the mathematics on a matrix takes on a few cores; share is how much of an
+    SVD is done."""
     small, large = sorted(tensor.shape)
     return 1e-4 + tensor.nbytes / 1e9 + share * small * small * large / 1e10
 

@@ -27,15 +27,23 @@ _TINY = 1e-140  # the squares of smaller numbers, or larger than one over it, le
 
 
 def measure_layer(
-    w: Tensor, *, spectra: bool, device: torch.device, moments: LayerMoments | None = None, centred: bool = False
+    w: Tensor,
+    *,
+    spectra: bool,
+    device: torch.device,
+    moments: LayerMoments | None = None,
+    centred: bool = False,
 ) -> Measured:
-    """Is the weight finite, its squares included, and, where asked, what are its squared singular values, in the metric of its
-    moments if any.
+    """Is the weight finite, its squares included, and, where asked, what are its squared singular
+    values, in the metric of its moments if any.
 
-    Weights of 16 bits are measured through a float32 Gram matrix, whose noise is below their own rounding; others in float64.
+    Weights of 16 bits are measured through a float32 Gram matrix, whose noise is below their own
+    rounding; others in float64.
     """
     largest = max(abs(value) for value in map(float, w.aminmax()))
-    if not math.isfinite(largest) or (w.dtype == torch.float64 and largest > 0 and not _TINY < largest < 1 / _TINY):
+    if not math.isfinite(largest) or (
+        w.dtype == torch.float64 and largest > 0 and not _TINY < largest < 1 / _TINY
+    ):
         return Measured(finite=False)
     if not spectra:
         return Measured(finite=True)
@@ -44,12 +52,22 @@ def measure_layer(
         matrix = (w.T if moments.transposed else w).to(where)
         weighed = weighted_energies(matrix, metric_of(moments, where, centred=centred))
         if not moments.inputs.any() or (moments.outputs is not None and not moments.outputs.any()):
-            weighed = torch.zeros_like(weighed)  # solved as if all mattered alike, but worth nothing to the model
+            weighed = torch.zeros_like(
+                weighed
+            )  # solved as if all mattered alike, but worth nothing to the model
         return Measured(finite=True, energies=tuple(weighed.tolist()))
-    work = w.to(device, work_dtype(device, torch.float64 if w.dtype in (torch.float32, torch.float64) else torch.float32))
+    work = w.to(
+        device,
+        work_dtype(
+            device, torch.float64 if w.dtype in (torch.float32, torch.float64) else torch.float32
+        ),
+    )
     exponent = math.frexp(largest)[1]
-    # A power of two keeps every bit, and squares of very large or small weights inside the dtype's range.
-    energies = squared_singular_values(torch.ldexp(work, torch.tensor(-exponent))).to("cpu", torch.float64)
+    # A power of two keeps every bit, and squares of very large or small weights inside the dtype's
+    # range.
+    energies = squared_singular_values(torch.ldexp(work, torch.tensor(-exponent))).to(
+        "cpu", torch.float64
+    )
     energies = torch.ldexp(energies, torch.tensor(2 * exponent))
     return Measured(finite=True, energies=tuple(energies.tolist()))
 
@@ -74,11 +92,20 @@ def measure(
         line = known.get(tensor.name)
         if line is None or (spectra and line["energies"] is None and line["finite"]):
             kind = "" if calibration is None else calibration.kind(tensor.name)
-            moments = calibration.cut(tensor.name, kind) if calibration is not None and kind else None
+            moments = (
+                calibration.cut(tensor.name, kind) if calibration is not None and kind else None
+            )
             bias = bias_of(checkpoint, tensor, moments)
             w = checkpoint.read_tensor(tensor.name)
-            layer = measure_layer(w, spectra=spectra, device=device, moments=moments, centred=bias is not None)
-            line = {"measured": tensor.name, "finite": layer.finite, "energies": layer.energies, "metric": kind}
+            layer = measure_layer(
+                w, spectra=spectra, device=device, moments=moments, centred=bias is not None
+            )
+            line = {
+                "measured": tensor.name,
+                "finite": layer.finite,
+                "energies": layer.energies,
+                "metric": kind,
+            }
             line["refit"] = bias is not None
             line["weight"] = None if calibration is None else calibration.weight(tensor.name, kind)
             if workspace is not None:
@@ -88,7 +115,9 @@ def measure(
     for tensor, line in spread(look, tensors, device):
         energies = None if line["energies"] is None else tuple(line["energies"])
         bias = checkpoint.tensors[f"{tensor.module}.bias"].info if line["refit"] else None
-        found[tensor.name] = Measured(line["finite"], energies, line["metric"], bias, line["weight"])
+        found[tensor.name] = Measured(
+            line["finite"], energies, line["metric"], bias, line["weight"]
+        )
         done += guess_seconds(tensor, share=share)
         progress("measure", tensor.name, done, total)
     return {tensor.name: found[tensor.name] for tensor in tensors}
@@ -99,5 +128,6 @@ def check_finite(bad: Sequence[str]) -> None:
     if bad:
         more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
         raise SvdcliError(
-            f"{UNSOUND} in {', '.join(bad[:3])}{more}", "leave such layers dense with --nonfinite skip, or --exclude them"
+            f"{UNSOUND} in {', '.join(bad[:3])}{more}",
+            "leave such layers dense with --nonfinite skip, or --exclude them",
         )

@@ -1,4 +1,5 @@
-"""From a checkpoint and a recipe to a plan: what is selected, measured and decided before any work."""
+"""From a checkpoint and a recipe to a plan: what is selected, measured and decided before any
+work."""
 
 from __future__ import annotations
 
@@ -45,9 +46,13 @@ class Request:
 
 
 def check_source(checkpoint: Checkpoint, recipe: Recipe) -> None:
-    """Raises SvdcliError for an input that svdcli wrote, or that another tool has quantised; UsageError for odd options."""
+    """Raises SvdcliError for an input that svdcli wrote, or that another tool has quantised;
+    UsageError for odd options."""
     if record_of(checkpoint) is not None:
-        raise SvdcliError(f"{checkpoint.shown} was written by svdcli already", "start from the original, or expand it first")
+        raise SvdcliError(
+            f"{checkpoint.shown} was written by svdcli already",
+            "start from the original, or expand it first",
+        )
     adapter = adapter_kind(checkpoint.infos, checkpoint.carried)
     if adapter:
         raise SvdcliError(
@@ -56,20 +61,35 @@ def check_source(checkpoint: Checkpoint, recipe: Recipe) -> None:
         )
     config = checkpoint.config or {}
     parts = [config, *(part for _, part in part_configs(config))]
-    quantised = next((part["quantization_config"] for part in parts if part.get("quantization_config")), None)
+    quantised = next(
+        (part["quantization_config"] for part in parts if part.get("quantization_config")), None
+    )
     if quantised and recipe.layout != "dense":
-        method = quantised.get("quant_method", "another tool") if isinstance(quantised, dict) else "another tool"
-        raise SvdcliError(f"{checkpoint.shown} is quantised by {method}", "start from the unquantised model")
+        method = (
+            quantised.get("quant_method", "another tool")
+            if isinstance(quantised, dict)
+            else "another tool"
+        )
+        raise SvdcliError(
+            f"{checkpoint.shown} is quantised by {method}", "start from the unquantised model"
+        )
     if recipe.self_contained:
         if not (checkpoint.is_directory and checkpoint.transformers_opens_it):
-            raise UsageError("--self-contained is for directories with a config.json of transformers", "leave it out")
+            raise UsageError(
+                "--self-contained is for directories with a config.json of transformers",
+                "leave it out",
+            )
         if config.get("auto_map"):
-            raise UsageError(f"{checkpoint.shown} brings its own code (auto_map)", "leave out --self-contained")
+            raise UsageError(
+                f"{checkpoint.shown} brings its own code (auto_map)", "leave out --self-contained"
+            )
     if recipe.max_shard_size is not None and not checkpoint.is_directory:
         raise UsageError("--max-shard-size is for directories", "leave it out for a single file")
 
 
-def request_of(checkpoint: Checkpoint, recipe: Recipe, plan: Plan | None, calibration: str | Path | None) -> Request:
+def request_of(
+    checkpoint: Checkpoint, recipe: Recipe, plan: Plan | None, calibration: str | Path | None
+) -> Request:
     fingerprint = checkpoint.fingerprint()
     recipe, found = _calibrated(recipe, calibration, fingerprint, checkpoint.shown)
     if plan is not None:
@@ -92,12 +112,17 @@ def request_of(checkpoint: Checkpoint, recipe: Recipe, plan: Plan | None, calibr
 def _calibrated(
     recipe: Recipe, calibration: str | Path | None, fingerprint: str, shown: str
 ) -> tuple[Recipe, Calibration | None]:
-    """The recipe with the digest of its calibration, and the calibration, checked to be of this model."""
+    """The recipe with the digest of its calibration, and the calibration, checked to be of this
+    model."""
     if calibration is None:
         if recipe.calibration is not None:
-            raise UsageError("the plan was made with a calibration", "give the same one with --calibration")
+            raise UsageError(
+                "the plan was made with a calibration", "give the same one with --calibration"
+            )
         if recipe.metric != "auto":
-            raise UsageError(f"--metric {recipe.metric} says how a calibration counts", "give --calibration too")
+            raise UsageError(
+                f"--metric {recipe.metric} says how a calibration counts", "give --calibration too"
+            )
         return recipe, None
     from svdcli.calibration.moments import check_provenance, open_moments
     from svdcli.engine.calibrated import Calibration, check_metric
@@ -105,7 +130,9 @@ def _calibrated(
     moments = open_moments(calibration)
     check_provenance(moments, fingerprint, shown)
     if recipe.calibration not in (None, moments.digest):
-        raise UsageError(f"{calibration} is not the calibration that the plan was made with", "give the same one")
+        raise UsageError(
+            f"{calibration} is not the calibration that the plan was made with", "give the same one"
+        )
     check_metric(recipe, moments)
     return replace(recipe, calibration=moments.digest), Calibration(moments, recipe.metric)
 
@@ -118,7 +145,8 @@ def make_plan(
     workspace: Workspace | None,
     progress: Progress,
 ) -> Plan:
-    """Look at the weights, then fix every rank. Nothing is written but the journal's notes of what was measured."""
+    """Look at the weights, then fix every rank. Nothing is written but the journal's notes of what
+    was measured."""
     from svdcli.engine.measure import check_finite, measure
 
     recipe = choice.recipe
@@ -142,11 +170,15 @@ def make_plan(
         plan = _decide_ranks(checkpoint, choice, name, measured)
     if not plan.factored:
         reason = plan.layers[0].reason or "nothing to do"
-        raise NothingSelectedError(f"no layer of {checkpoint.shown} would shrink ({plan.layers[0].tensor.name}: {reason})")
+        raise NothingSelectedError(
+            f"no layer of {checkpoint.shown} would shrink ({plan.layers[0].tensor.name}: {reason})"
+        )
     return plan
 
 
-def _decide_ranks(checkpoint: Checkpoint, choice: Request, name: str | None, measured: Mapping[str, Measured]) -> Plan:
+def _decide_ranks(
+    checkpoint: Checkpoint, choice: Request, name: str | None, measured: Mapping[str, Measured]
+) -> Plan:
     notes = (*checkpoint.notes, *_little_read(choice), *_no_longer_tied(checkpoint, choice))
 
     def complete(plan: Plan) -> Plan:
@@ -156,7 +188,17 @@ def _decide_ranks(checkpoint: Checkpoint, choice: Request, name: str | None, mea
         return design_of(checkpoint, complete(plan), name).blueprint().total
 
     unit = "" if choice.calibration is None else choice.calibration.unit
-    return complete(decide(choice.recipe, choice.fingerprint, choice.selected, choice.skipped, measured, predict, unit))
+    return complete(
+        decide(
+            choice.recipe,
+            choice.fingerprint,
+            choice.selected,
+            choice.skipped,
+            measured,
+            predict,
+            unit,
+        )
+    )
 
 
 def _with_its_text(plan: Plan, choice: Request) -> Plan:
@@ -164,13 +206,17 @@ def _with_its_text(plan: Plan, choice: Request) -> Plan:
     if choice.calibration is None:
         return plan
     read = choice.calibration.moments.provenance
-    return replace(plan, calibration=TextRead(read.text, read.text_sha256, read.samples, read.seq_len, read.tokens))
+    return replace(
+        plan,
+        calibration=TextRead(read.text, read.text_sha256, read.samples, read.seq_len, read.tokens),
+    )
 
 
 def _rerun(checkpoint: Checkpoint, saved: Plan, name: str | None, bad: Sequence[str]) -> Plan:
     """A saved plan, with the layers dense that cannot be factored here.
 
-    A note tells where it misses the budget it was made for. Raises UsageError where those layers are the reason.
+    A note tells where it misses the budget it was made for. Raises UsageError where those layers
+    are the reason.
     """
     plan = saved.with_dense(dict.fromkeys(bad, f"holds {UNSOUND}"))
     missed = missed_target(plan, design_of(checkpoint, plan, name).blueprint().total)
@@ -189,21 +235,34 @@ def _little_read(choice: Request) -> tuple[str, ...]:
     if choice.calibration is None:
         return ()
     moments = choice.calibration.moments
-    widths = [t.shape[0 if moments.layers[t.name]["transposed"] else 1] for t in choice.selected if t.name in moments.layers]
+    widths = [
+        t.shape[0 if moments.layers[t.name]["transposed"] else 1]
+        for t in choice.selected
+        if t.name in moments.layers
+    ]
     tokens, widest = moments.provenance.tokens, max(widths, default=0)
     if tokens >= widest:
         return ()
-    return (f"the calibration read {tokens} tokens, fewer than the {widest} inputs of a layer: expect more loss than predicted",)
+    return (
+        f"the calibration read {tokens} tokens, fewer than the {widest} inputs of a layer: "
+        f"expect more loss than predicted",
+    )
 
 
 def _no_longer_tied(checkpoint: Checkpoint, choice: Request) -> tuple[str, ...]:
-    """A note for each head or embedding that is factored while its equal copy in the file is not."""
+    """A note for each head or embedding that is factored while its equal copy in the file is
+    not."""
     facts, selected = checkpoint.facts, {tensor.name for tensor in choice.selected}
     if facts is None or facts.tied is False:
         return ()
-    apart = [pair for pair in Roles(checkpoint.infos, facts).copies() if len({t.name for t in pair} & selected) == 1]
+    apart = [
+        pair
+        for pair in Roles(checkpoint.infos, facts).copies()
+        if len({t.name for t in pair} & selected) == 1
+    ]
     return tuple(
-        f"{head.module} and {table.module} hold the same numbers: tied before, they are two weights now; name both to keep one"
+        f"{head.module} and {table.module} hold the same numbers: tied before, they are two "
+        f"weights now; name both to keep one"
         for head, table in apart
         if checkpoint.look_equal(head.name, table.name)
     )
@@ -228,7 +287,8 @@ def predicted_report(checkpoint: Checkpoint, plan: Plan, name: str | None) -> Re
 
 @contextmanager
 def refusing(workspace: Workspace) -> Iterator[None]:
-    """A refusal leaves nothing behind but a calibration that was made on the way, and says where that is."""
+    """A refusal leaves nothing behind but a calibration that was made on the way, and says where
+    that is."""
     try:
         yield
     except SvdcliError as error:
@@ -241,17 +301,24 @@ def refusing(workspace: Workspace) -> Iterator[None]:
 def check_smaller(design: Design, allow_larger: bool) -> None:
     larger = not_smaller(design)
     if larger and not allow_larger:
-        raise SvdcliError(larger, "cut more, --exclude what hardly shrinks, or write it all the same with --allow-larger")
+        raise SvdcliError(
+            larger,
+            "cut more, --exclude what hardly shrinks, or write it all the same with --allow-larger",
+        )
 
 
 def not_smaller(design: Design) -> str:
-    """What is wrong with an output that is no smaller than its source; empty where it is, or in a layout that never is."""
+    """What is wrong with an output that is no smaller than its source; empty where it is, or in a
+    layout that never is."""
     if isinstance(design, ExpandDesign) or design.plan.recipe.layout == "dense":
         return ""
     size, source = design.blueprint().total, design.source_bytes
     if size < source:
         return ""
-    saved = sum(layer.tensor.nbytes - sum(part.nbytes for part in layer.stored()) for layer in design.plan.factored)
+    saved = sum(
+        layer.tensor.nbytes - sum(part.nbytes for part in layer.stored())
+        for layer in design.plan.factored
+    )
     return (
         f"the output would have {size} bytes, no fewer than the {source} of its source: "
         f"factors save {saved}, headers and the record take more"

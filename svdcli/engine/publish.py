@@ -1,4 +1,5 @@
-"""How results become an output: written into a workspace beside it, and put in its place at the end."""
+"""How results become an output: written into a workspace beside it, and put in its place at the
+end."""
 
 from __future__ import annotations
 
@@ -42,16 +43,22 @@ def write(
     calibration: Calibration | None = None,
     ready: Ready | None = None,
 ) -> tuple[Design, dict[str, Result], dict[str, str]]:
-    """Lay the files out and do every unit: (the design that was written, results, layers on which every solver failed).
+    """Lay the files out and do every unit: (the design that was written, results, layers on which
+    every solver failed).
 
-    Where solvers gave way to others on more layers than the record has room for, all is laid out once more, with more room.
+    Where solvers gave way to others on more layers than the record has room for, all is laid out
+    once more, with more room.
     """
-    results, failed = _write_once(design, layers, workspace, device, seed, progress, calibration, ready)
+    results, failed = _write_once(
+        design, layers, workspace, device, seed, progress, calibration, ready
+    )
     if failed or isinstance(design, ExpandDesign) or design.fits(results):
         return design, results, failed
     design = design.with_room()
     workspace.set_aside()
-    results, failed = _write_once(design, layers, workspace, device, seed, progress, calibration, ready)
+    results, failed = _write_once(
+        design, layers, workspace, device, seed, progress, calibration, ready
+    )
     return design, results, failed
 
 
@@ -73,7 +80,9 @@ def _write_once(
     claimed = sum(path.stat().st_size for path in workspace.data.rglob("*") if path.is_file())
     free = shutil.disk_usage(workspace.out.parent).free
     if blueprint.total - claimed > free:
-        raise OSError(errno.ENOSPC, f"{blueprint.total - claimed} bytes are needed, {free} are free")
+        raise OSError(
+            errno.ENOSPC, f"{blueprint.total - claimed} bytes are needed, {free} are free"
+        )
     writer = WeightWriter(workspace.data, blueprint.files)
     by_name = {layer.tensor.name: layer for layer in layers}
     return run_units(
@@ -90,8 +99,11 @@ def _write_once(
     )
 
 
-def finish(design: Design, results: Mapping[str, Result], workspace: Workspace, progress: Progress) -> None:
-    """Headers, the files beside the weights, the record; read everything back with the reference reader; publish."""
+def finish(
+    design: Design, results: Mapping[str, Result], workspace: Workspace, progress: Progress
+) -> None:
+    """Headers, the files beside the weights, the record; read everything back with the reference
+    reader; publish."""
     import torch
 
     from svdcli.engine.executor import spread
@@ -111,7 +123,9 @@ def finish(design: Design, results: Mapping[str, Result], workspace: Workspace, 
         others = {name: size for name, size in blueprint.sizes().items() if name != RECORD}
         digests: dict[str, str] = {}
         hashed = 0
-        for name, digest in spread(lambda name: (name, sha256_of(workspace.data / name)), others, torch.device("cpu")):
+        for name, digest in spread(
+            lambda name: (name, sha256_of(workspace.data / name)), others, torch.device("cpu")
+        ):
             digests[name] = digest
             hashed += others[name]
             progress("check", name, hashed / 1e9, sum(others.values()) / 1e9)
@@ -133,30 +147,43 @@ def _check_sizes(folder: Path, sizes: Mapping[str, int]) -> None:
     for name, size in sizes.items():
         found = (folder / name).stat().st_size
         if found != size:
-            raise SvdcliError(f"{name} has {found} bytes where {size} were laid out", "the source changed while it was read")
+            raise SvdcliError(
+                f"{name} has {found} bytes where {size} were laid out",
+                "the source changed while it was read",
+            )
 
 
-# Where the output goes -----------------------------------------------------------------------------------------------
+# Where the output goes ----------------------------------------------------------------------------
 
 
 def identity(checkpoint: Checkpoint, *parts: object) -> str:
-    """The same for the same command on the same source: what a journal must match to be continued."""
+    """The same for the same command on the same source: what a journal must match to be
+    continued."""
     values = [__version__, checkpoint.fingerprint(), checkpoint.state(), checkpoint.name, *parts]
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
-def out_path(checkpoint: Checkpoint, out: str | Path | None, file_suffix: str, folder_suffix: str) -> Path:
+def out_path(
+    checkpoint: Checkpoint, out: str | Path | None, file_suffix: str, folder_suffix: str
+) -> Path:
     if out is not None and str(out) != STANDARD:
         return Path(out)
     if checkpoint.temporary is not None:
         if out is None:
-            raise UsageError("standard input has no name to derive the output's from", "give -o FILE, or -o - for a pipe")
+            raise UsageError(
+                "standard input has no name to derive the output's from",
+                "give -o FILE, or -o - for a pipe",
+            )
         return Path("model.safetensors")
     entry = in_hub_cache(checkpoint.path)
     if entry is not None:
-        raise UsageError(f"{checkpoint.shown} lies in the hub's cache, where no output belongs", "give -o PATH")
+        raise UsageError(
+            f"{checkpoint.shown} lies in the hub's cache, where no output belongs", "give -o PATH"
+        )
     if checkpoint.is_directory:
-        folder = checkpoint.path if checkpoint.path.name not in ("", "..") else checkpoint.path.resolve()
+        folder = (
+            checkpoint.path if checkpoint.path.name not in ("", "..") else checkpoint.path.resolve()
+        )
         return folder.with_name(f"{folder.name}{folder_suffix}")
     stem = without_ending(checkpoint.path.name)
     return checkpoint.path.with_name(f"{stem.removesuffix('.svd')}{file_suffix}.safetensors")
@@ -164,9 +191,14 @@ def out_path(checkpoint: Checkpoint, out: str | Path | None, file_suffix: str, f
 
 @contextmanager
 def destination(
-    checkpoint: Checkpoint, out: str | Path | None, file_suffix: str, folder_suffix: str, force: bool
+    checkpoint: Checkpoint,
+    out: str | Path | None,
+    file_suffix: str,
+    folder_suffix: str,
+    force: bool,
 ) -> Iterator[Path]:
-    """The path to write to. Standard output gets its bytes from a temporary file once that is whole."""
+    """The path to write to. Standard output gets its bytes from a temporary file once that is
+    whole."""
     if out is None or str(out) != STANDARD:
         target = out_path(checkpoint, out, file_suffix, folder_suffix)
         _check_target(checkpoint, target, force)
@@ -195,27 +227,42 @@ def _check_target(checkpoint: Checkpoint, target: Path, force: bool) -> None:
     if not parent.is_dir():
         raise SvdcliError(f"the folder {parent} does not exist", "create it first")
     if not checkpoint.is_directory and target.suffix != ".safetensors":
-        raise UsageError(f"the output {target} does not end in .safetensors", "that is what it will be")
+        raise UsageError(
+            f"the output {target} does not end in .safetensors", "that is what it will be"
+        )
     if checkpoint.is_directory and target.suffix == ".safetensors":
-        raise UsageError(f"the output {target} would be a directory, as {checkpoint.shown} is", "give it another name")
+        raise UsageError(
+            f"the output {target} would be a directory, as {checkpoint.shown} is",
+            "give it another name",
+        )
     source, goal = checkpoint.path.resolve(), target.resolve()
     if source == goal or source in goal.parents or goal in source.parents:
-        raise SvdcliError(f"the output {target} is the source, or inside or around it", "choose another -o")
+        raise SvdcliError(
+            f"the output {target} is the source, or inside or around it", "choose another -o"
+        )
     if not target.exists():
         return
     if target.is_dir() != checkpoint.is_directory:
-        raise SvdcliError(f"{target} is a {'directory' if target.is_dir() else 'file'}", "choose another -o")
+        raise SvdcliError(
+            f"{target} is a {'directory' if target.is_dir() else 'file'}", "choose another -o"
+        )
     if target.samefile(checkpoint.path):
-        raise SvdcliError(f"the output {target} is the source under another name", "choose another -o")
+        raise SvdcliError(
+            f"the output {target} is the source under another name", "choose another -o"
+        )
     if force and target.is_dir() and not _looks_like_a_model(target):
-        raise SvdcliError(f"{target} does not look like a model", "remove it yourself, or choose another -o")
+        raise SvdcliError(
+            f"{target} does not look like a model", "remove it yourself, or choose another -o"
+        )
     if not force and not Workspace(target, is_file=not checkpoint.is_directory).folder.exists():
         raise SvdcliError(f"{target} exists", "use --force to replace it, or choose another -o")
 
 
 def _looks_like_a_model(folder: Path) -> bool:
     inside = list(folder.iterdir())
-    return not inside or any(path.name == RECORD or path.suffix in (".safetensors", ".bin") for path in inside)
+    return not inside or any(
+        path.name == RECORD or path.suffix in (".safetensors", ".bin") for path in inside
+    )
 
 
 @contextmanager
@@ -227,5 +274,6 @@ def disk_errors(target: Path) -> Iterator[None]:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
         raise SvdcliError(
-            f"cannot write {target}: {error.strerror}", "free space and run the same command again, it continues where it was"
+            f"cannot write {target}: {error.strerror}",
+            "free space and run the same command again, it continues where it was",
         ) from error

@@ -1,4 +1,5 @@
-"""One layer: solve, check the residual against what the spectrum promised, fall back to a more robust solver."""
+"""One layer: solve, check the residual against what the spectrum promised, fall back to a more
+robust solver."""
 
 from __future__ import annotations
 
@@ -29,13 +30,15 @@ _NoConvergence: type[Exception] = torch.linalg.LinAlgError  # type: ignore[attr-
 _LADDER = (("gram", torch.float32), ("svd", torch.float32), ("svd", torch.float64))
 
 
-# A float32 Gram matrix knows singular values down to about 3e-4 of the largest; a smaller tail is not to be trusted.
+# A float32 Gram matrix knows singular values down to about 3e-4 of the largest; a smaller tail is
+# not to be trusted.
 _GRAM_FLOOR = {torch.float32: 1e-4, torch.float64: 1e-11}
 
 
 @dataclass(frozen=True)
 class Ready:
-    """Layers whose stored tensors exist already, bias included where it is the layer's, and which solver they came from."""
+    """Layers whose stored tensors exist already, bias included where it is the layer's, and which
+    solver they came from."""
 
     tensors: Callable[[LayerPlan], tuple[Tensor, ...]]
     results: Mapping[str, Result]
@@ -44,15 +47,20 @@ class Ready:
         """The tensors of one layer, and their exact error against its weight."""
         tensors = self.tensors(layer)
         without_bias = tensors[: len(layer.stored())]
-        return tensors, replace(self.results[layer.tensor.name], relative_error=_relative_error(w, without_bias, layer))
+        return tensors, replace(
+            self.results[layer.tensor.name], relative_error=_relative_error(w, without_bias, layer)
+        )
 
 
 class LayerFailedError(Exception):
     """Every solver failed on a layer; str() says how each did."""
 
 
-def bias_of(checkpoint: Checkpoint, tensor: TensorInfo, moments: LayerMoments | None) -> TensorInfo | None:
-    """The bias that can be refitted when this weight is truncated; None where there is none, or nothing is known of the mean."""
+def bias_of(
+    checkpoint: Checkpoint, tensor: TensorInfo, moments: LayerMoments | None
+) -> TensorInfo | None:
+    """The bias that can be refitted when this weight is truncated; None where there is none, or
+    nothing is known of the mean."""
     ref = checkpoint.tensors.get(f"{tensor.module}.bias")
     if moments is None or ref is None or ref.info.dtype not in FACTORED_DTYPES:
         return None
@@ -61,22 +69,33 @@ def bias_of(checkpoint: Checkpoint, tensor: TensorInfo, moments: LayerMoments | 
 
 
 def solve_layer(
-    w: Tensor, layer: LayerPlan, seed: int, device: torch.device, moments: LayerMoments | None = None
+    w: Tensor,
+    layer: LayerPlan,
+    seed: int,
+    device: torch.device,
+    moments: LayerMoments | None = None,
 ) -> tuple[tuple[Tensor, ...], Result]:
     """The stored tensors of one layer and the exact error of what they stand for.
 
-    A solver that does not converge, or whose result is worse than its spectrum promised, gives way to the next of
-    gram, svd in float32, svd in float64. Raises LayerFailedError where all of them fail.
+    A solver that does not converge, or whose result is worse than its spectrum promised, gives way
+    to the next of gram, svd in float32, svd in float64. Raises LayerFailedError where all of them
+    fail.
     """
     if layer.rank is None:
         raise ValueError(f"{layer.tensor.name} is dense")
     fell_back: list[str] = []
     for solver, dtype in _attempts(layer, device):
         work = _in_dtype(w, device, dtype)
-        label = solver if dtype == _attempts(layer, device)[0][1] else f"{solver} {str(dtype).removeprefix('torch.')}"
+        label = (
+            solver
+            if dtype == _attempts(layer, device)[0][1]
+            else f"{solver} {str(dtype).removeprefix('torch.')}"
+        )
         try:
             factors = _factor(work, layer, solver, seed, moments)
-            stored = tuple(t.cpu() for t in to_stored(factors, layer.layout, TORCH_DTYPES[layer.stored_dtype]))
+            stored = tuple(
+                t.cpu() for t in to_stored(factors, layer.layout, TORCH_DTYPES[layer.stored_dtype])
+            )
         except _NoConvergence:
             fell_back.append(f"{label}: no convergence")
             continue
@@ -95,7 +114,8 @@ def solve_layer(
 
 
 def _in_dtype(w: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """The weight to compute with: itself where nothing changes; `scratch`, its long side in rows, where the CPU converts it."""
+    """The weight to compute with: itself where nothing changes; `scratch`, its long side in rows,
+    where the CPU converts it."""
     if device.type != "cpu" or w.dtype == dtype:
         return w.to(device, dtype)
     tall = w.shape[0] > w.shape[1]
@@ -104,25 +124,44 @@ def _in_dtype(w: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
     return work.T if tall else work
 
 
-def _factor(work: Tensor, layer: LayerPlan, solver: str, seed: int, moments: LayerMoments | None) -> Factors:
+def _factor(
+    work: Tensor, layer: LayerPlan, solver: str, seed: int, moments: LayerMoments | None
+) -> Factors:
     rank = int(layer.rank or 0)
     if solver != WEIGHTED or moments is None:
         return SOLVERS[solver](work, rank, seed)
     metric = metric_of(moments, work.device, centred=layer.bias is not None)
-    return transposed(weighted(work.T, rank, metric)) if moments.transposed else weighted(work, rank, metric)
+    return (
+        transposed(weighted(work.T, rank, metric))
+        if moments.transposed
+        else weighted(work, rank, metric)
+    )
 
 
-def _dense(stored: tuple[Tensor, ...], layer: LayerPlan, moments: LayerMoments, device: torch.device) -> Tensor:
+def _dense(
+    stored: tuple[Tensor, ...], layer: LayerPlan, moments: LayerMoments, device: torch.device
+) -> Tensor:
     """What the stored factors stand for, (out, in) in float64."""
-    dense = dense_rows(tuple(part.to(device) for part in stored), layer.layout, torch.float64, slice(None))
+    dense = dense_rows(
+        tuple(part.to(device) for part in stored), layer.layout, torch.float64, slice(None)
+    )
     return dense.T if moments.transposed else dense
 
 
-def _weighted_problem(work: Tensor, stored: tuple[Tensor, ...], layer: LayerPlan, factors: Factors, moments: LayerMoments) -> str:
-    """Does the stored layer's error in the metric keep what the spectrum promised, rounding aside."""
+def _weighted_problem(
+    work: Tensor,
+    stored: tuple[Tensor, ...],
+    layer: LayerPlan,
+    factors: Factors,
+    moments: LayerMoments,
+) -> str:
+    """Does the stored layer's error in the metric keep what the spectrum promised, rounding
+    aside."""
     w = work.T if moments.transposed else work
     error = weighted_error(
-        w, _dense(stored, layer, moments, work.device), metric_of(moments, work.device, centred=layer.bias is not None)
+        w,
+        _dense(stored, layer, moments, work.device),
+        metric_of(moments, work.device, centred=layer.bias is not None),
     )
     if not math.isfinite(error):
         return "not finite"
@@ -132,9 +171,14 @@ def _weighted_problem(work: Tensor, stored: tuple[Tensor, ...], layer: LayerPlan
 
 
 def refitted(
-    checkpoint: Checkpoint, w: Tensor, stored: tuple[Tensor, ...], layer: LayerPlan, moments: LayerMoments | None
+    checkpoint: Checkpoint,
+    w: Tensor,
+    stored: tuple[Tensor, ...],
+    layer: LayerPlan,
+    moments: LayerMoments | None,
 ) -> Tensor:
-    """The bias that takes up the mean of what the truncation loses; as it was where a plain solver had to step in."""
+    """The bias that takes up the mean of what the truncation loses; as it was where a plain solver
+    had to step in."""
     assert layer.bias is not None
     bias = checkpoint.read_tensor(layer.bias.name)
     if moments is None:
@@ -145,17 +189,22 @@ def refitted(
 
 def has_row_order(compressed: Checkpoint, layer: LayerPlan) -> bool:
     """Is the stored order of a pivoted layer's rows one; other layouts need none."""
-    return layer.layout != "pivoted" or is_row_order(compressed.read_tensor(layer.stored()[-1].name))
+    return layer.layout != "pivoted" or is_row_order(
+        compressed.read_tensor(layer.stored()[-1].name)
+    )
 
 
 def stored_error(original: Checkpoint, compressed: Checkpoint, layer: LayerPlan) -> float:
-    """The relative Frobenius error of one stored layer against the original weight, from the files."""
+    """The relative Frobenius error of one stored layer against the original weight, from the
+    files."""
     stored = tuple(compressed.read_tensor(tensor.name) for tensor in layer.stored())
     return _relative_error(original.read_tensor(layer.tensor.name), stored, layer)
 
 
 def _relative_error(weight: Tensor, stored: tuple[Tensor, ...], layer: LayerPlan) -> float:
-    work = weight.to(torch.float64 if "F64" in (layer.tensor.dtype, layer.stored_dtype) else torch.float32)
+    work = weight.to(
+        torch.float64 if "F64" in (layer.tensor.dtype, layer.stored_dtype) else torch.float32
+    )
     total = squared_norm(work)
     return math.sqrt(residual_energy(work, stored, layer.layout) / total) if total > 0 else 0.0
 
@@ -164,7 +213,9 @@ def _attempts(layer: LayerPlan, device: torch.device) -> list[tuple[str, torch.d
     wide = layer.tensor.dtype == "F64" or layer.stored_dtype == "F64"
     first = (layer.solver, work_dtype(device, torch.float64 if wide else torch.float32))
     later = _LADDER if layer.solver in ("randomized", WEIGHTED) else _LADDER[1:]
-    ladder = [(solver, work_dtype(device, torch.float64 if wide else dtype)) for solver, dtype in later]
+    ladder = [
+        (solver, work_dtype(device, torch.float64 if wide else dtype)) for solver, dtype in later
+    ]
     return list(dict.fromkeys([first, *ladder]))
 
 
@@ -173,17 +224,26 @@ def work_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if device.type == "mps" else dtype
 
 
-def _problem(layer: LayerPlan, solver: str, dtype: torch.dtype, factors: Factors, error: float, total: float) -> str:
+def _problem(
+    layer: LayerPlan, solver: str, dtype: torch.dtype, factors: Factors, error: float, total: float
+) -> str:
     """What is wrong with a result, in a few words, or nothing."""
     if not math.isfinite(error):
         return "not finite"
-    if solver == "gram" and factors.tail < _GRAM_FLOOR[dtype] * total and FACTORED_DTYPES[layer.stored_dtype] < 1e-6:
+    if (
+        solver == "gram"
+        and factors.tail < _GRAM_FLOOR[dtype] * total
+        and FACTORED_DTYPES[layer.stored_dtype] < 1e-6
+    ):
         return "tail below its precision"
     growth = 8 if layer.layout == "factored" else 256
     rounding = growth * FACTORED_DTYPES[layer.stored_dtype] ** 2
     noise = max(layer.tensor.shape) * torch.finfo(dtype).eps ** 2
     subnormal = growth * layer.tensor.parameters * _finest(layer.stored_dtype) ** 2
-    if error > 1.001 * factors.tail + (rounding + noise + _tail_noise(solver, dtype)) * total + subnormal:
+    if (
+        error
+        > 1.001 * factors.tail + (rounding + noise + _tail_noise(solver, dtype)) * total + subnormal
+    ):
         return "missed its spectrum"
     return ""
 
@@ -195,6 +255,7 @@ def _finest(dtype: str) -> float:
 
 
 def _tail_noise(solver: str, dtype: torch.dtype) -> float:
-    """How far a promised tail itself may be off, as a share of the energy: differences of sums lose digits."""
+    """How far a promised tail itself may be off, as a share of the energy: differences of sums lose
+    digits."""
     eps = torch.finfo(dtype).eps
     return 0.0 if solver == "svd" else 64 * eps

@@ -34,7 +34,8 @@ from svdcli.plan.tensors import TensorInfo
 
 Metadata = dict[str, str]
 
-# Room that a record gets for layers on which a solver gives way to another: for one in so many layers, or a share of the weights.
+# Room that a record gets for layers on which a solver gives way to another: for one in so many
+# layers, or a share of the weights.
 _ROOM = 256
 _LAYERS_A_ROOM = 64
 _SHARE_OF_WEIGHTS = 2048
@@ -42,8 +43,8 @@ _SHARE_OF_WEIGHTS = 2048
 
 @dataclass(frozen=True)
 class Blueprint:
-    """files are the weight files; texts are written as they are; carried are copied from the source; record_bytes is the
-    size of `svdcli.json`, 0 where there is none."""
+    """files are the weight files; texts are written as they are; carried are copied from the
+    source; record_bytes is the size of `svdcli.json`, 0 where there is none."""
 
     files: tuple[OutFile, ...]
     texts: Mapping[str, bytes]
@@ -57,12 +58,18 @@ class Blueprint:
     def sizes(self) -> dict[str, int]:
         """Bytes of every file of the output, by name."""
         record = {RECORD: self.record_bytes} if self.record_bytes else {}
-        return {f.name: f.size for f in self.files} | {n: len(t) for n, t in self.texts.items()} | dict(self.carried) | record
+        return (
+            {f.name: f.size for f in self.files}
+            | {n: len(t) for n, t in self.texts.items()}
+            | dict(self.carried)
+            | record
+        )
 
 
 @dataclass(frozen=True)
 class Beside:
-    """A Python file that opens the model where svdcli is not installed, and what config.json says about it."""
+    """A Python file that opens the model where svdcli is not installed, and what config.json says
+    about it."""
 
     name: str
     text: bytes
@@ -72,14 +79,22 @@ class Beside:
 class CompressDesign:
     """How a plan becomes files. One value draws the blueprint, and later fills in the results.
 
-    Records get room for results without fall-backs, and for some with; `with_room` draws the same files with room for all.
-    A size that was asked for must hold whatever happens, so there the widest results are counted from the start.
+    Records get room for results without fall-backs, and for some with; `with_room` draws the same
+    files with room for all. A size that was asked for must hold whatever happens, so there the
+    widest results are counted from the start.
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, plan: Plan, out_name: str | None, beside: Beside | None = None, *, roomy: bool = False
+        self,
+        checkpoint: Checkpoint,
+        plan: Plan,
+        out_name: str | None,
+        beside: Beside | None = None,
+        *,
+        roomy: bool = False,
     ) -> None:
-        """out_name is the name of a file output, None for a directory; beside is what makes a directory self-contained."""
+        """out_name is the name of a file output, None for a directory; beside is what makes a
+        directory self-contained."""
         self.checkpoint, self.plan, self.out_name, self.beside = checkpoint, plan, out_name, beside
         self.roomy = roomy or plan.recipe.target == "size"
         self.units = compress_units(checkpoint, plan)
@@ -90,8 +105,8 @@ class CompressDesign:
 
     @property
     def source_bytes(self) -> int:
-        """What the output must stay below: the source's files, or its tensors where the bytes of one serve several, as
-        pickles allow and safetensors files do not."""
+        """What the output must stay below: the source's files, or its tensors where the bytes of
+        one serve several, as pickles allow and safetensors files do not."""
         tensors = sum(info.nbytes for info in self.checkpoint.infos)
         return max(self.checkpoint.nbytes, tensors + sum(self.checkpoint.carried.values()))
 
@@ -102,8 +117,9 @@ class CompressDesign:
         return self._blueprint
 
     def _choose_form(self) -> tuple[dict[str, Any], Blueprint]:
-        """(fields that a file's layers share and that are said once, the blueprint): only where that makes the output smaller
-        than its source, which it is not with a record that has every layer's own fields."""
+        """(fields that a file's layers share and that are said once, the blueprint): only where
+        that makes the output smaller than its source, which it is not with a record that has every
+        layer's own fields."""
         full, source = self._draw({}), self.source_bytes
         if self.plan.recipe.layout == "dense" or full.total < source:
             return {}, full
@@ -134,7 +150,10 @@ class CompressDesign:
     def fits(self, results: Mapping[str, Result]) -> bool:
         """Is there room for the final results."""
         blueprint = self._blueprint
-        if any(header_size(file.tensors, self.metadata(file, results)) > file.header_bytes for file in blueprint.files):
+        if any(
+            header_size(file.tensors, self.metadata(file, results)) > file.header_bytes
+            for file in blueprint.files
+        ):
             return False
         if not blueprint.record_bytes:
             return True
@@ -143,56 +162,101 @@ class CompressDesign:
     def metadata(self, file: OutFile, results: Mapping[str, Result]) -> Metadata:
         """The final metadata of one weight file."""
         members = set(file.units)
-        return self._metadata([unit for unit in self.units if unit.name in members], self._record(results), self._shared)
+        return self._metadata(
+            [unit for unit in self.units if unit.name in members],
+            self._record(results),
+            self._shared,
+        )
 
-    def record(self, results: Mapping[str, Result], files: Mapping[str, tuple[int, str]], reserved: int) -> bytes:
+    def record(
+        self, results: Mapping[str, Result], files: Mapping[str, tuple[int, str]], reserved: int
+    ) -> bytes:
         """The final `svdcli.json`."""
         return render_record(condensed(self._record(results, files), self._shared), reserved)
 
-    def _record_bytes(self, files: Sequence[OutFile], sizes: Mapping[str, int], shared: Mapping[str, Any]) -> int:
-        usual, wide = (self._record_size(results, sizes, shared) for results in (self._usual, self._widest))
+    def _record_bytes(
+        self, files: Sequence[OutFile], sizes: Mapping[str, int], shared: Mapping[str, Any]
+    ) -> int:
+        usual, wide = (
+            self._record_size(results, sizes, shared) for results in (self._usual, self._widest)
+        )
         return self._room(usual, wide, files)
 
-    def _record_size(self, results: Mapping[str, Result], sizes: Mapping[str, int], shared: Mapping[str, Any]) -> int:
+    def _record_size(
+        self, results: Mapping[str, Result], sizes: Mapping[str, int], shared: Mapping[str, Any]
+    ) -> int:
         files = {name: (size, "") for name, size in sizes.items() if name != RECORD}
         return len(render_record(condensed(self._record(results, files), shared)))
 
     def _room(self, usual: int, wide: int, files: Sequence[OutFile]) -> int:
-        """Bytes between the usual and the widest record: all of it where weights are large, little where they are not."""
+        """Bytes between the usual and the widest record: all of it where weights are large, little
+        where they are not."""
         layers = sum(unit.kind == "factor" for unit in self.units)
         weights = sum(tensor.nbytes for file in files for tensor in file.tensors)
         spare = max(_ROOM * (1 + layers // _LAYERS_A_ROOM), weights // _SHARE_OF_WEIGHTS // 8 * 8)
         return wide if self.roomy else min(wide, usual + spare)
 
-    def _record(self, results: Mapping[str, Result], files: Mapping[str, tuple[int, str]] | None = None) -> dict[str, Any]:
-        return make_record(self.plan, self._source, self.checkpoint.left_out, self.checkpoint.left_out_bytes, results, files)
+    def _record(
+        self, results: Mapping[str, Result], files: Mapping[str, tuple[int, str]] | None = None
+    ) -> dict[str, Any]:
+        return make_record(
+            self.plan,
+            self._source,
+            self.checkpoint.left_out,
+            self.checkpoint.left_out_bytes,
+            results,
+            files,
+        )
 
-    def _metadata(self, group: Sequence[Unit], record: Mapping[str, Any], shared: Mapping[str, Any]) -> Metadata:
-        own = record if self.out_name is not None else part_of_record(record, {unit.name for unit in group})
-        return _base_metadata(self.checkpoint, group) | {METADATA_KEY: render_metadata(condensed(own, shared))}
+    def _metadata(
+        self, group: Sequence[Unit], record: Mapping[str, Any], shared: Mapping[str, Any]
+    ) -> Metadata:
+        own = (
+            record
+            if self.out_name is not None
+            else part_of_record(record, {unit.name for unit in group})
+        )
+        return _base_metadata(self.checkpoint, group) | {
+            METADATA_KEY: render_metadata(condensed(own, shared))
+        }
 
     def _changed_config(self) -> tuple[dict[str, Any] | None, list[dict[str, Any]] | None]:
-        """(the config.json of the output, a note of what it says in place of what); (None, None) where there is none."""
+        """(the config.json of the output, a note of what it says in place of what); (None, None)
+        where there is none."""
         config = self.checkpoint.config
         if config is None or self.out_name is not None:
             return None, None
         auto_map = None if self.beside is None else self.beside.auto_map
-        changes = changes_of(config, self.plan, auto_map, transformers=self.checkpoint.transformers_opens_it)
+        changes = changes_of(
+            config, self.plan, auto_map, transformers=self.checkpoint.transformers_opens_it
+        )
         return change(config, changes)
 
 
 class ExpandDesign:
-    """How factored layers become ordinary ones again: the checkpoint as it was, with the low-rank weights."""
+    """How factored layers become ordinary ones again: the checkpoint as it was, with the low-rank
+    weights."""
 
     def __init__(
-        self, checkpoint: Checkpoint, record: Mapping[str, Any], layers: Sequence[LayerPlan], out_name: str | None
+        self,
+        checkpoint: Checkpoint,
+        record: Mapping[str, Any],
+        layers: Sequence[LayerPlan],
+        out_name: str | None,
     ) -> None:
         self.checkpoint, self.record, self.out_name = checkpoint, record, out_name
         self.units = expand_units(checkpoint, layers)
 
     def blueprint(self) -> Blueprint:
-        groups = {self.out_name: self.units} if self.out_name is not None else group_units(self.units, None)
-        files = [lay_out(name, group, _base_metadata(self.checkpoint, group)) for name, group in groups.items()]
+        groups = (
+            {self.out_name: self.units}
+            if self.out_name is not None
+            else group_units(self.units, None)
+        )
+        files = [
+            lay_out(name, group, _base_metadata(self.checkpoint, group))
+            for name, group in groups.items()
+        ]
         if self.out_name is not None:
             return Blueprint(tuple(files), {}, {}, 0)
         texts, carried = directory_texts(self.checkpoint, files, self._config_of_before())
@@ -206,7 +270,8 @@ class ExpandDesign:
         return bool(recipe.get("self_contained"))
 
     def _config_of_before(self) -> dict[str, Any] | None:
-        """The config.json of the source. Outputs of early versions have no note of what was changed in it."""
+        """The config.json of the source. Outputs of early versions have no note of what was changed
+        in it."""
         config, source = self.checkpoint.config, self.record.get("source") or {}
         if config is None:
             return None
@@ -216,24 +281,35 @@ class ExpandDesign:
 
     def metadata(self, file: OutFile, results: Mapping[str, Result]) -> Metadata:
         members = set(file.units)
-        return _base_metadata(self.checkpoint, [unit for unit in self.units if unit.name in members])
+        return _base_metadata(
+            self.checkpoint, [unit for unit in self.units if unit.name in members]
+        )
 
 
 def _check_names(names: Iterable[str]) -> None:
-    """Raises SvdcliError for a file that no reader of the record would take for one of the output."""
+    """Raises SvdcliError for a file that no reader of the record would take for one of the
+    output."""
     odd = next((name for name in names if not is_inside(name)), None)
     if odd is not None:
-        raise SvdcliError(f"the file {odd!r} cannot be carried over: its name is a path on other systems", "rename it")
+        raise SvdcliError(
+            f"the file {odd!r} cannot be carried over: its name is a path on other systems",
+            "rename it",
+        )
 
 
 def compress_units(checkpoint: Checkpoint, plan: Plan) -> list[Unit]:
-    """One unit a tensor of the source. In a directory that transformers would open, one factored layer of every part also gets
-    a zero-size tensor under its old name: a loader without svdcli then fails loudly instead of making weights up. Which layer
-    that is may change when another one stays dense, so it is a unit of its own."""
+    """One unit a tensor of the source. In a directory that transformers would open, one factored
+    layer of every part also gets a zero-size tensor under its old name: a loader without svdcli
+    then fails loudly instead of making weights up. Which layer that is may change when another one
+    stays dense, so it is a unit of its own."""
     layers = {layer.tensor.name: layer for layer in plan.factored}
     refitted = {layer.bias.name for layer in plan.factored if layer.bias is not None}
     warned: set[str] = set()
-    if checkpoint.is_directory and checkpoint.transformers_opens_it and plan.recipe.layout != "dense":
+    if (
+        checkpoint.is_directory
+        and checkpoint.transformers_opens_it
+        and plan.recipe.layout != "dense"
+    ):
         warned.update(tripwires(layer.tensor.module for layer in plan.factored))
     units = []
     for name, ref in checkpoint.tensors.items():
@@ -244,7 +320,15 @@ def compress_units(checkpoint: Checkpoint, plan: Plan) -> list[Unit]:
             units.append(Unit(name, "copy", (name,), (ref.info,), ref.file))
             continue
         if layer.tensor.module in warned:
-            units.append(Unit(f"{name} of no size", "warn", (), (TensorInfo(name, layer.stored_dtype, (0,)),), ref.file))
+            units.append(
+                Unit(
+                    f"{name} of no size",
+                    "warn",
+                    (),
+                    (TensorInfo(name, layer.stored_dtype, (0,)),),
+                    ref.file,
+                )
+            )
         writes = layer.stored() if layer.bias is None else (*layer.stored(), layer.bias)
         units.append(Unit(name, "factor", (name,), writes, ref.file))
     return units
@@ -269,7 +353,8 @@ def expand_units(checkpoint: Checkpoint, layers: Sequence[LayerPlan]) -> list[Un
 def directory_texts(
     checkpoint: Checkpoint, files: Sequence[OutFile], config: dict[str, Any] | None
 ) -> tuple[dict[str, bytes], dict[str, int]]:
-    """The files of a directory that are written anew (index, changed config), and those carried over with their sizes."""
+    """The files of a directory that are written anew (index, changed config), and those carried
+    over with their sizes."""
     texts: dict[str, bytes] = {}
     if config is not None and config != checkpoint.config:
         text = checkpoint.file_path(checkpoint.config_name).read_text(encoding="utf-8")
@@ -279,23 +364,32 @@ def directory_texts(
     if len(files) > 1 or (checkpoint.index_name is not None and files[0].name != lone):
         totals = {"total_size": sum(tensor.nbytes for file in files for tensor in file.tensors)}
         if "total_parameters" in checkpoint.index_metadata:
-            totals["total_parameters"] = sum(tensor.parameters for file in files for tensor in file.tensors)
+            totals["total_parameters"] = sum(
+                tensor.parameters for file in files for tensor in file.tensors
+            )
         index = {
             "metadata": checkpoint.index_metadata | totals,
-            "weight_map": dict(sorted((tensor.name, file.name) for file in files for tensor in file.tensors)),
+            "weight_map": dict(
+                sorted((tensor.name, file.name) for file in files for tensor in file.tensors)
+            ),
         }
         texts[index_name] = render_json(index)
     return texts, {name: size for name, size in checkpoint.carried.items() if name not in texts}
 
 
 def _index_name(checkpoint: Checkpoint, files: Sequence[OutFile]) -> str:
-    """The name that loaders look for: the source's own where it has one; a variant stands before the last ending."""
+    """The name that loaders look for: the source's own where it has one; a variant stands before
+    the last ending."""
     if checkpoint.index_name is not None:
-        return re.sub(r"^(.+)\.(safetensors|bin)\.index", _as_safetensors_index, checkpoint.index_name)
+        return re.sub(
+            r"^(.+)\.(safetensors|bin)\.index", _as_safetensors_index, checkpoint.index_name
+        )
     stem = PurePosixPath(shard_stem(files[0].name)).name
     if checkpoint.variant is None:
         return f"{stem}.safetensors.index.json"
-    return f"{stem.removesuffix(f'.{checkpoint.variant}')}.safetensors.index.{checkpoint.variant}.json"
+    return (
+        f"{stem.removesuffix(f'.{checkpoint.variant}')}.safetensors.index.{checkpoint.variant}.json"
+    )
 
 
 def _as_safetensors_index(found: re.Match[str]) -> str:

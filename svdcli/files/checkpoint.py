@@ -1,6 +1,7 @@
 """Open a checkpoint from its headers alone, then read one tensor at a time.
 
-A checkpoint is one safetensors file, a directory of them (Hugging Face or not), or the same in PyTorch's zip format.
+A checkpoint is one safetensors file, a directory of them (Hugging Face or not), or the same in
+PyTorch's zip format.
 """
 
 from __future__ import annotations
@@ -47,12 +48,14 @@ class TensorRef:
 
 @dataclass
 class Checkpoint:
-    """A checkpoint's tensors (names to places), files and configuration. Nothing but headers has been read.
+    """A checkpoint's tensors (names to places), files and configuration. Nothing but headers has
+    been read.
 
-    files maps the name of each weight file to its size in bytes; carried lists the other files of a directory, left_out
-    those that are not carried over, with the reason, left_out_bytes their sizes. tied maps a tensor to the one whose storage
-    it shares. variant is the one that `from_pretrained` must be told to open these files; state_dict the key of a pickle
-    under which the tensors lie. notes says what was decided while reading.
+    files maps the name of each weight file to its size in bytes; carried lists the other files of a
+    directory, left_out those that are not carried over, with the reason, left_out_bytes their
+    sizes. tied maps a tensor to the one whose storage it shares. variant is the one that
+    `from_pretrained` must be told to open these files; state_dict the key of a pickle under which
+    the tensors lie. notes says what was decided while reading.
     """
 
     path: Path
@@ -85,8 +88,8 @@ class Checkpoint:
 
     @property
     def nbytes(self) -> int:
-        """Bytes on disk of everything that the output stands for: weights, configuration, carried files. Of a pickle that holds
-        more than the weights, these count."""
+        """Bytes on disk of everything that the output stands for: weights, configuration, carried
+        files. Of a pickle that holds more than the weights, these count."""
         sizes = [self._bytes_of_weights(name, size) for name, size in self.files.items()]
         return sum(sizes) + sum(self.carried.values())
 
@@ -107,7 +110,9 @@ class Checkpoint:
 
     @property
     def transformers_opens_it(self) -> bool:
-        return self.config is not None and ("model_type" in self.config or "architectures" in self.config)
+        return self.config is not None and (
+            "model_type" in self.config or "architectures" in self.config
+        )
 
     @property
     def facts(self) -> ModelFacts | None:
@@ -151,7 +156,8 @@ class Checkpoint:
         return tensor
 
     def fingerprint(self) -> str:
-        """SHA-256 over names, dtypes, shapes and the first and last 4 KiB of every tensor, in order of name.
+        """SHA-256 over names, dtypes, shapes and the first and last 4 KiB of every tensor, in order
+        of name.
 
         Independent of sharding; tells checkpoints apart without reading them whole.
         """
@@ -164,8 +170,14 @@ class Checkpoint:
         return digest.hexdigest()
 
     def look_equal(self, one: str, other: str) -> bool:
-        """Do two tensors of the same shape and dtype begin and end with the same bytes, 4 KiB of each."""
-        return all(a == b for a, b in zip(*(self._samples(self.tensors[name]) for name in (one, other)), strict=True))
+        """Do two tensors of the same shape and dtype begin and end with the same bytes, 4 KiB of
+        each."""
+        return all(
+            a == b
+            for a, b in zip(
+                *(self._samples(self.tensors[name]) for name in (one, other)), strict=True
+            )
+        )
 
     def _samples(self, ref: TensorRef) -> Iterator[bytes]:
         if ref.file in self.pickled:
@@ -182,10 +194,13 @@ class Checkpoint:
                 yield bytes(sample)
 
     def state(self) -> str:
-        """Changes whenever a weight file was written to: sizes and modification times, or what standard input held."""
+        """Changes whenever a weight file was written to: sizes and modification times, or what
+        standard input held."""
         if self.spooled_digest is not None:
             return self.spooled_digest
-        stats = [(name, (s := self.file_path(name).stat()).st_size, s.st_mtime_ns) for name in self.files]
+        stats = [
+            (name, (s := self.file_path(name).stat()).st_size, s.st_mtime_ns) for name in self.files
+        ]
         return hashlib.sha256(repr(stats).encode()).hexdigest()
 
     def close(self) -> None:
@@ -200,12 +215,15 @@ class Checkpoint:
         self.close()
 
 
-def open_checkpoint(path: str | Path, *, state_dict: str | None = None, carry: Sequence[str] = ()) -> Checkpoint:
+def open_checkpoint(
+    path: str | Path, *, state_dict: str | None = None, carry: Sequence[str] = ()
+) -> Checkpoint:
     """Open a file, a directory, or `-` for standard input, which is spooled to a temporary file.
 
-    state_dict is the key under which a PyTorch file holds the tensors that are meant; carry are globs of files in a directory
-    that go along although they would be left out. Raises BadCheckpointError for anything that is not a sound checkpoint,
-    UsageError for a key or glob that names nothing.
+    state_dict is the key under which a PyTorch file holds the tensors that are meant; carry are
+    globs of files in a directory that go along although they would be left out. Raises
+    BadCheckpointError for anything that is not a sound checkpoint, UsageError for a key or glob
+    that names nothing.
     """
     if str(path) == STANDARD:
         return _open_stdin(state_dict)
@@ -227,13 +245,19 @@ def open_checkpoint(path: str | Path, *, state_dict: str | None = None, carry: S
 
 def _download_hint(asked: str) -> str:
     if _HUB_NAME.fullmatch(asked):
-        return f"check the path; from the hub, download it first: hf download {asked} --local-dir FOLDER"
+        return (
+            f"check the path; from the hub, download it first: hf download {asked} "
+            f"--local-dir FOLDER"
+        )
     return "check the path"
 
 
 def _check_state_dict(checkpoint: Checkpoint, state_dict: str | None) -> None:
     if state_dict is not None and not checkpoint.pickled:
-        raise UsageError("--state-dict is for PyTorch files", "leave it out: a safetensors file holds tensors alone")
+        raise UsageError(
+            "--state-dict is for PyTorch files",
+            "leave it out: a safetensors file holds tensors alone",
+        )
 
 
 def read_file_header(path: Path) -> Header:
@@ -253,11 +277,18 @@ def _read_exactly(stream: Any, view: memoryview, ref: TensorRef) -> None:
     while len(view):
         count = stream.readinto(view)
         if not count:
-            raise BadCheckpointError(f"{ref.file} ended inside tensor {ref.info.name!r}", "it changed while it was read")
+            raise BadCheckpointError(
+                f"{ref.file} ended inside tensor {ref.info.name!r}", "it changed while it was read"
+            )
         view = view[count:]
 
 
-def _add_file(checkpoint: Checkpoint, name: str, state_dict: str | None, places: Mapping[str, str] | None = None) -> list[str]:
+def _add_file(
+    checkpoint: Checkpoint,
+    name: str,
+    state_dict: str | None,
+    places: Mapping[str, str] | None = None,
+) -> list[str]:
     """Read one weight file's header: the names of tensors that an earlier file has too.
 
     places tells which file counts for those; without it they are an error.
@@ -289,11 +320,14 @@ def _add_pickle(checkpoint: Checkpoint, name: str, state_dict: str | None) -> li
 
 
 def _add_tensor(checkpoint: Checkpoint, ref: TensorRef, places: Mapping[str, str]) -> bool:
-    """Was this tensor there already. The index says which one counts; without an index that is an error."""
+    """Was this tensor there already. The index says which one counts; without an index that is an
+    error."""
     name = ref.info.name
     other = checkpoint.tensors.get(name)
     if other is not None and places.get(name) not in (ref.file, other.file):
-        raise BadCheckpointError(f"tensor {name!r} is in both {other.file} and {ref.file}", "remove the stray file")
+        raise BadCheckpointError(
+            f"tensor {name!r} is in both {other.file} and {ref.file}", "remove the stray file"
+        )
     if other is None or places[name] == ref.file:
         checkpoint.tensors.pop(name, None)  # so that it stands among those of its file
         checkpoint.tensors[name] = ref
@@ -306,7 +340,11 @@ def _open_directory(path: Path, state_dict: str | None, carry: Sequence[str]) ->
     if config.is_file():
         checkpoint.config = read_json(config)
     weights = choose_weights(path, checkpoint.config)
-    twice = [tensor for name in weights.files for tensor in _add_file(checkpoint, name, state_dict, weights.places)]
+    twice = [
+        tensor
+        for name in weights.files
+        for tensor in _add_file(checkpoint, name, state_dict, weights.places)
+    ]
     if twice:
         what = (
             f"{twice[0]} lies in several files"
@@ -328,16 +366,27 @@ def _open_directory(path: Path, state_dict: str | None, carry: Sequence[str]) ->
 
 
 def _read_index(checkpoint: Checkpoint, weights: WeightSet) -> None:
-    """Keep the index's own metadata. Tensors that it promises and no shard has are told: a loader misses them too."""
+    """Keep the index's own metadata. Tensors that it promises and no shard has are told: a loader
+    misses them too."""
     assert weights.index is not None
     absent = [name for name in weights.places if name not in checkpoint.tensors]
     if absent:
         many = f" and {len(absent) - 1} more" if len(absent) > 1 else ""
-        checkpoint.notes.append(f"{weights.index} names {absent[0]}{many}, which no shard holds; the output lacks it too")
-    elsewhere = [n for n, shard in weights.places.items() if n not in absent and checkpoint.tensors[n].file != shard]
+        checkpoint.notes.append(
+            f"{weights.index} names {absent[0]}{many}, which no shard holds; the output "
+            f"lacks it too"
+        )
+    elsewhere = [
+        n
+        for n, shard in weights.places.items()
+        if n not in absent and checkpoint.tensors[n].file != shard
+    ]
     if elsewhere:
         where = checkpoint.tensors[elsewhere[0]].file
-        checkpoint.notes.append(f"{weights.index} has {elsewhere[0]} in {weights.places[elsewhere[0]]}, it is in {where}")
+        checkpoint.notes.append(
+            f"{weights.index} has {elsewhere[0]} in {weights.places[elsewhere[0]]}, it is "
+            f"in {where}"
+        )
     metadata = read_json(checkpoint.path / weights.index).get("metadata")
     checkpoint.index_name = weights.index
     checkpoint.index_metadata = metadata if isinstance(metadata, dict) else {}
@@ -345,7 +394,9 @@ def _read_index(checkpoint: Checkpoint, weights: WeightSet) -> None:
 
 def _open_stdin(state_dict: str | None) -> Checkpoint:
     if sys.stdin.isatty():
-        raise SvdcliError("standard input is a terminal", "pipe a safetensors file in, or give a path")
+        raise SvdcliError(
+            "standard input is a terminal", "pipe a safetensors file in, or give a path"
+        )
     import tempfile
 
     told = _format_of_stdin()
@@ -356,17 +407,24 @@ def _open_stdin(state_dict: str | None) -> Checkpoint:
             if told.reader == "pickle":
                 digest = _copy_to_the_end(sys.stdin.buffer, spool)
             else:
-                _, digest = _copy_whole(sys.stdin.buffer, spool, room=shutil.disk_usage(folder).free)
+                _, digest = _copy_whole(
+                    sys.stdin.buffer, spool, room=shutil.disk_usage(folder).free
+                )
         checkpoint = open_checkpoint(path, state_dict=state_dict)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
-    checkpoint.name, checkpoint.temporary, checkpoint.spooled_digest = "standard input", folder, digest
+    checkpoint.name, checkpoint.temporary, checkpoint.spooled_digest = (
+        "standard input",
+        folder,
+        digest,
+    )
     return checkpoint
 
 
 def _format_of_stdin() -> Format:
-    """What the pipe brings, by its first bytes; they stay in it. Raises BadCheckpointError for what svdcli does not read."""
+    """What the pipe brings, by its first bytes; they stay in it. Raises BadCheckpointError for what
+    svdcli does not read."""
     peek = getattr(sys.stdin.buffer, "peek", None)
     told = by_bytes(peek(FIRST_BYTES)) if peek is not None else None
     if told is None:
@@ -393,17 +451,24 @@ def open_from_pipe() -> Header:
         return _copy_whole(sys.stdin.buffer, nowhere)[0]
 
 
-def _copy_whole(source: BinaryIO, spool: BinaryIO, *, room: int | None = None) -> tuple[Header, str]:
-    """Copy one safetensors file from a pipe: (its header, the SHA-256 of all of it). A header that lies is refused early."""
+def _copy_whole(
+    source: BinaryIO, spool: BinaryIO, *, room: int | None = None
+) -> tuple[Header, str]:
+    """Copy one safetensors file from a pipe: (its header, the SHA-256 of all of it). A header that
+    lies is refused early."""
     tee = _Tee(source, spool)
     header = read_header(tee, None, "standard input")
     if room is not None and header.size > room:
-        raise BadCheckpointError(f"standard input promises {header.size} bytes, more than the disk holds", "set TMPDIR")
+        raise BadCheckpointError(
+            f"standard input promises {header.size} bytes, more than the disk holds", "set TMPDIR"
+        )
     while tee.count <= header.size and tee.read(CHUNK):
         pass
     if tee.count != header.size:
         kind = "is cut short" if tee.count < header.size else "goes on after its last tensor"
-        raise BadCheckpointError(f"standard input {kind}", f"the header promises {header.size} bytes")
+        raise BadCheckpointError(
+            f"standard input {kind}", f"the header promises {header.size} bytes"
+        )
     return header, tee.digest.hexdigest()
 
 

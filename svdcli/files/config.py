@@ -22,10 +22,11 @@ Note = list[dict[str, Any]]
 def changes_of(
     config: Mapping[str, Any], plan: Plan, auto_map: Mapping[str, str] | None, *, transformers: bool
 ) -> dict[Path, Any]:
-    """{path: value} of what a config.json must say about an output, in it and in the sub-config of every part.
+    """{path: value} of what a config.json must say about an output, in it and in the sub-config of
+    every part.
 
-    That the plugin is to be asked; where transformers reads it the dtype that was asked for, since it casts to the one that
-    it reads; and the classes of `--self-contained`.
+    That the plugin is to be asked; where transformers reads it the dtype that was asked for, since
+    it casts to the one that it reads; and the classes of `--self-contained`.
     """
     factored = plan.recipe.layout != "dense" and bool(plan.factored)
     changes: dict[Path, Any] = {}
@@ -52,7 +53,8 @@ def asks_for_plugin(config: Mapping[str, Any]) -> bool:
 
 
 def change(config: Mapping[str, Any], changes: Mapping[Path, Any]) -> tuple[dict[str, Any], Note]:
-    """(the config with these changes, a note of what was there before: `path`, and `was` unless nothing was)."""
+    """(the config with these changes, a note of what was there before: `path`, and `was` unless
+    nothing was)."""
     new, note = copy.deepcopy(dict(config)), []
     for path, value in changes.items():
         owner = _owner(new, path)
@@ -65,7 +67,8 @@ def change(config: Mapping[str, Any], changes: Mapping[Path, Any]) -> tuple[dict
 
 
 def change_back(config: Mapping[str, Any], note: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The config as it was before the changes that `note` tells of; whatever else changed since then stays."""
+    """The config as it was before the changes that `note` tells of; whatever else changed since
+    then stays."""
     old = copy.deepcopy(dict(config))
     for item in note:
         *path, key = item["path"]
@@ -78,7 +81,8 @@ def change_back(config: Mapping[str, Any], note: Sequence[Mapping[str, Any]]) ->
 
 
 def without_note(config: Mapping[str, Any], *, self_contained: bool) -> dict[str, Any]:
-    """The config of an output that has no note of its changes, without what compress is known to have added."""
+    """The config of an output that has no note of its changes, without what compress is known to
+    have added."""
     old = dict(config)
     if asks_for_plugin(old):
         del old["quantization_config"]
@@ -88,7 +92,8 @@ def without_note(config: Mapping[str, Any], *, self_contained: bool) -> dict[str
 
 
 def render_like(text: str, data: Mapping[str, Any]) -> bytes | None:
-    """`data` written as `text` is, a JSON file; None where no plain way of writing gives `text` for what it says."""
+    """`data` written as `text` is, a JSON file; None where no plain way of writing gives `text` for
+    what it says."""
     said, body = json.loads(text), text.rstrip()
     for how in _ways_to_write(text):
         if json.dumps(said, **how) == body:
@@ -109,7 +114,8 @@ def _ways_to_write(text: str) -> list[dict[str, Any]]:
 
 
 def _owner(config: dict[str, Any], path: Path) -> dict[str, Any]:
-    """The dictionary in `config` that the last step of `path` is a key of; one that nobody holds where there is none."""
+    """The dictionary in `config` that the last step of `path` is a key of; one that nobody holds
+    where there is none."""
     owner = config
     for step in path[:-1]:
         below = owner.get(step)

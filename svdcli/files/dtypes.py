@@ -35,7 +35,8 @@ DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
 
 def bytes_of(tensor: torch.Tensor) -> memoryview:
-    """The bytes of a tensor, row by row, little-endian as torch holds them; its own memory where it is contiguous on the CPU."""
+    """The bytes of a tensor, row by row, little-endian as torch holds them; its own memory where it
+    is contiguous on the CPU."""
     flat = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
     size = flat.numel() * flat.element_size()
     if not size:

@@ -1,4 +1,5 @@
-"""How a folder is read: which weight files its loader opens, what goes along with them, and what stays behind and why.
+"""How a folder is read: which weight files its loader opens, what goes along with them, and what
+stays behind and why.
 
 Stdlib only. The order of preference is that of transformers' `from_pretrained`: model.safetensors,
 its index, pytorch_model.bin, its index; then the same with a variant, then what other libraries
@@ -21,8 +22,12 @@ from svdcli.files.formats import PICKLE_ENDINGS, format_of
 
 # Never carried over and not worth a word.
 _HIDDEN = frozenset({".git", ".cache", ".DS_Store", "__pycache__", ".ipynb_checkpoints"})
-_INDEX = re.compile(r"^(?P<stem>.+)\.(?P<ending>safetensors|bin)\.index(\.(?P<variant>[^.]+))?\.json$")
-_SHARD = re.compile(r"^(?P<stem>.+)-(?P<at>\d{5,})-of-(?P<count>\d{5,})\.(?P<ending>safetensors|bin)$")
+_INDEX = re.compile(
+    r"^(?P<stem>.+)\.(?P<ending>safetensors|bin)\.index(\.(?P<variant>[^.]+))?\.json$"
+)
+_SHARD = re.compile(
+    r"^(?P<stem>.+)-(?P<at>\d{5,})-of-(?P<count>\d{5,})\.(?P<ending>safetensors|bin)$"
+)
 _SINGLE = re.compile(
     r"^(?P<stem>model|pytorch_model|diffusion_pytorch_model)\.(?P<variant>(?!.*-of-\d)[^.]+)\.(safetensors|bin)$"
 )
@@ -39,7 +44,20 @@ _OTHER_FRAMEWORKS = re.compile(
     re.IGNORECASE,
 )
 _OTHER_FOLDERS = frozenset(
-    {"onnx", "openvino", "coreml", "tflite", "mlx", "metal", "gguf", "ggml", "original", "tensorrt", "flax", "tf"}
+    {
+        "onnx",
+        "openvino",
+        "coreml",
+        "tflite",
+        "mlx",
+        "metal",
+        "gguf",
+        "ggml",
+        "original",
+        "tensorrt",
+        "flax",
+        "tf",
+    }
 )
 _STATES = re.compile(
     r"^((custom_checkpoint|training_state|grad_scaler|(\w+_)?optimizer|optim|scheduler|lr_scheduler|scaler|sampler|rng_state|random_states|dataloader)([_.\-\d][^/]*)?"
@@ -48,9 +66,13 @@ _STATES = re.compile(
 _NESTED = re.compile(
     r"^(tmp-)?(checkpoint|ckpt|global_step|step|epoch|iter|pytorch_model_fsdp|optimizer)[-_]?\d+$|^checkpoint-(final|best|last)$"
 )
-_WEIGHT_NAMES = re.compile(r"^(model|pytorch_model|weights|consolidated|checkpoint|last|best|final|epoch|step)\b", re.IGNORECASE)
+_WEIGHT_NAMES = re.compile(
+    r"^(model|pytorch_model|weights|consolidated|checkpoint|last|best|final|epoch|step)\b",
+    re.IGNORECASE,
+)
 _PICKLED = re.compile(r"\.(bin|pt|pth|ckpt|pkl|th|tar|npz)$")
-# A pickle of this share of the weights is weights too; a smaller one (speakers, filters) belongs to the model.
+# A pickle of this share of the weights is weights too; a smaller one (speakers, filters) belongs to
+# the model.
 _LARGE_SHARE = 0.1
 _WORTH_TELLING = 1_000_000
 _LARGEST_POINTER = 1024
@@ -61,8 +83,8 @@ _OWN_PICKLES = frozenset({"training_args.bin"})
 class WeightSet:
     """The weight files of a folder that are read, and the index that lists them, if any.
 
-    variant is what `from_pretrained(variant=...)` must be told to open them. places maps a tensor to
-    its file, as the index says.
+    variant is what `from_pretrained(variant=...)` must be told to open them. places maps a tensor
+    to its file, as the index says.
     """
 
     files: tuple[str, ...]
@@ -96,14 +118,14 @@ def read_json(path: Path) -> dict[str, Any]:
     return data
 
 
-# Which weights -------------------------------------------------------------------------------------------------------
+# Which weights ------------------------------------------------------------------------------------
 
 
 def choose_weights(folder: Path, config: Mapping[str, Any] | None) -> WeightSet:
     """The weight files that a loader of this folder opens.
 
-    Raises BadCheckpointError where there are none, where shards are missing, where a download is not
-    finished, or where several sets have the same claim.
+    Raises BadCheckpointError where there are none, where shards are missing, where a download is
+    not finished, or where several sets have the same claim.
     """
     names = sorted(entry.name for entry in folder.iterdir() if entry.is_file())
     _check_finished(folder, names)
@@ -112,7 +134,13 @@ def choose_weights(folder: Path, config: Mapping[str, Any] | None) -> WeightSet:
     explicit = (config or {}).get("transformers_weights")
     if isinstance(explicit, str) and explicit in names:
         return _named_set(folder, explicit)
-    for choose in (_plain_set, _variant_set, _other_indexed_set, _shards_without_index, _loose_files):
+    for choose in (
+        _plain_set,
+        _variant_set,
+        _other_indexed_set,
+        _shards_without_index,
+        _loose_files,
+    ):
         chosen = choose(folder, names)
         if chosen is not None:
             return chosen
@@ -148,19 +176,30 @@ def _variant_set(folder: Path, names: Sequence[str]) -> WeightSet | None:
             if match is None or match["variant"] is None or ending not in name:
                 continue
             earlier = sets.get(match["variant"], "")
-            if not (earlier.endswith(ending) and name.endswith(".json")):  # a single file comes first
+            if not (
+                earlier.endswith(ending) and name.endswith(".json")
+            ):  # a single file comes first
                 sets[match["variant"]] = name
     if len(sets) > 1:
-        raise BadCheckpointError(f"{folder} holds several variants: {', '.join(sorted(sets))}", "keep the one that is meant")
+        raise BadCheckpointError(
+            f"{folder} holds several variants: {', '.join(sorted(sets))}",
+            "keep the one that is meant",
+        )
     for variant, name in sets.items():
-        return WeightSet((name,), variant=variant) if not name.endswith(".json") else _indexed(folder, name, variant)
+        return (
+            WeightSet((name,), variant=variant)
+            if not name.endswith(".json")
+            else _indexed(folder, name, variant)
+        )
     return None
 
 
 def _other_indexed_set(folder: Path, names: Sequence[str]) -> WeightSet | None:
     indexes = [name for name in names if _INDEX.match(name)]
     if len(indexes) > 1:
-        raise BadCheckpointError(f"{folder} has several indexes: {', '.join(indexes)}", "keep the one that is meant")
+        raise BadCheckpointError(
+            f"{folder} has several indexes: {', '.join(indexes)}", "keep the one that is meant"
+        )
     return _indexed(folder, indexes[0], None) if indexes else None
 
 
@@ -169,20 +208,29 @@ def _indexed(folder: Path, index: str, variant: str | None) -> WeightSet:
     shards = sorted(set(places.values()))
     for shard in shards:
         if Path(shard).is_absolute() or ".." in Path(shard).parts or "\\" in shard or "\0" in shard:
-            raise BadCheckpointError(f"{folder / index} names {shard!r}, outside the directory", "do not trust this checkpoint")
+            raise BadCheckpointError(
+                f"{folder / index} names {shard!r}, outside the directory",
+                "do not trust this checkpoint",
+            )
         try:
             there = (folder / shard).is_file()
         except OSError:
             there = False
         if not there:
-            raise BadCheckpointError(f"{folder / index} names {shard!r}, which is missing", "download the missing shard")
+            raise BadCheckpointError(
+                f"{folder / index} names {shard!r}, which is missing", "download the missing shard"
+            )
     return WeightSet(tuple(shards), index, variant, places)
 
 
 def _weight_map(index: Path) -> dict[str, str]:
     weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
-        raise BadCheckpointError(f"{index} has no weight_map of file names", "write or download it again")
+    if not isinstance(weight_map, dict) or not all(
+        isinstance(shard, str) for shard in weight_map.values()
+    ):
+        raise BadCheckpointError(
+            f"{index} has no weight_map of file names", "write or download it again"
+        )
     return {name: PurePosixPath(shard).as_posix() for name, shard in weight_map.items()}
 
 
@@ -203,22 +251,32 @@ def _shards_without_index(folder: Path, names: Sequence[str]) -> WeightSet | Non
             return WeightSet(tuple(next(iter(candidates.values())).values()))
     if whole:
         shown = ", ".join(f"{stem}-*-of-{count:05d}.{ending}" for ending, stem, count in whole)
-        raise BadCheckpointError(f"{folder} holds several sets of shards: {shown}", "keep the one that is meant")
+        raise BadCheckpointError(
+            f"{folder} holds several sets of shards: {shown}", "keep the one that is meant"
+        )
     raise _missing_shards(folder, groups)
 
 
-def _missing_shards(folder: Path, groups: Mapping[tuple[str, str, int], Mapping[int, str]]) -> BadCheckpointError:
+def _missing_shards(
+    folder: Path, groups: Mapping[tuple[str, str, int], Mapping[int, str]]
+) -> BadCheckpointError:
     (ending, stem, count), shards = max(groups.items(), key=lambda group: len(group[1]))
     first = 0 if 0 in shards else 1
-    missing = [f"{stem}-{at:05d}-of-{count:05d}.{ending}" for at in range(first, first + count) if at not in shards]
+    missing = [
+        f"{stem}-{at:05d}-of-{count:05d}.{ending}"
+        for at in range(first, first + count)
+        if at not in shards
+    ]
     return BadCheckpointError(
-        f"{folder} has {len(shards)} of {count} shards: {missing[0]} is missing, and so is their index",
+        f"{folder} has {len(shards)} of {count} shards: {missing[0]} is missing, and so is "
+        f"their index",
         "download what is missing",
     )
 
 
 def _loose_files(folder: Path, names: Sequence[str]) -> WeightSet | None:
-    """Weight files under any name, safetensors before pickles; those of training and other frameworks aside."""
+    """Weight files under any name, safetensors before pickles; those of training and other
+    frameworks aside."""
     own = [name for name in names if not _STATES.match(name) and not _OTHER_FRAMEWORKS.search(name)]
     own = [name for name in own if name not in _OWN_PICKLES]
     usual = [name for name in own if not name.startswith("consolidated")]
@@ -239,7 +297,7 @@ def _loose_files(folder: Path, names: Sequence[str]) -> WeightSet | None:
     return None
 
 
-# What is no model ----------------------------------------------------------------------------------------------------
+# What is no model ---------------------------------------------------------------------------------
 
 
 def _check_finished(folder: Path, names: Sequence[str]) -> None:
@@ -250,7 +308,8 @@ def _check_finished(folder: Path, names: Sequence[str]) -> None:
         halves = [str(path.relative_to(folder)) for path in sorted(download.rglob("*.incomplete"))]
     if halves:
         raise BadCheckpointError(
-            f"the download of {folder} is not finished: {halves[0]}", "finish it; or remove that file if it is a leftover"
+            f"the download of {folder} is not finished: {halves[0]}",
+            "finish it; or remove that file if it is a leftover",
         )
 
 
@@ -263,35 +322,65 @@ def _is_half_a_file(name: str) -> bool:
 
 def _no_weights(folder: Path, names: Sequence[str]) -> BadCheckpointError:
     """Why nothing in this folder can be read, and what to give instead."""
-    broken = [entry.name for entry in sorted(folder.iterdir()) if entry.is_symlink() and not entry.exists()]
+    broken = [
+        entry.name
+        for entry in sorted(folder.iterdir())
+        if entry.is_symlink() and not entry.exists()
+    ]
     if broken:
-        return BadCheckpointError(f"{folder / broken[0]} is a link to nothing", "download it again; it continues")
+        return BadCheckpointError(
+            f"{folder / broken[0]} is a link to nothing", "download it again; it continues"
+        )
     children, parts = _children(folder), _parts(folder)
     if "model_index.json" in names and parts:
-        return BadCheckpointError(f"{folder} is a diffusers pipeline", f"compress one part of it: {', '.join(parts)}")
+        return BadCheckpointError(
+            f"{folder} is a diffusers pipeline", f"compress one part of it: {', '.join(parts)}"
+        )
     snapshots = _snapshots(folder)
     if snapshots:
-        return BadCheckpointError(f"{folder} is an entry of the hub's cache", f"give a snapshot: {', '.join(snapshots)}")
+        return BadCheckpointError(
+            f"{folder} is an entry of the hub's cache", f"give a snapshot: {', '.join(snapshots)}"
+        )
     entries = [child for child in children if child.name.startswith("models--")]
     if entries:
         inside = _snapshots(entries[0]) or [str(entries[0])]
-        return BadCheckpointError(f"{folder} is the hub's cache", f"give a model in it, such as {inside[0]}")
+        return BadCheckpointError(
+            f"{folder} is the hub's cache", f"give a model in it, such as {inside[0]}"
+        )
     if _is_distributed(folder, names):
-        return BadCheckpointError(f"{folder} is a distributed checkpoint", _join_hint(folder, names))
+        return BadCheckpointError(
+            f"{folder} is a distributed checkpoint", _join_hint(folder, names)
+        )
     if any(_UNFINISHED.search(path.name) for path in folder.parent.parent.glob("blobs/*")):
-        return BadCheckpointError(f"the download of {folder} is not finished", "download it again; it continues")
+        return BadCheckpointError(
+            f"the download of {folder} is not finished", "download it again; it continues"
+        )
     if parts:
-        return BadCheckpointError(f"{folder} holds no weights itself", f"give a folder inside it: {', '.join(parts[:5])}")
-    deeper = [path.relative_to(folder).as_posix() for child in children for path in sorted(child.iterdir()) if path.is_file()]
+        return BadCheckpointError(
+            f"{folder} holds no weights itself", f"give a folder inside it: {', '.join(parts[:5])}"
+        )
+    deeper = [
+        path.relative_to(folder).as_posix()
+        for child in children
+        for path in sorted(child.iterdir())
+        if path.is_file()
+    ]
     for name in [*names, *deeper]:
         told = format_of(folder / name)
         if not told.reader and _OTHER_FRAMEWORKS.search(name):
-            return BadCheckpointError(f"{folder} holds no weights but {name}, {told.name}", told.hint)
-    return BadCheckpointError(f"{folder} holds no weights", "expected model.safetensors, an index with shards, or .bin files")
+            return BadCheckpointError(
+                f"{folder} holds no weights but {name}, {told.name}", told.hint
+            )
+    return BadCheckpointError(
+        f"{folder} holds no weights",
+        "expected model.safetensors, an index with shards, or .bin files",
+    )
 
 
 def _children(folder: Path) -> list[Path]:
-    return sorted(entry for entry in folder.iterdir() if entry.is_dir() and entry.name not in _HIDDEN)
+    return sorted(
+        entry for entry in folder.iterdir() if entry.is_dir() and entry.name not in _HIDDEN
+    )
 
 
 def _parts(folder: Path) -> list[str]:
@@ -331,14 +420,23 @@ def _join_hint(folder: Path, names: Sequence[str]) -> str:
     """How each kind is made one file."""
     if "zero_to_fp32.py" in names or any(name.endswith("_states.pt") for name in names):
         return "join it first with its own zero_to_fp32.py (DeepSpeed), and give what that writes"
-    if "latest_checkpointed_iteration.txt" in names or any((folder / n).is_dir() for n in ("mp_rank_00",)):
-        return "convert it to the Hugging Face format with Megatron's own tools, and give what they write"
+    if "latest_checkpointed_iteration.txt" in names or any(
+        (folder / n).is_dir() for n in ("mp_rank_00",)
+    ):
+        return (
+            "convert it to the Hugging Face format with Megatron's own tools, and give "
+            "what they write"
+        )
     inside = next((path.parent for path in sorted(folder.glob("*/*.distcp"))), folder)
-    return f"join it first: python -m torch.distributed.checkpoint.format_utils dcp_to_torch {inside} model.pt"
+    return (
+        f"join it first: python -m torch.distributed.checkpoint.format_utils "
+        f"dcp_to_torch {inside} model.pt"
+    )
 
 
 def shard_note(name: str) -> str:
-    """A note for one numbered shard that was given by itself; an empty string for any other file."""
+    """A note for one numbered shard that was given by itself; an empty string for any other
+    file."""
     match = _SHARD.match(name)
     if match is None:
         return ""
@@ -346,7 +444,8 @@ def shard_note(name: str) -> str:
 
 
 def in_hub_cache(path: Path) -> Path | None:
-    """The cache entry (`models--ORG--NAME`) that a path lies in, as it is spelled; None outside of caches."""
+    """The cache entry (`models--ORG--NAME`) that a path lies in, as it is spelled; None outside of
+    caches."""
     for folder in (path.absolute(), *path.absolute().parents):
         inside = folder.name.startswith(("models--", "datasets--", "spaces--"))
         if inside and ((folder / "snapshots").is_dir() or (folder / "blobs").is_dir()):
@@ -354,11 +453,15 @@ def in_hub_cache(path: Path) -> Path | None:
     return None
 
 
-# What goes along -----------------------------------------------------------------------------------------------------
+# What goes along ----------------------------------------------------------------------------------
 
 
 def list_companions(
-    folder: Path, weights: WeightSet, own: set[str], config: Mapping[str, Any] | None, carry: Sequence[str] = ()
+    folder: Path,
+    weights: WeightSet,
+    own: set[str],
+    config: Mapping[str, Any] | None,
+    carry: Sequence[str] = (),
 ) -> Companions:
     """Sort every other file of the folder: carried over, or left out with a reason.
 
@@ -385,12 +488,18 @@ def list_companions(
             continue
         companions.carried[name] = size
         if size < _LARGEST_POINTER and path.read_bytes().startswith(b"version https://git-lfs"):
-            companions.notes.append(f"{name} is a Git LFS pointer, not the file it stands for; run `git lfs pull` in the source")
+            companions.notes.append(
+                f"{name} is a Git LFS pointer, not the file it stands for; run `git lfs pull` in "
+                f"the source"
+            )
         if size > _LARGE_SHARE * weight_bytes and size > _WORTH_TELLING and _is_weights(path):
             companions.notes.append(f"{name} goes along as it is ({size} bytes)")
     unused = [pattern for pattern in globs if pattern not in used]
     if unused:
-        raise UsageError(f"--carry {unused[0]!r} matches no file of {folder}", "see `svdcli inspect` for what is left out")
+        raise UsageError(
+            f"--carry {unused[0]!r} matches no file of {folder}",
+            "see `svdcli inspect` for what is left out",
+        )
     _fold(companions)
     return companions
 
@@ -399,7 +508,9 @@ def _walk(folder: Path, config: Mapping[str, Any] | None) -> Iterator[tuple[str,
     """Every file below the folder, with the reason where it lies in a checkpoint of its own."""
     pipeline = _modules_of_a_pipeline(folder)
     reasons = {"": ""}
-    above = {"": frozenset({os.path.realpath(folder)})}  # a link to a folder that leads to it goes round in circles
+    above = {
+        "": frozenset({os.path.realpath(folder)})
+    }  # a link to a folder that leads to it goes round in circles
     for place, folders, names in os.walk(folder, followlinks=True):
         here = Path(place).relative_to(folder).as_posix().removeprefix(".")
         kept = []
@@ -411,7 +522,11 @@ def _walk(folder: Path, config: Mapping[str, Any] | None) -> Iterator[tuple[str,
             below = f"{here}/{child}".removeprefix("/")
             above[below] = above[here] | {real}
             reasons[below] = reasons[here]
-            if not reasons[here] and below not in pipeline and _is_nested_checkpoint(Path(place) / child, config):
+            if (
+                not reasons[here]
+                and below not in pipeline
+                and _is_nested_checkpoint(Path(place) / child, config)
+            ):
                 reasons[below] = "a checkpoint of its own"
         folders[:] = kept
         for name in sorted(names):
@@ -451,9 +566,13 @@ def _reason_to_leave(path: Path, name: str, size: int, weight_bytes: int) -> str
     leaf, top = path.name, name.partition("/")[0]
     if _STATES.match(leaf):
         return "a state of training"
-    if leaf in _OWN_PICKLES or leaf.startswith("adapter_model."):  # which adapter_config.json asks for
+    if leaf in _OWN_PICKLES or leaf.startswith(
+        "adapter_model."
+    ):  # which adapter_config.json asks for
         return ""
-    if _OTHER_FRAMEWORKS.search(name) or ("/" in name and top.lower() in _OTHER_FOLDERS and _is_weights(path)):
+    if _OTHER_FRAMEWORKS.search(name) or (
+        "/" in name and top.lower() in _OTHER_FOLDERS and _is_weights(path)
+    ):
         return "weights in another format, not compressed"
     if "/" in name:
         return ""

@@ -1,4 +1,5 @@
-"""What a file is, by its first bytes: its name only decides where the bytes say nothing. Stdlib only."""
+"""What a file is, by its first bytes: its name only decides where the bytes say nothing. Stdlib
+only."""
 
 from __future__ import annotations
 
@@ -32,24 +33,48 @@ class Format:
 SAFETENSORS = Format("a safetensors file", "safetensors")
 PICKLE = Format("a PyTorch file", "pickle")
 _DOWNLOAD = "download the file itself"
-_HTML = Format("an HTML page, not a checkpoint", hint=f"a server sent it in place of the file: {_DOWNLOAD}, logged in")
-_XML = Format("an XML page, not a checkpoint", hint=f"a server sent it in place of the file: {_DOWNLOAD}")
-_POINTER = Format("a Git LFS pointer, not the weights it stands for", hint="run `git lfs pull` in its repository")
-_GGUF = Format("a GGUF file, whose weights are quantised", hint="start from the safetensors files that it was made from")
-_GGML = Format("a GGML file, whose weights are quantised", hint="start from the files that it was made from")
-_HDF5 = Format("an HDF5 file (Keras or TensorFlow)", hint="open it with its library and save a PyTorch state dict")
+_HTML = Format(
+    "an HTML page, not a checkpoint",
+    hint=f"a server sent it in place of the file: {_DOWNLOAD}, logged in",
+)
+_XML = Format(
+    "an XML page, not a checkpoint", hint=f"a server sent it in place of the file: {_DOWNLOAD}"
+)
+_POINTER = Format(
+    "a Git LFS pointer, not the weights it stands for", hint="run `git lfs pull` in its repository"
+)
+_GGUF = Format(
+    "a GGUF file, whose weights are quantised",
+    hint="start from the safetensors files that it was made from",
+)
+_GGML = Format(
+    "a GGML file, whose weights are quantised", hint="start from the files that it was made from"
+)
+_HDF5 = Format(
+    "an HDF5 file (Keras or TensorFlow)",
+    hint="open it with its library and save a PyTorch state dict",
+)
 _NPY = Format("a NumPy array", hint="save a dict of tensors with safetensors.numpy.save_file")
 _NPZ = Format("a NumPy archive (.npz)", hint="save its arrays with safetensors.numpy.save_file")
 _KERAS = Format("a Keras archive", hint="open it with Keras and save a PyTorch state dict")
-_SCRIPT = Format("a TorchScript archive", hint="load it with torch.jit.load and save its state_dict()")
+_SCRIPT = Format(
+    "a TorchScript archive", hint="load it with torch.jit.load and save its state_dict()"
+)
 _ARCHIVE = Format("an archive", hint="unpack it, and give what is inside")
-_TFLITE = Format("a TensorFlow Lite model", hint="start from the PyTorch weights that it was made from")
-_TENSORFLOW = Format("a TensorFlow checkpoint", hint="convert it to PyTorch first, for example with transformers 4")
-_FLAX = Format("a Flax checkpoint", hint="convert it to PyTorch first, for example with transformers 4")
+_TFLITE = Format(
+    "a TensorFlow Lite model", hint="start from the PyTorch weights that it was made from"
+)
+_TENSORFLOW = Format(
+    "a TensorFlow checkpoint", hint="convert it to PyTorch first, for example with transformers 4"
+)
+_FLAX = Format(
+    "a Flax checkpoint", hint="convert it to PyTorch first, for example with transformers 4"
+)
 _ONNX = Format("an ONNX model", hint="start from the PyTorch weights that it was made from")
 _SHARD_OF_DCP = Format(
     "one file of a distributed checkpoint",
-    hint="join it first: python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER model.pt",
+    hint="join it first: python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER "
+    "model.pt",
 )
 _INDEX = Format("an index of shards", hint="give the folder that it lies in")
 _JSON = Format("a JSON file", hint="give the weight file, or its folder")
@@ -75,7 +100,10 @@ _BEGINNINGS: tuple[tuple[bytes, Format], ...] = (
 # Names that tell where bytes do not.
 _BY_NAME: tuple[tuple[re.Pattern[str], Format], ...] = (
     (re.compile(r"\.distcp$"), _SHARD_OF_DCP),
-    (re.compile(r"\.data-\d+-of-\d+$|\.ckpt(-\d+)?\.(index|meta)$|(^|/)saved_model\.pb$"), _TENSORFLOW),
+    (
+        re.compile(r"\.data-\d+-of-\d+$|\.ckpt(-\d+)?\.(index|meta)$|(^|/)saved_model\.pb$"),
+        _TENSORFLOW,
+    ),
     (re.compile(r"\.msgpack$"), _FLAX),
     (re.compile(r"\.onnx$|\.onnx[._]data$"), _ONNX),
     (re.compile(r"\.h5$"), _HDF5),
@@ -134,7 +162,8 @@ def _by_name(name: str) -> Format:
 
 
 def _in_zip(path: Path) -> Format:
-    """Zip archives are told apart by what is in them; one that cannot be listed is left to PyTorch's reader."""
+    """Zip archives are told apart by what is in them; one that cannot be listed is left to
+    PyTorch's reader."""
     try:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()

@@ -1,4 +1,5 @@
-"""Safetensors headers: read with suspicion, written into space that was reserved for them. Stdlib only."""
+"""Safetensors headers: read with suspicion, written into space that was reserved for them. Stdlib
+only."""
 
 from __future__ import annotations
 
@@ -27,7 +28,8 @@ class Entry:
 
 @dataclass(frozen=True)
 class Header:
-    """What one file says about itself: its tensors in the order of their bytes, its metadata, its size in bytes."""
+    """What one file says about itself: its tensors in the order of their bytes, its metadata, its
+    size in bytes."""
 
     entries: tuple[Entry, ...]
     metadata: dict[str, str]
@@ -41,8 +43,9 @@ class Readable(Protocol):
 def read_header(stream: Readable, size: int | None, where: str) -> Header:
     """Read and check the header at the front of `stream`.
 
-    size is the file's length, None where it is not known (a pipe); then nothing is read beyond the header.
-    Raises BadCheckpointError where the header breaks the format in any way; never allocates more than the header's limit.
+    size is the file's length, None where it is not known (a pipe); then nothing is read beyond the
+    header. Raises BadCheckpointError where the header breaks the format in any way; never allocates
+    more than the header's limit.
     """
     prefix = _read_up_to(stream, _PREFIX)
     if len(prefix) == 0:
@@ -51,7 +54,9 @@ def read_header(stream: Readable, size: int | None, where: str) -> Header:
         raise _not_safetensors(where, f"it has only {len(prefix)} bytes")
     length = struct.unpack("<Q", prefix)[0]
     if length > LARGEST_HEADER:
-        raise _not_safetensors(where, f"its header would be {length} bytes, more than {LARGEST_HEADER}")
+        raise _not_safetensors(
+            where, f"its header would be {length} bytes, more than {LARGEST_HEADER}"
+        )
     if size is not None and _PREFIX + length > size:
         raise _not_safetensors(where, f"its header would be {length} bytes in a file of {size}")
     raw = _read_up_to(stream, length)
@@ -62,21 +67,33 @@ def read_header(stream: Readable, size: int | None, where: str) -> Header:
     entries = _check_entries(fields, _PREFIX + length, where)
     end = max((entry.offset + entry.info.nbytes for entry in entries), default=_PREFIX + length)
     if size is not None and size != end:
-        kind = f"it is cut short: {end - size} bytes are missing" if size < end else f"{size - end} bytes follow its last tensor"
+        kind = (
+            f"it is cut short: {end - size} bytes are missing"
+            if size < end
+            else f"{size - end} bytes follow its last tensor"
+        )
         raise _damaged(where, kind)
     return Header(entries, metadata, end)
 
 
-def render_header(tensors: Sequence[TensorInfo], metadata: Mapping[str, str], reserved: int | None = None) -> bytes:
-    """The header of a file that holds `tensors` one after the other, length prefix included, padded with spaces.
+def render_header(
+    tensors: Sequence[TensorInfo], metadata: Mapping[str, str], reserved: int | None = None
+) -> bytes:
+    """The header of a file that holds `tensors` one after the other, length prefix included, padded
+    with spaces.
 
-    reserved is the number of bytes to fill; without it the next multiple of 8. Raises ValueError where it does not fit.
+    reserved is the number of bytes to fill; without it the next multiple of 8. Raises ValueError
+    where it does not fit.
     """
     fields: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     offset = 0
     for tensor in tensors:
         end = offset + tensor.nbytes
-        fields[tensor.name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [offset, end]}
+        fields[tensor.name] = {
+            "dtype": tensor.dtype,
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, end],
+        }
         offset = end
     raw = json.dumps(fields, separators=(",", ":"), ensure_ascii=False).encode()
     total = reserved if reserved is not None else _PREFIX + -(-len(raw) // 8) * 8
@@ -102,7 +119,9 @@ def _read_up_to(stream: Readable, count: int) -> bytes:
 
 
 def _not_safetensors(where: str, why: str) -> BadCheckpointError:
-    return BadCheckpointError(f"{where} is not a safetensors file: {why}", "check the path, or download the file again")
+    return BadCheckpointError(
+        f"{where} is not a safetensors file: {why}", "check the path, or download the file again"
+    )
 
 
 def _damaged(where: str, why: str) -> BadCheckpointError:
@@ -137,14 +156,18 @@ def _parse(raw: bytes, where: str) -> dict[str, Any]:
     except _DuplicateKeyError as error:
         raise _damaged(where, str(error)) from error
     except (ValueError, RecursionError) as error:
-        raise _not_safetensors(where, "its header is not JSON, or holds numbers or nesting that no header has") from error
+        raise _not_safetensors(
+            where, "its header is not JSON, or holds numbers or nesting that no header has"
+        ) from error
     if not isinstance(fields, dict):
         raise _not_safetensors(where, "its header is not a JSON object")
     return fields
 
 
 def _check_metadata(metadata: object, where: str) -> dict[str, str]:
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+    if not isinstance(metadata, dict) or not all(
+        isinstance(value, str) for value in metadata.values()
+    ):
         raise _damaged(where, "its __metadata__ is not a map of strings")
     try:
         "".join(itertools.chain(metadata, metadata.values())).encode("utf-8")
@@ -154,12 +177,18 @@ def _check_metadata(metadata: object, where: str) -> dict[str, str]:
 
 
 def _check_entries(fields: dict[str, Any], data_start: int, where: str) -> tuple[Entry, ...]:
-    spans = sorted((_check_one(name, item, where) for name, item in fields.items()), key=lambda span: span[1:])
+    spans = sorted(
+        (_check_one(name, item, where) for name, item in fields.items()), key=lambda span: span[1:]
+    )
     at = 0
     entries = []
     for info, begin, end in spans:
         if begin != at:
-            kind = "overlaps the tensor before it" if begin < at else f"leaves a hole of {begin - at} bytes before it"
+            kind = (
+                "overlaps the tensor before it"
+                if begin < at
+                else f"leaves a hole of {begin - at} bytes before it"
+            )
             raise _damaged(where, f"tensor {info.name!r} {kind}")
         entries.append(Entry(info, data_start + begin))
         at = end
@@ -172,19 +201,34 @@ def _check_one(name: str, item: object, where: str) -> tuple[TensorInfo, int, in
     except UnicodeEncodeError as error:
         raise _damaged(where, f"the tensor name {name!r} is not Unicode text") from error
     if not isinstance(item, dict) or item.keys() != {"dtype", "shape", "data_offsets"}:
-        raise _damaged(where, f"tensor {name!r} does not have dtype, shape and data_offsets, and nothing else")
+        raise _damaged(
+            where, f"tensor {name!r} does not have dtype, shape and data_offsets, and nothing else"
+        )
     dtype, shape, offsets = item["dtype"], item["shape"], item["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
         raise _damaged(where, f"tensor {name!r} has the unknown dtype {dtype!r}")
     if not isinstance(shape, list) or not all(_is_count(size) for size in shape):
         raise _damaged(where, f"tensor {name!r} has the shape {str(shape)[:60]}")
-    if not isinstance(offsets, list) or len(offsets) != 2 or not all(_is_count(value) for value in offsets):
+    if (
+        not isinstance(offsets, list)
+        or len(offsets) != 2
+        or not all(_is_count(value) for value in offsets)
+    ):
         raise _damaged(where, f"tensor {name!r} has the offsets {str(offsets)[:60]}")
     info = TensorInfo(name, dtype, tuple(shape))
-    if any(product >= 2**64 for product in itertools.accumulate((*shape, DTYPE_BITS[dtype]), operator.mul)):
-        raise _damaged(where, f"tensor {name!r} has the shape {str(shape)[:60]}, more than 64 bits can count")
+    if any(
+        product >= 2**64
+        for product in itertools.accumulate((*shape, DTYPE_BITS[dtype]), operator.mul)
+    ):
+        raise _damaged(
+            where, f"tensor {name!r} has the shape {str(shape)[:60]}, more than 64 bits can count"
+        )
     if (info.parameters * DTYPE_BITS[dtype]) % 8 or offsets[1] - offsets[0] != info.nbytes:
-        raise _damaged(where, f"tensor {name!r} holds {offsets[1] - offsets[0]} bytes, its shape and dtype need {info.nbytes}")
+        raise _damaged(
+            where,
+            f"tensor {name!r} holds {offsets[1] - offsets[0]} bytes, its shape and dtype need "
+            f"{info.nbytes}",
+        )
     return info, offsets[0], offsets[1]
 
 

@@ -1,4 +1,5 @@
-"""Permissions: an output gets those of its source, as `cp -r` would give them, so that what is private stays so."""
+"""Permissions: an output gets those of its source, as `cp -r` would give them, so that what is
+private stays so."""
 
 from __future__ import annotations
 
@@ -18,10 +19,12 @@ _OWNER_WORKS = 0o700
 
 
 def modes_of(checkpoint: Checkpoint, blueprint: Blueprint) -> dict[str, int]:
-    """The permissions of every file and folder of an output by its name in it; "" is the output itself.
+    """The permissions of every file and folder of an output by its name in it; "" is the output
+    itself.
 
-    A file that the source has keeps its own; weight files, the index and the record take those of the
-    weight files, the strictest where they differ. What came from standard input gets a new file's.
+    A file that the source has keeps its own; weight files, the index and the record take those of
+    the weight files, the strictest where they differ. What came from standard input gets a new
+    file's.
     """
     if checkpoint.temporary is not None:
         return {"": _NEW_FILE & ~_umask()}
@@ -44,7 +47,8 @@ def modes_of(checkpoint: Checkpoint, blueprint: Blueprint) -> dict[str, int]:
 def set_modes(target: Path, modes: Mapping[str, int]) -> None:
     """Give a finished output its permissions, folders after what lies in them.
 
-    A folder stays open to its owner here: it has yet to be moved, and gets its last bits after that.
+    A folder stays open to its owner here: it has yet to be moved, and gets its last bits after
+    that.
     """
     for name in sorted(modes, key=lambda name: name.count("/"), reverse=True):
         path = target / name if name else target

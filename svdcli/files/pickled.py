@@ -93,7 +93,10 @@ class PickledFile:
 
     @property
     def infos(self) -> list[TensorInfo]:
-        return [TensorInfo(name, DTYPE_NAMES[t.dtype], tuple(t.shape)) for name, t in self._tensors.items()]
+        return [
+            TensorInfo(name, DTYPE_NAMES[t.dtype], tuple(t.shape))
+            for name, t in self._tensors.items()
+        ]
 
     def read_bytes(self, name: str) -> memoryview:
         return bytes_of(self._tensors[name])
@@ -103,13 +106,15 @@ class PickledFile:
         return whole.clone(memory_format=torch.contiguous_format)
 
 
-# Unpickling ----------------------------------------------------------------------------------------------------------
+# Unpickling ---------------------------------------------------------------------------------------
 
 
 class _Placeholder:
-    """Stands where a pickle names a class or function of another library: takes everything, does nothing.
+    """Stands where a pickle names a class or function of another library: takes everything, does
+    nothing.
 
-    So that tensors beside it (a Namespace of arguments, a NumPy scalar) can be had without that library.
+    So that tensors beside it (a Namespace of arguments, a NumPy scalar) can be had without that
+    library.
     """
 
     def __new__(cls, *_: Any, **__: Any) -> _Placeholder:
@@ -130,7 +135,8 @@ class _PlainDict:
 
 
 def _load(path: Path) -> tuple[object, bool]:
-    """What the file holds, and whether placeholders had to stand in for classes of other libraries."""
+    """What the file holds, and whether placeholders had to stand in for classes of other
+    libraries."""
     placeholders: dict[str, type] = {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -157,11 +163,15 @@ def _add_placeholder(placeholders: dict[str, type], said: str) -> bool:
     if len(placeholders) >= _MOST_PLACEHOLDERS:
         return False
     if unknown is not None:
-        name = unknown[1] if "." in unknown[1] else f"builtins.{unknown[1]}"  # torch leaves that away
+        name = (
+            unknown[1] if "." in unknown[1] else f"builtins.{unknown[1]}"
+        )  # torch leaves that away
         if name not in placeholders:
             placeholders[name] = _class_called(name, _Placeholder)
             return True
-    if wants_dict is not None and issubclass(placeholders.get(wants_dict[1], _PlainDict), _Placeholder):
+    if wants_dict is not None and issubclass(
+        placeholders.get(wants_dict[1], _PlainDict), _Placeholder
+    ):
         placeholders[wants_dict[1]] = _class_called(wants_dict[1], _PlainDict)
         return True
     return False
@@ -200,26 +210,32 @@ def _load_safely(path: Path) -> object:
 def _needs_code(path: Path) -> BadCheckpointError:
     return BadCheckpointError(
         f"{path} needs code to unpickle, which svdcli never runs",
-        "where you trust it, load it with torch and write it with safetensors.torch.save_file(model.state_dict(), ...)",
+        "where you trust it, load it with torch and write it with "
+        "safetensors.torch.save_file(model.state_dict(), ...)",
     )
 
 
 def _no_pytorch_file(path: Path, said: str) -> BadCheckpointError:
-    """What the file is in place of one: text, a pickle of another kind, or what torch said of it, where that is words."""
+    """What the file is in place of one: text, a pickle of another kind, or what torch said of it,
+    where that is words."""
     with path.open("rb") as stream:
         first = stream.read(60)
     if first and all(32 <= byte < 127 or byte in b"\r\n\t" for byte in first):
         line = first.decode("ascii").splitlines()[0]
-        return BadCheckpointError(f"{path} is a text file ({line[:50]!r})", "download the file itself")
+        return BadCheckpointError(
+            f"{path} is a text file ({line[:50]!r})", "download the file itself"
+        )
     if re.match(rb"\x80[\x02-\x05]", first):
         hint = "load it with what wrote it, and save a dict of tensors with torch.save"
-        return BadCheckpointError(f"{path} is not a PyTorch file but a pickle of another kind", hint)
+        return BadCheckpointError(
+            f"{path} is not a PyTorch file but a pickle of another kind", hint
+        )
     told = re.search("[a-z]{3}", said) and "weights_only" not in said
     detail = f" ({said[:80]})" if told else ""
     return BadCheckpointError(f"{path} is not a PyTorch file{detail}", "download it again")
 
 
-# Finding the state dict ----------------------------------------------------------------------------------------------
+# Finding the state dict ---------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -239,7 +255,9 @@ class _Candidate:
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def _choose(loaded: object, path: Path, asked: str | None, placeholders: bool) -> tuple[_Candidate, tuple[str, ...]]:
+def _choose(
+    loaded: object, path: Path, asked: str | None, placeholders: bool
+) -> tuple[_Candidate, tuple[str, ...]]:
     """The dict of tensors that is meant, and a note where there were several.
 
     The largest wins; of two that are as large, the moving average (as their own loaders prefer).
@@ -258,7 +276,9 @@ def _choose(loaded: object, path: Path, asked: str | None, placeholders: bool) -
         return best, ()
     listed = ", ".join(f"{c.shown} ({c.nbytes} bytes)" for c in others[:4])
     more = f" and {len(others) - 4} more" if len(others) > 4 else ""
-    note = f"{path.name} holds several dicts of tensors: {best.shown} ({best.nbytes} bytes) was taken"
+    note = (
+        f"{path.name} holds several dicts of tensors: {best.shown} ({best.nbytes} bytes) was taken"
+    )
     return best, (f"{note}, not {listed}{more}; --state-dict KEY decides",)
 
 
@@ -279,7 +299,9 @@ def _candidates(value: object, keys: tuple[str, ...], seen: set[int]) -> Iterato
     if id(value) in seen or len(keys) > _DEEPEST:
         return
     seen.add(id(value))
-    if isinstance(value, Mapping) and any(isinstance(item, torch.Tensor) for item in value.values()):
+    if isinstance(value, Mapping) and any(
+        isinstance(item, torch.Tensor) for item in value.values()
+    ):
         yield _Candidate(keys, value)
     for key, item in _inside(value).items():
         if not _NO_WEIGHTS.search(key):

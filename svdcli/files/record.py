@@ -1,8 +1,9 @@
-"""The record that an output carries: recipe, plan and results as JSON, and how many bytes it will take before it exists.
+"""The record that an output carries: recipe, plan and results as JSON, and how many bytes it will
+take before it exists.
 
-A file carries it in its safetensors metadata under `svdcli`. A directory carries it in `svdcli.json`, with a SHA-256 of every
-other file, and each of its weight files has the part about its own layers. Times are left out, so that the same work gives
-the same bytes.
+A file carries it in its safetensors metadata under `svdcli`. A directory carries it in
+`svdcli.json`, with a SHA-256 of every other file, and each of its weight files has the part about
+its own layers. Times are left out, so that the same work gives the same bytes.
 """
 
 from __future__ import annotations
@@ -23,14 +24,18 @@ from svdcli.version import __version__
 
 @dataclass(frozen=True)
 class Result:
-    """What came of one layer: relative Frobenius error of what is stored, the solver that did it, the ones that failed."""
+    """What came of one layer: relative Frobenius error of what is stored, the solver that did it,
+    the ones that failed."""
 
     relative_error: float
     solver: str
     fell_back: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        item: dict[str, Any] = {"relative_error": float(f"{self.relative_error:.6e}"), "solver": self.solver}
+        item: dict[str, Any] = {
+            "relative_error": float(f"{self.relative_error:.6e}"),
+            "solver": self.solver,
+        }
         return item if not self.fell_back else item | {"fell_back": list(self.fell_back)}
 
 
@@ -49,7 +54,8 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 def source_json(
     checkpoint: Checkpoint, fingerprint: str, config_was: Sequence[Mapping[str, Any]] | None = None
 ) -> dict[str, Any]:
-    """What the record says of the source; config_was is what its config.json held where the output's says something else."""
+    """What the record says of the source; config_was is what its config.json held where the
+    output's says something else."""
     source: dict[str, Any] = {
         "name": checkpoint.name,
         "fingerprint": fingerprint,
@@ -72,13 +78,20 @@ def make_record(
     files: Mapping[str, tuple[int, str]] | None = None,
 ) -> dict[str, Any]:
     """The whole record. A digest that is not known yet, "", takes as much room as one that is."""
-    record = {"svdcli": __version__} | plan.to_json() | {"source": dict(source), "left_out": dict(left_out)}
+    record = (
+        {"svdcli": __version__}
+        | plan.to_json()
+        | {"source": dict(source), "left_out": dict(left_out)}
+    )
     if left_out_bytes:
         record["left_out_bytes"] = dict(left_out_bytes)
     for name, item in record["layers"].items():
         item.update(results[name].to_json())
     if files is not None:
-        record["files"] = {name: {"bytes": size, "sha256": digest or "0" * _SHA_WIDTH} for name, (size, digest) in files.items()}
+        record["files"] = {
+            name: {"bytes": size, "sha256": digest or "0" * _SHA_WIDTH}
+            for name, (size, digest) in files.items()
+        }
     return record
 
 
@@ -99,11 +112,14 @@ def shared_fields(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def condensed(record: Mapping[str, Any], shared: Mapping[str, Any]) -> dict[str, Any]:
-    """The same record where what layers share, if anything, is said once; `check_record` gives every layer its own again."""
+    """The same record where what layers share, if anything, is said once; `check_record` gives
+    every layer its own again."""
     if not shared:
         return dict(record)
     layers = {
-        name: {key: value for key, value in item.items() if key not in shared or shared[key] != value}
+        name: {
+            key: value for key, value in item.items() if key not in shared or shared[key] != value
+        }
         for name, item in record["layers"].items()
     }
     return {**record, "format": CONDENSED, EVERY: dict(shared), "layers": layers}
@@ -128,10 +144,14 @@ def _check_files(files: Any, where: str) -> None:
     if files is None:
         return
     if not isinstance(files, dict) or not all(isinstance(item, dict) for item in files.values()):
-        raise BadCheckpointError(f"{where}: its svdcli record is damaged (files)", "write the output again")
+        raise BadCheckpointError(
+            f"{where}: its svdcli record is damaged (files)", "write the output again"
+        )
     outside = next((name for name in files if not is_inside(name)), None)
     if outside is not None:
-        raise BadCheckpointError(f"{where} names {outside!r}, outside its folder", "do not trust this output")
+        raise BadCheckpointError(
+            f"{where} names {outside!r}, outside its folder", "do not trust this output"
+        )
 
 
 def part_of_record(record: Mapping[str, Any], names: set[str]) -> dict[str, Any]:
@@ -149,7 +169,8 @@ def render_metadata(record: Mapping[str, Any]) -> str:
 
 
 def unicode_json(data: Any, **how: Any) -> str:
-    """JSON in plain letters, or in escapes where half a surrogate pair (a file name that is not UTF-8) has no letters."""
+    """JSON in plain letters, or in escapes where half a surrogate pair (a file name that is not
+    UTF-8) has no letters."""
     text = json.dumps(data, ensure_ascii=False, **how)
     return text if text.isascii() or not _SURROGATE.search(text) else json.dumps(data, **how)
 
@@ -177,12 +198,15 @@ def _lines(value: Any) -> str:
     """A line for each entry of a map of maps; anything else on one."""
     if not isinstance(value, dict) or not any(isinstance(item, dict) for item in value.values()):
         return unicode_json(value)
-    entries = ",\n".join(f"    {unicode_json(key)}: {unicode_json(item)}" for key, item in value.items())
+    entries = ",\n".join(
+        f"    {unicode_json(key)}: {unicode_json(item)}" for key, item in value.items()
+    )
     return f"{{\n{entries}\n  }}"
 
 
 def read_record(path: Path) -> dict[str, Any] | None:
-    """The record of an output, checked for its version; None where `path` was not written by svdcli."""
+    """The record of an output, checked for its version; None where `path` was not written by
+    svdcli."""
     if path.is_dir():
         file = path / RECORD
         return check_record(read_json(file), str(file)) if file.is_file() else None
@@ -195,26 +219,36 @@ def record_of(checkpoint: Checkpoint) -> dict[str, Any] | None:
     """The record of an open checkpoint, or None where svdcli did not write it."""
     if checkpoint.is_directory:
         return read_record(checkpoint.path)
-    return next((r for name, m in checkpoint.metadata.items() if (r := record_in(m, name)) is not None), None)
+    return next(
+        (r for name, m in checkpoint.metadata.items() if (r := record_in(m, name)) is not None),
+        None,
+    )
 
 
 def stored_layers(checkpoint: Checkpoint, record: Mapping[str, Any]) -> list[LayerPlan]:
     """The factored layers of an output, checked against its headers.
 
-    Raises BadCheckpointError where a factor is missing or has another shape or dtype than the record says.
+    Raises BadCheckpointError where a factor is missing or has another shape or dtype than the
+    record says.
     """
     try:
         layers = [layer_from_json(name, item) for name, item in record["layers"].items()]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise BadCheckpointError(f"{checkpoint.shown}: its svdcli record is damaged ({error})", "write it again") from error
+        raise BadCheckpointError(
+            f"{checkpoint.shown}: its svdcli record is damaged ({error})", "write it again"
+        ) from error
     for layer in layers:
         for expected in layer.stored():
             ref = checkpoint.tensors.get(expected.name)
             if ref is None:
-                raise BadCheckpointError(f"{checkpoint.shown} lacks {expected.name!r}, a factor", "write the output again")
+                raise BadCheckpointError(
+                    f"{checkpoint.shown} lacks {expected.name!r}, a factor",
+                    "write the output again",
+                )
             if ref.info != expected:
                 raise BadCheckpointError(
-                    f"{checkpoint.shown} has {expected.name!r} as {ref.info.dtype} {list(ref.info.shape)}, its record as "
+                    f"{checkpoint.shown} has {expected.name!r} as {ref.info.dtype} "
+                    f"{list(ref.info.shape)}, its record as "
                     f"{expected.dtype} {list(expected.shape)}",
                     "write the output again",
                 )
@@ -222,10 +256,14 @@ def stored_layers(checkpoint: Checkpoint, record: Mapping[str, Any]) -> list[Lay
 
 
 def check_listed(checkpoint: Checkpoint, record: Mapping[str, Any]) -> None:
-    """Raises BadCheckpointError where a tensor that was not factored is in the record and not in the weight files."""
+    """Raises BadCheckpointError where a tensor that was not factored is in the record and not in
+    the weight files."""
     for name in (*(record.get("dense") or ()), *(record.get("skipped") or ())):
         if name not in checkpoint.tensors:
-            raise BadCheckpointError(f"{checkpoint.shown} lacks {name!r}, which its record lists", "write the output again")
+            raise BadCheckpointError(
+                f"{checkpoint.shown} lacks {name!r}, which its record lists",
+                "write the output again",
+            )
 
 
 def record_in(metadata: Mapping[str, str], where: str) -> dict[str, Any] | None:
@@ -235,24 +273,32 @@ def record_in(metadata: Mapping[str, str], where: str) -> dict[str, Any] | None:
     try:
         record = json.loads(metadata[METADATA_KEY])
     except (ValueError, RecursionError) as error:
-        raise BadCheckpointError(f"{where}: its svdcli metadata is not JSON", "write it again") from error
+        raise BadCheckpointError(
+            f"{where}: its svdcli metadata is not JSON", "write it again"
+        ) from error
     return check_record(record, where)
 
 
 def check_record(data: Any, where: str) -> dict[str, Any]:
     """The record, with every layer's own fields.
 
-    Raises BadCheckpointError where it is of a newer format, lacks what every record has, or names files that are not in the
-    output's folder.
+    Raises BadCheckpointError where it is of a newer format, lacks what every record has, or names
+    files that are not in the output's folder.
     """
-    if not isinstance(data, dict) or not isinstance(data.get("format"), int) or not isinstance(data.get("layers"), dict):
+    if (
+        not isinstance(data, dict)
+        or not isinstance(data.get("format"), int)
+        or not isinstance(data.get("layers"), dict)
+    ):
         raise BadCheckpointError(f"{where}: its svdcli record is damaged", "write the output again")
     record: dict[str, Any] = data
     if record["format"] == CONDENSED and isinstance(record.get(EVERY), dict):
         record = _spread(record, where)
     _check_files(record.get("files"), where)
     if record["format"] > FORMAT:
-        raise BadCheckpointError(f"{where} has format {record['format']}, this svdcli knows {FORMAT}", "upgrade svdcli")
+        raise BadCheckpointError(
+            f"{where} has format {record['format']}, this svdcli knows {FORMAT}", "upgrade svdcli"
+        )
     if "recipe" in record:
         try:
             Plan.from_json(record)
@@ -260,12 +306,17 @@ def check_record(data: Any, where: str) -> dict[str, Any]:
                 raise KeyError("source")
             _check_note(record["source"].get(CONFIG_WAS, []))
         except (UsageError, KeyError, TypeError, AttributeError) as error:
-            raise BadCheckpointError(f"{where}: its svdcli record is damaged", "write the output again") from error
+            raise BadCheckpointError(
+                f"{where}: its svdcli record is damaged", "write the output again"
+            ) from error
     return record
 
 
 def _check_note(note: Any) -> None:
     """Raises TypeError where what the config held before is not told as `source_json` tells it."""
     paths = [item["path"] for item in note]
-    if not all(isinstance(path, list) and path and all(isinstance(step, str) for step in path) for path in paths):
+    if not all(
+        isinstance(path, list) and path and all(isinstance(step, str) for step in path)
+        for path in paths
+    ):
         raise TypeError("a path that is none")

@@ -21,7 +21,8 @@ JSON_VERSION = 1
 
 @dataclass(frozen=True)
 class LayerRow:
-    """One selected layer. relative_error is ||W - W_stored||_F / ||W||_F; energy_kept is 1 - relative_error^2.
+    """One selected layer. relative_error is ||W - W_stored||_F / ||W||_F; energy_kept is 1 -
+    relative_error^2.
 
     Dense layers have rank None, a reason, and no error. Bytes are those of the tensors.
     """
@@ -47,7 +48,8 @@ class LayerRow:
 
 @dataclass(frozen=True)
 class Total:
-    """Sums before and after: over the selected layers, or over the whole output with every file of it."""
+    """Sums before and after: over the selected layers, or over the whole output with every file of
+    it."""
 
     parameters_before: int
     parameters_after: int
@@ -62,10 +64,11 @@ class Total:
 class Report:
     """The truth about one output, or, with predicted=True, about a plan for one.
 
-    predicted_loss is the sum over the layers in loss_unit ("nats" a prediction, "1 - cosine", "" where layers' losses are shares
-    of their own energy and do not add up); expected_loss is what the model is likely to show, corrected as measured. healing
-    tells text and blocks where the factors were refined; calibration the text that errors were counted by. left_out maps files
-    that were not carried over to the reason, left_out_bytes to their sizes, where they are files.
+    predicted_loss is the sum over the layers in loss_unit ("nats" a prediction, "1 - cosine", ""
+    where layers' losses are shares of their own energy and do not add up); expected_loss is what
+    the model is likely to show, corrected as measured. healing tells text and blocks where the
+    factors were refined; calibration the text that errors were counted by. left_out maps files that
+    were not carried over to the reason, left_out_bytes to their sizes, where they are files.
     """
 
     path: str
@@ -97,34 +100,57 @@ def read_report(path: Path) -> Report:
         raise BadCheckpointError(f"{path} does not exist", "check the path")
     record = read_record(path)
     if record is None:
-        raise BadCheckpointError(f"{path} was not written by svdcli compress", f"try `svdcli inspect {path}`")
+        raise BadCheckpointError(
+            f"{path} was not written by svdcli compress", f"try `svdcli inspect {path}`"
+        )
     sizes, gone = _sizes(path, record)
     report = report_of(record, sizes, str(path))
-    return replace(report, notes=(*report.notes, *(f"{name} was written too, and is gone" for name in gone)))
+    return replace(
+        report, notes=(*report.notes, *(f"{name} was written too, and is gone" for name in gone))
+    )
 
 
-def report_of(record: Mapping[str, Any], sizes: Mapping[str, int], path: str, *, predicted: bool = False) -> Report:
+def report_of(
+    record: Mapping[str, Any], sizes: Mapping[str, int], path: str, *, predicted: bool = False
+) -> Report:
     """Build the report from a record and the bytes of every file.
 
     Raises BadCheckpointError where the record is only one weight file's part of a directory's.
     """
     if "recipe" not in record:
-        raise BadCheckpointError(f"{path} is one weight file of a directory", "report on the directory")
+        raise BadCheckpointError(
+            f"{path} is one weight file of a directory", "report on the directory"
+        )
     try:
-        rows = [_row(name, item, predicted) for kind in ("layers", "dense") for name, item in record[kind].items()]
+        rows = [
+            _row(name, item, predicted)
+            for kind in ("layers", "dense")
+            for name, item in record[kind].items()
+        ]
         selected = _total(rows)
         source = record["source"]
         parameters = source["parameters"] - selected.saved_parameters
         total = _sums(source["parameters"], parameters, source["bytes"], sum(sizes.values()))
-        unit, healing, read = str(record.get("loss_unit", "")), record.get("healing"), record.get("calibration")
-        loss = math.fsum(row.predicted_loss or 0.0 for row in rows) if unit and healing is None else None
+        unit, healing, read = (
+            str(record.get("loss_unit", "")),
+            record.get("healing"),
+            record.get("calibration"),
+        )
+        loss = (
+            math.fsum(row.predicted_loss or 0.0 for row in rows)
+            if unit and healing is None
+            else None
+        )
         return Report(
             path=path,
             predicted=predicted,
             source=source,
             recipe=record["recipe"],
             layers=tuple(sorted(rows, key=lambda row: _natural(row.name))),
-            skipped=tuple({"name": name, **item, "reason": str(item["reason"])} for name, item in record["skipped"].items()),
+            skipped=tuple(
+                {"name": name, **item, "reason": str(item["reason"])}
+                for name, item in record["skipped"].items()
+            ),
             left_out=record["left_out"],
             notes=(*record["notes"], *_above_the_bound(record["recipe"], rows)),
             selected=selected,
@@ -136,21 +162,29 @@ def report_of(record: Mapping[str, Any], sizes: Mapping[str, int], path: str, *,
             expected_loss=None if loss is None else expected_loss(loss, unit),
             healing=None if healing is None else Healing.from_json(healing).to_json(),
             calibration=None if read is None else TextRead.from_json(read).to_json(),
-            left_out_bytes={str(name): int(size) for name, size in record.get("left_out_bytes", {}).items()},
+            left_out_bytes={
+                str(name): int(size) for name, size in record.get("left_out_bytes", {}).items()
+            },
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise BadCheckpointError(f"{path}: its svdcli record is damaged ({error})", "write the output again") from error
+        raise BadCheckpointError(
+            f"{path}: its svdcli record is damaged ({error})", "write the output again"
+        ) from error
 
 
 def _above_the_bound(recipe: Mapping[str, Any], rows: Sequence[LayerRow]) -> list[str]:
-    """A note where what is stored has a larger error than `--error` allows: rounding is estimated before, and measured after."""
+    """A note where what is stored has a larger error than `--error` allows: rounding is estimated
+    before, and measured after."""
     if recipe["target"] != "error":
         return []
     above = [row for row in rows if (row.relative_error or 0.0) > recipe["value"] * (1 + 1e-6)]
     worst = max(above, key=lambda row: row.relative_error or 0.0, default=None)
     if worst is None:
         return []
-    what = f"{len(above)} of {len(rows)} layers have a larger error than --error {recipe['value']:g}, once rounded"
+    what = (
+        f"{len(above)} of {len(rows)} layers have a larger error than --error "
+        f"{recipe['value']:g}, once rounded"
+    )
     return [f"{what}: the largest is {worst.relative_error:.4g} ({worst.name})"]
 
 
@@ -159,21 +193,27 @@ MISSED = "the target is missed:"  # so begins a note of it
 
 
 def newest_output(folder: Path) -> Path:
-    """The output of svdcli in `folder` that was written last. Raises BadCheckpointError where there is none."""
+    """The output of svdcli in `folder` that was written last. Raises BadCheckpointError where there
+    is none."""
     found = []
     for path in folder.iterdir():
         try:
-            if (path.is_dir() and (path / RECORD).is_file()) or (path.suffix == ".safetensors" and read_record(path)):
+            if (path.is_dir() and (path / RECORD).is_file()) or (
+                path.suffix == ".safetensors" and read_record(path)
+            ):
                 found.append((path.stat().st_mtime_ns, path))
         except (BadCheckpointError, OSError):
             continue
     if not found:
-        raise BadCheckpointError("there is no output of svdcli in this folder", "name one: svdcli report PATH")
+        raise BadCheckpointError(
+            "there is no output of svdcli in this folder", "name one: svdcli report PATH"
+        )
     return max(found)[1]
 
 
 def _sizes(path: Path, record: Mapping[str, Any]) -> tuple[dict[str, int], list[str]]:
-    """(the bytes of every file, what the record lists and is not there). Raises BadCheckpointError where weights are not."""
+    """(the bytes of every file, what the record lists and is not there). Raises BadCheckpointError
+    where weights are not."""
     if not path.is_dir():
         read_file_header(path)
         return {path.name: path.stat().st_size}, []
@@ -183,8 +223,12 @@ def _sizes(path: Path, record: Mapping[str, Any]) -> tuple[dict[str, int], list[
     gone = [name for name in files if not (path / name).is_file()]
     lost = next((name for name in gone if name.endswith(".safetensors")), None)
     if lost is not None:
-        raise BadCheckpointError(f"{path} lacks {lost!r}, which its record lists", "write the output again")
-    return {name: (path / name).stat().st_size for name in [*files, RECORD] if name not in gone}, gone
+        raise BadCheckpointError(
+            f"{path} lacks {lost!r}, which its record lists", "write the output again"
+        )
+    return {
+        name: (path / name).stat().st_size for name in [*files, RECORD] if name not in gone
+    }, gone
 
 
 def _row(name: str, item: Mapping[str, Any], predicted: bool) -> LayerRow:
@@ -204,7 +248,9 @@ def _row(name: str, item: Mapping[str, Any], predicted: bool) -> LayerRow:
         layout=item["layout"] if rank is not None else "dense",
         stored_dtype=item["stored_dtype"] if rank is not None else tensor.dtype,
         parameters_before=tensor.parameters,
-        parameters_after=sum(t.parameters for t in after if t.dtype == item["stored_dtype"]) if rank else tensor.parameters,
+        parameters_after=sum(t.parameters for t in after if t.dtype == item["stored_dtype"])
+        if rank
+        else tensor.parameters,
         bytes_before=tensor.nbytes,
         bytes_after=nbytes,
         saved_bytes=tensor.nbytes - nbytes,
@@ -226,7 +272,9 @@ def _total(rows: Sequence[LayerRow]) -> Total:
     )
 
 
-def _sums(parameters_before: int, parameters_after: int, bytes_before: int, bytes_after: int) -> Total:
+def _sums(
+    parameters_before: int, parameters_after: int, bytes_before: int, bytes_after: int
+) -> Total:
     return Total(
         parameters_before=parameters_before,
         parameters_after=parameters_after,

@@ -1,4 +1,5 @@
-"""`OUT.partial`: where an output grows until it is whole. A lock, a journal, and one rename at the end."""
+"""`OUT.partial`: where an output grows until it is whole. A lock, a journal, and one rename at the
+end."""
 
 from __future__ import annotations
 
@@ -23,10 +24,12 @@ _OWN = frozenset({"lock", "journal.jsonl", "data", "before", "replaced", MOMENTS
 
 
 class Workspace:
-    """The folder beside OUT in which a run works; holds `data/` (the files to be), `journal.jsonl` and `lock`.
+    """The folder beside OUT in which a run works; holds `data/` (the files to be), `journal.jsonl`
+    and `lock`.
 
-    measured, done and healed are what earlier runs of the same command left in the journal. `*.moments.safetensors` is a
-    calibration made on the way, `blocks/` holds factors that were healed.
+    measured, done and healed are what earlier runs of the same command left in the journal.
+    `*.moments.safetensors` is a calibration made on the way, `blocks/` holds factors that were
+    healed.
     """
 
     def __init__(self, out: Path, *, is_file: bool) -> None:
@@ -46,7 +49,8 @@ class Workspace:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the lock of this output. Raises SvdcliError where another run has it. SIGKILL frees it too."""
+        """Hold the lock of this output. Raises SvdcliError where another run has it. SIGKILL frees
+        it too."""
         descriptor = self._lock()
         try:
             yield
@@ -57,9 +61,16 @@ class Workspace:
         path = self.folder / "lock"
         while True:
             self.folder.mkdir(mode=0o700, exist_ok=True)  # what grows here may be private
-            strange = [path.name for path in self.folder.iterdir() if path.name not in _OWN and MOMENTS not in path.name]
+            strange = [
+                path.name
+                for path in self.folder.iterdir()
+                if path.name not in _OWN and MOMENTS not in path.name
+            ]
             if strange:
-                raise SvdcliError(f"{self.folder} holds {strange[0]!r}, not svdcli's", "move it, or choose another -o")
+                raise SvdcliError(
+                    f"{self.folder} holds {strange[0]!r}, not svdcli's",
+                    "move it, or choose another -o",
+                )
             try:
                 descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
             except FileNotFoundError:
@@ -68,15 +79,17 @@ class Workspace:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 os.close(descriptor)
-                raise SvdcliError(f"another svdcli run is writing {self.out}", "wait for it, or choose another -o") from None
+                raise SvdcliError(
+                    f"another svdcli run is writing {self.out}", "wait for it, or choose another -o"
+                ) from None
             if path.exists() and os.fstat(descriptor).st_ino == path.stat().st_ino:
                 return descriptor
             os.close(descriptor)
 
     @contextmanager
     def beginning(self) -> Iterator[None]:
-        """Around what goes before `resume`: the journal tells that work goes on, before it is known what exactly it will be.
-        A refusal leaves nothing behind that was not there."""
+        """Around what goes before `resume`: the journal tells that work goes on, before it is known
+        what exactly it will be. A refusal leaves nothing behind that was not there."""
         if not self._had_journal:
             self.note({"begun": True})
         try:
@@ -87,10 +100,12 @@ class Workspace:
             raise
 
     def resume(self, identity: str, *, force: bool) -> bool:
-        """Read the journal of an earlier run, or start afresh where there is none or it was another command's.
+        """Read the journal of an earlier run, or start afresh where there is none or it was another
+        command's.
 
-        Returns False where an earlier run of the same command had published its output already and was stopped while it
-        cleaned up; raises SvdcliError where OUT exists for any other reason, unless force.
+        Returns False where an earlier run of the same command had published its output already and
+        was stopped while it cleaned up; raises SvdcliError where OUT exists for any other reason,
+        unless force.
         """
         lines = self._read_journal()
         same = bool(lines) and lines[0].get("identity") == identity
@@ -100,7 +115,9 @@ class Workspace:
         if self.out.exists() and not force:
             if not lines:  # nothing is lost with what is left of a workspace without a journal
                 self.remove()
-            raise SvdcliError(f"{self.out} exists", "use --force to replace it, or choose another -o")
+            raise SvdcliError(
+                f"{self.out} exists", "use --force to replace it, or choose another -o"
+            )
         if same:
             self.measured = {line["measured"]: line for line in lines if "measured" in line}
             self.done = {line["unit"]: line for line in lines if "unit" in line}
@@ -127,7 +144,9 @@ class Workspace:
             raw = self._journal.read_bytes()
         except FileNotFoundError:
             return []
-        if not raw.endswith(b"\n"):  # a line that a kill cut short; drop it before the next one is appended
+        if not raw.endswith(
+            b"\n"
+        ):  # a line that a kill cut short; drop it before the next one is appended
             raw = raw[: raw.rfind(b"\n") + 1]
             self._journal.write_bytes(raw)
         for line in raw.splitlines():
@@ -145,13 +164,16 @@ class Workspace:
 
     @property
     def target(self) -> Path:
-        """What the final rename moves: the folder of a directory output, the only file of a file output."""
+        """What the final rename moves: the folder of a directory output, the only file of a file
+        output."""
         return self.data / self.out.name if self.is_file else self.data
 
     def publish(self, modes: Mapping[str, int]) -> None:
-        """Move the finished output to its place in one rename, replacing what was there, and remove the workspace.
+        """Move the finished output to its place in one rename, replacing what was there, and remove
+        the workspace.
 
-        modes are the permissions of its files and folders, by their names in it; "" is the output itself.
+        modes are the permissions of its files and folders, by their names in it; "" is the output
+        itself.
         """
         set_modes(self.target, modes)
         self.note({"publishing": True})
@@ -166,12 +188,14 @@ class Workspace:
         self.remove()
 
     def remove(self) -> None:
-        """Remove the folder, the journal last: what a kill leaves behind then still tells what happened."""
+        """Remove the folder, the journal last: what a kill leaves behind then still tells what
+        happened."""
         self._clear()
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def give_up(self) -> bool:
-        """Remove the folder, or all in it but a calibration, which takes long to make again. True where one stays."""
+        """Remove the folder, or all in it but a calibration, which takes long to make again. True
+        where one stays."""
         if not any(path.name.endswith(f".{MOMENTS}") for path in self.folder.iterdir()):
             self.remove()
             return False

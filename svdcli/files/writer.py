@@ -1,4 +1,5 @@
-"""Lay out the final files before any work is done, then write tensors at their offsets and headers last."""
+"""Lay out the final files before any work is done, then write tensors at their offsets and headers
+last."""
 
 from __future__ import annotations
 
@@ -21,8 +22,8 @@ _SHARD_STEM = re.compile(r"-\d{5,}-of-\d{5,}$")
 class Unit:
     """One piece of work: tensors that are read, and the tensors that take their place.
 
-    kind is "copy", "factor", "expand", or "warn" for a tensor without bytes; name is the original tensor's name, or says more;
-    file is the weight file that it came from.
+    kind is "copy", "factor", "expand", or "warn" for a tensor without bytes; name is the original
+    tensor's name, or says more; file is the weight file that it came from.
     """
 
     name: str
@@ -38,7 +39,8 @@ class Unit:
 
 @dataclass(frozen=True)
 class OutFile:
-    """A weight file to be: its tensors in the order of their bytes, and the space that its header gets."""
+    """A weight file to be: its tensors in the order of their bytes, and the space that its header
+    gets."""
 
     name: str
     units: tuple[str, ...]
@@ -59,7 +61,8 @@ class OutFile:
 
 
 def group_units(units: Sequence[Unit], largest: int | None) -> dict[str, list[Unit]]:
-    """Which units go to which file: as in the source, or packed in order into shards of at most `largest` bytes of tensors.
+    """Which units go to which file: as in the source, or packed in order into shards of at most
+    `largest` bytes of tensors.
 
     A unit is never split, so one that is larger than `largest` gets a shard of its own.
     """
@@ -77,7 +80,10 @@ def group_units(units: Sequence[Unit], largest: int | None) -> dict[str, list[Un
     stem = shard_stem(next(iter(by_file), "model.safetensors"))
     if len(shards) == 1:
         return {f"{stem}.safetensors": shards[0]}
-    return {f"{stem}-{i:05d}-of-{len(shards):05d}.safetensors": shard for i, shard in enumerate(shards, 1)}
+    return {
+        f"{stem}-{i:05d}-of-{len(shards):05d}.safetensors": shard
+        for i, shard in enumerate(shards, 1)
+    }
 
 
 def safetensors_name(file: str) -> str:
@@ -100,15 +106,22 @@ def lay_out(name: str, units: Sequence[Unit], metadata: Mapping[str, str]) -> Ou
     seen: set[str] = set()
     for tensor in tensors:
         if tensor.name in seen:
-            raise SvdcliError(f"two tensors would be called {tensor.name!r}", "exclude the layer, or rename the tensor")
+            raise SvdcliError(
+                f"two tensors would be called {tensor.name!r}",
+                "exclude the layer, or rename the tensor",
+            )
         seen.add(tensor.name)
-    return OutFile(name, tuple(unit.name for unit in units), tuple(tensors), header_size(tensors, metadata))
+    return OutFile(
+        name, tuple(unit.name for unit in units), tuple(tensors), header_size(tensors, metadata)
+    )
 
 
 class WeightWriter:
-    """Writes tensors into files of their final size; what it has written is no valid file until `finish`.
+    """Writes tensors into files of their final size; what it has written is no valid file until
+    `finish`.
 
-    Raises OSError where the disk is full; the space is claimed at once, so that this happens before any work is done.
+    Raises OSError where the disk is full; the space is claimed at once, so that this happens before
+    any work is done.
     """
 
     def __init__(self, folder: Path, files: Sequence[OutFile]) -> None:

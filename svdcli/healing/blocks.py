@@ -1,12 +1,14 @@
 """Refine the factors of a compressed model: block by block, then all together.
 
-Both models read the same text, a block at a time. A block of the compressed model gets what the compressed blocks before it
-send on, and learns to give what the original block gives in the original's own stream, so that it makes up for the errors
-before it, too (block refinement as in AA-SVD, 2026): first in closed form (`models.refit`), then by gradient. An error d of a
-block's output counts as d^T H d, with H the second moment of the model's loss gradient there: as much as the model's loss will
-feel it. Only the factors, and biases that were refitted, change.
+Both models read the same text, a block at a time. A block of the compressed model gets what the
+compressed blocks before it send on, and learns to give what the original block gives in the
+original's own stream, so that it makes up for the errors before it, too (block refinement as in
+AA-SVD, 2026): first in closed form (`models.refit`), then by gradient. An error d of a block's
+output counts as d^T H d, with H the second moment of the model's loss gradient there: as much as
+the model's loss will feel it. Only the factors, and biases that were refitted, change.
 
-A model that fits into memory is then trained in one piece on its divergence from the original and, a little, on the text.
+A model that fits into memory is then trained in one piece on its divergence from the original and,
+a little, on the text.
 """
 
 from __future__ import annotations
@@ -33,7 +35,8 @@ from svdcli.text.tokens import Batch
 
 DAMPING = 0.1
 BLOCK_RATE = 0.002  # largest step of a weight, as a share of its tensor's root mean square
-WHOLE_RATE = 0.01  # the same, times the root of the divergence at the start: errors of weights grow with that
+# the same, times the root of the divergence at the start: errors of weights grow with that
+WHOLE_RATE = 0.01
 WHOLE = "whole model"
 _MOMENT_BATCHES = 8
 HELD_OUT = 4  # batches: more would cost as much as the training
@@ -50,7 +53,8 @@ def whole(model: nn.Module) -> Callable[..., Any]:
 
 @dataclass(frozen=True)
 class Effort:
-    """How long is trained: steps for each block and for the whole model, or seconds for all together."""
+    """How long is trained: steps for each block and for the whole model, or seconds for all
+    together."""
 
     steps: int | None = None
     seconds: float | None = None
@@ -65,8 +69,8 @@ class Reading:
 
     @staticmethod
     def of(batches: Sequence[Batch]) -> Reading:
-        """Hold a few batches out, spread over the text; of a single one, half of its rows. Raises SvdcliError for a single
-        row."""
+        """Hold a few batches out, spread over the text; of a single one, half of its rows. Raises
+        SvdcliError for a single row."""
         if len(batches) == 1:
             batches = list(_halves(batches[0]))
         count = min(HELD_OUT, len(batches) // 4 or len(batches) // 2)
@@ -77,22 +81,31 @@ class Reading:
     def fewer(self, count: int) -> Reading:
         """At most count batches to learn from, spread over the text; the same ones held out."""
         step = max(1.0, len(self.batches) / max(1, count))
-        return Reading([self.batches[int(i * step)] for i in range(min(count, len(self.batches)))], self.held)
+        return Reading(
+            [self.batches[int(i * step)] for i in range(min(count, len(self.batches)))], self.held
+        )
 
 
 def _halves(batch: Batch) -> tuple[Batch, Batch]:
     count = len(batch["input_ids"])
     if count < 2:
-        raise SvdcliError("the text fills one window only, and some has to be held out", "give more text, or a smaller --seq-len")
-    first, second = ({name: rows[part] for name, rows in batch.items()} for part in (slice(count // 2), slice(count // 2, None)))
+        raise SvdcliError(
+            "the text fills one window only, and some has to be held out",
+            "give more text, or a smaller --seq-len",
+        )
+    first, second = (
+        {name: rows[part] for name, rows in batch.items()}
+        for part in (slice(count // 2), slice(count // 2, None))
+    )
     return first, second
 
 
 @dataclass(frozen=True)
 class HealedBlock:
-    """One block, or the whole model. Of a block, before and after are d^T H d of its output over y^T H y of the original's
-    output y; of the whole model, what `heal_whole` trains it on; both on text that it was not trained on. after is never larger,
-    and equal where nothing was found that is better. weights are its new factors by name."""
+    """One block, or the whole model. Of a block, before and after are d^T H d of its output over
+    y^T H y of the original's output y; of the whole model, what `heal_whole` trains it on; both on
+    text that it was not trained on. after is never larger, and equal where nothing was found that
+    is better. weights are its new factors by name."""
 
     name: str
     before: float
@@ -115,23 +128,34 @@ def heal_blocks(
     device: torch.device | None = None,
     progress: Progress = silent,
 ) -> Iterator[HealedBlock]:
-    """Refine block after block and yield each as it is done; blocks that `known` has are taken from there.
+    """Refine block after block and yield each as it is done; blocks that `known` has are taken from
+    there.
 
-    trainable tells by name which parameters and buffers of the student may change; moments are those of
-    `fisher.block_moments`, without which every direction of a block's output counts the same; blocks that the text does not
-    reach have none. call makes of a model what is called with each batch. Raises SvdcliError where the
-    two models do not have the same blocks, and where a block answers with NaN.
+    trainable tells by name which parameters and buffers of the student may change; moments are
+    those of `fisher.block_moments`, without which every direction of a block's output counts the
+    same; blocks that the text does not reach have none. call makes of a model what is called with
+    each batch. Raises SvdcliError where the two models do not have the same blocks, and where a
+    block answers with NaN.
     """
     where = device or torch.device("cpu")
-    ours, theirs = (Stream(model, where, torch.float32, _nobody, call(model)) for model in (student, teacher))
+    ours, theirs = (
+        Stream(model, where, torch.float32, _nobody, call(model)) for model in (student, teacher)
+    )
     dtypes = {name: tensor.dtype for name, tensor in _tensors(student)}
     blocks = blocks_of(student) if moments is None else blocks_of(student) & moments.keys()
-    total = sum(bool(_trainable(unit, name, trainable)) for name, unit in ours.units.items() if name in blocks)
+    total = sum(
+        bool(_trainable(unit, name, trainable))
+        for name, unit in ours.units.items()
+        if name in blocks
+    )
     begin, number, taken = time.monotonic(), 0, 0
     batches = [*reading.batches, *reading.held]
     for mine, dense in zip(ours.turns(batches), theirs.turns(batches), strict=False):
         if mine.name != dense.name:
-            raise SvdcliError(f"the models differ: {mine.name} meets {dense.name}", "give the original as --teacher")
+            raise SvdcliError(
+                f"the models differ: {mine.name} meets {dense.name}",
+                "give the original as --teacher",
+            )
         tensors = _trainable(mine.unit, mine.name, trainable) if mine.name in blocks else {}
         arguments = dense.arguments if tensors else []
         targets = dense.go(keep=bool(tensors))
@@ -139,13 +163,24 @@ def heal_blocks(
             done = known(mine.name)
             if done is None:
                 masks = [_mask(batches[batch.index]) for batch in mine.batches]
-                ours_side, their_side = Side(mine.unit, mine.call, mine.arguments), Side(dense.unit, dense.call, arguments)
+                ours_side, their_side = (
+                    Side(mine.unit, mine.call, mine.arguments),
+                    Side(dense.unit, dense.call, arguments),
+                )
                 block = Block(ours_side, their_side, targets, masks)
                 at = _where(mine, len(reading.batches))
-                healer = _Healer(block, *at, tensors, dtypes, mine.name, (moments or {}).get(mine.name))
+                healer = _Healer(
+                    block, *at, tensors, dtypes, mine.name, (moments or {}).get(mine.name)
+                )
                 spent = time.monotonic() - begin
-                share = None if effort.seconds is None else effort.seconds * (number + 1 - taken) / total - spent
-                done = healer.heal(effort.steps, share, seed, partial(_tell, progress, mine.name, number, total))
+                share = (
+                    None
+                    if effort.seconds is None
+                    else effort.seconds * (number + 1 - taken) / total - spent
+                )
+                done = healer.heal(
+                    effort.steps, share, seed, partial(_tell, progress, mine.name, number, total)
+                )
             else:
                 taken += 1
             put(done, tensors, where)
@@ -159,10 +194,18 @@ def _tell(progress: Progress, name: str, number: int, total: int, done: float) -
 
 
 def blocks_of(model: nn.Module) -> set[str]:
-    """Names of the members of every list of blocks. What lies outside them (embeddings, heads) is not refined: its output is
-    as wide as a vocabulary, or has nothing before it to make up for."""
-    lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
-    return {f"{name}.{child}" if name else child for name, module in lists for child, _ in module.named_children()}
+    """Names of the members of every list of blocks. What lies outside them (embeddings, heads) is
+    not refined: its output is as wide as a vocabulary, or has nothing before it to make up for."""
+    lists = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList)
+    ]
+    return {
+        f"{name}.{child}" if name else child
+        for name, module in lists
+        for child, _ in module.named_children()
+    }
 
 
 def _nobody(phase: str, unit: str, batch: int, total: int) -> None:
@@ -176,7 +219,8 @@ def _tensors(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, Tensor]
 
 
 def _trainable(unit: nn.Module, name: str, allowed: Callable[[str], bool]) -> dict[str, Tensor]:
-    """The parameters and row orders of the low-rank modules in one unit that may change, by their names in the whole model."""
+    """The parameters and row orders of the low-rank modules in one unit that may change, by their
+    names in the whole model."""
     found: dict[str, Tensor] = {}
     for path, module in unit.named_modules(prefix=name):
         if isinstance(module, LOW_RANK):
@@ -187,7 +231,9 @@ def _trainable(unit: nn.Module, name: str, allowed: Callable[[str], bool]) -> di
 def put(healed: HealedBlock, tensors: Mapping[str, Tensor], where: torch.device) -> None:
     """Set the tensors to what was found, in float32."""
     for name, value in healed.weights.items():
-        tensors[name].data = value.to(where, torch.float32 if value.is_floating_point() else value.dtype)
+        tensors[name].data = value.to(
+            where, torch.float32 if value.is_floating_point() else value.dtype
+        )
 
 
 def _mask(batch: Batch) -> Tensor | None:
@@ -198,13 +244,17 @@ def _mask(batch: Batch) -> Tensor | None:
 def _where(turn: Turn, count: int) -> tuple[list[int], list[int]]:
     """Places in the turn of batches to learn from (the first `count` of all) and of those held out.
 
-    Raises SvdcliError for a block that the model does not run on every text, where one of the two is empty.
+    Raises SvdcliError for a block that the model does not run on every text, where one of the two
+    is empty.
     """
     places = range(len(turn.batches))
     read = [place for place in places if turn.batches[place].index < count]
     held = [place for place in places if place not in read]
     if not read or not held:
-        raise SvdcliError(f"{turn.name} saw {len(turn.batches)} of the batches, too few to hold some out", "give more text")
+        raise SvdcliError(
+            f"{turn.name} saw {len(turn.batches)} of the batches, too few to hold some out",
+            "give more text",
+        )
     return read, held
 
 
@@ -225,37 +275,55 @@ class _Healer:
         self.root = None if moment is None else _root(moment)
         self.best = Best(tensors, dtypes, self._error)
 
-    def heal(self, steps: int | None, seconds: float | None, seed: int, tell: Callable[[float], None]) -> HealedBlock:
-        """In closed form, then by gradient for what is left of the time. The block itself ends as it was."""
+    def heal(
+        self, steps: int | None, seconds: float | None, seed: int, tell: Callable[[float], None]
+    ) -> HealedBlock:
+        """In closed form, then by gradient for what is left of the time. The block itself ends as
+        it was."""
         original = {name: tensor.data for name, tensor in self.tensors.items()}
         begin = time.monotonic()
         places = self.read[:: self._stride(seconds)]
-        refit(self.block, places, self.root, lambda name: f"{self.name}.{name}" in self.tensors, self.best.look)
+        refit(
+            self.block,
+            places,
+            self.root,
+            lambda name: f"{self.name}.{name}" in self.tensors,
+            self.best.look,
+        )
         left = None if seconds is None else seconds - (time.monotonic() - begin)
         course = Course(steps, left, tell)
         weights = [tensor for tensor in self.tensors.values() if isinstance(tensor, nn.Parameter)]
         train(weights, course, BLOCK_RATE, self.read, self._loss, self.best.look, seed)
         for name, tensor in self.tensors.items():
             tensor.data = original[name]
-        return HealedBlock(self.name, self.best.first, self.best.error, course.step, self.best.weights)
+        return HealedBlock(
+            self.name, self.best.first, self.best.error, course.step, self.best.weights
+        )
 
     def _stride(self, seconds: float | None) -> int:
-        """Every so many-th batch is read to refit, so that it takes no more than its share of the time."""
+        """Every so many-th batch is read to refit, so that it takes no more than its share of the
+        time."""
         if seconds is None:
             return 1
         begin = time.monotonic()
         self._error()
         a_batch = (time.monotonic() - begin) / len(self.held)
         passes = 2 * sum(isinstance(module, LOW_RANK) for module in self.block.ours.unit.modules())
-        return max(1, math.ceil(passes * a_batch * len(self.read) / max(1e-9, _REFIT_SHARE * seconds)))
+        return max(
+            1, math.ceil(passes * a_batch * len(self.read) / max(1e-9, _REFIT_SHARE * seconds))
+        )
 
     def _loss(self, place: int) -> Tensor:
         wrong, energy = self._errors(place)
         return wrong / energy
 
     def _errors(self, place: int) -> tuple[Tensor, Tensor]:
-        """Squared error of the block's output for one batch, and the energy of what it should be; padding is left out."""
-        output, target = (self.block.rows(value, place) for value in (self.block.ours.answer(place), self.block.targets[place]))
+        """Squared error of the block's output for one batch, and the energy of what it should be;
+        padding is left out."""
+        output, target = (
+            self.block.rows(value, place)
+            for value in (self.block.ours.answer(place), self.block.targets[place])
+        )
         wrong, whole = output - target, target
         if self.root is not None:
             wrong, whole = wrong @ self.root, whole @ self.root
@@ -276,14 +344,17 @@ class _Healer:
 def _root(moment: Tensor) -> Tensor:
     """L with L L^T = H, damped as in `linalg.whitening`: ||d L||^2 is d^T H d."""
     h = moment.to(torch.float64)
-    damped = h + DAMPING * h.diagonal().mean() * torch.eye(h.shape[0], dtype=h.dtype, device=h.device)
+    damped = h + DAMPING * h.diagonal().mean() * torch.eye(
+        h.shape[0], dtype=h.dtype, device=h.device
+    )
     root: Tensor = torch.linalg.cholesky(damped).to(torch.float32)
     return root
 
 
 class _Whole:
-    """The whole model, and what it is trained on: (1 - hard) times its distance from the original, plus hard times its excess
-    loss on the text itself (distillation with soft and hard targets; Hinton, Vinyals and Dean, 2015, section 2)."""
+    """The whole model, and what it is trained on: (1 - hard) times its distance from the original,
+    plus hard times its excess loss on the text itself (distillation with soft and hard targets;
+    Hinton, Vinyals and Dean, 2015, section 2)."""
 
     def __init__(
         self,
@@ -306,13 +377,16 @@ class _Whole:
         means = [self._means(batch) for batch in self.held]
         rows = sum(count for *_, count in means)
         self.distance = sum(float(distance) * count for distance, _, count in means) / rows
-        found = (1 - self.hard) * self.distance + self.hard * sum(float(excess) * count for _, excess, count in means) / rows
+        found = (1 - self.hard) * self.distance + self.hard * sum(
+            float(excess) * count for _, excess, count in means
+        ) / rows
         if not math.isfinite(found):
             raise SvdcliError("the model answers with NaN or infinity", "see `svdcli verify`")
         return found
 
     def _means(self, batch: Batch) -> tuple[Tensor, Tensor, int]:
-        """Distance and excess loss of one batch, and of how many rows; no excess loss where it does not count."""
+        """Distance and excess loss of one batch, and of how many rows; no excess loss where it does
+        not count."""
         batch = {key: value.to(self.device) for key, value in batch.items()}
         with torch.no_grad():
             wanted, distance = answer_of(self.teacher(**batch), batch)
@@ -334,19 +408,23 @@ def heal_whole(
     seed: int = 0,
     progress: Progress = silent,
 ) -> HealedBlock:
-    """Train all factors together, so that the student answers as the teacher does: both in memory, in float32.
+    """Train all factors together, so that the student answers as the teacher does: both in memory,
+    in float32.
 
-    dtypes has the stored dtype of the student's tensors. The error is the KL divergence in nats a prediction, or, for
-    encoders, 1 - cosine of the sentence embeddings; a decoder's is mixed with its excess loss on the text, which counts
-    hard_labels, a share from 0 to 1. call makes of a model what is called with each batch. Raises SvdcliError where that is not
-    finite.
+    dtypes has the stored dtype of the student's tensors. The error is the KL divergence in nats a
+    prediction, or, for encoders, 1 - cosine of the sentence embeddings; a decoder's is mixed with
+    its excess loss on the text, which counts hard_labels, a share from 0 to 1. call makes of a
+    model what is called with each batch. Raises SvdcliError where that is not finite.
     """
     tensors = _trainable(student, "", trainable)
     device = next(iter(tensors.values())).device
     goal = _Whole(call(teacher), call(student), reading, hard_labels, device)
     best = Best(tensors, dtypes, goal.error)
     rate = WHOLE_RATE * math.sqrt(max(0.0, goal.distance))
-    few = [{key: value.to(device) for key, value in batch.items()} for batch in reading.fewer(_MOMENT_BATCHES).batches]
+    few = [
+        {key: value.to(device) for key, value in batch.items()}
+        for batch in reading.fewer(_MOMENT_BATCHES).batches
+    ]
     twins = Twins(teacher, student, tensors, few, call(teacher))
 
     def look() -> bool:

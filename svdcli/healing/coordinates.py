@@ -1,8 +1,10 @@
-"""Stand-ins for low-rank layers while a whole model is trained: the same weights, in coordinates in which all steps cost alike.
+"""Stand-ins for low-rank layers while a whole model is trained: the same weights, in coordinates in
+which all steps cost alike.
 
-With G = L_G L_G^T the second moment of a layer's inputs and H = L_H L_H^T that of the loss gradient at its outputs, a change D of
-its weight costs about ||L_H^T D L_G||^2 / 2 (K-FAC; Martens and Grosse, 2015). A layer W = up @ down is trained as the balanced
-factors A @ B of L_H^T W L_G: a step there is worth the same in every direction, whatever the layout stores.
+With G = L_G L_G^T the second moment of a layer's inputs and H = L_H L_H^T that of the loss gradient
+at its outputs, a change D of its weight costs about ||L_H^T D L_G||^2 / 2 (K-FAC; Martens and
+Grosse, 2015). A layer W = up @ down is trained as the balanced factors A @ B of L_H^T W L_G: a step
+there is worth the same in every direction, whatever the layout stores.
 """
 
 from __future__ import annotations
@@ -27,7 +29,8 @@ _DAMPING_INPUTS, _DAMPING_OUTPUTS = 0.01, 0.1  # of the mean diagonal
 
 
 class Twin(nn.Module):
-    """y = x (outputs A B inputs)^T + b, with A (m, r) and B (r, n) to train; outputs and inputs undo the coordinates."""
+    """y = x (outputs A B inputs)^T + b, with A (m, r) and B (r, n) to train; outputs and inputs
+    undo the coordinates."""
 
     def __init__(self, module: nn.Module, conv: bool, inputs: Tensor, outputs: Tensor) -> None:
         super().__init__()
@@ -38,15 +41,27 @@ class Twin(nn.Module):
             up, down = down.T, up.T
         left, undo_left = _root(outputs, _DAMPING_OUTPUTS)
         right, undo_right = _root(inputs, _DAMPING_INPUTS)
-        a, b = balanced(_times(left.mT if left.ndim == 2 else left, up), _times(right.mT if right.ndim == 2 else right, down.T).T)
+        a, b = balanced(
+            _times(left.mT if left.ndim == 2 else left, up),
+            _times(right.mT if right.ndim == 2 else right, down.T).T,
+        )
         self.conv, self.bias = conv, getattr(module, "bias", None)
-        self.a, self.b = nn.Parameter(a.float(), requires_grad=False), nn.Parameter(b.float(), requires_grad=False)
-        self.register_buffer("outputs", undo_left.mT.float() if undo_left.ndim == 2 else undo_left.float())
-        self.register_buffer("inputs", undo_right.mT.float() if undo_right.ndim == 2 else undo_right.float())
+        self.a, self.b = (
+            nn.Parameter(a.float(), requires_grad=False),
+            nn.Parameter(b.float(), requires_grad=False),
+        )
+        self.register_buffer(
+            "outputs", undo_left.mT.float() if undo_left.ndim == 2 else undo_left.float()
+        )
+        self.register_buffer(
+            "inputs", undo_right.mT.float() if undo_right.ndim == 2 else undo_right.float()
+        )
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """(up, down) of the weight as (out, in)."""
-        return _times(self.get_buffer("outputs"), self.a), _times(self.get_buffer("inputs"), self.b.T).T
+        return _times(self.get_buffer("outputs"), self.a), _times(
+            self.get_buffer("inputs"), self.b.T
+        ).T
 
     @property
     def weight(self) -> Tensor:
@@ -77,9 +92,9 @@ def _times(scale: Tensor, x: Tensor) -> Tensor:
 
 
 class Twins:
-    """For every low-rank linear layer whose factors are in `tensors`, a twin to train in its place; biases in `tensors` are
-    trained where they are. batches are what the teacher reads to learn the coordinates; call is what is called with each, if
-    not the whole teacher."""
+    """For every low-rank linear layer whose factors are in `tensors`, a twin to train in its place;
+    biases in `tensors` are trained where they are. batches are what the teacher reads to learn the
+    coordinates; call is what is called with each, if not the whole teacher."""
 
     def __init__(
         self,
@@ -90,10 +105,18 @@ class Twins:
         call: Callable[..., Any] | None = None,
     ) -> None:
         self.student = student
-        low_rank = [name for name, module in student.named_modules() if isinstance(module, LOW_RANK)]
-        dense = {name: teacher.get_submodule(name) for name in low_rank if f"{name}.svd_up.weight" in tensors}
+        low_rank = [
+            name for name, module in student.named_modules() if isinstance(module, LOW_RANK)
+        ]
+        dense = {
+            name: teacher.get_submodule(name)
+            for name in low_rank
+            if f"{name}.svd_up.weight" in tensors
+        }
         convs = {name: type(module).__name__ == "Conv1D" for name, module in dense.items()}
-        convs = {name: conv for name, conv in convs.items() if conv or isinstance(dense[name], nn.Linear)}
+        convs = {
+            name: conv for name, conv in convs.items() if conv or isinstance(dense[name], nn.Linear)
+        }
         self.originals = {name: student.get_submodule(name) for name in convs}
         inputs, outputs = moments_of(teacher, convs, batches, call)
         self.twins: dict[str, Twin] = {}
@@ -103,7 +126,9 @@ class Twins:
             scales = inputs.get(name, unknown[:n]), outputs.get(name, unknown[:m])
             self.twins[name] = Twin(self.originals[name], conv, *scales)
         self.weights = [weight for twin in self.twins.values() for weight in (twin.a, twin.b)]
-        self.weights += [p for name in convs if isinstance(p := tensors.get(f"{name}.bias"), nn.Parameter)]
+        self.weights += [
+            p for name in convs if isinstance(p := tensors.get(f"{name}.bias"), nn.Parameter)
+        ]
 
     @contextmanager
     def training(self) -> Iterator[None]:
@@ -133,10 +158,14 @@ class Twins:
 
 
 def moments_of(
-    model: nn.Module, names: Mapping[str, object], batches: Sequence[Batch], call: Callable[..., Any] | None = None
+    model: nn.Module,
+    names: Mapping[str, object],
+    batches: Sequence[Batch],
+    call: Callable[..., Any] | None = None,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Second moments of the inputs and of the loss gradients at the outputs of the named layers, summed over the batches, from
-    ordinary passes of a model in memory; diagonals beyond `FULL`. Padding counts as zeros in gradients only."""
+    """Second moments of the inputs and of the loss gradients at the outputs of the named layers,
+    summed over the batches, from ordinary passes of a model in memory; diagonals beyond `FULL`.
+    Padding counts as zeros in gradients only."""
     inputs: dict[str, Tensor] = {}
     gradients: dict[str, Tensor] = {}
     caught: dict[str, list[Tensor]] = {}
@@ -164,7 +193,9 @@ def moments_of(
             with torch.enable_grad():
                 tensor, gradient = loss.seed(index, (call or model)(**batch))
             ends = [(name, output) for name, outputs in caught.items() for output in outputs]
-            found = torch.autograd.grad(tensor, [output for _, output in ends], gradient, allow_unused=True)
+            found = torch.autograd.grad(
+                tensor, [output for _, output in ends], gradient, allow_unused=True
+            )
             for (name, _), value in zip(ends, found, strict=True):
                 if value is not None:
                     add(gradients, name, value)

@@ -1,10 +1,13 @@
-"""The best low-rank weights of a block for what the compressed model really sends it, in closed form.
+"""The best low-rank weights of a block for what the compressed model really sends it, in closed
+form.
 
-A layer of the original answers y to its input; the compressed layer stands behind compressed ones and meets another input x.
-Nearest to y comes the weight E[y x^T] E[x x^T]^-1, and among those of rank r its truncation in the metric of `linalg.whitening`
-at the second moment of x (sequential calibration, as in AA-SVD, 2026). Layers that share an input are solved together, in the
-order in which the block calls them, so that each group meets what the groups before it now send on. A layer whose output goes
-into the block's as it is, as in residual networks the last one does, is aimed at all that the block's output still lacks.
+A layer of the original answers y to its input; the compressed layer stands behind compressed ones
+and meets another input x. Nearest to y comes the weight E[y x^T] E[x x^T]^-1, and among those of
+rank r its truncation in the metric of `linalg.whitening` at the second moment of x (sequential
+calibration, as in AA-SVD, 2026). Layers that share an input are solved together, in the order in
+which the block calls them, so that each group meets what the groups before it now send on. A layer
+whose output goes into the block's as it is, as in residual networks the last one does, is aimed at
+all that the block's output still lacks.
 """
 
 from __future__ import annotations
@@ -48,8 +51,9 @@ class Side:
 
 @dataclass
 class Site:
-    """A low-rank layer, by its name in the block, and the dense one that it stands for. closing says that its output is
-    added to the block's; outputs is the second moment of the loss gradient there."""
+    """A low-rank layer, by its name in the block, and the dense one that it stands for. closing
+    says that its output is added to the block's; outputs is the second moment of the loss gradient
+    there."""
 
     name: str
     ours: nn.Module
@@ -66,7 +70,8 @@ class Site:
 
 @dataclass
 class Block:
-    """Both models' block, what it should answer, and which entries of each batch count (None: all)."""
+    """Both models' block, what it should answer, and which entries of each batch count (None:
+    all)."""
 
     ours: Side
     dense: Side
@@ -83,16 +88,27 @@ class Block:
 
 @torch.no_grad()
 def refit(
-    block: Block, places: Sequence[int], root: Tensor | None, allowed: Callable[[str], bool], better: Callable[[], bool]
+    block: Block,
+    places: Sequence[int],
+    root: Tensor | None,
+    allowed: Callable[[str], bool],
+    better: Callable[[], bool],
 ) -> None:
-    """Solve the block's low-rank layers anew from the batches at `places`, group by group; `better` judges each result, and
-    a group that is none is put back. root is L with H = L L^T at the block's output; allowed tells which biases may change."""
+    """Solve the block's low-rank layers anew from the batches at `places`, group by group; `better`
+    judges each result, and a group that is none is put back. root is L with H = L L^T at the
+    block's output; allowed tells which biases may change."""
     groups = _groups(block, places[0], allowed)
     sites = [site for group in groups for site in group]
     _find_closing(block, places[0], sites)
-    _add_output_moments(block, places[:: max(1, len(places) // _MOMENT_BATCHES)][:_MOMENT_BATCHES], sites, root)
+    _add_output_moments(
+        block, places[:: max(1, len(places) // _MOMENT_BATCHES)][:_MOMENT_BATCHES], sites, root
+    )
     for group in groups:
-        before = [(tensor, tensor.data) for site in group for tensor in site.ours.state_dict(keep_vars=True).values()]
+        before = [
+            (tensor, tensor.data)
+            for site in group
+            for tensor in site.ours.state_dict(keep_vars=True).values()
+        ]
         sums = _gather(block, places, group)
         for site in group:
             _solve(site, sums[site.name])
@@ -102,9 +118,14 @@ def refit(
 
 
 def _groups(block: Block, place: int, allowed: Callable[[str], bool]) -> list[list[Site]]:
-    """The low-rank layers that are called exactly once, in the order of their calls; those with the same input together."""
+    """The low-rank layers that are called exactly once, in the order of their calls; those with the
+    same input together."""
     calls: list[tuple[str, Tensor]] = []
-    modules = {name: module for name, module in block.ours.unit.named_modules() if isinstance(module, LOW_RANK)}
+    modules = {
+        name: module
+        for name, module in block.ours.unit.named_modules()
+        if isinstance(module, LOW_RANK)
+    }
 
     def hook(name: str) -> Callable[..., None]:
         return lambda module, inputs: calls.append((name, inputs[0]))
@@ -141,11 +162,16 @@ def _find_closing(block: Block, place: int, sites: Sequence[Site]) -> None:
 
         with _hooked([site.ours.register_forward_hook(add)]):
             moved = block.ours.answer(place) - plain
-        site.closing = moved.shape == change.shape and bool((moved - change).norm() < _CLOSING * change.norm())
+        site.closing = moved.shape == change.shape and bool(
+            (moved - change).norm() < _CLOSING * change.norm()
+        )
 
 
-def _add_output_moments(block: Block, places: Sequence[int], sites: Sequence[Site], root: Tensor | None) -> None:
-    """H of every layer: the block's own, drawn as noise of that covariance at its output and led back through it."""
+def _add_output_moments(
+    block: Block, places: Sequence[int], sites: Sequence[Site], root: Tensor | None
+) -> None:
+    """H of every layer: the block's own, drawn as noise of that covariance at its output and led
+    back through it."""
     generator = torch.Generator().manual_seed(0)
     caught: dict[str, Tensor] = {}
 
@@ -154,11 +180,16 @@ def _add_output_moments(block: Block, places: Sequence[int], sites: Sequence[Sit
 
     for place in places:
         args, kwargs = _differentiable(block.dense.arguments[place])
-        with _hooked(site.dense.register_forward_hook(hook(site.name)) for site in sites), torch.enable_grad():
+        with (
+            _hooked(site.dense.register_forward_hook(hook(site.name)) for site in sites),
+            torch.enable_grad(),
+        ):
             out = first_tensor(block.dense.call(*args, **kwargs))
         noise = torch.randn(out.shape, generator=generator).to(out)
         seed = noise if root is None else noise @ root.T
-        found = torch.autograd.grad(out, [caught[site.name] for site in sites], seed, allow_unused=True)
+        found = torch.autograd.grad(
+            out, [caught[site.name] for site in sites], seed, allow_unused=True
+        )
         for site, gradient in zip(sites, found, strict=True):
             if gradient is not None:
                 more = moment(block.rows(gradient, place), FULL_OUTPUTS)
@@ -168,7 +199,10 @@ def _add_output_moments(block: Block, places: Sequence[int], sites: Sequence[Sit
 
 def _differentiable(call: Call) -> Call:
     leaves, spec = tree_flatten(call)
-    fresh = [x.detach().requires_grad_() if isinstance(x, Tensor) and x.is_floating_point() else x for x in leaves]
+    fresh = [
+        x.detach().requires_grad_() if isinstance(x, Tensor) and x.is_floating_point() else x
+        for x in leaves
+    ]
     args, kwargs = tree_unflatten(fresh, spec)
     return args, kwargs
 
@@ -192,8 +226,15 @@ def _gather(block: Block, places: Sequence[int], group: Sequence[Site]) -> dict[
     def catch(name: str) -> Callable[..., None]:
         return lambda module, inputs, output: caught.__setitem__(name, output)
 
-    hooks = [group[0].ours.register_forward_pre_hook(lambda module, inputs: caught.__setitem__("x", inputs[0]))]
-    hooks += [(site.ours if site.closing else site.dense).register_forward_hook(catch(f"y {site.name}")) for site in group]
+    hooks = [
+        group[0].ours.register_forward_pre_hook(
+            lambda module, inputs: caught.__setitem__("x", inputs[0])
+        )
+    ]
+    hooks += [
+        (site.ours if site.closing else site.dense).register_forward_hook(catch(f"y {site.name}"))
+        for site in group
+    ]
     aside = any(not site.closing for site in group)
     with _hooked(hooks):
         for place in places:
@@ -205,18 +246,32 @@ def _gather(block: Block, places: Sequence[int], group: Sequence[Site]) -> dict[
             for site in group:
                 y = caught[f"y {site.name}"]
                 y = block.rows(y + (block.targets[place] - out) if site.closing else y, place)
-                more = _Sums((y.T @ x).to(torch.float64), inputs, x.sum(0).double(), y.sum(0).double(), x.shape[0])
+                more = _Sums(
+                    (y.T @ x).to(torch.float64),
+                    inputs,
+                    x.sum(0).double(),
+                    y.sum(0).double(),
+                    x.shape[0],
+                )
                 sums[site.name] = more if site.name not in sums else _added(sums[site.name], more)
     return sums
 
 
 def _added(one: _Sums, other: _Sums) -> _Sums:
-    return _Sums(one.cross + other.cross, one.inputs + other.inputs, one.x + other.x, one.y + other.y, one.count + other.count)
+    return _Sums(
+        one.cross + other.cross,
+        one.inputs + other.inputs,
+        one.x + other.x,
+        one.y + other.y,
+        one.count + other.count,
+    )
 
 
 def _solve(site: Site, sums: _Sums) -> None:
     """Put the best factors of the layer's rank into it, and the bias that goes with them."""
-    cross, inputs, x, y = (value / sums.count for value in (sums.cross, sums.inputs, sums.x, sums.y))
+    cross, inputs, x, y = (
+        value / sums.count for value in (sums.cross, sums.inputs, sums.x, sums.y)
+    )
     bias = getattr(site.ours, "bias", None)
     if site.bias:
         cross, inputs = cross - torch.outer(y, x), inputs - torch.outer(x, x)

@@ -1,6 +1,8 @@
-"""The training that healing does, of a block or of the whole model: AdamW on float32 masters, and the best weights that were met.
+"""The training that healing does, of a block or of the whole model: AdamW on float32 masters, and
+the best weights that were met.
 
-What is kept is what would be stored: weights are judged rounded to their stored dtype, on text that they were not trained on.
+What is kept is what would be stored: weights are judged rounded to their stored dtype, on text that
+they were not trained on.
 """
 
 from __future__ import annotations
@@ -15,7 +17,9 @@ from torch import Tensor, nn
 
 WARM_UP = 0.05
 _CHECKS = 6
-_PATIENCE = 3  # checks in the second half: before that, steps are large, and what they find is hidden in their noise
+# checks in the second half: before that, steps are large, and what they find is hidden in their
+# noise
+_PATIENCE = 3
 
 
 @dataclass
@@ -39,17 +43,28 @@ class Course:
     def rate(self) -> float:
         """Up in a straight line, down along a cosine."""
         done = self.done()
-        return done / WARM_UP if done < WARM_UP else 0.5 * (1 + math.cos(math.pi * (done - WARM_UP) / (1 - WARM_UP)))
+        return (
+            done / WARM_UP
+            if done < WARM_UP
+            else 0.5 * (1 + math.cos(math.pi * (done - WARM_UP) / (1 - WARM_UP)))
+        )
 
 
 class Best:
-    """The best state of some weights so far, by `error`, with everything rounded to its stored dtype.
+    """The best state of some weights so far, by `error`, with everything rounded to its stored
+    dtype.
 
-    tensors are parameters, and buffers that belong to them; dtypes has the stored dtype of each. first and error are the
-    errors at the start and of the best; weights is the best state, on the CPU.
+    tensors are parameters, and buffers that belong to them; dtypes has the stored dtype of each.
+    first and error are the errors at the start and of the best; weights is the best state, on the
+    CPU.
     """
 
-    def __init__(self, tensors: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype], error: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        tensors: Mapping[str, Tensor],
+        dtypes: Mapping[str, torch.dtype],
+        error: Callable[[], float],
+    ) -> None:
         self.tensors, self.dtypes, self._error = tensors, dtypes, error
         self.first = self.error = self._measure()
         self.weights = self._rounded()
@@ -74,7 +89,10 @@ class Best:
                 tensor.data = masters[name]
 
     def _rounded(self) -> dict[str, Tensor]:
-        return {name: tensor.detach().to("cpu", self.dtypes[name], copy=True) for name, tensor in self.tensors.items()}
+        return {
+            name: tensor.detach().to("cpu", self.dtypes[name], copy=True)
+            for name, tensor in self.tensors.items()
+        }
 
 
 def train(
@@ -86,10 +104,11 @@ def train(
     look: Callable[[], bool],
     seed: int,
 ) -> None:
-    """Minimise loss(place) over places drawn at random, until the course is over or late checks find nothing better.
+    """Minimise loss(place) over places drawn at random, until the course is over or late checks
+    find nothing better.
 
-    rate is the largest step of a weight, as a share of its tensor's root mean square; look keeps the present state where it
-    is better. The weights themselves end where the training ended.
+    rate is the largest step of a weight, as a share of its tensor's root mean square; look keeps
+    the present state where it is better. The weights themselves end where the training ended.
     """
     groups = [{"params": [weight], "lr": 0.0, "scale": rate * _rms(weight)} for weight in weights]
     optimiser = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.0)

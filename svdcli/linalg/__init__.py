@@ -1,1 +1,2 @@
-"""Tensors in, tensors out: solvers, weighted problems, layouts of factors. Imports torch and nothing of ours."""
+"""Tensors in, tensors out: solvers, weighted problems, layouts of factors. Imports torch and
+nothing of ours."""

@@ -1,7 +1,8 @@
 """Matrix products by the quicker of torch's two libraries.
 
-`torch.mm` calls MKL on x86, which on an AMD processor with AVX-512 (Zen 5) was no quicker than oneDNN held to AVX2. oneDNN, which
-torch calls for linear layers in its own layout, uses AVX-512 wherever there is one: it was 1.7 to 2.2 times as fast there.
+`torch.mm` calls MKL on x86, which on an AMD processor with AVX-512 (Zen 5) was no quicker than
+oneDNN held to AVX2. oneDNN, which torch calls for linear layers in its own layout, uses AVX-512
+wherever there is one: it was 1.7 to 2.2 times as fast there.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ def minus_product(c: Tensor, a: Tensor, b: Tensor, out: Tensor) -> Tensor:
 
 
 def fill_gram(w: Tensor, out: Tensor, *, add: bool = False) -> None:
-    """The lower triangle of W W^T (m, m) for w (m, n), written to `out` or added to it; what lies above it is void."""
+    """The lower triangle of W W^T (m, m) for w (m, n), written to `out` or added to it; what lies
+    above it is void."""
     if _suits_onednn(w, w):
         _by_strips(w, out, add)
         return
@@ -71,7 +73,9 @@ def _by_halves(w: Tensor, out: Tensor, beta: int, whole: int) -> None:
 
 def _by_strips(w: Tensor, out: Tensor, add: bool) -> None:
     if not w.is_contiguous():
-        w = scratch("passing", tuple(w.shape), w).copy_(w)  # slices of columns take oneDNN longer than the product
+        w = scratch("passing", tuple(w.shape), w).copy_(
+            w
+        )  # slices of columns take oneDNN longer than the product
     for start in range(0, w.shape[0], _STRIP):
         strip = slice(start, start + _STRIP)
         found, place = product(w[strip], w[: strip.stop].T), out[strip, : strip.stop]
@@ -90,7 +94,10 @@ def _onednn(a: Tensor, b: Tensor) -> Tensor:
 @cache
 def _onednn_is_quicker() -> bool:
     """Has the processor AVX-512, and another maker than Intel?"""
-    if torch.backends.cpu.get_cpu_capability() != "AVX512" or not torch.backends.mkldnn.is_available():
+    if (
+        torch.backends.cpu.get_cpu_capability() != "AVX512"
+        or not torch.backends.mkldnn.is_available()
+    ):
         return False
     try:
         return "GenuineIntel" not in _PROCESSORS.read_text()

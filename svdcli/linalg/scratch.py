@@ -1,4 +1,5 @@
-"""Memory that is used again: fresh pages are cleared by the kernel first, which took a twentieth of the time of `compress`."""
+"""Memory that is used again: fresh pages are cleared by the kernel first, which took a twentieth of
+the time of `compress`."""
 
 from __future__ import annotations
 
@@ -38,7 +39,8 @@ def keeping_scratch() -> Iterator[None]:
 def scratch(use: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
     """An uninitialised tensor of that shape, in the dtype and on the device of `like`.
 
-    In a thread that keeps its scratch it is the memory of the last one for the same use, which is then void.
+    In a thread that keeps its scratch it is the memory of the last one for the same use, which is
+    then void.
     """
     if _kept.buffers is None or like.device.type != "cpu":
         return like.new_empty(shape)

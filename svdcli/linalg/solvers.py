@@ -1,7 +1,8 @@
 """Truncated SVD of one weight: the best rank-r factors, by three solvers that differ in cost.
 
-By the theorem of Eckart and Young (1936) the matrix of rank r nearest to W in the Frobenius norm is U_r S_r V_r^T, and its
-squared error is the sum of the squared singular values that were cut. Every solver returns that promise with its factors.
+By the theorem of Eckart and Young (1936) the matrix of rank r nearest to W in the Frobenius norm is
+U_r S_r V_r^T, and its squared error is the sum of the squared singular values that were cut. Every
+solver returns that promise with its factors.
 """
 
 from __future__ import annotations
@@ -51,9 +52,9 @@ def svd(w: Tensor, rank: int, seed: int = 0) -> Factors:
 def gram(w: Tensor, rank: int, seed: int = 0) -> Factors:
     """Eigenvectors Q of W W^T on the short side: up = Q_r, down = Q_r^T W.
 
-    Several times cheaper than an SVD, at the price of the squared condition number: singular values below sqrt(eps) of the
-    largest drown in rounding, which the caller sees as a residual above the promised tail.
-    Raises torch.linalg.LinAlgError where LAPACK does not converge.
+    Several times cheaper than an SVD, at the price of the squared condition number: singular values
+    below sqrt(eps) of the largest drown in rounding, which the caller sees as a residual above the
+    promised tail. Raises torch.linalg.LinAlgError where LAPACK does not converge.
     """
     if w.shape[0] > w.shape[1]:
         return transposed(gram(w.T, rank, seed))
@@ -68,13 +69,18 @@ def gram(w: Tensor, rank: int, seed: int = 0) -> Factors:
     return Factors(basis.mul_(root), down, sigma, cut)
 
 
-def randomized(w: Tensor, rank: int, seed: int = 0, *, iterations: int = 2, oversampling: int = 16) -> Factors:
+def randomized(
+    w: Tensor, rank: int, seed: int = 0, *, iterations: int = 2, oversampling: int = 16
+) -> Factors:
     """Randomised subspace iteration: Halko, Martinsson and Tropp (2011), algorithms 4.4 and 5.1.
 
-    Worth it for ranks below about 5 % of min(m, n). More iterations first, then more oversampling, where the error matters.
+    Worth it for ranks below about 5 % of min(m, n). More iterations first, then more oversampling,
+    where the error matters.
     """
     if w.shape[0] < w.shape[1]:
-        return transposed(randomized(w.T, rank, seed, iterations=iterations, oversampling=oversampling))
+        return transposed(
+            randomized(w.T, rank, seed, iterations=iterations, oversampling=oversampling)
+        )
     width = min(rank + oversampling, w.shape[1])
     generator = torch.Generator().manual_seed(seed)
     probe = torch.randn(w.shape[1], width, generator=generator, dtype=torch.float32).to(w)
@@ -86,19 +92,26 @@ def randomized(w: Tensor, rank: int, seed: int = 0, *, iterations: int = 2, over
     return _balanced(basis @ u[:, :rank], s[:rank], vh[:rank], tail)
 
 
-SOLVERS: dict[str, Callable[[Tensor, int, int], Factors]] = {"svd": svd, "gram": gram, "randomized": randomized}
+SOLVERS: dict[str, Callable[[Tensor, int, int], Factors]] = {
+    "svd": svd,
+    "gram": gram,
+    "randomized": randomized,
+}
 
 
 def eigh_lower(fill: Callable[[Tensor], object], m: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues (m,), ascending, and eigenvectors (m, m) of a positive semidefinite matrix in `like`'s dtype.
+    """Eigenvalues (m,), ascending, and eigenvectors (m, m) of a positive semidefinite matrix in
+    `like`'s dtype.
 
-    `fill` writes it, at least its lower triangle, into the tensor it is given. The eigenvectors are `scratch`: void after
-    the next call in this thread. Raises torch.linalg.LinAlgError where LAPACK does not converge.
+    `fill` writes it, at least its lower triangle, into the tensor it is given. The eigenvectors are
+    `scratch`: void after the next call in this thread. Raises torch.linalg.LinAlgError where LAPACK
+    does not converge.
     """
     room = _filled(fill, m, like)
     extra = room.shape[0] - m
     out = like.new_empty(m + extra), scratch("eigenvectors", (m + extra, m + extra), like).mT
-    # the upper triangle of the transpose is in LAPACK's order of columns already, and quicker to reduce
+    # the upper triangle of the transpose is in LAPACK's order of columns already, and quicker to
+    # reduce
     values, vectors = torch.linalg.eigh(room.mT, UPLO="U", out=out)
     return values[extra:], vectors[:m, extra:]
 
@@ -111,10 +124,12 @@ def eigvalsh_lower(fill: Callable[[Tensor], object], m: int, like: Tensor) -> Te
 
 
 def _filled(fill: Callable[[Tensor], object], m: int, like: Tensor) -> Tensor:
-    """The matrix, in rows whose length in bytes is no multiple of 4096: a few rows and columns are added where it would be.
+    """The matrix, in rows whose length in bytes is no multiple of 4096: a few rows and columns are
+    added where it would be.
 
-    Neighbours at such a distance displace each other in a cache: LAPACK took 5 to 8 % longer for 2048, and 13 % for 1024,
-    than with 8 rows more. What is added is an eigenspace of its own, below every eigenvalue of the matrix.
+    Neighbours at such a distance displace each other in a cache: LAPACK took 5 to 8 % longer for
+    2048, and 13 % for 1024, than with 8 rows more. What is added is an eigenspace of its own, below
+    every eigenvalue of the matrix.
     """
     extra = _EXTRA if like.device.type == "cpu" and m and m * like.element_size() % 4096 == 0 else 0
     room = scratch("symmetric", (m + extra, m + extra), like)
@@ -132,7 +147,8 @@ def squared_singular_values(w: Tensor) -> Tensor:
 
 
 def squared_norm(w: Tensor) -> float:
-    """||w||_F^2, each row summed in w's dtype and the rows in float64: in float32 to about 1e-8 of itself."""
+    """||w||_F^2, each row summed in w's dtype and the rows in float64: in float32 to about 1e-8 of
+    itself."""
     w = w if w.is_contiguous() else w.T
     step = max(1, 2**20 // w.shape[1])
     return math.fsum(_few_rows(w[start : start + step]) for start in range(0, w.shape[0], step))
@@ -155,6 +171,7 @@ def transposed(factors: Factors) -> Factors:
 
 
 def _balanced(left: Tensor, sigma: Tensor, right: Tensor, tail: float) -> Factors:
-    """Give each factor the square root of sigma, which keeps both inside the range of half-precision dtypes."""
+    """Give each factor the square root of sigma, which keeps both inside the range of
+    half-precision dtypes."""
     root = sigma.sqrt()
     return Factors(left * root, right * root[:, None], sigma, tail)

@@ -1,6 +1,8 @@
-"""Classes that `auto_map` names: they open the model with the stock classes, once the plugin above is registered.
+"""Classes that `auto_map` names: they open the model with the stock classes, once the plugin above
+is registered.
 
-Only `compress --self-contained` uses this file: it is the last part of what lies beside the weights.
+Only `compress --self-contained` uses this file: it is the last part of what lies beside the
+weights.
 """
 
 from __future__ import annotations
@@ -42,7 +44,9 @@ class Opener:
     def from_pretrained(cls, path: Any, *arguments: Any, **options: Any) -> Any:
         stock = getattr(transformers, cls.__name__)
         opened = stock.from_pretrained(path, *arguments, **(options | {"trust_remote_code": False}))
-        model = opened[0] if isinstance(opened, tuple) else opened  # output_loading_info gives a pair
+        model = (
+            opened[0] if isinstance(opened, tuple) else opened
+        )  # output_loading_info gives a pair
         if hasattr(model.config, "auto_map"):
             del model.config.auto_map
         return opened

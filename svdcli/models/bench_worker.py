@@ -1,7 +1,8 @@
 """The other side of speed.py: a process that opens one model and measures it when it is told to.
 
-argv[1] is JSON: path, device, threads, prompt_tokens, new_tokens, batch, trust_remote_code. Commands come a line each on
-standard input (load, prefill, decode, memory), answers go as JSON lines to standard output; the end of the input ends it.
+argv[1] is JSON: path, device, threads, prompt_tokens, new_tokens, batch, trust_remote_code.
+Commands come a line each on standard input (load, prefill, decode, memory), answers go as JSON
+lines to standard output; the end of the input ends it.
 """
 
 from __future__ import annotations
@@ -26,11 +27,14 @@ _SEED = 0
 
 
 class Worker:
-    """One model, and what was done with it so far. Imports come first: memory and time to load do not count them."""
+    """One model, and what was done with it so far. Imports come first: memory and time to load do
+    not count them."""
 
     def __init__(self, task: dict[str, Any]) -> None:
         self.task = task
-        self.own = bool(task.get("trust_remote_code")) and bool(own_code.model_sources(Path(task["path"])))
+        self.own = bool(task.get("trust_remote_code")) and bool(
+            own_code.model_sources(Path(task["path"]))
+        )
         _import_all(Path(task["path"]), own=self.own)
         import torch
 
@@ -79,7 +83,8 @@ class Worker:
             return {"seconds": time.perf_counter() - begin}
 
     def decode(self) -> dict[str, Any]:
-        """Go on from the last prefill, greedily; the model's own cache saves it from reading the prompt again."""
+        """Go on from the last prefill, greedily; the model's own cache saves it from reading the
+        prompt again."""
         import torch
 
         out, more = self.begun, dict[str, Any]()
@@ -89,12 +94,17 @@ class Worker:
         if "decoder_input_ids" in self.prompt:
             from transformers.modeling_outputs import BaseModelOutput
 
-            name, more = "decoder_input_ids", {"encoder_outputs": BaseModelOutput(out.encoder_last_hidden_state)}
+            name, more = (
+                "decoder_input_ids",
+                {"encoder_outputs": BaseModelOutput(out.encoder_last_hidden_state)},
+            )
         with torch.inference_mode():
             begin = time.perf_counter()
             for _ in range(self.task["new_tokens"]):
                 ids = out.logits[:, -1].argmax(-1, keepdim=True)
-                out = self.model(**{name: ids}, past_key_values=out.past_key_values, use_cache=True, **more)
+                out = self.model(
+                    **{name: ids}, past_key_values=out.past_key_values, use_cache=True, **more
+                )
             self._wait()
             return {"seconds": time.perf_counter() - begin}
 
@@ -104,7 +114,10 @@ class Worker:
         if self.device.type == "cuda":
             import torch
 
-            return {"memory_bytes": torch.cuda.memory_allocated(), "peak_bytes": torch.cuda.max_memory_allocated()}
+            return {
+                "memory_bytes": torch.cuda.memory_allocated(),
+                "peak_bytes": torch.cuda.max_memory_allocated(),
+            }
         return {
             "memory_bytes": max(0, resident_bytes() - self.before),
             "peak_bytes": max(0, resident_bytes("VmHWM") - self.before),
@@ -112,22 +125,40 @@ class Worker:
 
     def _check(self) -> None:
         kind, path = type(self.model).__name__, self.task["path"]
-        if self.model.main_input_name != "input_ids" or "input_ids" not in inspect.signature(self.model.forward).parameters:
-            raise SvdcliError(f"{path} does not read text ({kind})", "bench knows language models and text encoders")
+        if (
+            self.model.main_input_name != "input_ids"
+            or "input_ids" not in inspect.signature(self.model.forward).parameters
+        ):
+            raise SvdcliError(
+                f"{path} does not read text ({kind})",
+                "bench knows language models and text encoders",
+            )
         config = self.model.config.get_text_config()
-        limits = [getattr(config, name, None) for name in ("max_position_embeddings", "n_positions")]
-        limit = min((value for value in limits if isinstance(value, int) and value > 0), default=None)
-        wanted = self.task["prompt_tokens"] + (self.task["new_tokens"] if self.model.can_generate() else 0)
+        limits = [
+            getattr(config, name, None) for name in ("max_position_embeddings", "n_positions")
+        ]
+        limit = min(
+            (value for value in limits if isinstance(value, int) and value > 0), default=None
+        )
+        wanted = self.task["prompt_tokens"] + (
+            self.task["new_tokens"] if self.model.can_generate() else 0
+        )
         if limit is not None and wanted > limit:
-            raise UsageError(f"{path} takes {limit} tokens, not {wanted}", "give fewer --prompt-tokens or --new-tokens")
+            raise UsageError(
+                f"{path} takes {limit} tokens, not {wanted}",
+                "give fewer --prompt-tokens or --new-tokens",
+            )
 
     def _prompt(self) -> dict[str, Any]:
-        """Arguments of the first pass: random tokens, the same for every model with that vocabulary."""
+        """Arguments of the first pass: random tokens, the same for every model with that
+        vocabulary."""
         import torch
 
         config = self.model.config.get_text_config()
         size = (self.task["batch"], self.task["prompt_tokens"])
-        ids = torch.randint(config.vocab_size, size, generator=torch.Generator().manual_seed(_SEED)).to(self.device)
+        ids = torch.randint(
+            config.vocab_size, size, generator=torch.Generator().manual_seed(_SEED)
+        ).to(self.device)
         takes = inspect.signature(self.model.forward).parameters
         prompt: dict[str, Any] = {"input_ids": ids}
         if self.model.can_generate():
@@ -147,17 +178,23 @@ class Worker:
 
 
 def _import_all(path: Path, *, own: bool) -> None:
-    """Everything that opening the model will import, the file of its class included; own code of the folder where it may run."""
+    """Everything that opening the model will import, the file of its class included; own code of
+    the folder where it may run."""
     try:
         import transformers
 
         import svdcli.models.hf
         import svdcli.models.load  # noqa: F401
     except ImportError as error:
-        raise SvdcliError("opening a model needs transformers 5.12 or later", "pip install 'svdcli[transformers]'") from error
+        raise SvdcliError(
+            "opening a model needs transformers 5.12 or later", "pip install 'svdcli[transformers]'"
+        ) from error
     transformers.utils.logging.disable_progress_bar()
     with suppress(OSError, ValueError, TypeError, AttributeError):
-        for name in json.loads((path / "config.json").read_text(encoding="utf-8")).get("architectures") or ():
+        for name in (
+            json.loads((path / "config.json").read_text(encoding="utf-8")).get("architectures")
+            or ()
+        ):
             getattr(transformers, str(name), None)
     if own:
         transformers.AutoConfig.from_pretrained(path, trust_remote_code=True)
@@ -166,16 +203,24 @@ def _import_all(path: Path, *, own: bool) -> None:
 def _device(name: str) -> Any:
     import torch
 
-    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    available = {
+        "cpu": True,
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+    }
     if name == "auto":
         name = "cuda" if available["cuda"] else "cpu"
     if not available.get(name, False):
-        raise UsageError(f"--device {name} is not available here", f"use {', '.join(d for d in available if available[d])}")
+        raise UsageError(
+            f"--device {name} is not available here",
+            f"use {', '.join(d for d in available if available[d])}",
+        )
     return torch.device(name)
 
 
 def resident_bytes(which: str = "VmRSS") -> int:
-    """Resident memory of this process: now (VmRSS) or at its highest (VmHWM); where there is no /proc, always the highest.
+    """Resident memory of this process: now (VmRSS) or at its highest (VmHWM); where there is no
+    /proc, always the highest.
 
     The kernel counts VmHWM from exec on, while ru_maxrss of a child starts at its parent's.
     """
@@ -190,7 +235,11 @@ def _one_line(error: Exception) -> dict[str, Any]:
     if isinstance(error, SvdcliError):
         return {"error": error.message, "hint": error.hint, "exit_code": error.exit_code}
     text = " ".join(str(error).split())[:300]
-    return {"error": f"{type(error).__name__}: {text}", "hint": "see `svdcli verify`", "exit_code": FAILED}
+    return {
+        "error": f"{type(error).__name__}: {text}",
+        "hint": "see `svdcli verify`",
+        "exit_code": FAILED,
+    }
 
 
 def _listen(commands: SimpleQueue[str]) -> None:

@@ -1,7 +1,8 @@
 """The transformers plugin: after this import, stock `from_pretrained` opens what svdcli wrote.
 
-Everything that reaches into transformers is in this file; it imports nothing of svdcli but the modules beside it and the plan's
-parts, since `compress --self-contained` ships them in one file. Written for transformers 5.12 and later.
+Everything that reaches into transformers is in this file; it imports nothing of svdcli but the
+modules beside it and the plan's parts, since `compress --self-contained` ships them in one file.
+Written for transformers 5.12 and later.
 """
 
 from __future__ import annotations
@@ -26,7 +27,12 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 from transformers.pytorch_utils import Conv1D
-from transformers.quantizers import HfQuantizer, auto, register_quantization_config, register_quantizer
+from transformers.quantizers import (
+    HfQuantizer,
+    auto,
+    register_quantization_config,
+    register_quantizer,
+)
 from transformers.utils import logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -38,14 +44,16 @@ logger = logging.get_logger(f"transformers.{__name__}")
 METHOD, FORMAT = "svdcli", 1
 UP, DOWN, ROWS = "svd_up.weight", "svd_down.weight", "svd_rows"
 
-# A second registration raises: the installed plugin and a copy shipped with a model may meet in one process.
+# A second registration raises: the installed plugin and a copy shipped with a model may meet in one
+# process.
 for _table in (auto.AUTO_QUANTIZATION_CONFIG_MAPPING, auto.AUTO_QUANTIZER_MAPPING):
     _table.pop(METHOD, None)
 
 
 @dataclass(frozen=True)
 class Stored:
-    """One factored layer as the headers of the weight files show it: the stored weight's shape, rank and layout."""
+    """One factored layer as the headers of the weight files show it: the stored weight's shape,
+    rank and layout."""
 
     shape: tuple[int, int]
     rank: int
@@ -54,18 +62,35 @@ class Stored:
 
 @register_quantization_config(METHOD)
 class SvdConfig(QuantizationConfigMixin):  # type: ignore[misc]
-    """`quantization_config` of a config.json. dequantize=True multiplies every layer out while loading.
+    """`quantization_config` of a config.json. dequantize=True multiplies every layer out while
+    loading.
 
     Raises ValueError for a format that this version does not know.
     """
 
-    def __init__(self, format: int = FORMAT, layout: str = "factored", dequantize: bool = False, **extra: Any) -> None:  # noqa: A002
+    def __init__(
+        self,
+        format: int = FORMAT,  # noqa: A002
+        layout: str = "factored",
+        dequantize: bool = False,
+        **extra: Any,
+    ) -> None:
         if not isinstance(format, int) or format > FORMAT:
-            raise ValueError(f"this model has svdcli's format {format}, this svdcli knows {FORMAT}; upgrade svdcli")
-        self.quant_method, self.format, self.layout, self.dequantize, self.extra = METHOD, format, layout, dequantize, extra
+            raise ValueError(
+                f"this model has svdcli's format {format}, this svdcli knows {FORMAT}; "
+                f"upgrade svdcli"
+            )
+        self.quant_method, self.format, self.layout, self.dequantize, self.extra = (
+            METHOD,
+            format,
+            layout,
+            dequantize,
+            extra,
+        )
 
     def get_loading_attributes(self) -> dict[str, Any]:
-        """What `from_pretrained(quantization_config=SvdConfig(...))` decides, whatever the config.json says."""
+        """What `from_pretrained(quantization_config=SvdConfig(...))` decides, whatever the
+        config.json says."""
         return {"dequantize": self.dequantize}
 
     def to_dict(self) -> dict[str, Any]:
@@ -76,14 +101,19 @@ auto.LOADING_ATTRIBUTES_CONFIG_TYPES = (*auto.LOADING_ATTRIBUTES_CONFIG_TYPES, S
 
 
 class MergeFactors(ConversionOps):  # type: ignore[misc]
-    """Multiply factors out while loading: for dequantize=True, and for layers whose module cannot hold factors.
+    """Multiply factors out while loading: for dequantize=True, and for layers whose module cannot
+    hold factors.
 
-    parts maps each pattern of the converter that this belongs to, to a source of `original` and a part of it ("weight" or one
-    of a factor). original is the model's own converter, which gets the weights next; without one there is a single weight.
+    parts maps each pattern of the converter that this belongs to, to a source of `original` and a
+    part of it ("weight" or one of a factor). original is the model's own converter, which gets the
+    weights next; without one there is a single weight.
     """
 
     def __init__(
-        self, hf_quantizer: SvdQuantizer, parts: dict[str, tuple[str, str]], original: WeightConverter | None = None
+        self,
+        hf_quantizer: SvdQuantizer,
+        parts: dict[str, tuple[str, str]],
+        original: WeightConverter | None = None,
     ) -> None:
         self.hf_quantizer, self.parts, self.original = hf_quantizer, parts, original
 
@@ -103,7 +133,9 @@ class MergeFactors(ConversionOps):  # type: ignore[misc]
             found.setdefault(source, {})[part] = value if isinstance(value, list) else [value]
         weights: dict[str, Any] = {}
         for source, parts in found.items():
-            weights[source] = self._in_order(parts, self.hf_quantizer.stacks.get((full_layer_name, source)), dtype)
+            weights[source] = self._in_order(
+                parts, self.hf_quantizer.stacks.get((full_layer_name, source)), dtype
+            )
         if self.original is None:
             return {full_layer_name: weights[""][0]}
 
@@ -111,12 +143,19 @@ class MergeFactors(ConversionOps):  # type: ignore[misc]
         own = self.original
         how = {"source_patterns": own.source_patterns, "target_patterns": own.target_patterns}
         for operation in own.operations:
-            weights = operation.convert(weights, full_layer_name=full_layer_name, model=model, **how, **more)
-        before, _, after = next(full_layer_name.partition(key) for key in weights if key in full_layer_name)
+            weights = operation.convert(
+                weights, full_layer_name=full_layer_name, model=model, **how, **more
+            )
+        before, _, after = next(
+            full_layer_name.partition(key) for key in weights if key in full_layer_name
+        )
         return {f"{before}{key}{after}": weight for key, weight in weights.items()}
 
-    def _in_order(self, parts: dict[str, list[Tensor]], order: list[bool] | None, dtype: torch.dtype) -> list[Tensor]:
-        """The weights of one source: those that are factored, multiplied out, among those that are not."""
+    def _in_order(
+        self, parts: dict[str, list[Tensor]], order: list[bool] | None, dtype: torch.dtype
+    ) -> list[Tensor]:
+        """The weights of one source: those that are factored, multiplied out, among those that are
+        not."""
         up, down = parts.get(UP, []), parts.get(DOWN, [])
         rows = parts.get(ROWS, [None] * len(up))
         merged = [_product(u, d, r).to(dtype) for u, d, r in zip(up, down, rows, strict=True)]
@@ -130,10 +169,12 @@ class MergeFactors(ConversionOps):  # type: ignore[misc]
 
 @register_quantizer(METHOD)
 class SvdQuantizer(HfQuantizer):  # type: ignore[misc]
-    """Puts low-rank modules where the weight files hold factors, before transformers loads the weights.
+    """Puts low-rank modules where the weight files hold factors, before transformers loads the
+    weights.
 
-    Factors that the class has no place for are left out, as their weights would be. Raises ValueError where factors are
-    incomplete or disagree with each other, and where a place of the class was not filled from the files.
+    Factors that the class has no place for are left out, as their weights would be. Raises
+    ValueError where factors are incomplete or disagree with each other, and where a place of the
+    class was not filled from the files.
     """
 
     requires_calibration = True  # only weights that are factored already
@@ -142,9 +183,12 @@ class SvdQuantizer(HfQuantizer):  # type: ignore[misc]
         super().__init__(quantization_config, **kwargs)
         self.replaced: dict[str, Stored] = {}
         self.merged: dict[str, str] = {}  # {module in the files: weight in the model}
-        self.lone: list[str] = []  # of these, modules that no other layer shares a parameter with, as transformers calls them
+        # of these, modules that share no parameter with another layer, as transformers calls them
+        self.lone: list[str] = []
         self.stacks: dict[tuple[str, str], list[bool]] = {}
-        self.renamed: dict[str, str] = {}  # {module as the model's renamings call its factors: as they call its weight}
+        self.renamed: dict[
+            str, str
+        ] = {}  # {module as the model's renamings call its factors: as they call its weight}
         self.ties: Any = None  # what the model ties, before factors took the places of weights
         self.tied: set[str] = set()
         self.same_rows: dict[str, str] = {}
@@ -162,7 +206,8 @@ class SvdQuantizer(HfQuantizer):  # type: ignore[misc]
         return conversions
 
     def update_weight_conversions(self, weight_conversions: list[Any], *_: Any) -> list[Any]:
-        """A converter of the model's that takes factored weights (to stack, to split) gives way to one that takes factors too.
+        """A converter of the model's that takes factored weights (to stack, to split) gives way to
+        one that takes factors too.
 
         It stays behind that one where it also takes biases.
         """
@@ -170,16 +215,25 @@ class SvdQuantizer(HfQuantizer):  # type: ignore[misc]
         out = []
         for converter in weight_conversions:
             sources = set(getattr(converter, "source_patterns", ()))
-            new = _for_factors(converter, self) if isinstance(converter, WeightConverter) and sources & taken else None
+            new = (
+                _for_factors(converter, self)
+                if isinstance(converter, WeightConverter) and sources & taken
+                else None
+            )
             if new is not None:
                 out.append(new)
             if new is None or sources.isdisjoint(new.source_patterns):
                 out.append(converter)
         # renamings apply in order: these go last, and first when names are changed back
-        follow = [WeightRenaming(rf"^{re.escape(name)}\.svd_", f"{plain}.svd_") for name, plain in self.renamed.items()]
+        follow = [
+            WeightRenaming(rf"^{re.escape(name)}\.svd_", f"{plain}.svd_")
+            for name, plain in self.renamed.items()
+        ]
         return out + follow + self.get_weight_conversions()
 
-    def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Iterable[Any] | None = None, **_: Any) -> None:
+    def _process_model_before_weight_loading(
+        self, model: Any, checkpoint_files: Iterable[Any] | None = None, **_: Any
+    ) -> None:
         shapes, stored = read_stored(str(file) for file in checkpoint_files or ())
         named = Naming(model)
         homes = {name: named(f"{name}.weight") for name in stored}
@@ -193,8 +247,11 @@ class SvdQuantizer(HfQuantizer):  # type: ignore[misc]
         self.unspoken = _unspoken(model, homes, shapes)
         self._watch(model)
 
-    def _place(self, model: Any, named: Naming, homes: dict[str, Home], stored: dict[str, Stored]) -> None:
-        """Low-rank modules for what the class has; what cannot be one is noted to be multiplied out."""
+    def _place(
+        self, model: Any, named: Naming, homes: dict[str, Home], stored: dict[str, Stored]
+    ) -> None:
+        """Low-rank modules for what the class has; what cannot be one is noted to be multiplied
+        out."""
         paths: dict[int, list[str]] = {}  # custom classes register a module under several names
         for path, module in model.named_modules(remove_duplicate=False):
             paths.setdefault(id(module), []).append(path)
@@ -206,7 +263,9 @@ class SvdQuantizer(HfQuantizer):  # type: ignore[misc]
                 continue
             target, new = key.removesuffix(".weight"), None
             old = model.get_submodule(target)
-            if not self.quantization_config.dequantize and _partners_can_hold(model, target, stored[name]):
+            if not self.quantization_config.dequantize and _partners_can_hold(
+                model, target, stored[name]
+            ):
                 new = _low_rank(target, old, stored[name])
             if new is None:
                 self.merged[name] = key
@@ -219,18 +278,27 @@ class SvdQuantizer(HfQuantizer):  # type: ignore[misc]
     def _tell_merged(self, model: Any) -> None:
         if self.merged and not self.quantization_config.dequantize:
             logger.warning(
-                f"svdcli: {len(self.merged)} factored layers (such as {next(iter(self.merged))}) are multiplied out while "
+                f"svdcli: {len(self.merged)} factored layers (such as {next(iter(self.merged))}) "
+                f"are multiplied out while "
                 f"loading: {type(model).__name__} has no module for them that could hold factors"
             )
 
     def _watch(self, model: Any) -> None:
-        """Check transformers' account of the loading before missing weights are made anew, and before it is shown."""
+        """Check transformers' account of the loading before missing weights are made anew, and
+        before it is shown."""
         expected, prefix = model.state_dict(), f"{model.base_model_prefix}."
-        _first(model, "mark_tied_weights_as_initialized", lambda info: _as_declared(model, expected, info))
-        _first(model, "_adjust_missing_and_unexpected_keys", lambda info: self._settle(info, prefix))
+        _first(
+            model,
+            "mark_tied_weights_as_initialized",
+            lambda info: _as_declared(model, expected, info),
+        )
+        _first(
+            model, "_adjust_missing_and_unexpected_keys", lambda info: self._settle(info, prefix)
+        )
 
     def _settle(self, info: Any, prefix: str) -> None:
-        """Raises ValueError where a factor, or the weight of a factored layer, was not filled from the files."""
+        """Raises ValueError where a factor, or the weight of a factored layer, was not filled from
+        the files."""
         self.settled = True
         info.unexpected_keys -= self.unspoken
         info.missing_keys -= {f"{name}.{ROWS}" for name in self.same_rows}
@@ -239,7 +307,9 @@ class SvdQuantizer(HfQuantizer):  # type: ignore[misc]
         # what this class should have got, and what nobody took though the class lacks just that
         wanted = set(self.merged.values())
         for name, layer in self.replaced.items():
-            wanted |= {f"{name}.{part}" for part in ((UP, DOWN, ROWS) if layer.pivoted else (UP, DOWN))}
+            wanted |= {
+                f"{name}.{part}" for part in ((UP, DOWN, ROWS) if layer.pivoted else (UP, DOWN))
+            }
         for key in (key for key in info.unexpected_keys if key.endswith(UP)):
             weight = f"{key.removesuffix(UP)}weight"
             wanted |= {weight, prefix + weight, weight.removeprefix(prefix)}
@@ -247,18 +317,29 @@ class SvdQuantizer(HfQuantizer):  # type: ignore[misc]
         lost = sorted(made_up & wanted)
         if lost:
             raise ValueError(
-                f"{lost[0]} is factored, and was not filled from the weight files ({len(lost)} such tensors); "
+                f"{lost[0]} is factored, and was not filled from the weight files ({len(lost)} "
+                f"such tensors); "
                 "write or download them again, and give from_pretrained their folder"
             )
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
-        """What was multiplied out stays so: `save_pretrained` must revert only the model's own conversions."""
+        """What was multiplied out stays so: `save_pretrained` must revert only the model's own
+        conversions."""
         if not self.settled:
-            raise RuntimeError("this transformers loads weights in a way that svdcli does not know; see README for its versions")
+            raise RuntimeError(
+                "this transformers loads weights in a way that svdcli does not know; see README "
+                "for its versions"
+            )
         if getattr(model, "_weight_conversions", None) is not None:
             own = [_without_merge(item) for item in model._weight_conversions]
-            model._weight_conversions = list({id(item): item for item in own if item is not None}.values())
-        self.same_rows = {target: source for target, source in self.same_rows.items() if _are_tied(model, target, source)}
+            model._weight_conversions = list(
+                {id(item): item for item in own if item is not None}.values()
+            )
+        self.same_rows = {
+            target: source
+            for target, source in self.same_rows.items()
+            if _are_tied(model, target, source)
+        }
         for target, source in self.same_rows.items():
             model.get_submodule(target).svd_rows = model.get_submodule(source).svd_rows
         for target, layer in self.replaced.items():
@@ -297,7 +378,9 @@ class SvdQuantizer(HfQuantizer):  # type: ignore[misc]
         return super().dequantize(model, dtype or model.dtype)
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
-        weights: dict[int, nn.Parameter] = {}  # tied layers have the same factors, and get the same weight
+        weights: dict[
+            int, nn.Parameter
+        ] = {}  # tied layers have the same factors, and get the same weight
         for name, module in list(model.named_modules()):
             if isinstance(module, LOW_RANK):
                 key = id(module.get_parameter(UP))
@@ -312,15 +395,17 @@ class SvdQuantizer(HfQuantizer):  # type: ignore[misc]
 
 
 class Home(NamedTuple):
-    """Where transformers puts one tensor of a checkpoint: its key in the model's state, which the model may lack, and the
-    pattern of the converter that takes it there, None where it goes there as it is."""
+    """Where transformers puts one tensor of a checkpoint: its key in the model's state, which the
+    model may lack, and the pattern of the converter that takes it there, None where it goes there
+    as it is."""
 
     key: str
     pattern: str | None
 
 
 class Naming:
-    """What transformers calls the tensors of a checkpoint in one model. state is the model's own."""
+    """What transformers calls the tensors of a checkpoint in one model. state is the model's
+    own."""
 
     def __init__(self, model: Any) -> None:
         mapping = get_model_conversion_mapping(model)
@@ -330,19 +415,22 @@ class Naming:
         self._converters = [item for item in mapping if isinstance(item, WeightConverter)]
 
     def __call__(self, name: str) -> Home:
-        key, pattern = rename_source_key(name, self._renamings, self._converters, self._prefix, self.state)
+        key, pattern = rename_source_key(
+            name, self._renamings, self._converters, self._prefix, self.state
+        )
         if key not in self.state and name in self.state:
             key, pattern = rename_source_key(name, [], [], self._prefix, self.state)
         return Home(key, pattern)
 
     def plainly(self, name: str) -> str:
-        """What a tensor is called when converters look at it: renamed, and its prefix as it is in the files."""
+        """What a tensor is called when converters look at it: renamed, and its prefix as it is in
+        the files."""
         return str(rename_source_key(name, self._renamings, [])[0])
 
 
 def module_names(model: Any, stored: Iterable[str]) -> dict[str, str | None]:
-    """Where transformers puts what a checkpoint calls `name`: the name of a module, which may not exist in this model, or
-    None where several weights of the checkpoint go into one parameter."""
+    """Where transformers puts what a checkpoint calls `name`: the name of a module, which may not
+    exist in this model, or None where several weights of the checkpoint go into one parameter."""
     named = Naming(model)
     places: dict[str, str | None] = {}
     for name in stored:
@@ -352,8 +440,9 @@ def module_names(model: Any, stored: Iterable[str]) -> dict[str, str | None]:
 
 
 def unfilled(model: Any, shapes: dict[str, tuple[int, ...]]) -> tuple[int, int]:
-    """(how many tensors of `model` a checkpoint of these shapes lacks, how many of the checkpoint's it does not take), by
-    transformers' own account. Factored layers count as their weights, tied weights as there where one of them is."""
+    """(how many tensors of `model` a checkpoint of these shapes lacks, how many of the checkpoint's
+    it does not take), by transformers' own account. Factored layers count as their weights, tied
+    weights as there where one of them is."""
     named = Naming(model)
     stored = stored_in(shapes)
     parts = {f"{name}.{part}" for name in stored for part in (UP, DOWN, ROWS)}
@@ -365,7 +454,9 @@ def unfilled(model: Any, shapes: dict[str, tuple[int, ...]]) -> tuple[int, int]:
     unexpected: set[str] = set()
     for name, shape in whole.items():
         key, pattern = named(name)
-        fits = key in named.state and (pattern is not None or tuple(named.state[key].shape) == shape)
+        fits = key in named.state and (
+            pattern is not None or tuple(named.state[key].shape) == shape
+        )
         (found if fits else unexpected).add(key)
     for target, source in model.all_tied_weights_keys.items():
         if found & {target, source}:
@@ -378,16 +469,19 @@ def unfilled(model: Any, shapes: dict[str, tuple[int, ...]]) -> tuple[int, int]:
 
 
 def read_stored(files: Iterable[str]) -> tuple[dict[str, tuple[int, ...]], dict[str, Stored]]:
-    """(the shape of every tensor, the factored layers by module name) in safetensors files, from the headers alone.
+    """(the shape of every tensor, the factored layers by module name) in safetensors files, from
+    the headers alone.
 
-    Raises ValueError where a factor is missing, the shapes of a layer's parts disagree, or the files' own record does.
+    Raises ValueError where a factor is missing, the shapes of a layer's parts disagree, or the
+    files' own record does.
     """
     shapes: dict[str, tuple[int, ...]] = {}
     recorded: dict[str, Any] = {}
     for file in files:
         if file.endswith(".safetensors"):
             with safe_open(file, framework="pt") as opened:
-                shapes |= {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
+                for name in opened.keys():  # noqa: SIM118  no mapping
+                    shapes[name] = tuple(opened.get_slice(name).get_shape())
                 record = json.loads((opened.metadata() or {}).get(METHOD, "{}"))
                 shared = record.get("every_layer", {})
                 recorded |= {name: shared | item for name, item in record.get("layers", {}).items()}
@@ -397,24 +491,45 @@ def read_stored(files: Iterable[str]) -> tuple[dict[str, tuple[int, ...]], dict[
         if item["layout"] == "dense":
             continue
         if layer not in stored:
-            raise ValueError(f"the factors of {layer} are missing from the weight files; write or download them again")
+            raise ValueError(
+                f"the factors of {layer} are missing from the weight files; write or download "
+                f"them again"
+            )
         if (stored[layer].rank, list(stored[layer].shape)) != (item["rank"], item["shape"]):
-            raise ValueError(f"the factors of {layer} are not those that svdcli recorded in the file; write them again")
+            raise ValueError(
+                f"the factors of {layer} are not those that svdcli recorded in the file; write "
+                f"them again"
+            )
     return shapes, stored
 
 
 def stored_in(shapes: dict[str, tuple[int, ...]]) -> dict[str, Stored]:
     """The factored layers among tensors of these shapes. Raises ValueError as `read_stored`."""
-    layers = {name.removesuffix(f".{part}") for name in shapes for part in (UP, DOWN, ROWS) if name.endswith(f".{part}")}
+    layers = {
+        name.removesuffix(f".{part}")
+        for name in shapes
+        for part in (UP, DOWN, ROWS)
+        if name.endswith(f".{part}")
+    }
     return {layer: _stored(layer, shapes) for layer in sorted(layers)}
 
 
 def _stored(layer: str, shapes: dict[str, tuple[int, ...]]) -> Stored:
     up, down, rows = (shapes.get(f"{layer}.{part}") for part in (UP, DOWN, ROWS))
     if up is None or down is None:
-        raise ValueError(f"{layer}.{UP if up is None else DOWN} is missing from the weight files; write or download them again")
-    if len(up) != 2 or len(down) != 2 or up[1] != down[0] or (rows is not None and rows != (up[0] + down[0],)):
-        raise ValueError(f"the factors of {layer} disagree: up {up}, down {down}, rows {rows}; write them again")
+        raise ValueError(
+            f"{layer}.{UP if up is None else DOWN} is missing from the weight files; write or "
+            f"download them again"
+        )
+    if (
+        len(up) != 2
+        or len(down) != 2
+        or up[1] != down[0]
+        or (rows is not None and rows != (up[0] + down[0],))
+    ):
+        raise ValueError(
+            f"the factors of {layer} disagree: up {up}, down {down}, rows {rows}; write them again"
+        )
     return Stored((up[0] if rows is None else rows[0], down[1]), down[0], rows is not None)
 
 
@@ -424,13 +539,16 @@ def _low_rank(name: str, old: nn.Module, layer: Stored) -> nn.Module | None:
         return old
     expected = tuple(old.weight.shape)  # type: ignore[arg-type]
     if expected != layer.shape:
-        raise ValueError(f"the factors of {name} stand for a weight {list(layer.shape)}, the model has {list(expected)}")
+        raise ValueError(
+            f"the factors of {name} stand for a weight {list(layer.shape)}, the model has "
+            f"{list(expected)}"
+        )
     return low_rank_like(old, layer.rank, pivoted=layer.pivoted)
 
 
 def _unspoken(model: Any, homes: dict[str, Home], shapes: dict[str, tuple[int, ...]]) -> set[str]:
-    """Keys that transformers would call unexpected and nobody needs to hear of: zero-size tensors that warn other loaders, and
-    factors of a weight that this class ignores."""
+    """Keys that transformers would call unexpected and nobody needs to hear of: zero-size tensors
+    that warn other loaders, and factors of a weight that this class ignores."""
     named = Naming(model)
     patterns = model._keys_to_ignore_on_load_unexpected or ()  # a set, a list or None, by version
     keys = {named(f"{name}.weight").key for name in homes if 0 in shapes.get(f"{name}.weight", ())}
@@ -440,8 +558,11 @@ def _unspoken(model: Any, homes: dict[str, Home], shapes: dict[str, tuple[int, .
     return keys
 
 
-def _stacks(named: Naming, homes: dict[str, Home], shapes: dict[str, tuple[int, ...]]) -> dict[tuple[str, str], list[bool]]:
-    """Of every parameter that a converter puts together from factored and other weights: in their order, which are factored.
+def _stacks(
+    named: Naming, homes: dict[str, Home], shapes: dict[str, tuple[int, ...]]
+) -> dict[tuple[str, str], list[bool]]:
+    """Of every parameter that a converter puts together from factored and other weights: in their
+    order, which are factored.
 
     Keys are that parameter and the converter's pattern.
     """
@@ -458,7 +579,8 @@ def _stacks(named: Naming, homes: dict[str, Home], shapes: dict[str, tuple[int, 
 
 
 def _renamed(named: Naming, stored: Iterable[str]) -> dict[str, str]:
-    """{module as the model's renamings call its factors: as they call its weight}, where a renaming goes by `weight`."""
+    """{module as the model's renamings call its factors: as they call its weight}, where a renaming
+    goes by `weight`."""
     renamed: dict[str, str] = {}
     for name in stored:
         as_factors = named.plainly(f"{name}.{UP}").removesuffix(f".{UP}")
@@ -471,7 +593,10 @@ def _renamed(named: Naming, stored: Iterable[str]) -> dict[str, str]:
 def _check_rows(name: str, rows: Tensor) -> None:
     """A row order that is none would give wrong answers, or an IndexError far from here."""
     if rows.device.type != "meta" and not is_row_order(rows):
-        raise ValueError(f"{name}.{ROWS} is no order of {rows.shape[0]} rows; write or download the weight files again")
+        raise ValueError(
+            f"{name}.{ROWS} is no order of {rows.shape[0]} rows; write or download the weight "
+            f"files again"
+        )
 
 
 def _tie_factors(
@@ -479,11 +604,15 @@ def _tie_factors(
 ) -> tuple[set[str], dict[str, str]]:
     """A tie of two weights, {target: source}, becomes the same tie of both factors.
 
-    Where the files hold one of the two factored and the other dense, they are two weights and are not tied: transformers, too,
-    ties copies only where they are equal. Returns the modules that are tied to others, and {target: source} of row orders,
-    which are buffers and not tied by transformers.
+    Where the files hold one of the two factored and the other dense, they are two weights and are
+    not tied: transformers, too, ties copies only where they are equal. Returns the modules that are
+    tied to others, and {target: source} of row orders, which are buffers and not tied by
+    transformers.
     """
-    ties = {t.removesuffix(".weight"): s.removesuffix(".weight") for t, s in model.all_tied_weights_keys.items()}
+    ties = {
+        t.removesuffix(".weight"): s.removesuffix(".weight")
+        for t, s in model.all_tied_weights_keys.items()
+    }
     factored = {name for name in replaced if name in ties or name in ties.values()}
     if not factored:
         return set(), {}
@@ -494,7 +623,8 @@ def _tie_factors(
     for source in dict.fromkeys(ties.values()):
         group = [source, *(target for target, its in ties.items() if its == source)]
         held = [name for name in group if name in factored or name in dense]
-        # What the files hold of the group: the first of them is what the others are tied to, as in transformers.
+        # What the files hold of the group: the first of them is what the others are tied to, as in
+        # transformers.
         root = held[0] if held else source
         for name in group if root in factored else [name for name in group if name in factored]:
             new.pop(f"{name}.weight", None)
@@ -513,30 +643,47 @@ def _tie_factors(
 
 
 def _partners_can_hold(model: Any, name: str, layer: Stored) -> bool:
-    """Can every module that is tied to this one hold the same factors; else all of them are multiplied out."""
-    pairs = [(t.removesuffix(".weight"), s.removesuffix(".weight")) for t, s in model.all_tied_weights_keys.items()]
+    """Can every module that is tied to this one hold the same factors; else all of them are
+    multiplied out."""
+    pairs = [
+        (t.removesuffix(".weight"), s.removesuffix(".weight"))
+        for t, s in model.all_tied_weights_keys.items()
+    ]
     root = dict(pairs).get(name, name)
     partners = {root, *(target for target, source in pairs if source == root)} - {name}
-    return all(_low_rank(other, model.get_submodule(other), layer) is not None for other in partners)
+    return all(
+        _low_rank(other, model.get_submodule(other), layer) is not None for other in partners
+    )
 
 
 def _replace_tied(model: Any, name: str, root: str, replaced: dict[str, Stored]) -> None:
-    """Make room for factors in a module that the files lack, since it is tied to `root`, which they hold."""
+    """Make room for factors in a module that the files lack, since it is tied to `root`, which they
+    hold."""
     new = _low_rank(name, model.get_submodule(name), replaced[root])
     if new is None:
-        raise ValueError(f"{name} is tied to {root} and cannot hold factors; load with SvdConfig(dequantize=True)")
+        raise ValueError(
+            f"{name} is tied to {root} and cannot hold factors; load with "
+            f"SvdConfig(dequantize=True)"
+        )
     model.set_submodule(name, new)
     replaced[name] = replaced[root]
 
 
 def _are_tied(model: Any, target: str, source: str) -> bool:
-    """After loading: two modules that both came from the files were tied only where their factors are equal."""
+    """After loading: two modules that both came from the files were tied only where their factors
+    are equal."""
     return model.get_parameter(f"{target}.{UP}") is model.get_parameter(f"{source}.{UP}")
 
 
-def _held_dense(named: Naming, shapes: dict[str, tuple[int, ...]], wanted: set[tuple[int, int]]) -> set[str]:
+def _held_dense(
+    named: Naming, shapes: dict[str, tuple[int, ...]], wanted: set[tuple[int, int]]
+) -> set[str]:
     """Modules whose dense weight, of one of the wanted shapes, is in the weight files."""
-    homes = [named(name) for name, shape in shapes.items() if name.endswith(".weight") and shape in wanted]
+    homes = [
+        named(name)
+        for name, shape in shapes.items()
+        if name.endswith(".weight") and shape in wanted
+    ]
     return {home.key.removesuffix(".weight") for home in homes if home.pattern is None}
 
 
@@ -553,8 +700,8 @@ def _first(model: Any, name: str, check: Callable[[Any], None]) -> None:
 
 
 def _as_declared(model: Any, expected: dict[str, Tensor], info: Any) -> None:
-    """What early versions leave out where there is a quantizer: other sizes than the model's are mismatches, and tensors whose
-    names changed take its dtype too."""
+    """What early versions leave out where there is a quantizer: other sizes than the model's are
+    mismatches, and tensors whose names changed take its dtype too."""
     fixed: dict[str, torch.dtype] = {}
     for declared in {tensor.dtype for tensor in expected.values()}:
         fixed |= model._get_dtype_plan(declared)
@@ -567,9 +714,16 @@ def _as_declared(model: Any, expected: dict[str, Tensor], info: Any) -> None:
             continue
         if tensor.shape != empty.shape:
             info.mismatched_keys.add((key, tensor.shape, empty.shape))
-            places[leaf] = nn.Parameter(empty, empty.is_floating_point()) if places is owner._parameters else empty
+            places[leaf] = (
+                nn.Parameter(empty, empty.is_floating_point())
+                if places is owner._parameters
+                else empty
+            )
             continue
-        wanted = next((d for pattern, d in fixed.items() if re.search(pattern.replace("*", ".*"), key)), empty.dtype)
+        wanted = next(
+            (d for pattern, d in fixed.items() if re.search(pattern.replace("*", ".*"), key)),
+            empty.dtype,
+        )
         if tensor.is_floating_point() and tensor.dtype != wanted:
             tensor.data = tensor.data.to(wanted)
 
@@ -578,9 +732,13 @@ def _dense(module: Any, weight: nn.Parameter) -> nn.Module:
     """The ordinary layer that a low-rank module stands for."""
     dense: nn.Module
     if hasattr(module, "in_features"):
-        dense = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None, device="meta")
+        dense = nn.Linear(
+            module.in_features, module.out_features, bias=module.bias is not None, device="meta"
+        )
     elif hasattr(module, "num_embeddings"):
-        dense = nn.Embedding(module.num_embeddings, module.embedding_dim, module.padding_idx, device="meta")
+        dense = nn.Embedding(
+            module.num_embeddings, module.embedding_dim, module.padding_idx, device="meta"
+        )
     else:
         dense = Conv1D(module.nf, module.nx)
     dense.weight = weight
@@ -593,7 +751,11 @@ def _forget_method(config: Any) -> None:
     """Remove svdcli's quantization_config from a config and everything in it."""
     values = config if isinstance(config, dict) else vars(config)
     quantised = values.get("quantization_config")
-    method = quantised.get("quant_method") if isinstance(quantised, dict) else getattr(quantised, "quant_method", None)
+    method = (
+        quantised.get("quant_method")
+        if isinstance(quantised, dict)
+        else getattr(quantised, "quant_method", None)
+    )
     if method == METHOD:
         del values["quantization_config"]
     for value in values.values():
@@ -602,7 +764,8 @@ def _forget_method(config: Any) -> None:
 
 
 def _let_cast(model: Any) -> None:
-    """Factors are ordinary parameters: `.half()`, `.float()` and model code need not take them for anything else."""
+    """Factors are ordinary parameters: `.half()`, `.float()` and model code need not take them for
+    anything else."""
     model.is_quantized = False
     for module in model.modules():
         config = getattr(module, "config", None)
@@ -611,7 +774,8 @@ def _let_cast(model: Any) -> None:
 
 
 def _for_factors(converter: Any, quantizer: SvdQuantizer) -> Any:
-    """A converter that takes the factors, and the weights beside them, of what `converter` takes; it applies where that does."""
+    """A converter that takes the factors, and the weights beside them, of what `converter` takes;
+    it applies where that does."""
     patterns: dict[str, tuple[str, str]] = {}
     for source in converter.source_patterns:
         stem = _up_to_weight(source)
@@ -632,12 +796,15 @@ def _up_to_weight(pattern: str) -> str:
     return stem if stem.endswith(".") else f"{stem}."
 
 
-def _merging(patterns: dict[str, tuple[str, str]], target: str, quantizer: SvdQuantizer, original: Any = None) -> Any:
+def _merging(
+    patterns: dict[str, tuple[str, str]], target: str, quantizer: SvdQuantizer, original: Any = None
+) -> Any:
     return WeightConverter(list(patterns), [target], [MergeFactors(quantizer, patterns, original)])
 
 
 def _without_merge(converter: Any) -> Any:
-    """The converter as the model's own mapping has it; None where it only multiplied factors out."""
+    """The converter as the model's own mapping has it; None where it only multiplied factors
+    out."""
     for operation in getattr(converter, "operations", None) or ():
         if isinstance(operation, MergeFactors):
             return operation.original

@@ -25,35 +25,48 @@ _SMALL = 4 * 10**9
 def load(path: str | Path, *, into: nn.Module | None = None, **options: Any) -> nn.Module:
     """Open a checkpoint, compressed or not, for inference or training.
 
-    A directory with a config.json becomes the transformers model that its config names, or the class that fits its weights
-    best where it names none, in the stored dtype; options go to `from_pretrained` (dtype, device_map, attn_implementation,
-    trust_remote_code). What that class ignores or makes anew it ignores or makes anew here too, with transformers' own
-    remark. With `into`, a file or directory is loaded into that module instead: layers that are factored are replaced by
-    low-rank modules, in place; names may differ by what torch.compile (`_orig_mod`) and DDP (`module.`) add to them.
+    A directory with a config.json becomes the transformers model that its config names, or the
+    class that fits its weights best where it names none, in the stored dtype; options go to
+    `from_pretrained` (dtype, device_map, attn_implementation, trust_remote_code). What that class
+    ignores or makes anew it ignores or makes anew here too, with transformers' own remark. With
+    `into`, a file or directory is loaded into that module instead: layers that are factored are
+    replaced by low-rank modules, in place; names may differ by what torch.compile (`_orig_mod`) and
+    DDP (`module.`) add to them.
 
-    Raises BadCheckpointError where a factor or another tensor of the record is missing, a rank or shape disagrees, the format
-    is newer, or the directory was edited; SvdcliError where a factored layer of the model was not filled, where transformers
-    refuses, and, with `into`, where the module has no place for a tensor, or lacks one.
+    Raises BadCheckpointError where a factor or another tensor of the record is missing, a rank or
+    shape disagrees, the format is newer, or the directory was edited; SvdcliError where a factored
+    layer of the model was not filled, where transformers refuses, and, with `into`, where the
+    module has no place for a tensor, or lacks one.
     """
     with open_checkpoint(path) as checkpoint:
         _check(checkpoint)
         if into is not None:
             if options:
-                raise UsageError(f"{', '.join(options)} cannot be used with into=", "the module decides by itself")
+                raise UsageError(
+                    f"{', '.join(options)} cannot be used with into=",
+                    "the module decides by itself",
+                )
             return _load_into(into, checkpoint)
         if not checkpoint.is_directory or not checkpoint.transformers_opens_it:
             raise UsageError(
-                f"{checkpoint.shown} has no config.json that names a model", "give the module: load(path, into=module)"
+                f"{checkpoint.shown} has no config.json that names a model",
+                "give the module: load(path, into=module)",
             )
         return _load_transformers(checkpoint, options)
 
 
 def load_quietly(
-    path: str | Path, device: torch.device, dtype: torch.dtype | None = None, *, trust_remote_code: bool = False
+    path: str | Path,
+    device: torch.device,
+    dtype: torch.dtype | None = None,
+    *,
+    trust_remote_code: bool = False,
 ) -> Any:
-    """A transformers model for svdcli's own commands, on its device and without the library's progress bars.
+    """A transformers model for svdcli's own commands, on its device and without the library's
+    progress bars.
 
-    Without dtype: float32 on a CPU for models of up to 4 GB (many CPUs are an order slower in 16 bits), else as stored.
+    Without dtype: float32 on a CPU for models of up to 4 GB (many CPUs are an order slower in 16
+    bits), else as stored.
     """
     with open_checkpoint(path) as checkpoint:
         small = sum(checkpoint.files.values()) <= _SMALL
@@ -63,16 +76,20 @@ def load_quietly(
 
 
 def load_stored(path: str | Path, *, trust_remote_code: bool = False) -> Any:
-    """A transformers model in its stored dtype, whose weights stay in the file until they are used; nothing is trained."""
+    """A transformers model in its stored dtype, whose weights stay in the file until they are used;
+    nothing is trained."""
     return _without_bars(path, "auto", trust_remote_code).requires_grad_(False).eval()
 
 
 def _without_bars(path: str | Path, dtype: torch.dtype | str, trust_remote_code: bool) -> nn.Module:
-    """Without the option nothing of the folder's own code runs; with it, what that code raises is told in a line."""
+    """Without the option nothing of the folder's own code runs; with it, what that code raises is
+    told in a line."""
     own = trust_remote_code and bool(own_code.model_sources(Path(path)))
     logging = _transformers().utils.logging
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Cannot (en|dis)able progress bars")  # where the environment decides that
+        warnings.filterwarnings(
+            "ignore", message="Cannot (en|dis)able progress bars"
+        )  # where the environment decides that
         logging.disable_progress_bar()
         try:
             return load(path, dtype=dtype, trust_remote_code=own)
@@ -82,7 +99,10 @@ def _without_bars(path: str | Path, dtype: torch.dtype | str, trust_remote_code:
             if not own:
                 raise
             what = f"{type(error).__name__}: {_first_lines(error)}"
-            hint = f"see which versions it was made for, or leave out {own_code.OPTION} where transformers has the class"
+            hint = (
+                f"see which versions it was made for, or leave out {own_code.OPTION} "
+                f"where transformers has the class"
+            )
             raise SvdcliError(f"the code that {path} brings along fails ({what})", hint) from error
         finally:
             logging.enable_progress_bar()
@@ -94,10 +114,17 @@ def _check(checkpoint: Checkpoint) -> None:
     quantised = (checkpoint.config or {}).get("quantization_config") or {}
     method = quantised.get("quant_method") if isinstance(quantised, dict) else None
     if method == METHOD and "format" not in quantised:
-        raise BadCheckpointError(f"the quantization_config of {checkpoint.shown} has no format", "restore its config.json")
-    if method == METHOD and (not isinstance(quantised["format"], int) or quantised["format"] > FORMAT):
         raise BadCheckpointError(
-            f"{checkpoint.shown} has format {quantised.get('format')!r}, this svdcli knows {FORMAT}", "upgrade svdcli"
+            f"the quantization_config of {checkpoint.shown} has no format",
+            "restore its config.json",
+        )
+    if method == METHOD and (
+        not isinstance(quantised["format"], int) or quantised["format"] > FORMAT
+    ):
+        raise BadCheckpointError(
+            f"{checkpoint.shown} has format {quantised.get('format')!r}, this svdcli knows "
+            f"{FORMAT}",
+            "upgrade svdcli",
         )
     if record is None:
         return
@@ -105,20 +132,27 @@ def _check(checkpoint: Checkpoint) -> None:
     check_listed(checkpoint, record)
     for name, item in (record.get("files") or {}).items():
         if name in checkpoint.files and checkpoint.files[name] != item.get("bytes"):
-            raise BadCheckpointError(f"{checkpoint.path / name} was changed after svdcli wrote it", "see `svdcli verify`")
+            raise BadCheckpointError(
+                f"{checkpoint.path / name} was changed after svdcli wrote it", "see `svdcli verify`"
+            )
     factored = any(layer.layout != "dense" for layer in layers)
     if factored and checkpoint.transformers_opens_it and method != METHOD:
         raise BadCheckpointError(
-            f"{checkpoint.path / checkpoint.config_name} lost its quantization_config", "write the output again, or restore it"
+            f"{checkpoint.path / checkpoint.config_name} lost its quantization_config",
+            "write the output again, or restore it",
         )
 
 
 def _load_transformers(checkpoint: Checkpoint, options: dict[str, Any]) -> nn.Module:
     model_class = _model_class(checkpoint, options)
     try:
-        model: nn.Module = model_class.from_pretrained(checkpoint.path, **(_as_stored(checkpoint) | options))
+        model: nn.Module = model_class.from_pretrained(
+            checkpoint.path, **(_as_stored(checkpoint) | options)
+        )
     except (ValueError, RuntimeError, KeyError) as error:
-        raise SvdcliError(f"{checkpoint.shown} does not load: {_first_lines(error)}", "see `svdcli verify`") from error
+        raise SvdcliError(
+            f"{checkpoint.shown} does not load: {_first_lines(error)}", "see `svdcli verify`"
+        ) from error
     return model
 
 
@@ -136,7 +170,9 @@ def _transformers() -> Any:
 
         import svdcli.models.hf  # noqa: F401
     except ImportError as error:
-        raise SvdcliError("opening a model needs transformers 5.12 or later", "pip install 'svdcli[transformers]'") from error
+        raise SvdcliError(
+            "opening a model needs transformers 5.12 or later", "pip install 'svdcli[transformers]'"
+        ) from error
     return transformers
 
 
@@ -158,7 +194,8 @@ def _model_class(checkpoint: Checkpoint, options: dict[str, Any]) -> Any:
     return stock
 
 
-# Where a config.json names no class: what it may be, the likelier first, since order decides between classes that fit alike.
+# Where a config.json names no class: what it may be, the likelier first, since order decides
+# between classes that fit alike.
 _LIKELIEST = (
     "AutoModelForCausalLM",
     "AutoModelForSeq2SeqLM",
@@ -176,7 +213,8 @@ _LEAST_LIKELY = ("AutoModel", "AutoModelForTextEncoding")
 
 
 def _best_class(checkpoint: Checkpoint) -> Any:
-    """The class of this config that takes the checkpoint's tensors best: the fewest missing, then the fewest unexpected."""
+    """The class of this config that takes the checkpoint's tensors best: the fewest missing, then
+    the fewest unexpected."""
     transformers = _transformers()
     from svdcli.models.hf import unfilled
 
@@ -194,7 +232,9 @@ def _best_class(checkpoint: Checkpoint) -> Any:
             if scores[candidate] == (0, 0):
                 break
     except ValueError as error:
-        raise SvdcliError(f"{checkpoint.shown} does not load: {_first_lines(error)}", "see `svdcli verify`") from error
+        raise SvdcliError(
+            f"{checkpoint.shown} does not load: {_first_lines(error)}", "see `svdcli verify`"
+        ) from error
     finally:
         transformers.utils.logging.set_verbosity(verbosity)
     return min(scores, key=lambda candidate: scores[candidate], default=transformers.AutoModel)
@@ -210,7 +250,9 @@ def _classes_of(config: Any) -> list[Any]:
         if name.startswith("AutoModel") and mapping is not None and type(config) in mapping:
             listed[name] = mapping[type(config)]
     if "AutoModelForMaskedLM" in listed and not getattr(config, "is_decoder", False):
-        listed.pop("AutoModelForCausalLM", None)  # an encoder, which transformers can also use as a decoder
+        listed.pop(
+            "AutoModelForCausalLM", None
+        )  # an encoder, which transformers can also use as a decoder
 
     others = [name for name in listed if name not in _LIKELIEST + _LEAST_LIKELY]
     classes: dict[Any, None] = {}
@@ -231,18 +273,24 @@ def _first_lines(error: Exception) -> str:
     return " ".join(lines[:4])
 
 
-# Into a module of one's own ------------------------------------------------------------------------------------------
+# Into a module of one's own -----------------------------------------------------------------------
 
 
 def _load_into(module: nn.Module, checkpoint: Checkpoint) -> nn.Module:
     """Replace what is factored, then assign every tensor of the checkpoint, one at a time."""
     record = record_of(checkpoint)
-    layers = [layer for layer in stored_layers(checkpoint, record) if layer.layout != "dense"] if record is not None else []
+    layers = (
+        [layer for layer in stored_layers(checkpoint, record) if layer.layout != "dense"]
+        if record is not None
+        else []
+    )
     _replace(module, layers, checkpoint.shown)
 
     # which tensor goes where
     tripwires = {layer.tensor.name for layer in layers}
-    sources = _by_plain_name((name for name in checkpoint.tensors if name not in tripwires), checkpoint.shown)
+    sources = _by_plain_name(
+        (name for name in checkpoint.tensors if name not in tripwires), checkpoint.shown
+    )
     expected = module.state_dict()
     goals = _by_plain_name(expected, "the module")
     names = {goals.get(plain, plain): source for plain, source in sources.items()}
@@ -261,7 +309,9 @@ def _load_into(module: nn.Module, checkpoint: Checkpoint) -> nn.Module:
 def _replace(module: nn.Module, layers: Sequence[LayerPlan], shown: str) -> None:
     """Put low-rank modules, on the meta device, where the module has what is factored."""
     outer: dict[str, str] = {}
-    inner: dict[str, nn.Module] = {}  # of a compiled module the one within, which `outer` names the way around
+    inner: dict[
+        str, nn.Module
+    ] = {}  # of a compiled module the one within, which `outer` names the way around
     for path, child in module.named_modules():
         outer.setdefault(_plain_name(path), path)
         inner[_plain_name(path)] = child
@@ -270,7 +320,9 @@ def _replace(module: nn.Module, layers: Sequence[LayerPlan], shown: str) -> None
         name = _plain_name(layer.tensor.module)
         if not outer.get(name):
             hint = _prefix_hint(name, outer)
-            raise SvdcliError(f"the module has no {layer.tensor.module}, which is factored in {shown}", hint)
+            raise SvdcliError(
+                f"the module has no {layer.tensor.module}, which is factored in {shown}", hint
+            )
         fresh[outer[name]] = _low_rank(inner[name], layer, shown)
     for path, new in fresh.items():
         module.set_submodule(path, new)
@@ -291,35 +343,54 @@ def _by_plain_name(names: Iterable[str], shown: str) -> dict[str, str]:
         other = found.setdefault(_plain_name(name), name)
         if other != name:
             raise SvdcliError(
-                f"{shown} has {other} and {name}, which differ by a prefix of torch.compile or DDP alone", "rename one of them"
+                f"{shown} has {other} and {name}, which differ by a prefix of torch.compile or "
+                f"DDP alone",
+                "rename one of them",
             )
     return found
 
 
-def _check_fit(expected: Mapping[str, Tensor], names: Mapping[str, str], checkpoint: Checkpoint) -> None:
+def _check_fit(
+    expected: Mapping[str, Tensor], names: Mapping[str, str], checkpoint: Checkpoint
+) -> None:
     """Raises SvdcliError where tensors are missing, left over, or of another shape."""
     lacking, over = expected.keys() - names.keys(), names.keys() - expected.keys()
-    for what, odd, others in (("lacks", lacking, over), ("holds, and the module does not,", over, lacking)):
+    for what, odd, others in (
+        ("lacks", lacking, over),
+        ("holds, and the module does not,", over, lacking),
+    ):
         if odd:
             first = min(odd)
-            raise SvdcliError(f"{checkpoint.shown} {what} {first} ({len(odd)} such tensors)", _prefix_hint(first, others))
+            raise SvdcliError(
+                f"{checkpoint.shown} {what} {first} ({len(odd)} such tensors)",
+                _prefix_hint(first, others),
+            )
     for name, source in sorted(names.items()):
         shape, wanted = checkpoint.tensors[source].info.shape, tuple(expected[name].shape)
         if shape != wanted:
-            raise SvdcliError(f"{source} is {list(shape)} in {checkpoint.shown} and {list(wanted)} in the module", "check both")
+            raise SvdcliError(
+                f"{source} is {list(shape)} in {checkpoint.shown} and {list(wanted)} in the module",
+                "check both",
+            )
 
 
 def _prefix_hint(name: str, others: Iterable[str]) -> str:
-    """What to do where `name` is not on the other side: maybe it is there behind a prefix, or without one."""
+    """What to do where `name` is not on the other side: maybe it is there behind a prefix, or
+    without one."""
     for other in sorted(filter(None, others), key=len, reverse=True):
         if name.endswith(f".{other}") or other.endswith(f".{name}"):
-            return f"the names of checkpoint and module differ by a prefix ({name}, {other}): give a module with the same names"
+            return (
+                f"the names of checkpoint and module differ by a prefix ({name}, "
+                f"{other}): give a module with the same names"
+            )
     return "give the one it was made for"
 
 
 def _tied(module: nn.Module, missing: Set[str], names: Set[str]) -> dict[str, str]:
     """{name that the checkpoint lacks: name in it of the same parameter}."""
-    same = {name: id(parameter) for name, parameter in module.named_parameters(remove_duplicate=False)}
+    same = {
+        name: id(parameter) for name, parameter in module.named_parameters(remove_duplicate=False)
+    }
     sources = {same[name]: name for name in sorted(names) if name in same}
     return {name: sources[same[name]] for name in sorted(missing) if same.get(name) in sources}
 
@@ -330,14 +401,21 @@ def _low_rank(old: nn.Module, layer: LayerPlan, shown: str) -> nn.Module:
     new = low_rank_like(old, int(layer.rank or 0), pivoted=layer.layout == "pivoted")
     weight = getattr(old, "weight", None)
     if new is None or not isinstance(weight, Tensor):
-        raise SvdcliError(f"{name} is a {type(old).__name__}, which cannot hold factors", "expand the checkpoint first")
+        raise SvdcliError(
+            f"{name} is a {type(old).__name__}, which cannot hold factors",
+            "expand the checkpoint first",
+        )
     if tuple(weight.shape) != shape:
-        raise SvdcliError(f"{name} is {list(shape)} in {shown} and {list(weight.shape)} in the module", "check both")
+        raise SvdcliError(
+            f"{name} is {list(shape)} in {shown} and {list(weight.shape)} in the module",
+            "check both",
+        )
     return new
 
 
 def _assign(module: nn.Module, name: str, value: Tensor) -> None:
-    """Put a tensor in place of a parameter or buffer, on its device; one on the meta device takes the value's."""
+    """Put a tensor in place of a parameter or buffer, on its device; one on the meta device takes
+    the value's."""
     path, _, leaf = name.rpartition(".")
     owner = module.get_submodule(path)
     old = getattr(owner, leaf)

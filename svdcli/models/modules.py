@@ -1,4 +1,5 @@
-"""Modules that stand where a dense layer stood: the same call, the same bias, a weight of rank r in two factors.
+"""Modules that stand where a dense layer stood: the same call, the same bias, a weight of rank r in
+two factors.
 
 Torch only, and nothing of svdcli: `compress --self-contained` ships this file beside the weights.
 """
@@ -12,9 +13,12 @@ from torch import Tensor, nn
 
 
 class LowRankLinear(nn.Module):
-    """y = x W^T + b with W (out, in) = up @ down: two plain nn.Linear children, known to PEFT, torchao and exporters."""
+    """y = x W^T + b with W (out, in) = up @ down: two plain nn.Linear children, known to PEFT,
+    torchao and exporters."""
 
-    def __init__(self, in_features: int, out_features: int, rank: int, *, bias: bool, **how: Any) -> None:
+    def __init__(
+        self, in_features: int, out_features: int, rank: int, *, bias: bool, **how: Any
+    ) -> None:
         super().__init__()
         self.in_features, self.out_features, self.rank = in_features, out_features, rank
         self.svd_down = nn.Linear(in_features, rank, bias=False, **how)
@@ -35,11 +39,14 @@ class LowRankLinear(nn.Module):
 
 
 class PivotedLinear(nn.Module):
-    """y = x W^T + b with W (out, in) = cat(down, up @ down)[rows]: r outputs are computed, the others combined from them."""
+    """y = x W^T + b with W (out, in) = cat(down, up @ down)[rows]: r outputs are computed, the
+    others combined from them."""
 
     svd_rows: Tensor
 
-    def __init__(self, in_features: int, out_features: int, rank: int, *, bias: bool, **how: Any) -> None:
+    def __init__(
+        self, in_features: int, out_features: int, rank: int, *, bias: bool, **how: Any
+    ) -> None:
         super().__init__()
         self.in_features, self.out_features, self.rank = in_features, out_features, rank
         self.svd_down = nn.Linear(in_features, rank, bias=False, **how)
@@ -78,7 +85,10 @@ class LowRankConv1D(nn.Module):
     def __init__(self, in_features: int, out_features: int, rank: int, **how: Any) -> None:
         super().__init__()
         self.nx, self.nf, self.rank = in_features, out_features, rank
-        self.svd_up, self.svd_down = Matrix(in_features, rank, **how), Matrix(rank, out_features, **how)
+        self.svd_up, self.svd_down = (
+            Matrix(in_features, rank, **how),
+            Matrix(rank, out_features, **how),
+        )
         self.bias = nn.Parameter(torch.empty(out_features, **how))
 
     @property
@@ -92,14 +102,18 @@ class LowRankConv1D(nn.Module):
 
 
 class PivotedConv1D(nn.Module):
-    """y = x W + b with the stored weight W (in, out) = cat(down, up @ down)[rows], for transformers' Conv1D."""
+    """y = x W + b with the stored weight W (in, out) = cat(down, up @ down)[rows], for
+    transformers' Conv1D."""
 
     svd_rows: Tensor
 
     def __init__(self, in_features: int, out_features: int, rank: int, **how: Any) -> None:
         super().__init__()
         self.nx, self.nf, self.rank = in_features, out_features, rank
-        self.svd_up, self.svd_down = Matrix(in_features - rank, rank, **how), Matrix(rank, out_features, **how)
+        self.svd_up, self.svd_down = (
+            Matrix(in_features - rank, rank, **how),
+            Matrix(rank, out_features, **how),
+        )
         self.register_buffer("svd_rows", _rows(in_features, how))
         self.bias = nn.Parameter(torch.empty(out_features, **how))
 
@@ -110,16 +124,25 @@ class PivotedConv1D(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         ordered = x.index_select(-1, self.svd_rows.argsort())
-        y: Tensor = self.svd_down(ordered[..., : self.rank] + self.svd_up(ordered[..., self.rank :]))
+        y: Tensor = self.svd_down(
+            ordered[..., : self.rank] + self.svd_up(ordered[..., self.rank :])
+        )
         return y + self.bias
 
 
 class LowRankEmbedding(nn.Module):
     """Rows of W (num, dim) = up @ down."""
 
-    def __init__(self, num: int, dim: int, rank: int, padding_idx: int | None = None, **how: Any) -> None:
+    def __init__(
+        self, num: int, dim: int, rank: int, padding_idx: int | None = None, **how: Any
+    ) -> None:
         super().__init__()
-        self.num_embeddings, self.embedding_dim, self.rank, self.padding_idx = num, dim, rank, padding_idx
+        self.num_embeddings, self.embedding_dim, self.rank, self.padding_idx = (
+            num,
+            dim,
+            rank,
+            padding_idx,
+        )
         self.svd_up = nn.Embedding(num, rank, padding_idx=padding_idx, **how)
         self.svd_down = Matrix(rank, dim, **how)
 
@@ -138,9 +161,16 @@ class PivotedEmbedding(nn.Module):
 
     svd_rows: Tensor
 
-    def __init__(self, num: int, dim: int, rank: int, padding_idx: int | None = None, **how: Any) -> None:
+    def __init__(
+        self, num: int, dim: int, rank: int, padding_idx: int | None = None, **how: Any
+    ) -> None:
         super().__init__()
-        self.num_embeddings, self.embedding_dim, self.rank, self.padding_idx = num, dim, rank, padding_idx
+        self.num_embeddings, self.embedding_dim, self.rank, self.padding_idx = (
+            num,
+            dim,
+            rank,
+            padding_idx,
+        )
         self.svd_up = nn.Embedding(num - rank, rank, **how)
         self.svd_down = Matrix(rank, dim, **how)
         self.register_buffer("svd_rows", _rows(num, how))
@@ -162,11 +192,19 @@ class PivotedEmbedding(nn.Module):
 # Classes of transformers with a `forward` of their own that computes what nn.Linear does.
 _ALIKE = frozenset({"FalconLinear"})
 
-LOW_RANK = (LowRankLinear, PivotedLinear, LowRankConv1D, PivotedConv1D, LowRankEmbedding, PivotedEmbedding)
+LOW_RANK = (
+    LowRankLinear,
+    PivotedLinear,
+    LowRankConv1D,
+    PivotedConv1D,
+    LowRankEmbedding,
+    PivotedEmbedding,
+)
 
 
 def low_rank_like(old: nn.Module, rank: int, *, pivoted: bool) -> nn.Module | None:
-    """An empty low-rank module on the meta device that can stand for `old`, or None where no such module exists."""
+    """An empty low-rank module on the meta device that can stand for `old`, or None where no such
+    module exists."""
     weight = getattr(old, "weight", None)
     how: dict[str, Any] = {"device": "meta", "dtype": getattr(weight, "dtype", None)}
     if isinstance(old, nn.Linear) and _computes_like(old, nn.Linear):
@@ -175,19 +213,23 @@ def low_rank_like(old: nn.Module, rank: int, *, pivoted: bool) -> nn.Module | No
     if isinstance(old, nn.Embedding) and _computes_like(old, nn.Embedding):
         table = PivotedEmbedding if pivoted else LowRankEmbedding
         return table(old.num_embeddings, old.embedding_dim, rank, old.padding_idx, **how)
-    if type(old).__name__ == "Conv1D" and isinstance(weight, Tensor):  # of transformers, which this file must not import
+    if type(old).__name__ == "Conv1D" and isinstance(
+        weight, Tensor
+    ):  # of transformers, which this file must not import
         conv = PivotedConv1D if pivoted else LowRankConv1D
         return conv(weight.shape[0], weight.shape[1], rank, **how)
     return None
 
 
 def _computes_like(module: nn.Module, plain: type[nn.Module]) -> bool:
-    """Is what the module answers that of its plain class: embeddings may scale or shift, linear layers work in groups."""
+    """Is what the module answers that of its plain class: embeddings may scale or shift, linear
+    layers work in groups."""
     return type(module).forward is plain.forward or type(module).__name__ in _ALIKE
 
 
 def is_linear(module: nn.Module | None) -> bool:
-    """Does a module answer with x W^T (nn.Linear) or x W (transformers' Conv1D), and nothing else."""
+    """Does a module answer with x W^T (nn.Linear) or x W (transformers' Conv1D), and nothing
+    else."""
     if isinstance(module, nn.Linear):
         return _computes_like(module, nn.Linear)
     return type(module).__name__ == "Conv1D"
@@ -209,13 +251,15 @@ def weight_of(module: nn.Module) -> Tensor:
 
 
 def factors_of(module: nn.Module) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The parts of a low-rank module as they are stored: up, down, and the row order where it is pivoted."""
+    """The parts of a low-rank module as they are stored: up, down, and the row order where it is
+    pivoted."""
     up, down = module.get_parameter("svd_up.weight"), module.get_parameter("svd_down.weight")
     return up, down, dict(module.named_buffers(recurse=False)).get("svd_rows")
 
 
 def lazy_weight(module: nn.Module) -> Tensor:
-    """What `.weight` answers: model code that only looks at its dtype or device must not pay for a product."""
+    """What `.weight` answers: model code that only looks at its dtype or device must not pay for a
+    product."""
     if torch.compiler.is_compiling():
         return weight_of(module)  # the compiler drops what is not used
     return LazyWeight(module)
@@ -230,7 +274,9 @@ class LazyWeight(Tensor):
     def __new__(cls, module: nn.Module) -> LazyWeight:
         up, down, rows = factors_of(module)
         shape = (up.shape[0] if rows is None else rows.shape[0], down.shape[1])
-        lazy: LazyWeight = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=up.dtype, device=up.device)
+        lazy: LazyWeight = torch.Tensor._make_wrapper_subclass(
+            cls, shape, dtype=up.dtype, device=up.device
+        )
         lazy._module = module
         return lazy
 
@@ -251,7 +297,10 @@ _METADATA = {
     Tensor.size,
     Tensor.dim,
     Tensor.is_floating_point,
-    *(getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "layout", "is_meta", "is_cuda")),
+    *(
+        getattr(Tensor, name).__get__
+        for name in ("shape", "dtype", "device", "ndim", "layout", "is_meta", "is_cuda")
+    ),
 }
 
 

@@ -1,4 +1,5 @@
-"""The one Python file of `compress --self-contained`, put together from the plugin's own source. No torch here."""
+"""The one Python file of `compress --self-contained`, put together from the plugin's own source. No
+torch here."""
 
 from __future__ import annotations
 
@@ -13,8 +14,12 @@ _PACKAGE = Path(__file__).parent.parent
 
 
 def standalone_source() -> bytes:
-    """Modules, plugin and openers in one file that imports torch, safetensors and transformers only."""
-    parts = [f"# Written by svdcli {__version__}: opens the model beside it. Apache-2.0.\nfrom __future__ import annotations\n"]
+    """Modules, plugin and openers in one file that imports torch, safetensors and transformers
+    only."""
+    parts = [
+        f"# Written by svdcli {__version__}: opens the model beside it. Apache-2.0.\nfrom "
+        f"__future__ import annotations\n"
+    ]
     for name in _SOURCES:
         text = (_PACKAGE / name).read_text(encoding="utf-8")
         parts.append("\n".join(line for line in text.splitlines() if not _drops(line)) + "\n")
@@ -23,9 +28,12 @@ def standalone_source() -> bytes:
 
 def auto_map() -> dict[str, str]:
     """What config.json says about that file: every stock class by its own name."""
+    module = STANDALONE.removesuffix(".py")
     tree = ast.parse((_PACKAGE / "models" / "auto_classes.py").read_text(encoding="utf-8"))
-    names = next(node.value for node in tree.body if isinstance(node, ast.Assign) and node.targets[0].id == "AUTO_CLASSES")  # type: ignore[attr-defined]
-    return {name: f"{STANDALONE.removesuffix('.py')}.{name}" for name in ast.literal_eval(names)}
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "AUTO_CLASSES":
+            return {name: f"{module}.{name}" for name in ast.literal_eval(node.value)}
+    raise AssertionError("auto_classes.py names no classes")
 
 
 def _drops(line: str) -> bool:

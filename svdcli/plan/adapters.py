@@ -1,4 +1,5 @@
-"""Adapters (LoRA and its kin) are told by the names of their tensors: they are small factors, and no model."""
+"""Adapters (LoRA and its kin) are told by the names of their tensors: they are small factors, and
+no model."""
 
 from __future__ import annotations
 
@@ -24,7 +25,8 @@ def is_adapter_factor(name: str) -> bool:
 
 
 def adapter_kind(tensors: Sequence[TensorInfo], beside: Collection[str] = ()) -> str:
-    """ "a LoRA adapter" or "an adapter" where these tensors are one; "" for a model, with or without adapters in it.
+    """ "a LoRA adapter" or "an adapter" where these tensors are one; "" for a model, with or
+    without adapters in it.
 
     beside names the other files of the directory.
     """

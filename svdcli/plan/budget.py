@@ -1,4 +1,5 @@
-"""Budgets are met by all selected layers together, or it is an error that says what it would take."""
+"""Budgets are met by all selected layers together, or it is an error that says what it would
+take."""
 
 from __future__ import annotations
 
@@ -18,20 +19,28 @@ _WELL_BELOW = 0.97
 
 
 def ranks_within_share(
-    recipe: Recipe, selected: Sequence[TensorInfo], options: Sequence[Options], left: Mapping[str, str]
+    recipe: Recipe,
+    selected: Sequence[TensorInfo],
+    options: Sequence[Options],
+    left: Mapping[str, str],
 ) -> tuple[list[Choice], int]:
-    """An even share of ranks for `--keep`, and the parameters that the layers of `options` may keep in all.
+    """An even share of ranks for `--keep`, and the parameters that the layers of `options` may keep
+    in all.
 
-    left names the selected layers that have no options, with the reason: they stay dense and count in full, as do layers
-    without a rank that saves, and the others make up for them. Raises UsageError where even the least ranks are above the
-    budget.
+    left names the selected layers that have no options, with the reason: they stay dense and count
+    in full, as do layers without a rank that saves, and the others make up for them. Raises
+    UsageError where even the least ranks are above the budget.
     """
     whole = sum(tensor.parameters for tensor in selected)
     fixed = whole - sum(option.dense_cost for option in options)
     budget = math.floor(recipe.value * whole + 1e-9) - fixed
     even = uniform(options, recipe.value)
     spent = cost_of(options, even)
-    if spent <= budget or (spent + fixed) / whole <= recipe.value or not any(option.ranks for option in options):
+    if (
+        spent <= budget
+        or (spent + fixed) / whole <= recipe.value
+        or not any(option.ranks for option in options)
+    ):
         return even, budget
     least = sum(option.least_cost for option in options)
     if least > budget:
@@ -44,10 +53,18 @@ def cost_of(options: Sequence[Options], choices: Sequence[Choice]) -> int:
 
 
 def note_of_missed_share(
-    recipe: Recipe, selected: Sequence[TensorInfo], options: Sequence[Options], choices: Sequence[Choice]
+    recipe: Recipe,
+    selected: Sequence[TensorInfo],
+    options: Sequence[Options],
+    choices: Sequence[Choice],
 ) -> tuple[str, ...]:
-    """A note where the largest ranks there are keep much less than the share of parameters that was asked for."""
-    tops = [o for o, c in zip(options, choices, strict=True) if c.rank is not None and c.rank == o.ranks[-1]]
+    """A note where the largest ranks there are keep much less than the share of parameters that was
+    asked for."""
+    tops = [
+        o
+        for o, c in zip(options, choices, strict=True)
+        if c.rank is not None and c.rank == o.ranks[-1]
+    ]
     whole = sum(tensor.parameters for tensor in selected)
     spent = whole - sum(option.dense_cost for option in options) + cost_of(options, choices)
     if not tops or spent >= _WELL_BELOW * recipe.value * whole:
@@ -61,13 +78,17 @@ def note_of_missed_share(
 
 
 def missed_target(plan: Plan, total: int) -> str:
-    """By what a plan misses the budget of its recipe, in a few words; empty where it does not. total is the output's bytes."""
+    """By what a plan misses the budget of its recipe, in a few words; empty where it does not.
+    total is the output's bytes."""
     recipe = plan.recipe
     if recipe.target == "size" and total > recipe.value:
         return f"the output is larger than --size {int(recipe.value)}"
     share = _share_of(plan)
     if recipe.target == "keep" and share > recipe.value:
-        return f"{share:.3g} of the selected parameters remain where --keep {recipe.value:g} allows less"
+        return (
+            f"{share:.3g} of the selected parameters remain where --keep "
+            f"{recipe.value:g} allows less"
+        )
     return ""
 
 
@@ -77,21 +98,36 @@ def _share_of(plan: Plan) -> float:
     for layer in plan.layers:
         parameters = layer.tensor.parameters
         before += parameters
-        after += parameters if layer.rank is None else stored_parameters(layer.tensor.shape, layer.rank, layer.layout)
+        after += (
+            parameters
+            if layer.rank is None
+            else stored_parameters(layer.tensor.shape, layer.rank, layer.layout)
+        )
     return after / before if before else 1.0
 
 
-# What it would take --------------------------------------------------------------------------------------------------
+# What it would take -------------------------------------------------------------------------------
 
 
-def _unreachable(recipe: Recipe, least: float, options: Sequence[Options], left: Mapping[str, str]) -> UsageError:
-    dense = dict(left) | {option.tensor.name: uniform([option], 0.5)[0].reason for option in options if not option.ranks}
+def _unreachable(
+    recipe: Recipe, least: float, options: Sequence[Options], left: Mapping[str, str]
+) -> UsageError:
+    dense = dict(left) | {
+        option.tensor.name: uniform([option], 0.5)[0].reason
+        for option in options
+        if not option.ranks
+    }
     ranked = [option.tensor.name for option in options if option.ranks]
     hints = [f"use --keep {_rounded_up(least)} or more"]
     why = f"with the least rank in every layer {least:.3g} of the selected parameters remain"
     if dense:
-        why = f"{staying_dense(dense, len(dense) + len(ranked))}, and with the least ranks elsewhere {least:.3g} remain"
-        hints.append(f"leave the dense ones out of the count with {_excluding(list(dense), ranked)}")
+        why = (
+            f"{staying_dense(dense, len(dense) + len(ranked))}, and with the least ranks "
+            f"elsewhere {least:.3g} remain"
+        )
+        hints.append(
+            f"leave the dense ones out of the count with {_excluding(list(dense), ranked)}"
+        )
     if any(reason.startswith(NOT_CALIBRATED) for reason in left.values()):
         hints.append("calibrate with more text")
     if recipe.multiple_of > 1:
@@ -100,7 +136,8 @@ def _unreachable(recipe: Recipe, least: float, options: Sequence[Options], left:
 
 
 def staying_dense(dense: Mapping[str, str], count: int) -> str:
-    """How many of `count` selected layers stay dense, the main reason and an example. dense maps layers to their reasons."""
+    """How many of `count` selected layers stay dense, the main reason and an example. dense maps
+    layers to their reasons."""
     reasons = list(dense.values())
     main = max(dict.fromkeys(reasons), key=reasons.count)
     example = module_of(next(name for name, reason in dense.items() if reason == main))
@@ -109,7 +146,8 @@ def staying_dense(dense: Mapping[str, str], count: int) -> str:
 
 
 def _rounded_up(share: float) -> str:
-    """A share that is reached, in three digits where they do; more where three would be all of it."""
+    """A share that is reached, in three digits where they do; more where three would be all of
+    it."""
     for digits in range(3 - math.ceil(math.log10(share)), 12):
         above = math.ceil(share * 10**digits) / 10**digits
         if above < 1:
@@ -118,13 +156,18 @@ def _rounded_up(share: float) -> str:
 
 
 def _excluding(dense: Sequence[str], others: Sequence[str]) -> str:
-    """Options that exclude these layers and no other: their names where they are few, or a pattern that tells them apart."""
+    """Options that exclude these layers and no other: their names where they are few, or a pattern
+    that tells them apart."""
     if len(dense) <= 2:
         return " ".join(f"--exclude {module_of(name)}" for name in dense)
     shared = set.intersection(*(set(module_of(name).split(".")) for name in dense))
     for part in reversed(module_of(dense[0]).split(".")):  # the most telling ones come last
         for pattern in (f"*.{part}.*", f"{part}.*", f"*.{part}"):
-            if part in shared and _matches_all(pattern, dense) and not _matches_any(pattern, others):
+            if (
+                part in shared
+                and _matches_all(pattern, dense)
+                and not _matches_any(pattern, others)
+            ):
                 return f"--exclude '{pattern}'"
     return "--exclude"
 

@@ -7,15 +7,31 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from svdcli.errors import UsageError
-from svdcli.plan.budget import NOT_CALIBRATED, cost_of, note_of_missed_share, ranks_within_share, staying_dense
+from svdcli.plan.budget import (
+    NOT_CALIBRATED,
+    cost_of,
+    note_of_missed_share,
+    ranks_within_share,
+    staying_dense,
+)
 from svdcli.plan.knapsack import allocate_globally
 from svdcli.plan.plan import LayerPlan, Plan, Skipped
-from svdcli.plan.ranks import Choice, Options, by_tail, fixed_rank, options_of, rounding_energy, tails_of, uniform_within
+from svdcli.plan.ranks import (
+    Choice,
+    Options,
+    by_tail,
+    fixed_rank,
+    options_of,
+    rounding_energy,
+    tails_of,
+    uniform_within,
+)
 from svdcli.plan.recipe import Recipe
 from svdcli.plan.tensors import TensorInfo
 from svdcli.plan.words import WEIGHTED
 
-# Up to this short side LAPACK's SVD takes milliseconds, and there is nothing to win with a Gram matrix.
+# Up to this short side LAPACK's SVD takes milliseconds, and there is nothing to win with a Gram
+# matrix.
 _SVD_IS_CHEAP = 128
 _SIZE_ROUNDS = 12
 UNSOUND = "NaN or infinity, or float64 numbers whose squares leave its range"
@@ -25,9 +41,10 @@ UNSOUND = "NaN or infinity, or float64 numbers whose squares leave its range"
 class Measured:
     """What a look at one layer's numbers found.
 
-    energies are its squared singular values in descending order, in the metric of the calibration where there is one; None
-    where no policy needs them. metric says which that is ("" plain). bias is the layer's own, where it will be refitted. weight
-    is the loss of the model that its whole energy stands for, where that was measured.
+    energies are its squared singular values in descending order, in the metric of the calibration
+    where there is one; None where no policy needs them. metric says which that is ("" plain). bias
+    is the layer's own, where it will be refitted. weight is the loss of the model that its whole
+    energy stands for, where that was measured.
     """
 
     finite: bool
@@ -41,8 +58,8 @@ class Measured:
         return tails_of(self.energies or (), math.fsum(self.energies or ()))
 
     def losses(self) -> list[float]:
-        """What each rank gives up: the predicted rise of the model's loss where it was measured (its share of weight) or follows
-        from gradients (half the tail); else tails()."""
+        """What each rank gives up: the predicted rise of the model's loss where it was measured
+        (its share of weight) or follows from gradients (half the tail); else tails()."""
         scale = self.weight if self.weight is not None else 1.0
         if self.weight is None and self.metric in ("diagonal", "full"):
             scale = 0.5 * math.fsum(self.energies or ())
@@ -50,7 +67,11 @@ class Measured:
 
 
 def needs_spectra(recipe: Recipe) -> bool:
-    return recipe.allocate == "global" or recipe.target in ("energy", "error") or recipe.calibration is not None
+    return (
+        recipe.allocate == "global"
+        or recipe.target in ("energy", "error")
+        or recipe.calibration is not None
+    )
 
 
 def decide(
@@ -81,7 +102,10 @@ def decide(
     def plan_with(choices: Sequence[Choice]) -> Plan:
         by_name = {tensor.name: choice for tensor, choice in zip(sound, choices, strict=True)}
         by_name |= {name: Choice(None, reason) for name, reason in out.items()}
-        layers = tuple(_layer_plan(t, by_name[t.name], recipe, lost.get(t.name), measured[t.name]) for t in selected)
+        layers = tuple(
+            _layer_plan(t, by_name[t.name], recipe, lost.get(t.name), measured[t.name])
+            for t in selected
+        )
         return Plan(recipe, fingerprint, layers, tuple(skipped), loss_unit=loss_unit)
 
     unit = "bytes" if recipe.target == "size" else "parameters"
@@ -98,12 +122,18 @@ def decide(
         budget = cost_of(options, choices)
     if recipe.allocate == "global":
         choices = _globally(recipe, options, losses, choices, budget)
-    notes = note_of_missed_share(recipe, selected, options, choices) if recipe.target == "keep" else ()
+    notes = (
+        note_of_missed_share(recipe, selected, options, choices) if recipe.target == "keep" else ()
+    )
     return replace(plan_with(choices), notes=notes)
 
 
 def _layer_plan(
-    tensor: TensorInfo, choice: Choice, recipe: Recipe, losses: Sequence[float] | None, measured: Measured
+    tensor: TensorInfo,
+    choice: Choice,
+    recipe: Recipe,
+    losses: Sequence[float] | None,
+    measured: Measured,
 ) -> LayerPlan:
     solver = WEIGHTED if measured.metric else recipe.solver
     if solver == "auto":
@@ -140,15 +170,20 @@ def _globally(
     even: Sequence[Choice],
     budget: int,
 ) -> list[Choice]:
-    """Global allocation with its floor taken from the uniform ranks; the uniform one where that is no worse."""
+    """Global allocation with its floor taken from the uniform ranks; the uniform one where that is
+    no worse."""
     floors = [
-        math.ceil(recipe.floor * (option.ranks[-1] if choice.rank is None else choice.rank)) if option.ranks else 1
+        math.ceil(recipe.floor * (option.ranks[-1] if choice.rank is None else choice.rank))
+        if option.ranks
+        else 1
         for option, choice in zip(options, even, strict=True)
     ]
     best = allocate_globally(options, losses, budget, floors)
 
     def total(choices: Sequence[Choice]) -> float:
-        return math.fsum(0.0 if c.rank is None else loss(c.rank) for c, loss in zip(choices, losses, strict=True))
+        return math.fsum(
+            0.0 if c.rank is None else loss(c.rank) for c, loss in zip(choices, losses, strict=True)
+        )
 
     return list(even) if cost_of(options, even) <= budget and total(even) <= total(best) else best
 
@@ -160,9 +195,12 @@ def _within_size(
     plan_with: Callable[[Sequence[Choice]], Plan],
     predict: Callable[[Plan], int],
 ) -> Plan:
-    """Never above the size, as close below as whole ranks allow. Headers grow with the plan, so it is asked again and again."""
+    """Never above the size, as close below as whole ranks allow. Headers grow with the plan, so it
+    is asked again and again."""
     size = int(recipe.value)
-    smallest = plan_with([Choice(o.ranks[0]) if o.ranks else Choice(None, "no rank saves bytes") for o in options])
+    smallest = plan_with(
+        [Choice(o.ranks[0]) if o.ranks else Choice(None, "no rank saves bytes") for o in options]
+    )
     reachable = predict(smallest)
     if reachable > size:
         for _ in range(3):  # the record holds the size that was asked for, so its digits count too
@@ -170,10 +208,13 @@ def _within_size(
         dense = {layer.tensor.name: layer.reason for layer in smallest.layers if layer.rank is None}
         why = f", since {staying_dense(dense, len(smallest.layers))}" if dense else ""
         raise UsageError(
-            f"--size {size} is not reachable: the smallest output has {reachable} bytes{why}", f"use --size {reachable} or more"
+            f"--size {size} is not reachable: the smallest output has {reachable} bytes{why}",
+            f"use --size {reachable} or more",
         )
     best, best_bytes = smallest, reachable
-    overhead = reachable - sum(option.cost(layer.rank) for option, layer in _paired(options, smallest))
+    overhead = reachable - sum(
+        option.cost(layer.rank) for option, layer in _paired(options, smallest)
+    )
     budget = size - overhead
     for _ in range(_SIZE_ROUNDS):
         choices = uniform_within(options, budget)
@@ -189,7 +230,11 @@ def _within_size(
         following = size - (total - spent)
         if following == budget:
             break
-        budget = following if total > size or following > budget else budget - max(1, (budget - following) // 2)
+        budget = (
+            following
+            if total > size or following > budget
+            else budget - max(1, (budget - following) // 2)
+        )
     return best
 
 
@@ -199,18 +244,27 @@ def _paired(options: Sequence[Options], plan: Plan) -> list[tuple[Options, Layer
 
 
 def rerun(plan: Plan, tensors: Mapping[str, TensorInfo], fingerprint: str) -> Plan:
-    """A saved plan for another look at a checkpoint that has the same tensors. Raises UsageError where it does not."""
+    """A saved plan for another look at a checkpoint that has the same tensors. Raises UsageError
+    where it does not."""
     for layer in plan.layers:
         there = tensors.get(layer.tensor.name)
         if there is None:
-            raise UsageError(f"the plan names {layer.tensor.name!r}, which the checkpoint lacks", "use the model it was made for")
+            raise UsageError(
+                f"the plan names {layer.tensor.name!r}, which the checkpoint lacks",
+                "use the model it was made for",
+            )
         if (there.shape, there.dtype) != (layer.tensor.shape, layer.tensor.dtype):
             raise UsageError(
-                f"the plan has {layer.tensor.name!r} as {layer.tensor.dtype} {list(layer.tensor.shape)}, the checkpoint as "
+                f"the plan has {layer.tensor.name!r} as {layer.tensor.dtype} "
+                f"{list(layer.tensor.shape)}, the checkpoint as "
                 f"{there.dtype} {list(there.shape)}",
                 "use the model it was made for",
             )
     known = {layer.tensor.name for layer in plan.layers}
     old = {item.tensor.name: item.reason for item in plan.skipped}
-    skipped = tuple(Skipped(t, old.get(t.name, "not in the plan")) for t in tensors.values() if t.name not in known)
+    skipped = tuple(
+        Skipped(t, old.get(t.name, "not in the plan"))
+        for t in tensors.values()
+        if t.name not in known
+    )
     return replace(plan, fingerprint=fingerprint, skipped=skipped, healing=None, calibration=None)

@@ -1,4 +1,5 @@
-"""What a model's config.json says about its layers, in numbers: vocabulary, labels, experts, depth, tied weights."""
+"""What a model's config.json says about its layers, in numbers: vocabulary, labels, experts, depth,
+tied weights."""
 
 from __future__ import annotations
 
@@ -7,7 +8,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-# Spellings of transformers and of code on the Hub. Token types are no vocabulary that a head answers in.
+# Spellings of transformers and of code on the Hub. Token types are no vocabulary that a head
+# answers in.
 _VOCABULARY = re.compile(r"(^|_)(vocab_size|n_vocab)(_|$)")
 _NO_VOCABULARY = re.compile(r"type_vocab_size")
 _LABELS = re.compile(r"^num_(\w+_)?(labels|classes)$")
@@ -19,9 +21,9 @@ _TEXT = ("text_config", "llm_config", "language_config", "thinker_config")
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """Numbers by which the role of a layer is known. depth is how many layers the main text stack has, tied whether input
-    and output embeddings are one weight; both None where config.json does not say. by_class: a class of transformers, or of
-    code for it, opens the model."""
+    """Numbers by which the role of a layer is known. depth is how many layers the main text stack
+    has, tied whether input and output embeddings are one weight; both None where config.json does
+    not say. by_class: a class of transformers, or of code for it, opens the model."""
 
     by_class: bool = False
     vocabularies: frozenset[int] = frozenset()
@@ -37,7 +39,9 @@ class ModelFacts:
         pairs = list(_walk(config))
         return cls(
             "model_type" in config or "architectures" in config,
-            frozenset(n for key, n in pairs if _VOCABULARY.search(key) and not _NO_VOCABULARY.search(key)),
+            frozenset(
+                n for key, n in pairs if _VOCABULARY.search(key) and not _NO_VOCABULARY.search(key)
+            ),
             frozenset(n for key, n in pairs if key == "num_embeddings"),
             frozenset(n for key, n in pairs if _LABELS.search(key) and n > 2),
             frozenset(n for key, n in pairs if _EXPERTS.search(key) and n > 1),
@@ -47,7 +51,8 @@ class ModelFacts:
 
 
 def _walk(config: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
-    """(key, whole number above 0) of a config and of those inside it; a table of labels counts as their number."""
+    """(key, whole number above 0) of a config and of those inside it; a table of labels counts as
+    their number."""
     for key, value in config.items():
         if key == "id2label" and isinstance(value, Mapping):
             yield "num_labels", len(value)
@@ -74,6 +79,7 @@ def _depth(config: Mapping[str, Any]) -> int | None:
 
 
 def _tied(config: Mapping[str, Any]) -> bool | None:
-    """transformers asks the config of the whole first; files written before its version 5 say it in the text stack's."""
+    """transformers asks the config of the whole first; files written before its version 5 say it in
+    the text stack's."""
     said = [part.get("tie_word_embeddings") for part in reversed(_text_configs(config))]
     return next((value for value in said if isinstance(value, bool)), None)

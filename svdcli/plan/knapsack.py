@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from svdcli.plan.ranks import Choice, Options, choice_of
 
-# Global allocation ---------------------------------------------------------------------------------------------------
+# Global allocation --------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -26,11 +26,13 @@ def allocate_globally(
     budget: int,
     floors: Sequence[int],
 ) -> list[Choice]:
-    """Ranks that minimise the summed loss within `budget`, each layer at least at its floor or left dense.
+    """Ranks that minimise the summed loss within `budget`, each layer at least at its floor or left
+    dense.
 
-    losses[i](rank) is layer i's loss at that rank; dense loses nothing. A multiple-choice knapsack: the lower convex hull of
-    (cost, loss) of each layer, steepest segments first (Sinha and Zoltners, 1979), then branch and bound among the layers
-    for which it is a close call. Where even the floors do not fit, they give way.
+    losses[i](rank) is layer i's loss at that rank; dense loses nothing. A multiple-choice knapsack:
+    the lower convex hull of (cost, loss) of each layer, steepest segments first (Sinha and
+    Zoltners, 1979), then branch and bound among the layers for which it is a close call. Where even
+    the floors do not fit, they give way.
     """
     menus = [_menu(o, loss, floor) for o, loss, floor in zip(options, losses, floors, strict=True)]
     if sum(menu.smallest.cost for menu in menus) > budget:
@@ -54,7 +56,10 @@ class _Menu:
 
 def _menu(options: Options, loss: Callable[[int], float], floor: int) -> _Menu:
     at = min(bisect.bisect_left(options.ranks, floor), max(0, len(options.ranks) - 1))
-    ranked = [_Point(options.costs[i], loss(options.ranks[i]), options.ranks[i]) for i in range(at, len(options.ranks))]
+    ranked = [
+        _Point(options.costs[i], loss(options.ranks[i]), options.ranks[i])
+        for i in range(at, len(options.ranks))
+    ]
     return _Menu(ranked, _Point(options.dense_cost, 0.0, None))
 
 
@@ -84,7 +89,8 @@ class _Step:
 
 
 def _steps(hulls: Sequence[Sequence[_Point]]) -> list[_Step]:
-    """Every segment of every hull, the one that removes most loss per cost first, each layer's in order."""
+    """Every segment of every hull, the one that removes most loss per cost first, each layer's in
+    order."""
     steps = []
     for at, hull in enumerate(hulls):
         gain = math.inf
@@ -94,9 +100,11 @@ def _steps(hulls: Sequence[Sequence[_Point]]) -> list[_Step]:
     return sorted(steps, key=lambda step: -step.gain)
 
 
-def _climb(menus: Sequence[_Menu], start: Sequence[_Point], steps: Sequence[_Step], budget: int) -> tuple[list[_Point], float]:
-    """Take steps while they fit; a layer whose next step does not fit stops as far on the way as it can. Also the gain at
-    which the budget ran out."""
+def _climb(
+    menus: Sequence[_Menu], start: Sequence[_Point], steps: Sequence[_Step], budget: int
+) -> tuple[list[_Point], float]:
+    """Take steps while they fit; a layer whose next step does not fit stops as far on the way as it
+    can. Also the gain at which the budget ran out."""
     chosen, blocked, price = list(start), set[int](), math.inf
     left = budget - sum(point.cost for point in start)
     for step in steps:
@@ -142,16 +150,22 @@ def _indifference(menu: _Menu, price: float) -> float:
     return _reduced(menu, price)[1][0] if menu.ranked else math.inf
 
 
-def _polish(menus: Sequence[_Menu], close: Sequence[int], best: Sequence[_Point], price: float, budget: int) -> dict[int, _Point]:
-    """The best choices for the layers in `close` while the others stay: branch and bound with the Lagrangian bound.
+def _polish(
+    menus: Sequence[_Menu], close: Sequence[int], best: Sequence[_Point], price: float, budget: int
+) -> dict[int, _Point]:
+    """The best choices for the layers in `close` while the others stay: branch and bound with the
+    Lagrangian bound.
 
-    A choice whose reduced losses add up to more than the gap between what is known and the bound cannot be in a better
-    solution. Exact where never more than _LABELS partial solutions are undominated; else the most promising go on.
+    A choice whose reduced losses add up to more than the gap between what is known and the bound
+    cannot be in a better solution. Exact where never more than _LABELS partial solutions are
+    undominated; else the most promising go on.
     """
     room = budget - sum(point.cost for at, point in enumerate(best) if at not in set(close))
     known = math.fsum(best[at].loss for at in close)
     reduced = [_reduced(menus[at], price) for at in close]
-    bound = math.fsum(items[0][1].loss + price * items[0][1].cost for items in reduced) - price * room
+    bound = (
+        math.fsum(items[0][1].loss + price * items[0][1].cost for items in reduced) - price * room
+    )
     gap = known - bound
     cheapest = [min(point.cost for _, point in items) for items in reduced]
     labels: list[tuple[int, float, float, tuple[_Point, ...]]] = [(0, 0.0, 0.0, ())]
@@ -173,7 +187,8 @@ def _polish(menus: Sequence[_Menu], close: Sequence[int], best: Sequence[_Point]
 def _undominated(
     labels: list[tuple[int, float, float, tuple[_Point, ...]]],
 ) -> list[tuple[int, float, float, tuple[_Point, ...]]]:
-    """Partial solutions that no other beats in both cost and loss, the _LABELS most promising of them."""
+    """Partial solutions that no other beats in both cost and loss, the _LABELS most promising of
+    them."""
     kept: list[tuple[int, float, float, tuple[_Point, ...]]] = []
     for label in sorted(labels, key=lambda label: label[:2]):
         if not kept or label[1] < kept[-1][1]:
@@ -182,12 +197,18 @@ def _undominated(
 
 
 def _fill(menus: Sequence[_Menu], chosen: Sequence[_Point], budget: int) -> list[_Point]:
-    """Spend what is left: again and again the single change that removes most loss and still fits."""
+    """Spend what is left: again and again the single change that removes most loss and still
+    fits."""
     filled = list(chosen)
     left = budget - sum(point.cost for point in filled)
     while left > 0:
-        found = [(_affordable(menu, point, left), at) for at, (menu, point) in enumerate(zip(menus, filled, strict=True))]
-        best, at = max(found, key=lambda item: filled[item[1]].loss - item[0].loss, default=(None, -1))
+        found = [
+            (_affordable(menu, point, left), at)
+            for at, (menu, point) in enumerate(zip(menus, filled, strict=True))
+        ]
+        best, at = max(
+            found, key=lambda item: filled[item[1]].loss - item[0].loss, default=(None, -1)
+        )
         if best is None or best.loss >= filled[at].loss:
             break
         left -= best.cost - filled[at].cost
@@ -196,7 +217,8 @@ def _fill(menus: Sequence[_Menu], chosen: Sequence[_Point], budget: int) -> list
 
 
 def _affordable(menu: _Menu, point: _Point, left: int) -> _Point:
-    """The best choice that costs at most `left` more; loss falls with cost, so it is the dearest one."""
+    """The best choice that costs at most `left` more; loss falls with cost, so it is the dearest
+    one."""
     if point.rank is None or menu.dense.cost <= point.cost + left:
         return menu.dense
     at = bisect.bisect_right(menu.ranked, point.cost + left, key=lambda p: p.cost)

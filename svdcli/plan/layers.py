@@ -29,22 +29,28 @@ def choose_layers(
 ) -> tuple[tuple[TensorInfo, ...], tuple[Skipped, ...]]:
     """Split a checkpoint's tensors into layers to factor and skipped ones with their reasons.
 
-    include and exclude are globs, or regular expressions behind `re:`, tried on the tensor's name and on the name without
-    `.weight`; layers are exact names. A pattern without wildcards that names a tensor overrides the rules that go by what a
-    layer does (embeddings, heads, norms, routers, layers that the model's class leaves out), never those that go by dtype and
-    shape. tied maps a tensor to the one whose storage it shares. facts is what config.json says, None where there is none.
-    Raises UsageError for a pattern or name that matches nothing, or that names one of several names of one weight.
+    include and exclude are globs, or regular expressions behind `re:`, tried on the tensor's name
+    and on the name without `.weight`; layers are exact names. A pattern without wildcards that
+    names a tensor overrides the rules that go by what a layer does (embeddings, heads, norms,
+    routers, layers that the model's class leaves out), never those that go by dtype and shape. tied
+    maps a tensor to the one whose storage it shares. facts is what config.json says, None where
+    there is none. Raises UsageError for a pattern or name that matches nothing, or that names one
+    of several names of one weight.
     """
     names, roles, shared = [tensor.name for tensor in tensors], Roles(tensors, facts), tied or {}
     for pattern in (*include, *exclude):
         if not any(_matches(pattern, name) for name in names):
             raise _no_such(f"the pattern {pattern!r} matches no tensor", pattern, names, roles)
     wanted = None if layers is None else _exact(layers, names, roles)
-    named = {name for name in names if name in include or module_of(name) in include} | (wanted or set())
+    named = {name for name in names if name in include or module_of(name) in include} | (
+        wanted or set()
+    )
     _check_whole(named, shared)
     selected, skipped = [], []
     for tensor in tensors:
-        reason = _not_asked_for(tensor.name, include, exclude, wanted) or _reason_by_shape(tensor, roles)
+        reason = _not_asked_for(tensor.name, include, exclude, wanted) or _reason_by_shape(
+            tensor, roles
+        )
         if not reason and tensor.name not in named:
             reason = roles.reason(tensor) or _reason_tied(tensor, shared)
         if reason:
@@ -55,15 +61,22 @@ def choose_layers(
 
 
 def nothing_selected(shown: str, skipped: Sequence[Skipped]) -> NothingSelectedError:
-    """The error of a checkpoint without layers to factor, with the reason that most of its tensors have."""
+    """The error of a checkpoint without layers to factor, with the reason that most of its tensors
+    have."""
     reasons = [item.reason for item in skipped]
     meant = [item for item in skipped if not item.reason.startswith(_NOT_MEANT)]
-    if meant and len(meant) < len(skipped):  # what was asked for by a pattern stays dense for what it is
+    if meant and len(meant) < len(
+        skipped
+    ):  # what was asked for by a pattern stays dense for what it is
         what = f"{meant[0].tensor.module} stays dense: {meant[0].reason}"
         hint = "its full name as --include overrides what a layer does"
         return NothingSelectedError(f"no layer of {shown} is selected ({what})", hint)
     top = max(dict.fromkeys(reasons), key=reasons.count, default="")
-    why = f" ({reasons.count(top)} of {len(reasons)} tensors: {top})" if top else ": it holds no tensors"
+    why = (
+        f" ({reasons.count(top)} of {len(reasons)} tensors: {top})"
+        if top
+        else ": it holds no tensors"
+    )
     return NothingSelectedError(f"no layer of {shown} is selected{why}", "see `svdcli inspect`")
 
 
@@ -93,8 +106,12 @@ def _matches(pattern: str, name: str) -> bool:
         try:
             return re.search(pattern[3:], name) is not None
         except re.error as error:
-            raise UsageError(f"{pattern!r} is not a regular expression ({error})", "see Python's re syntax") from error
-    return any(pattern == text or fnmatch.fnmatchcase(text, pattern) for text in (name, module_of(name)))
+            raise UsageError(
+                f"{pattern!r} is not a regular expression ({error})", "see Python's re syntax"
+            ) from error
+    return any(
+        pattern == text or fnmatch.fnmatchcase(text, pattern) for text in (name, module_of(name))
+    )
 
 
 def _exact(layers: Sequence[str], names: Sequence[str], roles: Roles) -> set[str]:
@@ -106,11 +123,15 @@ def _exact(layers: Sequence[str], names: Sequence[str], roles: Roles) -> set[str
 
 
 def _no_such(problem: str, pattern: str, names: Sequence[str], roles: Roles) -> UsageError:
-    """A head that is tied to the embedding is not in the file, or the embedding is not: the other one is meant."""
+    """A head that is tied to the embedding is not in the file, or the embedding is not: the other
+    one is meant."""
     other = roles.stands_for(module_of(pattern))
     if not other:
         return UsageError(problem, near_names(pattern, names))
-    return UsageError(f"{problem}: tied weights are in the file once, here as {other}", f"name {other}, which is both")
+    return UsageError(
+        f"{problem}: tied weights are in the file once, here as {other}",
+        f"name {other}, which is both",
+    )
 
 
 def _check_whole(named: Set[str], tied: Mapping[str, str]) -> None:
@@ -118,7 +139,10 @@ def _check_whole(named: Set[str], tied: Mapping[str, str]) -> None:
         others = _same_storage(name, tied) - {name}
         if not others <= named:
             listed = ", ".join(sorted(map(module_of, others)))
-            raise UsageError(f"{module_of(name)} is tied: it shares its storage with {listed}", "name all of them")
+            raise UsageError(
+                f"{module_of(name)} is tied: it shares its storage with {listed}",
+                "name all of them",
+            )
 
 
 def _same_storage(name: str, tied: Mapping[str, str]) -> set[str]:
@@ -127,12 +151,16 @@ def _same_storage(name: str, tied: Mapping[str, str]) -> set[str]:
     more = {name}
     while more:
         group |= more
-        more = {one for one, other in tied.items() if other in group} | {tied[one] for one in group if one in tied}
+        more = {one for one, other in tied.items() if other in group} | {
+            tied[one] for one in group if one in tied
+        }
         more -= group
     return group
 
 
-def _not_asked_for(name: str, include: Sequence[str], exclude: Sequence[str], wanted: set[str] | None) -> str:
+def _not_asked_for(
+    name: str, include: Sequence[str], exclude: Sequence[str], wanted: set[str] | None
+) -> str:
     if wanted is not None and name not in wanted:
         return "not in the list of layers"
     if include and not any(_matches(pattern, name) for pattern in include):
@@ -151,7 +179,11 @@ def _reason_by_shape(tensor: TensorInfo, roles: Roles) -> str:
     if dimensions != 2:
         return f"{dimensions}-D: not a matrix"
     if tensor.dtype not in FACTORED_DTYPES:
-        kind = "quantised" if tensor.dtype.startswith(("F8", "F6", "F4", "I8", "U8")) else "not a real floating dtype"
+        kind = (
+            "quantised"
+            if tensor.dtype.startswith(("F8", "F6", "F4", "I8", "U8"))
+            else "not a real floating dtype"
+        )
         return f"{tensor.dtype}: {kind}"
     alone = tensor.name == "weight" and not roles.facts.by_class
     if not (alone or tensor.name.endswith(".weight")):

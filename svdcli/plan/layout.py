@@ -2,9 +2,12 @@
 
 For a stored weight `P.weight` of shape (m, n) at rank r:
 
-    factored   P.svd_up.weight (m, r), P.svd_down.weight (r, n)                          W ~ up @ down
-    pivoted    P.svd_down.weight (r, n), P.svd_up.weight (m - r, r), P.svd_rows (m,)     W ~ cat(down, up @ down)[rows]
-    dense      P.weight (m, n), of rank r                                                the low-rank matrix itself
+    factored   P.svd_up.weight (m, r), P.svd_down.weight (r, n)
+               W ~ up @ down
+    pivoted    P.svd_down.weight (r, n), P.svd_up.weight (m - r, r), P.svd_rows (m,)
+               W ~ cat(down, up @ down)[rows]
+    dense      P.weight (m, n), of rank r
+               W ~ the low-rank matrix itself
 """
 
 from __future__ import annotations
@@ -34,22 +37,26 @@ def stored_tensors(layer: TensorInfo, rank: int, layout: str, dtype: str) -> tup
 
 
 def stored_parameters(shape: tuple[int, ...], rank: int, layout: str) -> int:
-    """Parameters at `rank`; row numbers of the pivoted layout are counted in bytes, not as parameters.
+    """Parameters at `rank`; row numbers of the pivoted layout are counted in bytes, not as
+    parameters.
 
-    A low-rank matrix in the dense layout is counted as its factors would be: ranks are chosen by what they could save.
+    A low-rank matrix in the dense layout is counted as its factors would be: ranks are chosen by
+    what they could save.
     """
     m, n = shape
     return rank * (m + n - rank) if layout == "pivoted" else rank * (m + n)
 
 
 def stored_bytes(layer: TensorInfo, rank: int, layout: str, dtype: str) -> int:
-    """Bytes of the stored tensors at `rank`. The dense layout is weighed as the factored one (see above)."""
+    """Bytes of the stored tensors at `rank`. The dense layout is weighed as the factored one (see
+    above)."""
     weighed = "factored" if layout == "dense" else layout
     return sum(tensor.nbytes for tensor in stored_tensors(layer, rank, weighed, dtype))
 
 
 def largest_saving_rank(layer: TensorInfo, layout: str, dtype: str) -> int:
-    """The largest rank whose stored bytes and parameters are both below the dense weight's; 0 if there is none."""
+    """The largest rank whose stored bytes and parameters are both below the dense weight's; 0 if
+    there is none."""
     low, high = 0, min(layer.shape) - (1 if layout == "pivoted" else 0)
     while low < high:
         rank = (low + high + 1) // 2

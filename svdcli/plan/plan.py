@@ -23,9 +23,10 @@ FORMAT = 1
 class LayerPlan:
     """One selected layer: its rank, or None with the reason why it stays dense.
 
-    loss is what the rank gives up, where the spectrum was measured: the share of the weight's energy (of the outputs' with
-    metric "inputs"), or, with metric "diagonal" or "full", the predicted rise of the model's own loss. bias names the bias that
-    is refitted to the inputs' mean.
+    loss is what the rank gives up, where the spectrum was measured: the share of the weight's
+    energy (of the outputs' with metric "inputs"), or, with metric "diagonal" or "full", the
+    predicted rise of the model's own loss. bias names the bias that is refitted to the inputs'
+    mean.
     """
 
     tensor: TensorInfo
@@ -57,7 +58,8 @@ class Skipped:
 
 @dataclass(frozen=True)
 class TextRead:
-    """What a calibration has read: samples windows of seq_len tokens, or sentences of at most as many; tokens in all."""
+    """What a calibration has read: samples windows of seq_len tokens, or sentences of at most as
+    many; tokens in all."""
 
     text: str
     text_sha256: str
@@ -76,10 +78,12 @@ class TextRead:
 
 @dataclass(frozen=True)
 class Healing:
-    """How the factors were refined after they were solved: on which text, and what came of each block.
+    """How the factors were refined after they were solved: on which text, and what came of each
+    block.
 
-    blocks maps a block to its relative squared error before and after, and the steps between; "whole model" to its divergence,
-    mixed with its excess loss on the text by the share hard_labels.
+    blocks maps a block to its relative squared error before and after, and the steps between;
+    "whole model" to its divergence, mixed with its excess loss on the text by the share
+    hard_labels.
     """
 
     text: str
@@ -91,25 +95,34 @@ class Healing:
 
     def to_json(self) -> dict[str, Any]:
         blocks = {
-            name: {"before": before, "after": after, "steps": steps} for name, (before, after, steps) in self.blocks.items()
+            name: {"before": before, "after": after, "steps": steps}
+            for name, (before, after, steps) in self.blocks.items()
         }
         return asdict(self) | {"blocks": blocks}
 
     @staticmethod
     def from_json(data: dict[str, Any]) -> Healing:
         blocks = {
-            str(name): (float(item["before"]), float(item["after"]), int(item["steps"])) for name, item in data["blocks"].items()
+            str(name): (float(item["before"]), float(item["after"]), int(item["steps"]))
+            for name, item in data["blocks"].items()
         }
         hard = float(data.get("hard_labels", 0.0))
-        return Healing(str(data["text"]), str(data["text_sha256"]), int(data["samples"]), int(data["seq_len"]), blocks, hard)
+        return Healing(
+            str(data["text"]),
+            str(data["text_sha256"]),
+            int(data["samples"]),
+            int(data["seq_len"]),
+            blocks,
+            hard,
+        )
 
 
 @dataclass(frozen=True)
 class Plan:
     """What was decided for every tensor of one checkpoint.
 
-    loss_unit is that of the layers' losses: "nats" or "1 - cosine" of the model, "" for shares of a layer's own energy.
-    calibration tells the text that they were measured on.
+    loss_unit is that of the layers' losses: "nats" or "1 - cosine" of the model, "" for shares of a
+    layer's own energy. calibration tells the text that they were measured on.
     """
 
     recipe: Recipe
@@ -128,12 +141,14 @@ class Plan:
     def with_dense(self, reasons: dict[str, str]) -> Plan:
         """The same plan with the named layers left dense."""
         layers = tuple(
-            layer.left_dense(reasons[layer.tensor.name]) if layer.tensor.name in reasons else layer for layer in self.layers
+            layer.left_dense(reasons[layer.tensor.name]) if layer.tensor.name in reasons else layer
+            for layer in self.layers
         )
         return replace(self, layers=layers)
 
     def to_json(self) -> dict[str, Any]:
-        """The plan as plain JSON; `layers`, `dense` and `skipped` map tensor names to what was decided."""
+        """The plan as plain JSON; `layers`, `dense` and `skipped` map tensor names to what was
+        decided."""
         more: dict[str, Any] = {"loss_unit": self.loss_unit} if self.loss_unit else {}
         if self.healing is not None:
             more["healing"] = self.healing.to_json()
@@ -145,31 +160,47 @@ class Plan:
             "fingerprint": self.fingerprint,
             "layers": {layer.tensor.name: _layer_to_json(layer) for layer in self.factored},
             "dense": {
-                layer.tensor.name: _layer_to_json(layer) | {"reason": layer.reason} for layer in self.layers if layer.rank is None
+                layer.tensor.name: _layer_to_json(layer) | {"reason": layer.reason}
+                for layer in self.layers
+                if layer.rank is None
             },
-            "skipped": {s.tensor.name: _tensor_to_json(s.tensor) | {"reason": s.reason} for s in self.skipped},
+            "skipped": {
+                s.tensor.name: _tensor_to_json(s.tensor) | {"reason": s.reason}
+                for s in self.skipped
+            },
             "notes": list(self.notes),
         } | more
 
     @staticmethod
     def from_json(data: Any) -> Plan:
-        """Read a plan back; also accepts the larger record that an output carries. Raises UsageError where it is not one."""
+        """Read a plan back; also accepts the larger record that an output carries. Raises
+        UsageError where it is not one."""
         try:
             if data["format"] > FORMAT:
-                raise UsageError(f"the plan has format {data['format']}, this svdcli knows {FORMAT}", "upgrade svdcli")
+                raise UsageError(
+                    f"the plan has format {data['format']}, this svdcli knows {FORMAT}",
+                    "upgrade svdcli",
+                )
             chosen = {**data["layers"], **data["dense"]}
             return Plan(
                 recipe=recipe_from_json(data["recipe"]),
                 fingerprint=str(data["fingerprint"]),
                 layers=tuple(layer_from_json(name, item) for name, item in chosen.items()),
-                skipped=tuple(Skipped(_tensor_from_json(n, item), str(item["reason"])) for n, item in data["skipped"].items()),
+                skipped=tuple(
+                    Skipped(_tensor_from_json(n, item), str(item["reason"]))
+                    for n, item in data["skipped"].items()
+                ),
                 notes=tuple(str(note) for note in data["notes"]),
                 loss_unit=str(data.get("loss_unit", "")),
                 healing=None if data.get("healing") is None else Healing.from_json(data["healing"]),
-                calibration=None if data.get("calibration") is None else TextRead.from_json(data["calibration"]),
+                calibration=None
+                if data.get("calibration") is None
+                else TextRead.from_json(data["calibration"]),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise UsageError(f"not a plan of svdcli ({error})", "write one with --save-plan") from error
+            raise UsageError(
+                f"not a plan of svdcli ({error})", "write one with --save-plan"
+            ) from error
 
 
 def _tensor_to_json(tensor: TensorInfo) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """How many singular values each layer keeps.
 
-A policy looks at shapes, at what a rank costs, and, where it must, at the spectra; it returns a rank for each layer or None
-for "leave it dense". Cost is counted in the unit of the budget: parameters for --rank and --keep, bytes for --size.
+A policy looks at shapes, at what a rank costs, and, where it must, at the spectra; it returns a
+rank for each layer or None for "leave it dense". Cost is counted in the unit of the budget:
+parameters for --rank and --keep, bytes for --size.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from svdcli.plan.tensors import FACTORED_DTYPES, TensorInfo
 class Options:
     """The ranks open to one layer and what each costs.
 
-    ranks ascend; every one of them saves bytes. costs[i] belongs to ranks[i]; dense_cost to leaving the layer as it is.
+    ranks ascend; every one of them saves bytes. costs[i] belongs to ranks[i]; dense_cost to leaving
+    the layer as it is.
     """
 
     tensor: TensorInfo
@@ -39,7 +41,8 @@ class Options:
         return self.dense_cost if rank is None else self.costs[self.ranks.index(rank)]
 
     def affordable(self, cost: float) -> int | None:
-        """The largest rank that costs at most `cost`; None where that is dense or where no rank saves."""
+        """The largest rank that costs at most `cost`; None where that is dense or where no rank
+        saves."""
         if not self.ranks or cost >= self.dense_cost:
             return None
         at = bisect.bisect_right(self.costs, cost)
@@ -68,21 +71,27 @@ def options_of(tensor: TensorInfo, recipe: Recipe, *, unit: str) -> Options:
 
 
 def fixed_rank(options: Options, rank: int) -> Choice:
-    """The same rank for every layer, rounded down to the multiple, clipped where the layer is smaller."""
+    """The same rank for every layer, rounded down to the multiple, clipped where the layer is
+    smaller."""
     if not options.ranks:
         return _no_rank(options)
     step = options.ranks[0]
     wanted = max(step, rank // step * step)
     if wanted > options.ranks[-1]:
         limit = options.largest
-        clip = f" (clipped to {min(options.tensor.shape)})" if rank > min(options.tensor.shape) else ""
+        clip = (
+            f" (clipped to {min(options.tensor.shape)})" if rank > min(options.tensor.shape) else ""
+        )
         return Choice(None, f"rank {rank}{clip} would not save bytes; at most {limit} does")
     return Choice(wanted)
 
 
 def uniform(options: Sequence[Options], keep: float) -> list[Choice]:
     """Every layer keeps the same share of its own cost."""
-    return [choice_of(o, o.affordable(keep * o.dense_cost), f"keep {keep:g} leaves nothing to remove") for o in options]
+    return [
+        choice_of(o, o.affordable(keep * o.dense_cost), f"keep {keep:g} leaves nothing to remove")
+        for o in options
+    ]
 
 
 def uniform_within(options: Sequence[Options], budget: int) -> list[Choice]:
@@ -97,7 +106,10 @@ def uniform_within(options: Sequence[Options], budget: int) -> list[Choice]:
     ranks = [c.rank for c in uniform(options, low)]
     left = budget - sum(o.cost(rank) for o, rank in zip(options, ranks, strict=True))
     _round_up(options, ranks, left)
-    return [choice_of(o, rank, "the size holds it whole") for o, rank in zip(options, ranks, strict=True)]
+    return [
+        choice_of(o, rank, "the size holds it whole")
+        for o, rank in zip(options, ranks, strict=True)
+    ]
 
 
 def _round_up(options: Sequence[Options], ranks: list[int | None], left: int) -> None:
@@ -126,18 +138,23 @@ def by_tail(options: Options, tails: Sequence[float], allowed: float, target: st
     step = options.ranks[0]
     rank = max(step, math.ceil(needed / step) * step)
     if rank > options.ranks[-1]:
-        return Choice(None, f"{target} needs rank {rank}, which would not save bytes; at most {options.largest} does")
+        return Choice(
+            None,
+            f"{target} needs rank {rank}, which would not save bytes; at most "
+            f"{options.largest} does",
+        )
     return Choice(rank)
 
 
 def rounding_energy(dtype: str, layout: str) -> float:
-    """An upper estimate of the relative squared error that storing a layer in `dtype` adds: in the pivoted layout, whose
-    coefficients combine rows that cancel, up to 46 units were measured."""
+    """An upper estimate of the relative squared error that storing a layer in `dtype` adds: in the
+    pivoted layout, whose coefficients combine rows that cancel, up to 46 units were measured."""
     return (64.0 if layout == "pivoted" else 2.0) * FACTORED_DTYPES[dtype] ** 2
 
 
 def tails_of(energies: Sequence[float], total: float) -> list[float]:
-    """Share of `total` beyond each rank 0 .. len(energies), from squared singular values in descending order."""
+    """Share of `total` beyond each rank 0 .. len(energies), from squared singular values in
+    descending order."""
     backwards = itertools.accumulate(reversed(energies), initial=0.0)
     tails = [min(1.0, max(0.0, tail / total)) if total > 0 else 0.0 for tail in backwards]
     return tails[::-1]
@@ -145,7 +162,9 @@ def tails_of(energies: Sequence[float], total: float) -> list[float]:
 
 def _no_rank(options: Options) -> Choice:
     if options.largest:
-        return Choice(None, f"no multiple of the rank step saves bytes; at most {options.largest} does")
+        return Choice(
+            None, f"no multiple of the rank step saves bytes; at most {options.largest} does"
+        )
     return Choice(None, "no rank saves bytes in this dtype and layout")
 
 

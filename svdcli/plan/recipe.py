@@ -26,12 +26,12 @@ from svdcli.plan.words import (
 
 @dataclass(frozen=True)
 class Recipe:
-    """What the person asked for. Everything here changes what the output is; device and threads, which change
-    the last bits at most, and verbosity do not belong.
+    """What the person asked for. Everything here changes what the output is; device and threads,
+    which change the last bits at most, and verbosity do not belong.
 
-    target is one of words.TARGETS; value is its number (a rank, a share in (0, 1], bytes). calibration is the digest of a file
-    of moments, metric how much of them counts: the inputs alone, or the loss gradients besides.
-    Raises UsageError where the values cannot be met together.
+    target is one of words.TARGETS; value is its number (a rank, a share in (0, 1], bytes).
+    calibration is the digest of a file of moments, metric how much of them counts: the inputs
+    alone, or the loss gradients besides. Raises UsageError where the values cannot be met together.
     """
 
     target: Target
@@ -64,9 +64,15 @@ class Recipe:
             if value not in known:
                 raise UsageError(f"{name} {value!r} is unknown", f"use one of {', '.join(known)}")
         if self.dtype is not None and self.dtype not in FACTORED_DTYPES:
-            raise UsageError(f"--dtype {self.dtype!r} cannot hold factors", f"use one of {', '.join(FACTORED_DTYPES)}")
+            raise UsageError(
+                f"--dtype {self.dtype!r} cannot hold factors",
+                f"use one of {', '.join(FACTORED_DTYPES)}",
+            )
         if self.self_contained and self.layout == "dense":
-            raise UsageError("--self-contained has nothing to add to the dense layout", "any loader opens it as it is")
+            raise UsageError(
+                "--self-contained has nothing to add to the dense layout",
+                "any loader opens it as it is",
+            )
         self._check_numbers()
         if self.target in ("rank", "size"):
             object.__setattr__(self, "value", int(self.value))
@@ -74,42 +80,72 @@ class Recipe:
     def _check_numbers(self) -> None:
         whole = math.isfinite(self.value) and self.value >= 1 and self.value == int(self.value)
         if self.target in ("rank", "size") and not whole:
-            raise UsageError(f"--{self.target} {self.value:g} is not a whole number above 0", "give at least 1")
+            raise UsageError(
+                f"--{self.target} {self.value:g} is not a whole number above 0", "give at least 1"
+            )
         if self.target in ("keep", "energy") and not 0 < self.value <= 1:
-            raise UsageError(f"--{self.target} {self.value:g} is outside (0, 1]", "give a share such as 0.6")
+            raise UsageError(
+                f"--{self.target} {self.value:g} is outside (0, 1]", "give a share such as 0.6"
+            )
         if self.target == "error" and not 0 < self.value < 1:
-            raise UsageError(f"--error {self.value:g} is outside (0, 1)", "give a relative error such as 0.1")
+            raise UsageError(
+                f"--error {self.value:g} is outside (0, 1)", "give a relative error such as 0.1"
+            )
         if self.allocate == "global" and self.target in ("energy", "error"):
             raise UsageError(
                 f"--allocate global needs a budget, and --{self.target} is a bound for each layer",
                 "use --keep, --size or --rank",
             )
         if self.solver == "randomized" and self.target in ("energy", "error"):
-            raise UsageError(f"--solver randomized may miss what --{self.target} asks for", "use --solver auto")
+            raise UsageError(
+                f"--solver randomized may miss what --{self.target} asks for", "use --solver auto"
+            )
         if self.target == "rank" and self.value < self.multiple_of:
-            raise UsageError(f"--rank {self.value:g} is below --multiple-of {self.multiple_of}", "no rank is both")
+            raise UsageError(
+                f"--rank {self.value:g} is below --multiple-of {self.multiple_of}",
+                "no rank is both",
+            )
         if self.target == "size" and self.layout == "dense":
-            raise UsageError("--size cannot be met in the dense layout, which saves no bytes", "use --layout factored or pivoted")
+            raise UsageError(
+                "--size cannot be met in the dense layout, which saves no bytes",
+                "use --layout factored or pivoted",
+            )
         if not 0 <= self.floor <= 1:
-            raise UsageError(f"--floor {self.floor:g} is outside [0, 1]", "give a share of the uniform rank such as 0.6")
+            raise UsageError(
+                f"--floor {self.floor:g} is outside [0, 1]",
+                "give a share of the uniform rank such as 0.6",
+            )
         if not 0 <= self.seed < 2**63:
             raise UsageError(f"--seed {self.seed} is outside [0, 2^63)", "give a smaller one")
         if self.multiple_of < 1:
-            raise UsageError(f"--multiple-of {self.multiple_of} is not a whole number above 0", "give at least 1")
+            raise UsageError(
+                f"--multiple-of {self.multiple_of} is not a whole number above 0", "give at least 1"
+            )
         if self.max_shard_size is not None and self.max_shard_size < 1:
-            raise UsageError(f"--max-shard-size {self.max_shard_size} is not a size", "give bytes such as 5GB")
+            raise UsageError(
+                f"--max-shard-size {self.max_shard_size} is not a size", "give bytes such as 5GB"
+            )
 
     @property
     def shown_target(self) -> str:
-        return f"{self.target} {self.value:g}" if self.target != "size" else f"size {int(self.value)} bytes"
+        return (
+            f"{self.target} {self.value:g}"
+            if self.target != "size"
+            else f"size {int(self.value)} bytes"
+        )
 
 
 def best_defaults(target: Target, *, calibrated: bool) -> dict[str, Any]:
-    """What --allocate, --floor and --layout are where a person does not say. With a calibration, losses of different layers
-    compare, and the best is what was measured to be best: ranks where they are worth most, without a floor, stored pivoted."""
+    """What --allocate, --floor and --layout are where a person does not say. With a calibration,
+    losses of different layers compare, and the best is what was measured to be best: ranks where
+    they are worth most, without a floor, stored pivoted."""
     if not calibrated:
         return {"allocate": "uniform", "floor": 0.6, "layout": "factored"}
-    return {"allocate": "uniform" if target in ("energy", "error") else "global", "floor": 0.0, "layout": "pivoted"}
+    return {
+        "allocate": "uniform" if target in ("energy", "error") else "global",
+        "floor": 0.0,
+        "layout": "pivoted",
+    }
 
 
 def recipe_to_json(recipe: Recipe) -> dict[str, Any]:

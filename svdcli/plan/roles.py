@@ -1,4 +1,5 @@
-"""What a layer does, told from its name, its shape, the layers beside it and the model's config: the ones that stay dense."""
+"""What a layer does, told from its name, its shape, the layers beside it and the model's config:
+the ones that stay dense."""
 
 from __future__ import annotations
 
@@ -11,23 +12,45 @@ from svdcli.plan.facts import ModelFacts
 from svdcli.plan.tensors import TensorInfo
 
 _EMBEDDING = re.compile(
-    r"embed|(^|[._])(emb|wte|wpe|word_emb\w*|relative_attention_bias|codebook)($|[._])|(^|[.])shared$", re.IGNORECASE
+    r"embed|(^|[._])(emb|wte|wpe|word_emb\w*|relative_attention_bias|codebook)($|[._])|(^|[.])shared$",
+    re.IGNORECASE,
 )
 # Heads of detectors, which give a class and a box: they embed nothing.
 _DETECTION_HEAD = re.compile(r"(^|\.)(enc_out_)?(class|bbox)_embed($|\.)")
-# Learned tables that a decoder starts from, one row a query; in attention the name is that of a layer, within a block.
+# Learned tables that a decoder starts from, one row a query; in attention the name is that of a
+# layer, within a block.
 _QUERIES = re.compile(r"(^|\.)(query|queries)(_feat\w*)?$")
-# Tables of positions and kinds of tokens: no output head has their shape, but a square layer of a small model may.
+# Tables of positions and kinds of tokens: no output head has their shape, but a square layer of a
+# small model may.
 _NO_VOCABULARY = re.compile(r"posit|pos_?emb|wpe|relative|token_type|segment", re.IGNORECASE)
-_HEAD_LEAVES = frozenset({"lm_head", "embed_out", "head", "head_linear", "classifier", "score", "qa_outputs"})
-_HEAD_TOPS = frozenset({"lm_head", "embed_out", "output", "head", "classifier", "score", "qa_outputs", "proj_out", "cls"})
+_HEAD_LEAVES = frozenset(
+    {"lm_head", "embed_out", "head", "head_linear", "classifier", "score", "qa_outputs"}
+)
+_HEAD_TOPS = frozenset(
+    {
+        "lm_head",
+        "embed_out",
+        "output",
+        "head",
+        "classifier",
+        "score",
+        "qa_outputs",
+        "proj_out",
+        "cls",
+    }
+)
 # Rows of a size that is a vocabulary's and hardly a layer's.
 _SURELY_A_VOCABULARY = 1000
 # A part of a name that speaks of a head; the shape must agree.
-_HEAD_PART = re.compile(r"(^|_)(heads?|classifiers?|logits?|scores?|embed_out|predictor)$", re.IGNORECASE)
+_HEAD_PART = re.compile(
+    r"(^|_)(heads?|classifiers?|logits?|scores?|embed_out|predictor)$", re.IGNORECASE
+)
 _ROUTER = re.compile(r"(^|_)routers?($|_)", re.IGNORECASE)
-# Also what gated MLPs and attention call their gates: in a mixture of experts alone, and where it sits beside the experts.
-_GATE = re.compile(r"^(moe_|expert_|switch_)?(gate|gates|gating|switch|wg)(_net|_network|_layer)?$", re.IGNORECASE)
+# Also what gated MLPs and attention call their gates: in a mixture of experts alone, and where it
+# sits beside the experts.
+_GATE = re.compile(
+    r"^(moe_|expert_|switch_)?(gate|gates|gating|switch|wg)(_net|_network|_layer)?$", re.IGNORECASE
+)
 _EXPERTS = re.compile(r"^(local_|moe_|routed_)?experts$", re.IGNORECASE)
 _MIXTURE = re.compile(r"(^|_)moe(_block|_layer)?$", re.IGNORECASE)
 # What picks tokens for attention, or codewords: its outputs are compared and thrown away.
@@ -40,14 +63,17 @@ _MAIN_LAYER = re.compile(
 
 
 class Roles:
-    """The roles of a checkpoint's layers. facts are those of its config.json, None where it has none."""
+    """The roles of a checkpoint's layers. facts are those of its config.json, None where it has
+    none."""
 
     def __init__(self, tensors: Sequence[TensorInfo], facts: ModelFacts | None = None) -> None:
         self.facts = facts or ModelFacts()
         self.mixtures = set(chain.from_iterable(map(self._mixtures_around, tensors)))
         self.tables = [tensor for tensor in tensors if self._is_vocabulary(tensor)]
         self.table_shapes = {table.shape for table in self.tables}
-        others = [tensor for tensor in tensors if len(tensor.shape) == 2 and not _is_embedding(tensor)]
+        others = [
+            tensor for tensor in tensors if len(tensor.shape) == 2 and not _is_embedding(tensor)
+        ]
         self.heads = [tensor for tensor in others if self._head(tensor, tensor.module.split("."))]
 
     def reason(self, tensor: TensorInfo) -> str:
@@ -55,7 +81,11 @@ class Roles:
         parts = tensor.module.split(".")
         return (
             self._not_in_the_class(tensor)
-            or ("a factor of an adapter that is not merged" if is_adapter_factor(tensor.name) else "")
+            or (
+                "a factor of an adapter that is not merged"
+                if is_adapter_factor(tensor.name)
+                else ""
+            )
             or ("embedding" if _is_embedding(tensor) else "")
             or self._head(tensor, parts)
             or ("norm" if "norm" in parts[-1].lower() else "")
@@ -64,13 +94,18 @@ class Roles:
         )
 
     def copies(self) -> list[tuple[TensorInfo, TensorInfo]]:
-        """(head, embedding) that a class which ties them makes one weight of, where they are equal."""
+        """(head, embedding) that a class which ties them makes one weight of, where they are
+        equal."""
         pairs = product(self.heads, self.tables)
-        return [(head, table) for head, table in pairs if (head.shape, head.dtype) == (table.shape, table.dtype)]
+        return [
+            (head, table)
+            for head, table in pairs
+            if (head.shape, head.dtype) == (table.shape, table.dtype)
+        ]
 
     def stands_for(self, module: str) -> str:
-        """What holds the weight of a head or embedding of this name that the checkpoint lacks, because the two are tied; ""
-        where that is not so."""
+        """What holds the weight of a head or embedding of this name that the checkpoint lacks,
+        because the two are tied; "" where that is not so."""
         if self.facts.tied is False or self.copies():
             return ""
         parts, vocabularies = module.split("."), self.facts.vocabularies
@@ -80,19 +115,29 @@ class Roles:
         elif _EMBEDDING.search(module) and not _NO_VOCABULARY.search(module) and not self.tables:
             held = [head for head in self.heads if head.shape[0] in vocabularies]
         elif parts[0] in _HEAD_TOPS or _HEAD_PART.search(parts[-1]):
-            held = [table for table in self.tables if not vocabularies or table.shape[0] in vocabularies]
+            held = [
+                table for table in self.tables if not vocabularies or table.shape[0] in vocabularies
+            ]
         return max(held, key=lambda tensor: tensor.parameters).module if held else ""
 
     def _is_vocabulary(self, tensor: TensorInfo) -> bool:
-        """A table of what the model reads and writes, whose shape a head may have. Square ones (queries, positions) have the
-        shape of a layer by chance, unless config.json says that so many rows are a vocabulary."""
-        if len(tensor.shape) != 2 or not tensor.name.endswith(".weight") or not _is_embedding(tensor):
+        """A table of what the model reads and writes, whose shape a head may have. Square ones
+        (queries, positions) have the shape of a layer by chance, unless config.json says that so
+        many rows are a vocabulary."""
+        if (
+            len(tensor.shape) != 2
+            or not tensor.name.endswith(".weight")
+            or not _is_embedding(tensor)
+        ):
             return False
         rows, columns = tensor.shape
-        return not _NO_VOCABULARY.search(tensor.module) and (rows != columns or rows in self.facts.vocabularies)
+        return not _NO_VOCABULARY.search(tensor.module) and (
+            rows != columns or rows in self.facts.vocabularies
+        )
 
     def _not_in_the_class(self, tensor: TensorInfo) -> str:
-        """Layers that predict further tokens lie in the files of many models whose classes leave them out."""
+        """Layers that predict further tokens lie in the files of many models whose classes leave
+        them out."""
         if not self.facts.by_class:
             return ""
         if any(map(_MTP.search, tensor.module.split("."))):
@@ -105,12 +150,18 @@ class Roles:
     def _head(self, tensor: TensorInfo, parts: Sequence[str]) -> str:
         below = _below_blocks(tensor.module).split(".")
         in_a_block = any(part.isdigit() for part in parts)
-        in_a_stack = in_a_block and len(below) > 1 and not parts[-1].isdigit()  # a head may be a whole network
+        in_a_stack = (
+            in_a_block and len(below) > 1 and not parts[-1].isdigit()
+        )  # a head may be a whole network
         if _DETECTION_HEAD.search(tensor.module):
             return "output head"
-        if (parts[0] in _HEAD_TOPS and not in_a_stack) or (parts[-1] in _HEAD_LEAVES and not in_a_block):
+        if (parts[0] in _HEAD_TOPS and not in_a_stack) or (
+            parts[-1] in _HEAD_LEAVES and not in_a_block
+        ):
             return "output head"
-        named = any(_HEAD_PART.search(part) for part in [part for part in parts if not part.isdigit()][-2:])
+        named = any(
+            _HEAD_PART.search(part) for part in [part for part in parts if not part.isdigit()][-2:]
+        )
         if in_a_block and not named:
             return ""
         if tensor.shape in self.table_shapes:
@@ -120,7 +171,8 @@ class Roles:
             return "embedding or output head (as many rows as the vocabulary)"
         if named and rows in self.facts.codes:
             return "output head (as many rows as there are codes)"
-        # Detectors and segmenters have one more, for nothing; losses of speaker models keep theirs the other way round.
+        # Detectors and segmenters have one more, for nothing; losses of speaker models keep theirs
+        # the other way round.
         if {rows, columns} & self.facts.labels or (named and rows - 1 in self.facts.labels):
             return "output head (as many rows as labels)"
         return ""
@@ -135,15 +187,29 @@ class Roles:
             beside = ".".join(parts[:place]) in self.mixtures
             if _GATE.search(part) and (beside or scores):
                 return "expert router"
-        return "expert router (as many rows as experts)" if scores and ".".join(parts[:-1]) in self.mixtures else ""
+        return (
+            "expert router (as many rows as experts)"
+            if scores and ".".join(parts[:-1]) in self.mixtures
+            else ""
+        )
 
     def _mixtures_around(self, tensor: TensorInfo) -> list[str]:
-        """The blocks whose experts this tensor belongs to: what holds `experts`, is called a mixture, or holds one stack of
-        matrices for all experts."""
+        """The blocks whose experts this tensor belongs to: what holds `experts`, is called a
+        mixture, or holds one stack of matrices for all experts."""
         parts = tensor.module.split(".")
-        around = [".".join(parts[:place]) for place, part in enumerate(parts) if _EXPERTS.search(part)]
-        around += [".".join(parts[: place + 1]) for place, part in enumerate(parts[:-1]) if _MIXTURE.search(part)]
-        if len(tensor.shape) == 3 and tensor.shape[0] in self.facts.experts and min(tensor.shape) > 1:
+        around = [
+            ".".join(parts[:place]) for place, part in enumerate(parts) if _EXPERTS.search(part)
+        ]
+        around += [
+            ".".join(parts[: place + 1])
+            for place, part in enumerate(parts[:-1])
+            if _MIXTURE.search(part)
+        ]
+        if (
+            len(tensor.shape) == 3
+            and tensor.shape[0] in self.facts.experts
+            and min(tensor.shape) > 1
+        ):
             around.append(".".join(parts[:-1]))
         return around
 

@@ -1,4 +1,5 @@
-"""The words that options and recipes take: each list has its one home here, as a type and as the tuple of its values."""
+"""The words that options and recipes take: each list has its one home here, as a type and as the
+tuple of its values."""
 
 from __future__ import annotations
 

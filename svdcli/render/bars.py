@@ -40,6 +40,11 @@ def progress_on(stream: TextIO, *, quiet: bool) -> Iterator[Progress]:
         def step(phase: str, name: str, done: float, total: float) -> None:
             if phase not in tasks:
                 tasks[phase] = bars.add_task(phase, total=total, name="")
-            bars.update(tasks[phase], completed=done, total=total, name=short_name(name)[-min(40, max(1, room)) :])
+            bars.update(
+                tasks[phase],
+                completed=done,
+                total=total,
+                name=short_name(name)[-min(40, max(1, room)) :],
+            )
 
         yield step

@@ -52,12 +52,13 @@ MANY = 64  # more lines than that, and kinds are shown in place of layers
 
 
 def console_for(stream: TextIO) -> Console:
-    """A console without surprises: no markup in names, no wrapping of lines in pipes beyond a generous width."""
+    """A console without surprises: no markup in names, no wrapping of lines in pipes beyond a
+    generous width."""
     width = None if stream.isatty() or "COLUMNS" in os.environ else _PIPE_WIDTH
     return Console(file=stream, width=width, highlight=False, markup=False, emoji=False)
 
 
-# report --------------------------------------------------------------------------------------------------------------
+# report -------------------------------------------------------------------------------------------
 
 
 def print_report(report: Report, stream: TextIO, *, grouped: bool) -> None:
@@ -68,28 +69,52 @@ def print_report(report: Report, stream: TextIO, *, grouped: bool) -> None:
 
 def render_report(report: Report, console: Console, *, grouped: bool) -> None:
     wide = console.width >= _WIDE
-    groups = _grouped(report.layers) if grouped else [(short_name(row.name), [row]) for row in report.layers]
+    groups = (
+        _grouped(report.layers)
+        if grouped
+        else [(short_name(row.name), [row]) for row in report.layers]
+    )
     table, prefix = _layer_table([name for name, _ in groups], console)
-    titles = ["Shape", "Rank", "Parameters", "Memory", "Loss" if report.predicted else "Error", "Energy", "Saved", "Solver"]
-    shown = titles if wide else titles[:5] if console.width >= _NARROW else [titles[1], titles[4], titles[6]]
+    titles = [
+        "Shape",
+        "Rank",
+        "Parameters",
+        "Memory",
+        "Loss" if report.predicted else "Error",
+        "Energy",
+        "Saved",
+        "Solver",
+    ]
+    shown = (
+        titles
+        if wide
+        else titles[:5]
+        if console.width >= _NARROW
+        else [titles[1], titles[4], titles[6]]
+    )
     for title in shown:
         table.add_column(title, justify="right", no_wrap=True)
     for name, rows in groups:
         cells = dict(zip(titles, _report_cells(rows, wide), strict=True))
         style = "dim" if rows[0].rank is None else ""
-        table.add_row(_layer_name(name.removeprefix(prefix), rows), *map(cells.get, shown), style=style)
+        table.add_row(
+            _layer_name(name.removeprefix(prefix), rows), *map(cells.get, shown), style=style
+        )
     console.print(table)
     _print_totals(report, console, grouped=any(len(rows) > 1 for _, rows in groups))
 
 
 def _layer_table(names: Sequence[str], console: Console) -> tuple[Table, str]:
-    """An empty table with its first column, and the prefix that all names share, told above where space is scarce."""
+    """An empty table with its first column, and the prefix that all names share, told above where
+    space is scarce."""
     prefix = "" if console.width >= _WIDE else common_prefix(names)
     if prefix:
         console.print(f"\n{prefix}…", style="dim")
     table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1), show_edge=False)
     longest = max((len(name) - len(prefix) for name in names), default=0)
-    table.add_column("Layer", overflow="fold", min_width=min(longest, max(12, console.width * 2 // 5)))
+    table.add_column(
+        "Layer", overflow="fold", min_width=min(longest, max(12, console.width * 2 // 5))
+    )
     return table, prefix
 
 
@@ -101,7 +126,12 @@ def _layer_name(name: str, rows: Sequence[object]) -> Text:
 
 
 def _report_cells(rows: Sequence[LayerRow], wide: bool) -> list[str]:
-    errors = [e for row in rows if (e := row.predicted_loss if row.relative_error is None else row.relative_error) is not None]
+    errors = [
+        e
+        for row in rows
+        if (e := row.predicted_loss if row.relative_error is None else row.relative_error)
+        is not None
+    ]
     kept = [row.energy_kept for row in rows if row.energy_kept is not None]
     return [
         shape_text(rows[0].shape),
@@ -119,8 +149,13 @@ def _grouped(rows: Sequence[LayerRow]) -> list[tuple[str, list[LayerRow]]]:
     """Layers that differ by a block's number only, on one line: model.layers.*.mlp.up_proj."""
     groups: dict[tuple[str, bool, tuple[int, ...]], list[LayerRow]] = {}
     for row in rows:
-        groups.setdefault((NUMBER.sub("*", short_name(row.name)), row.rank is None, row.shape), []).append(row)
-    return [(short_name(rows[0].name) if len(rows) == 1 else key[0], rows) for key, rows in groups.items()]
+        groups.setdefault(
+            (NUMBER.sub("*", short_name(row.name)), row.rank is None, row.shape), []
+        ).append(row)
+    return [
+        (short_name(rows[0].name) if len(rows) == 1 else key[0], rows)
+        for key, rows in groups.items()
+    ]
 
 
 def _print_totals(report: Report, console: Console, *, grouped: bool) -> None:
@@ -131,17 +166,31 @@ def _print_totals(report: Report, console: Console, *, grouped: bool) -> None:
         ("selected", _total_line(report.selected)),
         ("whole output", _total_line(report.total)),
     ]
-    errors = [(row.relative_error, row.name) for row in report.layers if row.relative_error is not None]
+    errors = [
+        (row.relative_error, row.name) for row in report.layers if row.relative_error is not None
+    ]
     if errors:
         mean = sum(error for error, _ in errors) / len(errors)
         worst = max(errors)
-        lines.append(("relative error", f"mean {mean:.4f}, largest {worst[0]:.4f} ({short_name(worst[1])})"))
+        lines.append(
+            ("relative error", f"mean {mean:.4f}, largest {worst[0]:.4f} ({short_name(worst[1])})")
+        )
     if report.calibration is not None:
         lines.append(("calibrated", read_line(report.calibration)))
     lines += _loss_lines(report)
-    lines += [("left dense", line) for line in reasons_line([(r.name, r.reason) for r in report.layers if r.rank is None])]
-    lines += [("fell back", f"{short_name(r.name)}: {', '.join(r.fell_back)}") for r in report.layers if r.fell_back]
-    lines += [("skipped", line) for line in reasons_line([(item["name"], item["reason"]) for item in report.skipped])]
+    lines += [
+        ("left dense", line)
+        for line in reasons_line([(r.name, r.reason) for r in report.layers if r.rank is None])
+    ]
+    lines += [
+        ("fell back", f"{short_name(r.name)}: {', '.join(r.fell_back)}")
+        for r in report.layers
+        if r.fell_back
+    ]
+    lines += [
+        ("skipped", line)
+        for line in reasons_line([(item["name"], item["reason"]) for item in report.skipped])
+    ]
     lines += [("left out", line) for line in left_out_lines(report.left_out, report.left_out_bytes)]
     lines += [("note", note) for note in report.notes]
     _print_grid(lines, console)
@@ -160,10 +209,17 @@ def _loss_lines(report: Report) -> list[tuple[str, str]]:
     if report.healing is not None:
         blocks, hard = report.healing["blocks"], report.healing["hard_labels"]
         whole = f"{1 - hard:g} × divergence + {hard:g} × excess loss" if hard else "divergence"
-        text = f"relative error of each block, and {whole} of the whole model, on text that was not trained on"
+        text = (
+            f"relative error of each block, and {whole} of the whole model, on text that "
+            f"was not trained on"
+        )
         lines.append(("healed", f"on {printable(report.healing['text'])}; {text}"))
         for name, item in blocks.items():
-            change = f"{item['before']:.3e} → {item['after']:.3e}" if item["after"] < item["before"] else "nothing better found"
+            change = (
+                f"{item['before']:.3e} → {item['after']:.3e}"
+                if item["after"] < item["before"]
+                else "nothing better found"
+            )
             lines.append(("", f"{printable(name)}: {change}, {item['steps']} steps"))
     return lines
 
@@ -187,11 +243,12 @@ def _total_line(total: Total) -> str:
     percent = percent_of(total.saved_bytes, total.bytes_before)
     return (
         f"{arrow(total.parameters_before, total.parameters_after)} parameters, "
-        f"{arrow(total.bytes_before, total.bytes_after, 'B')}, saved {human(total.saved_bytes, 'B')} ({percent})"
+        f"{arrow(total.bytes_before, total.bytes_after, 'B')}, saved "
+        f"{human(total.saved_bytes, 'B')} ({percent})"
     )
 
 
-# inspect, spectrum, verify --------------------------------------------------------------------------------------------
+# inspect, spectrum, verify ------------------------------------------------------------------------
 
 
 def print_inspection(inspection: Inspection, stream: TextIO) -> None:
@@ -210,12 +267,18 @@ def print_inspection(inspection: Inspection, stream: TextIO) -> None:
             even += f"  ({row.pivoted_break_even} pivoted)"
         cells = [shape_text(row.shape), even, row.dtype, human(sum(r.bytes for r in rows), "B")]
         style = "" if row.selected else "dim"
-        table.add_row(_layer_name(name.removeprefix(prefix), rows), *cells[:shown], Text(row.reason or "yes"), style=style)
+        table.add_row(
+            _layer_name(name.removeprefix(prefix), rows),
+            *cells[:shown],
+            Text(row.reason or "yes"),
+            style=style,
+        )
     console.print(table)
     chosen = len(inspection.selected)
     share = percent_of(inspection.selected_parameters, inspection.parameters)
     console.print(
-        f"\n{human(inspection.parameters)} parameters, {human(inspection.bytes, 'B')}; {chosen} of {len(inspection.tensors)} "
+        f"\n{human(inspection.parameters)} parameters, {human(inspection.bytes, 'B')}; {chosen} "
+        f"of {len(inspection.tensors)} "
         f"tensors selected, {share} of the parameters"
     )
     if len(groups) < len(inspection.tensors):
@@ -234,8 +297,13 @@ def _alike(tensors: Sequence[InspectRow]) -> list[tuple[str, list[InspectRow]]]:
         return [(short_name(row.name), [row]) for row in tensors]
     groups: dict[tuple[object, ...], list[InspectRow]] = {}
     for row in tensors:
-        groups.setdefault((NUMBER.sub("*", short_name(row.name)), row.shape, row.dtype, row.reason), []).append(row)
-    return [(str(key[0]) if len(rows) > 1 else short_name(rows[0].name), rows) for key, rows in groups.items()]
+        groups.setdefault(
+            (NUMBER.sub("*", short_name(row.name)), row.shape, row.dtype, row.reason), []
+        ).append(row)
+    return [
+        (str(key[0]) if len(rows) > 1 else short_name(rows[0].name), rows)
+        for key, rows in groups.items()
+    ]
 
 
 def print_spectrum(spectrum: Spectrum, stream: TextIO) -> None:
@@ -249,24 +317,36 @@ def print_spectrum(spectrum: Spectrum, stream: TextIO) -> None:
     table.add_column("Decay", no_wrap=True)
     for row in spectrum.layers:
         cells = [f"{row.effective_rank:.1f}", str(row.rank_90), str(row.rank_95), str(row.rank_99)]
-        cells += [str(row.break_even), shape_text(row.shape), f"{row.stable_rank:.1f}", f"{row.sigma_max:.3g}"]
+        cells += [
+            str(row.break_even),
+            shape_text(row.shape),
+            f"{row.stable_rank:.1f}",
+            f"{row.sigma_max:.3g}",
+        ]
         decay = sparkline(row.curve, 24 if wide else 8)
         table.add_row(Text(short_name(row.name).removeprefix(prefix)), *cells[: len(shown)], decay)
     console.print(table)
-    console.print("\nEven: largest rank that saves parameters when factored. 90 %: rank that keeps 90 % of the energy.")
+    console.print(
+        "\nEven: largest rank that saves parameters when factored. 90 %: rank that keeps 90 % of "
+        "the energy."
+    )
 
 
 def print_verification(verification: Verification, stream: TextIO) -> None:
-    """A line for each kind of check, with what failed; then what is not as it was beside the weights."""
+    """A line for each kind of check, with what failed; then what is not as it was beside the
+    weights."""
     from svdcli.verbs.verify import BESIDE
 
     console = console_for(stream)
-    kinds = list(dict.fromkeys(check.check for check in verification.checks if check.check != BESIDE))
+    kinds = list(
+        dict.fromkeys(check.check for check in verification.checks if check.check != BESIDE)
+    )
     for kind in kinds:
         mine = [check for check in verification.checks if check.check == kind]
         bad = [check for check in mine if not check.ok]
         console.print(
-            f"{'FAILED' if bad else 'ok':<6}  {kind}: {len(mine) - len(bad)} of {len(mine)}", style="red" if bad else ""
+            f"{'FAILED' if bad else 'ok':<6}  {kind}: {len(mine) - len(bad)} of {len(mine)}",
+            style="red" if bad else "",
         )
         for check in bad:
             console.print(f"        {printable(check.subject)}: {printable(check.detail)}")
@@ -275,7 +355,7 @@ def print_verification(verification: Verification, stream: TextIO) -> None:
             console.print(f"note    {printable(check.subject)}: {check.detail}")
 
 
-# eval ----------------------------------------------------------------------------------------------------------------
+# eval ---------------------------------------------------------------------------------------------
 
 
 def print_measured(found: Evaluation, stream: TextIO) -> None:
@@ -283,22 +363,33 @@ def print_measured(found: Evaluation, stream: TextIO) -> None:
     console = console_for(stream)
     lines = _drift_lines(found)
     if found.original is not None and found.compressed is not None:
-        both = f"{plus_minus(found.original.perplexity)} → {plus_minus(found.compressed.perplexity)}"
-        lines.insert(0, ("perplexity", f"{both}, {found.tokens:,} tokens that calibration did not read"))
+        both = (
+            f"{plus_minus(found.original.perplexity)} → {plus_minus(found.compressed.perplexity)}"
+        )
+        lines.insert(
+            0, ("perplexity", f"{both}, {found.tokens:,} tokens that calibration did not read")
+        )
     _print_grid(lines, console)
 
 
 def print_evaluation(found: Evaluation, stream: TextIO) -> None:
     console = console_for(stream)
     if found.text:
-        console.print(f"{found.text}: {found.tokens} of {found.text_tokens} tokens, computed in {found.computed_in}\n")
+        console.print(
+            f"{found.text}: {found.tokens} of {found.text_tokens} tokens, computed in "
+            f"{found.computed_in}\n"
+        )
     if found.compressed is not None:
         table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1), show_edge=False)
         table.add_column("Model", overflow="fold")
         for title in ("Perplexity", "Loss, nats a token", "Bits a byte"):
             table.add_column(title, justify="right", no_wrap=True)
         for scores in filter(None, (found.original, found.compressed)):
-            cells = (plus_minus(scores.perplexity), plus_minus(scores.loss), f"{scores.bits_per_byte:.4f}")
+            cells = (
+                plus_minus(scores.perplexity),
+                plus_minus(scores.loss),
+                f"{scores.bits_per_byte:.4f}",
+            )
             table.add_row(Text(printable(scores.path)), *cells)
         console.print(table)
     lines = _drift_lines(found)
@@ -317,7 +408,12 @@ def _drift_lines(found: Evaluation) -> list[tuple[str, str]]:
         lines += [("same next token", f"{100 * drift.top1.value:.1f}{spread} %")]
     if found.similarity is not None:
         similarity = found.similarity
-        lines += [("cosine similarity", f"mean {similarity.mean:.4f}, 5th percentile {similarity.percentile_5:.4f}")]
+        lines += [
+            (
+                "cosine similarity",
+                f"mean {similarity.mean:.4f}, 5th percentile {similarity.percentile_5:.4f}",
+            )
+        ]
         lines += [("", f"minimum {similarity.minimum:.4f}, over {similarity.sentences} sentences")]
     return lines
 
@@ -333,7 +429,7 @@ def _print_continuation(spoken: Continuation, console: Console) -> None:
     console.print(table)
 
 
-# bench ---------------------------------------------------------------------------------------------------------------
+# bench --------------------------------------------------------------------------------------------
 
 
 def print_bench(found: Bench, stream: TextIO) -> None:
@@ -345,9 +441,15 @@ def print_bench(found: Bench, stream: TextIO) -> None:
         table.add_column(title, justify="right", no_wrap=True)
     table.add_column("Lowest to highest", overflow="fold")
     for row in found.measures:
-        name = names.get(row.measure, row.measure) + (f", {row.unit}" if row.unit == "tokens/s" else "")
+        name = names.get(row.measure, row.measure) + (
+            f", {row.unit}" if row.unit == "tokens/s" else ""
+        )
         values = [quantity(value, row.unit) for value in (row.original, row.compressed)]
-        spread = "" if row.lowest is None or row.highest is None else f"{row.lowest:.2f} to {row.highest:.2f}"
+        spread = (
+            ""
+            if row.lowest is None or row.highest is None
+            else f"{row.lowest:.2f} to {row.highest:.2f}"
+        )
         table.add_row(name, *values, "" if row.ratio is None else f"{row.ratio:.2f}", spread)
     console.print(table)
     plural = "" if found.threads == 1 else "s"

@@ -19,7 +19,7 @@ _BARS = "▁▂▃▄▅▆▇█"
 NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")  # a whole part of a dotted name
 
 
-# Numbers -------------------------------------------------------------------------------------------------------------
+# Numbers ------------------------------------------------------------------------------------------
 
 
 def human(value: float, unit: str = "") -> str:
@@ -93,7 +93,8 @@ def left_out_lines(reasons: Mapping[str, str], sizes: Mapping[str, int]) -> list
 def read_line(read: Mapping[str, Any]) -> str:
     """What a calibration has read."""
     return (
-        f"on {read['tokens']:,} tokens of {printable(read['text'])}: {portions(read['samples'], read['tokens'], read['seq_len'])}"
+        f"on {read['tokens']:,} tokens of {printable(read['text'])}: "
+        f"{portions(read['samples'], read['tokens'], read['seq_len'])}"
     )
 
 
@@ -112,7 +113,9 @@ def reasons_line(items: Sequence[tuple[str, str]]) -> list[str]:
     lines = []
     for reason, names in by_reason.items():
         patterns = list(dict.fromkeys(NUMBER.sub("*", name) for name in names))
-        shown = ", ".join(patterns[:3]) + (f" and {len(patterns) - 3} more" if len(patterns) > 3 else "")
+        shown = ", ".join(patterns[:3]) + (
+            f" and {len(patterns) - 3} more" if len(patterns) > 3 else ""
+        )
         lines.append(f"{len(names)}: {reason} ({shown})")
     return lines
 
@@ -120,12 +123,16 @@ def reasons_line(items: Sequence[tuple[str, str]]) -> list[str]:
 def sparkline(curve: Sequence[float], width: int) -> str:
     """The decay of the singular values from 1 (full block) down."""
     points = [curve[round(i * (len(curve) - 1) / (width - 1))] for i in range(width)]
-    return "".join(_BARS[min(len(_BARS) - 1, max(0, round(point * (len(_BARS) - 1))))] for point in points)
+    return "".join(
+        _BARS[min(len(_BARS) - 1, max(0, round(point * (len(_BARS) - 1))))] for point in points
+    )
 
 
 def plus_minus(mean: Mean) -> str:
     digits = 2 if mean.value >= 100 else 4 if mean.value < 10 else 3
-    return f"{mean.value:.{digits}f}" + ("" if mean.error is None else f" ± {mean.error:.{digits}f}")
+    return f"{mean.value:.{digits}f}" + (
+        "" if mean.error is None else f" ± {mean.error:.{digits}f}"
+    )
 
 
 def quantity(value: float, unit: str) -> str:

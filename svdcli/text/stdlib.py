@@ -1,4 +1,5 @@
-"""Text that every Python has: the source of its standard library, split once and for all into training and held-out modules."""
+"""Text that every Python has: the source of its standard library, split once and for all into
+training and held-out modules."""
 
 from __future__ import annotations
 
@@ -10,22 +11,35 @@ from pathlib import Path
 
 HELD_OUT_ONE_IN = 16
 _SKIPPED_PARTS = frozenset(
-    {"test", "tests", "idle_test", "site-packages", "dist-packages", "encodings", "pydoc_data", "lib2to3", "__pycache__"}
+    {
+        "test",
+        "tests",
+        "idle_test",
+        "site-packages",
+        "dist-packages",
+        "encodings",
+        "pydoc_data",
+        "lib2to3",
+        "__pycache__",
+    }
 )
 
 
 def is_held_out(relative: str) -> bool:
     """True for modules that the sample model's training never read.
 
-    The rule looks at the module's path only (SHA-256 modulo 16), so it gives the same split on every Python version.
+    The rule looks at the module's path only (SHA-256 modulo 16), so it gives the same split on
+    every Python version.
     """
     return int(hashlib.sha256(relative.encode()).hexdigest(), 16) % HELD_OUT_ONE_IN == 0
 
 
 def stdlib_modules(*, held_out: bool) -> list[tuple[str, str]]:
-    """(relative path, source text) of the standard library's modules in one half of the split, sorted by path.
+    """(relative path, source text) of the standard library's modules in one half of the split,
+    sorted by path.
 
-    Tests, generated tables and installed packages are left out. Files that are not UTF-8 are passed over.
+    Tests, generated tables and installed packages are left out. Files that are not UTF-8 are passed
+    over.
     """
     root = Path(sysconfig.get_paths()["stdlib"])
     found = []
@@ -41,7 +55,10 @@ def stdlib_modules(*, held_out: bool) -> list[tuple[str, str]]:
 
 
 def _sources(root: Path) -> Iterator[Path]:
-    """Every module below root, without ever walking into what is left out: site-packages may be larger than all the rest."""
+    """Every module below root, without ever walking into what is left out: site-packages may be
+    larger than all the rest."""
     for folder, below, files in os.walk(root):
-        below[:] = [part for part in below if part not in _SKIPPED_PARTS and not part.startswith("config-")]
+        below[:] = [
+            part for part in below if part not in _SKIPPED_PARTS and not part.startswith("config-")
+        ]
         yield from (Path(folder, file) for file in files if file.endswith(".py"))

@@ -1,4 +1,5 @@
-"""Text to calibrate and to evaluate on: a file, a folder, standard input, or the standard library's source."""
+"""Text to calibrate and to evaluate on: a file, a folder, standard input, or the standard library's
+source."""
 
 from __future__ import annotations
 
@@ -14,8 +15,8 @@ from svdcli.text.stdlib import stdlib_modules
 
 @dataclass(frozen=True)
 class Texts:
-    """Documents with the name that a person gave them. digest is the SHA-256 of all of them, in order; passed_over names files
-    that are no text."""
+    """Documents with the name that a person gave them. digest is the SHA-256 of all of them, in
+    order; passed_over names files that are no text."""
 
     name: str
     documents: tuple[str, ...]
@@ -47,16 +48,22 @@ class Texts:
 
 
 def read_texts(path: str | None, *, stdlib: bool, held_out: bool) -> Texts:
-    """The text of `--text PATH` (a file, a folder of files, `-`) or of `--stdlib`, its held-out half or the other.
+    """The text of `--text PATH` (a file, a folder of files, `-`) or of `--stdlib`, its held-out
+    half or the other.
 
-    Files of a folder that are not UTF-8 are passed over, and named. Raises UsageError where both or neither are given,
-    SvdcliError where there is no text or a file is none.
+    Files of a folder that are not UTF-8 are passed over, and named. Raises UsageError where both or
+    neither are given, SvdcliError where there is no text or a file is none.
     """
     if (path is None) != stdlib:
-        raise UsageError("give --text FILE or --stdlib, one of them", "--text takes a file, a folder or -")
+        raise UsageError(
+            "give --text FILE or --stdlib, one of them", "--text takes a file, a folder or -"
+        )
     if path is None:
         half = "held-out modules" if held_out else "modules that are not held out"
-        found = Texts(f"standard library, {half}", tuple(text for _, text in stdlib_modules(held_out=held_out)))
+        found = Texts(
+            f"standard library, {half}",
+            tuple(text for _, text in stdlib_modules(held_out=held_out)),
+        )
     elif path == STANDARD:
         found = Texts("standard input", (_decoded(sys.stdin.buffer.read(), "standard input"),))
     elif Path(path).is_dir():
@@ -74,7 +81,9 @@ def _decoded(raw: bytes, name: str) -> str:
     try:
         return raw.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise SvdcliError(f"{name} is not UTF-8 text ({error.reason})", "convert it first") from error
+        raise SvdcliError(
+            f"{name} is not UTF-8 text ({error.reason})", "convert it first"
+        ) from error
 
 
 def _folder_of_texts(folder: Path, name: str) -> Texts:

@@ -1,4 +1,5 @@
-"""From text to what a model reads: windows of tokens, or sentences; and how much of the text that is."""
+"""From text to what a model reads: windows of tokens, or sentences; and how much of the text that
+is."""
 
 from __future__ import annotations
 
@@ -25,12 +26,13 @@ _LONGEST = 2048
 _FIRST_LOOK = 256  # sentences whose tokens are counted before it is known how many will do
 
 
-# How much ------------------------------------------------------------------------------------------------------------
+# How much -----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Amount:
-    """How much of a text is read: so many windows or sentences, or as many as hold so many tokens; with neither, all of it.
+    """How much of a text is read: so many windows or sentences, or as many as hold so many tokens;
+    with neither, all of it.
 
     Raises UsageError for less than one window.
     """
@@ -44,8 +46,13 @@ class Amount:
 
     @staticmethod
     def to_calibrate(samples: int | None, widest: int) -> Amount:
-        """As many samples as asked for; else 131,072 tokens, or 16 for every input of the widest layer where that is more."""
-        return Amount(samples) if samples is not None else Amount(tokens=max(TOKENS, TOKENS_AN_INPUT * widest))
+        """As many samples as asked for; else 131,072 tokens, or 16 for every input of the widest
+        layer where that is more."""
+        return (
+            Amount(samples)
+            if samples is not None
+            else Amount(tokens=max(TOKENS, TOKENS_AN_INPUT * widest))
+        )
 
     def times(self, factor: int) -> Amount:
         """So many times as much."""
@@ -53,8 +60,14 @@ class Amount:
         return Amount(*more)
 
     def batches(self, samples: int, tokens: int, count: int) -> int:
-        """How many of `count` batches, which hold so many samples and tokens, are this much: at least one."""
-        share = min(1.0, self.samples / samples if self.samples is not None else (self.tokens or tokens) / tokens)
+        """How many of `count` batches, which hold so many samples and tokens, are this much: at
+        least one."""
+        share = min(
+            1.0,
+            self.samples / samples
+            if self.samples is not None
+            else (self.tokens or tokens) / tokens,
+        )
         return max(1, round(share * count))
 
     def windows(self, length: int) -> int | None:
@@ -70,17 +83,19 @@ def rows_at_a_time(length: int) -> int:
 
 
 def evenly(items: Sequence[Item], count: int | None) -> list[Item]:
-    """At most `count` of the items, the first and the last among them, evenly spread; None for all."""
+    """At most `count` of the items, the first and the last among them, evenly spread; None for
+    all."""
     if count is None or count >= len(items):
         return list(items)
     return [items[round(i * (len(items) - 1) / max(1, count - 1))] for i in range(count)]
 
 
-# Tokens --------------------------------------------------------------------------------------------------------------
+# Tokens -------------------------------------------------------------------------------------------
 
 
 def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> Any:
-    """The tokenizer beside a model. Raises SvdcliError where there is none, and where it is code that may not run."""
+    """The tokenizer beside a model. Raises SvdcliError where there is none, and where it is code
+    that may not run."""
     from transformers import AutoTokenizer
 
     try:
@@ -89,29 +104,35 @@ def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> Any:
         if not trust_remote_code and own_code.tokenizer_sources(Path(path)):
             raise own_code.refusal(str(path), "a tokenizer of its own") from error
         reason = " ".join(str(error).split())[:160]
-        raise SvdcliError(f"{path} has no tokenizer that opens ({reason})", "copy tokenizer.json and its config there") from error
+        raise SvdcliError(
+            f"{path} has no tokenizer that opens ({reason})",
+            "copy tokenizer.json and its config there",
+        ) from error
 
 
 def padding_token(tokenizer: Any) -> None:
-    """Give a tokenizer that has no token for padding its first one: what is padded does not count."""
+    """Give a tokenizer that has no token for padding its first one: what is padded does not
+    count."""
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(0)
 
 
 def window_length(longest: int | None, asked: int | None) -> int:
-    """As asked, by default 2048 tokens; at most `longest`, what the model takes. Raises SvdcliError for less than 2."""
+    """As asked, by default 2048 tokens; at most `longest`, what the model takes. Raises SvdcliError
+    for less than 2."""
     length = min(longest or _LONGEST, _LONGEST if asked is None else asked)
     if length < 2:
         raise SvdcliError(f"--seq-len {length} leaves nothing to predict", "give at least 2")
     return length
 
 
-# Windows -------------------------------------------------------------------------------------------------------------
+# Windows ------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Windows:
-    """ids (count, length) of whole windows, without padding. bytes_per_token is that of the text they were cut from.
+    """ids (count, length) of whole windows, without padding. bytes_per_token is that of the text
+    they were cut from.
 
     total is how many tokens the text has; the windows are spread evenly over it.
     """
@@ -122,10 +143,11 @@ class Windows:
 
 
 def windows_of(tokenizer: Any, texts: Texts, length: int, count: int | None = None) -> Windows:
-    """Cut the tokens of all documents, one after the other, into windows of `length` that share one token with the next.
+    """Cut the tokens of all documents, one after the other, into windows of `length` that share one
+    token with the next.
 
-    A beginning-of-text token that the tokenizer adds starts every window. With `count`, that many windows, evenly spread.
-    Raises SvdcliError where the text is too short for one window.
+    A beginning-of-text token that the tokenizer adds starts every window. With `count`, that many
+    windows, evenly spread. Raises SvdcliError where the text is too short for one window.
     """
     ids, first = _encode(tokenizer, texts.documents)
     length = min(length, len(ids) + len(first))
@@ -141,7 +163,8 @@ def windows_of(tokenizer: Any, texts: Texts, length: int, count: int | None = No
 
 
 def _encode(tokenizer: Any, documents: Sequence[str]) -> tuple[list[int], list[int]]:
-    """(all tokens without special ones, the token that the tokenizer puts before a text, if any)."""
+    """(all tokens without special ones, the token that the tokenizer puts before a text, if
+    any)."""
     bos = tokenizer.bos_token_id
     first = [bos] if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else []
     ids: list[int] = []
@@ -150,23 +173,30 @@ def _encode(tokenizer: Any, documents: Sequence[str]) -> tuple[list[int], list[i
     return ids, first
 
 
-# Sentences -----------------------------------------------------------------------------------------------------------
+# Sentences ----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Sentence:
-    """A line of text, and how many tokens of it an encoder reads: special ones count, what lies beyond the window does not."""
+    """A line of text, and how many tokens of it an encoder reads: special ones count, what lies
+    beyond the window does not."""
 
     text: str
     tokens: int
 
 
 def sentences_of(tokenizer: Any, texts: Texts, length: int, amount: Amount) -> list[Sentence]:
-    """Lines of three words or more, evenly spread: as many as asked for, or as many as hold the tokens asked for.
+    """Lines of three words or more, evenly spread: as many as asked for, or as many as hold the
+    tokens asked for.
 
     Raises SvdcliError where there are none.
     """
-    lines = [line.strip() for document in texts.documents for line in document.splitlines() if len(line.split()) > 2]
+    lines = [
+        line.strip()
+        for document in texts.documents
+        for line in document.splitlines()
+        if len(line.split()) > 2
+    ]
     if not lines:
         raise SvdcliError(f"{texts.name} has no lines of three words or more", "give more text")
     take = amount.samples if amount.tokens is None else _FIRST_LOOK
@@ -177,7 +207,10 @@ def sentences_of(tokenizer: Any, texts: Texts, length: int, amount: Amount) -> l
             break
         take = 1 + math.ceil(take * amount.tokens / max(1, tokens))
     if not sentences:
-        raise SvdcliError(f"{texts.name} has only 0 tokens", "give more text, or the tokenizer that the model was trained with")
+        raise SvdcliError(
+            f"{texts.name} has only 0 tokens",
+            "give more text, or the tokenizer that the model was trained with",
+        )
     return sentences
 
 
@@ -187,7 +220,8 @@ def _counted(tokenizer: Any, lines: Sequence[str], length: int) -> list[Sentence
 
 
 def grouped(sentences: Sequence[Sentence], *, padded: bool) -> list[list[Sentence]]:
-    """Sentences to be read together, short ones first: 2048 tokens, padding included, and at least one sentence.
+    """Sentences to be read together, short ones first: 2048 tokens, padding included, and at least
+    one sentence.
 
     Where they cannot be padded those of the same number of tokens come together.
     """
@@ -204,6 +238,11 @@ def grouped(sentences: Sequence[Sentence], *, padded: bool) -> list[list[Sentenc
 
 def batch_of(tokenizer: Any, lines: Sequence[str], length: int) -> Batch:
     """Tokenised lines with their attention mask, padded to the longest of them."""
-    how = {"truncation": True, "max_length": length, "return_attention_mask": True, "return_tensors": "pt"}
+    how = {
+        "truncation": True,
+        "max_length": length,
+        "return_attention_mask": True,
+        "return_tensors": "pt",
+    }
     batch = tokenizer(list(lines), padding=True, **how)
     return {key: value for key, value in batch.items() if isinstance(value, Tensor)}

@@ -1,6 +1,8 @@
-"""How fast a compressed model is beside another: tokens a second, time to load, memory. Each in a process of its own.
+"""How fast a compressed model is beside another: tokens a second, time to load, memory. Each in a
+process of its own.
 
-The two take turns in one run, so that whatever else the machine does meets both. This side imports no torch.
+The two take turns in one run, so that whatever else the machine does meets both. This side imports
+no torch.
 """
 
 from __future__ import annotations
@@ -39,10 +41,12 @@ class Spread:
 
 @dataclass(frozen=True)
 class Side:
-    """One of the two models. prefill and decode are tokens a second; decode is None for a model that keeps no cache.
+    """One of the two models. prefill and decode are tokens a second; decode is None for a model
+    that keeps no cache.
 
-    load_seconds is once, with the files in the page cache. Memory is that of the process above what its imports take, or the
-    accelerator's where the model is on a CUDA device: at rest after the last round, and at its highest, loading included.
+    load_seconds is once, with the files in the page cache. Memory is that of the process above what
+    its imports take, or the accelerator's where the model is on a CUDA device: at rest after the
+    last round, and at its highest, loading included.
     """
 
     path: str
@@ -60,7 +64,8 @@ class Side:
 
 @dataclass(frozen=True)
 class Ratios:
-    """Compressed over original. Speeds: above 1 is faster, paired by round; the others: below 1 is less."""
+    """Compressed over original. Speeds: above 1 is faster, paired by round; the others: below 1 is
+    less."""
 
     prefill: Spread
     decode: Spread | None
@@ -72,7 +77,8 @@ class Ratios:
 
 @dataclass(frozen=True)
 class Measure:
-    """One line of the comparison. lowest and highest are those of the ratio, where there is one a round."""
+    """One line of the comparison. lowest and highest are those of the ratio, where there is one a
+    round."""
 
     measure: str
     unit: str
@@ -85,7 +91,8 @@ class Measure:
 
 @dataclass(frozen=True)
 class Bench:
-    """Both models under the same load: `batch` prompts of prompt_tokens, then new_tokens one by one."""
+    """Both models under the same load: `batch` prompts of prompt_tokens, then new_tokens one by
+    one."""
 
     path: str
     against: str
@@ -104,7 +111,15 @@ class Bench:
         """The comparison line by line; no decode where there is none."""
         before, after, ratios = self.original, self.compressed, self.ratios
         speeds = [
-            Measure(name, "tokens/s", theirs.median, ours.median, ratio.median, ratio.lowest, ratio.highest)
+            Measure(
+                name,
+                "tokens/s",
+                theirs.median,
+                ours.median,
+                ratio.median,
+                ratio.lowest,
+                ratio.highest,
+            )
             for name, theirs, ours, ratio in (
                 ("decode", before.decode, after.decode, ratios.decode),
                 ("prefill", before.prefill, after.prefill, ratios.prefill),
@@ -138,17 +153,30 @@ def bench(
 ) -> Bench:
     """Measure both models by turns, `rounds` times after one round to warm up.
 
-    A round reads a prompt of random tokens in one pass (prefill), then writes new_tokens greedily with the cache (decode).
-    trust_remote_code runs Python that the models' folders bring along. Raises SvdcliError where a model does not open, does
-    not read text, or its process dies.
+    A round reads a prompt of random tokens in one pass (prefill), then writes new_tokens greedily
+    with the cache (decode). trust_remote_code runs Python that the models' folders bring along.
+    Raises SvdcliError where a model does not open, does not read text, or its process dies.
     """
-    for name, value in (("prompt-tokens", prompt_tokens), ("new-tokens", new_tokens), ("batch", batch), ("rounds", rounds)):
+    for name, value in (
+        ("prompt-tokens", prompt_tokens),
+        ("new-tokens", new_tokens),
+        ("batch", batch),
+        ("rounds", rounds),
+    ):
         if value < 1:
             raise UsageError(f"--{name} {value} is not a whole number above 0", "give at least 1")
     if threads is not None and not 1 <= threads <= 4096:
-        raise UsageError(f"--threads {threads} is outside [1, 4096]", "leave it out for torch's own choice")
+        raise UsageError(
+            f"--threads {threads} is outside [1, 4096]", "leave it out for torch's own choice"
+        )
     checkpoints = [_open(path) for path in (against, out)]
-    task = {"device": device, "threads": threads, "prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "batch": batch}
+    task = {
+        "device": device,
+        "threads": threads,
+        "prompt_tokens": prompt_tokens,
+        "new_tokens": new_tokens,
+        "batch": batch,
+    }
     task |= {"trust_remote_code": trust_remote_code}
     with ExitStack() as stack:
         pair = [stack.enter_context(_Child(checkpoint.path, task)) for checkpoint in checkpoints]
@@ -167,7 +195,16 @@ def bench(
     )
     where, count = pair[0].about["device"], pair[0].about["threads"]
     asked = (prompt_tokens, new_tokens, batch, rounds)
-    return Bench(str(out), str(against), where, count, *asked, compressed, original, _ratios(compressed, original))
+    return Bench(
+        str(out),
+        str(against),
+        where,
+        count,
+        *asked,
+        compressed,
+        original,
+        _ratios(compressed, original),
+    )
 
 
 def _open(path: str | Path) -> Checkpoint:
@@ -176,7 +213,10 @@ def _open(path: str | Path) -> Checkpoint:
         raise UsageError("bench does not read standard input", "name a directory")
     checkpoint = open_checkpoint(path)
     if not checkpoint.is_directory or not checkpoint.transformers_opens_it:
-        raise SvdcliError(f"{checkpoint.shown} has no config.json that names a model", "bench opens Hugging Face directories")
+        raise SvdcliError(
+            f"{checkpoint.shown} has no config.json that names a model",
+            "bench opens Hugging Face directories",
+        )
     return checkpoint
 
 
@@ -188,13 +228,14 @@ def _into_page_cache(checkpoint: Checkpoint) -> None:
                 pass
 
 
-# Turns ---------------------------------------------------------------------------------------------------------------
+# Turns --------------------------------------------------------------------------------------------
 
 Turns = dict["_Child", dict[str, list[float]]]
 
 
 def _turns(pair: Sequence[_Child], rounds: int, progress: Progress) -> Turns:
-    """Seconds of every round but the first. Who begins changes with the round, so that a drift favours nobody."""
+    """Seconds of every round but the first. Who begins changes with the round, so that a drift
+    favours nobody."""
     turns: Turns = {child: {"prefill": [], "decode": []} for child in pair}
     for number in range(rounds + 1):
         order = pair if number % 2 == 0 else pair[::-1]
@@ -208,10 +249,20 @@ def _turns(pair: Sequence[_Child], rounds: int, progress: Progress) -> Turns:
 
 
 def _spread(values: Sequence[float]) -> Spread | None:
-    return Spread(statistics.median(values), min(values), max(values), tuple(values)) if values else None
+    return (
+        Spread(statistics.median(values), min(values), max(values), tuple(values))
+        if values
+        else None
+    )
 
 
-def _side(child: _Child, checkpoint: Checkpoint, prompt: int, new: int, turns: Mapping[str, Sequence[float]]) -> Side:
+def _side(
+    child: _Child,
+    checkpoint: Checkpoint,
+    prompt: int,
+    new: int,
+    turns: Mapping[str, Sequence[float]],
+) -> Side:
     about = child.about
     prefill = _spread([prompt / seconds for seconds in turns["prefill"]])
     assert prefill is not None
@@ -251,21 +302,31 @@ def _ratios(ours: Side, theirs: Side) -> Ratios:
     )
 
 
-# One process a model --------------------------------------------------------------------------------------------------
+# One process a model ------------------------------------------------------------------------------
 
 
 class _Child:
     """A process that holds one model and waits on its pipe: a command a line in, JSON a line out.
 
-    It has a session of its own, so that an interrupt from the terminal reaches this side alone, which ends it.
+    It has a session of its own, so that an interrupt from the terminal reaches this side alone,
+    which ends it.
     """
 
     def __init__(self, path: Path, task: Mapping[str, Any]) -> None:
         self.path, self.about = str(path), dict[str, Any]()
         self.stderr = tempfile.TemporaryFile()  # noqa: SIM115  closed with the process
-        command = [sys.executable, "-c", _START.format(path=sys.path), json.dumps({"path": str(path.absolute())} | dict(task))]
+        command = [
+            sys.executable,
+            "-c",
+            _START.format(path=sys.path),
+            json.dumps({"path": str(path.absolute())} | dict(task)),
+        ]
         pipe = subprocess.PIPE
-        quiet = {"PYTHONUTF8": "1", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+        quiet = {
+            "PYTHONUTF8": "1",
+            "TRANSFORMERS_VERBOSITY": "error",
+            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        }
         self.process = subprocess.Popen(
             command,
             stdin=pipe,
@@ -309,9 +370,18 @@ class _Child:
     def _death(self) -> SvdcliError:
         code = self.process.wait()
         if code == -signal.SIGKILL:
-            return SvdcliError(f"the process that held {self.path} was killed", "memory may be too small for both models at once")
+            return SvdcliError(
+                f"the process that held {self.path} was killed",
+                "memory may be too small for both models at once",
+            )
         self.stderr.seek(0)
-        lines = [line.strip() for line in self.stderr.read().decode(errors="replace").splitlines() if line.strip()]
+        lines = [
+            line.strip()
+            for line in self.stderr.read().decode(errors="replace").splitlines()
+            if line.strip()
+        ]
         why = f"signal {-code}" if code < 0 else f"exit code {code}"
         last = f": {printable(lines[-1])[:200]}" if lines else ""
-        return SvdcliError(f"the process that held {self.path} ended with {why}{last}", "try `svdcli verify`")
+        return SvdcliError(
+            f"the process that held {self.path} ended with {why}{last}", "try `svdcli verify`"
+        )

@@ -1,7 +1,9 @@
-"""Second moments of every layer's inputs, and of the loss gradients at its outputs, from text that the model reads.
+"""Second moments of every layer's inputs, and of the loss gradients at its outputs, from text that
+the model reads.
 
-The loss is the model's own (`fisher`), so that half the two-sided error of a weight change is the expected rise of the loss: the
-Fisher information in the Kronecker-factored form of Martens and Grosse (K-FAC, 2015).
+The loss is the model's own (`fisher`), so that half the two-sided error of a weight change is the
+expected rise of the loss: the Fisher information in the Kronecker-factored form of Martens and
+Grosse (K-FAC, 2015).
 """
 
 from __future__ import annotations
@@ -36,10 +38,12 @@ _SPEED_IN_PRACTICE = 0.4
 
 @dataclass(frozen=True)
 class Forecast:
-    """What calibration will take, told before it starts. state_bytes are hidden states kept between blocks; seconds is a guess.
+    """What calibration will take, told before it starts. state_bytes are hidden states kept between
+    blocks; seconds is a guess.
 
-    samples are windows of seq_len tokens, or sentences of at most as many. Where gradients were left to choose and are not
-    measured, reason says why. side names the part of the model that reads the text, where it is not the whole.
+    samples are windows of seq_len tokens, or sentences of at most as many. Where gradients were
+    left to choose and are not measured, reason says why. side names the part of the model that
+    reads the text, where it is not the whole.
     """
 
     tokens: int
@@ -57,8 +61,8 @@ class Forecast:
 class Calibrated:
     """What was measured, and what it took. uncalibrated lists selected weights that saw no input.
 
-    samples are the windows of seq_len tokens that were read, or the sentences of at most as many. side names the part of the
-    model that read them, where it is not the whole.
+    samples are the windows of seq_len tokens that were read, or the sentences of at most as many.
+    side names the part of the model that read them, where it is not the whole.
     """
 
     path: str
@@ -98,14 +102,17 @@ def calibrate(
 ) -> Calibrated:
     """Read text with the model and write the moments of the selected layers to `out`.
 
-    samples is how many windows of seq_len tokens are read, or sentences by an encoder; by default as many as hold 131,072 tokens,
-    or 16 for every input of the widest layer where that is more. gradients adds the moments of the loss gradients; None leaves
-    that to the memory there is. sensitivity adds what the model's output loses when each layer alone is cut, from forward passes
-    over a few of the windows. memory bounds the hidden states that are kept between blocks (bytes; by default a quarter of what
-    is free): where the text needs more, it is read in rounds. trust_remote_code runs Python that the model's folder brings along.
+    samples is how many windows of seq_len tokens are read, or sentences by an encoder; by default
+    as many as hold 131,072 tokens, or 16 for every input of the widest layer where that is more.
+    gradients adds the moments of the loss gradients; None leaves that to the memory there is.
+    sensitivity adds what the model's output loses when each layer alone is cut, from forward passes
+    over a few of the windows. memory bounds the hidden states that are kept between blocks (bytes;
+    by default a quarter of what is free): where the text needs more, it is read in rounds.
+    trust_remote_code runs Python that the model's folder brings along.
 
-    Of a model that reads more than text only the part is run that reads text alone (`text_side`). Raises SvdcliError for a model
-    without one, and for one that answers with NaN, with the name of the first layer that does.
+    Of a model that reads more than text only the part is run that reads text alone (`text_side`).
+    Raises SvdcliError for a model without one, and for one that answers with NaN, with the name of
+    the first layer that does.
     """
     out = Path(out)
     with open_checkpoint(model) as checkpoint:
@@ -121,25 +128,45 @@ def calibrate(
         size = -(-len(read.batches) // forecast.rounds)
         rounds = [read.batches[start : start + size] for start in range(0, len(read.batches), size)]
         torch.manual_seed(seed)
-        with tempfile.TemporaryDirectory(dir=out.absolute().parent, prefix=f".{out.name}.spool-") as folder:
-            gather = Gather(network, width_of(side.config(network)), layers, Spool(Path(folder)), progress, len(rounds))
+        with tempfile.TemporaryDirectory(
+            dir=out.absolute().parent, prefix=f".{out.name}.spool-"
+        ) as folder:
+            gather = Gather(
+                network,
+                width_of(side.config(network)),
+                layers,
+                Spool(Path(folder)),
+                progress,
+                len(rounds),
+            )
             where = device or torch.device("cpu")
             stream = Stream(network, where, torch.float32, gather.visit, side.of(network))
             for number, batch in enumerate(rounds):
                 gather.begin(number, batch, backwards=forecast.gradients, units=len(stream.units))
-                stream.run(batch, gather.loss.seed if forecast.gradients else None, set(layers.values()), gather.loss.look)
+                stream.run(
+                    batch,
+                    gather.loss.seed if forecast.gradients else None,
+                    set(layers.values()),
+                    gather.loss.look,
+                )
             if sensitivity:
                 gather.add_sensitivities(stream, read.batches, room)
             unit = "nats" if gather.loss.nats else "1 - cosine"
             what = (texts.name, texts.digest, read.tokens, read.samples, read.seq_len)
-            provenance = Provenance(checkpoint.fingerprint(), *what, seed, forecast.gradients, sensitivity, unit)
+            provenance = Provenance(
+                checkpoint.fingerprint(), *what, seed, forecast.gradients, sensitivity, unit
+            )
             keys = gather.keys()
             write_moments(out, gather.spool, gather.scales(), keys, provenance)
         return _calibrated(out, layers, keys, forecast, sensitivity)
 
 
 def _calibrated(
-    out: Path, layers: Mapping[str, str], keys: Mapping[str, Mapping[str, Any]], forecast: Forecast, sensitivity: bool
+    out: Path,
+    layers: Mapping[str, str],
+    keys: Mapping[str, Mapping[str, Any]],
+    forecast: Forecast,
+    sensitivity: bool,
 ) -> Calibrated:
     return Calibrated(
         path=str(out),
@@ -157,11 +184,20 @@ def _calibrated(
     )
 
 
-def _modules_of(model: Any, checkpoint: Checkpoint, include: Sequence[str], exclude: Sequence[str]) -> dict[str, str]:
-    """{name of a selected weight in the checkpoint: name of its module}, for weights that a module of their own holds."""
+def _modules_of(
+    model: Any, checkpoint: Checkpoint, include: Sequence[str], exclude: Sequence[str]
+) -> dict[str, str]:
+    """{name of a selected weight in the checkpoint: name of its module}, for weights that a module
+    of their own holds."""
     from svdcli.models.hf import module_names
 
-    selected, _ = choose_layers(checkpoint.infos, include=include, exclude=exclude, tied=checkpoint.tied, facts=checkpoint.facts)
+    selected, _ = choose_layers(
+        checkpoint.infos,
+        include=include,
+        exclude=exclude,
+        tied=checkpoint.tied,
+        facts=checkpoint.facts,
+    )
     found = module_names(model, [info.module for info in selected])
     modules = dict(model.named_modules())
     return {
@@ -172,12 +208,16 @@ def _modules_of(model: Any, checkpoint: Checkpoint, include: Sequence[str], excl
 
 
 def _forecast(model: Any, read: Read, gradients: bool | None, room: int) -> Forecast:
-    """In how many rounds the text is read, and whether with gradients: hidden states of a round must fit into `room`."""
+    """In how many rounds the text is read, and whether with gradients: hidden states of a round
+    must fit into `room`."""
     with_gradients, reason, batches = gradients is not False, "", read.batches
     width, part = width_of(read.side.config(model)), read.side.module(model)
     each = state_bytes(part, width, batches, gradients=with_gradients)
     if gradients is None and each > room:
-        with_gradients, reason = False, f"hidden states of {each / 1e9:.1f} GB a batch do not fit into {room / 1e9:.1f} GB"
+        with_gradients, reason = (
+            False,
+            f"hidden states of {each / 1e9:.1f} GB a batch do not fit into {room / 1e9:.1f} GB",
+        )
         each = state_bytes(part, width, batches, gradients=False)
     rounds = -(-len(batches) // max(1, room // each))
     return Forecast(
@@ -194,12 +234,19 @@ def _forecast(model: Any, read: Read, gradients: bool | None, room: int) -> Fore
 
 
 def _guess(model: Any, tokens: int, gradients: bool) -> float:
-    """Seconds from a count of operations and the speed of one product: forwards 2 a weight and token, with gradients 6 more;
-    2 for every number of a moment's lower triangle."""
+    """Seconds from a count of operations and the speed of one product: forwards 2 a weight and
+    token, with gradients 6 more; 2 for every number of a moment's lower triangle."""
     shapes = [module.weight.shape for module in model.modules() if isinstance(module, nn.Linear)]
     weights = sum(shape.numel() for shape in shapes)
-    moments = sum(shape[1] ** 2 + (shape[0] ** 2 if gradients and shape[0] <= FULL_OUTPUTS else 0) for shape in shapes)
-    return tokens * (weights * (8 if gradients else 2) + moments) / (_SPEED_IN_PRACTICE * _operations_a_second())
+    moments = sum(
+        shape[1] ** 2 + (shape[0] ** 2 if gradients and shape[0] <= FULL_OUTPUTS else 0)
+        for shape in shapes
+    )
+    return (
+        tokens
+        * (weights * (8 if gradients else 2) + moments)
+        / (_SPEED_IN_PRACTICE * _operations_a_second())
+    )
 
 
 def _operations_a_second() -> float:

@@ -44,8 +44,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Reading:
-    """Text to calibrate on while compressing, and how much of it (as for `calibrate`); held_out is to measure on what the result
-    is worth. trust_remote_code runs Python that the model's folder brings along."""
+    """Text to calibrate on while compressing, and how much of it (as for `calibrate`); held_out is
+    to measure on what the result is worth. trust_remote_code runs Python that the model's folder
+    brings along."""
 
     texts: Texts
     held_out: Texts | None = None
@@ -71,15 +72,17 @@ def compress(
     dry_run: bool = False,
     progress: Progress = silent,
 ) -> Outcome:
-    """Replace the selected layers of `model` by the factors of their truncated SVD and write the result to `out`.
+    """Replace the selected layers of `model` by the factors of their truncated SVD and write the
+    result to `out`.
 
-    model is a file, a directory or "-"; out defaults to `<stem>.svd.safetensors` or `<name>-svd` beside it and may be "-"
-    for standard output. Exactly one of recipe and plan decides what happens. calibration is a file of `svdcli calibrate`: errors
-    then count by what they do to the layers' outputs, or to the model's loss; reading does that calibration here and now.
-    state_dict is the key of a PyTorch file under which the tensors lie, where there are several; carry are globs of files of a
-    directory that go along although they are no part of the model. The output appears whole or not at all; a run that was cut
-    short continues where it stopped when it is called again. One that would not be smaller than its source is an error, unless
-    allow_larger.
+    model is a file, a directory or "-"; out defaults to `<stem>.svd.safetensors` or `<name>-svd`
+    beside it and may be "-" for standard output. Exactly one of recipe and plan decides what
+    happens. calibration is a file of `svdcli calibrate`: errors then count by what they do to the
+    layers' outputs, or to the model's loss; reading does that calibration here and now. state_dict
+    is the key of a PyTorch file under which the tensors lie, where there are several; carry are
+    globs of files of a directory that go along although they are no part of the model. The output
+    appears whole or not at all; a run that was cut short continues where it stopped when it is
+    called again. One that would not be smaller than its source is an error, unless allow_larger.
     Raises SvdcliError or a child of it, and OSError where the file system refuses.
     """
     from svdcli.engine.executor import Compute, threads_each
@@ -106,7 +109,11 @@ def compress(
                 if workspace.resume(same, force=force):
                     _compress_into(workspace, checkpoint, choice, device, progress, allow_larger)
             report = read_report(target)
-            measured, why = (None, "") if reading is None else _measure(checkpoint, target, reading, device, progress)
+            measured, why = (
+                (None, "")
+                if reading is None
+                else _measure(checkpoint, target, reading, device, progress)
+            )
             return Outcome(
                 replace(report, path=str(out)) if out is not None else report,
                 Plan.from_json(record_of(open_checkpoint(target))),
@@ -118,7 +125,8 @@ def compress(
 
 
 def _the_recipe(recipe: Recipe | None, plan: Plan | None) -> Recipe:
-    """The one that decides: given by itself, or with a plan. Raises UsageError for both or neither."""
+    """The one that decides: given by itself, or with a plan. Raises UsageError for both or
+    neither."""
     if recipe is not None and plan is None:
         return recipe
     if plan is not None and recipe is None:
@@ -129,11 +137,14 @@ def _the_recipe(recipe: Recipe | None, plan: Plan | None) -> Recipe:
 def _measure(
     checkpoint: Checkpoint, target: Path, reading: Reading, device: torch.device, progress: Progress
 ) -> tuple[Evaluation | None, str]:
-    """(how far the output is from the original on the held-out text, why that could not be measured)."""
+    """(how far the output is from the original on the held-out text, why that could not be
+    measured)."""
     from svdcli.calibration.memory import free_memory
     from svdcli.verbs.evaluate import evaluate
 
-    both = 2 * (checkpoint.nbytes + sum(path.stat().st_size for path in target.glob("*.safetensors")))
+    both = 2 * (
+        checkpoint.nbytes + sum(path.stat().st_size for path in target.glob("*.safetensors"))
+    )
     if both > _SHARE_TO_MEASURE * free_memory():
         return None, f"both models at once may need {both / 1e9:.1f} GB"
     if reading.held_out is None:
@@ -171,14 +182,19 @@ def _predict(
 ) -> Outcome:
     """What a dry run tells."""
     with tempfile.TemporaryDirectory(prefix="svdcli-") as folder:
-        choice = request_of(checkpoint, recipe, plan, source.file(checkpoint, Path(folder), recipe, device, progress))
+        choice = request_of(
+            checkpoint,
+            recipe,
+            plan,
+            source.file(checkpoint, Path(folder), recipe, device, progress),
+        )
         name = None if checkpoint.is_directory else out_path(checkpoint, out, ".svd", "-svd").name
         decided = make_plan(checkpoint, choice, name, device, None, progress)
         refused = "" if allow_larger else not_smaller(design_of(checkpoint, decided, name))
         return Outcome(predicted_report(checkpoint, decided, name), decided, None, refused=refused)
 
 
-# Deciding ------------------------------------------------------------------------------------------------------------
+# Deciding -----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -189,9 +205,15 @@ class _Source:
     reading: Reading | None
 
     def file(
-        self, checkpoint: Checkpoint, folder: Path, recipe: Recipe, device: torch.device, progress: Progress
+        self,
+        checkpoint: Checkpoint,
+        folder: Path,
+        recipe: Recipe,
+        device: torch.device,
+        progress: Progress,
     ) -> str | Path | None:
-        """The file of moments; one of the same text that an earlier run left in `folder` is used again."""
+        """The file of moments; one of the same text that an earlier run left in `folder` is used
+        again."""
         if self.reading is None:
             return self.path
         from svdcli.verbs.calibrate import calibrate
@@ -220,7 +242,7 @@ class _Source:
 _GRADIENTS = {"inputs": False, "auto": None}
 
 
-# Writing -------------------------------------------------------------------------------------------------------------
+# Writing ------------------------------------------------------------------------------------------
 
 
 def _compress_into(
@@ -237,13 +259,19 @@ def _compress_into(
         design = design_of(checkpoint, plan, name)
         check_smaller(design, allow_larger)
     seed, calibration = choice.recipe.seed, choice.calibration
-    written, results, failed = write(design, plan.factored, workspace, device, seed, progress, calibration)
+    written, results, failed = write(
+        design, plan.factored, workspace, device, seed, progress, calibration
+    )
     if failed:
         plan = plan.with_dense({layer: f"{SOLVERS_FAILED}: {why}" for layer, why in failed.items()})
-        plan = noting_a_miss(plan, missed_target(plan, design_of(checkpoint, plan, name).blueprint().total))
+        plan = noting_a_miss(
+            plan, missed_target(plan, design_of(checkpoint, plan, name).blueprint().total)
+        )
         workspace.set_aside()
         design = design_of(checkpoint, plan, name)
-        written, results, _ = write(design, plan.factored, workspace, device, seed, progress, calibration)
+        written, results, _ = write(
+            design, plan.factored, workspace, device, seed, progress, calibration
+        )
     else:
         with refusing(workspace):
             check_smaller(written, allow_larger)  # again, since fall-backs may have taken more room

@@ -1,4 +1,5 @@
-"""How far a model is from its original: perplexity, KL divergence, agreement; for encoders, cosine similarity."""
+"""How far a model is from its original: perplexity, KL divergence, agreement; for encoders, cosine
+similarity."""
 
 from __future__ import annotations
 
@@ -25,8 +26,8 @@ _CHUNK = 2**25  # logits turned to float32 at a time
 
 @dataclass(frozen=True)
 class Mean:
-    """A mean and its standard error, None where there is one window only; windows of text count as independent, tokens inside
-    one do not."""
+    """A mean and its standard error, None where there is one window only; windows of text count as
+    independent, tokens inside one do not."""
 
     value: float
     error: float | None
@@ -44,8 +45,9 @@ class Scores:
 
 @dataclass(frozen=True)
 class Drift:
-    """Of the compressed model from the original. excess_loss is the difference of losses, paired by window; kl is
-    KL(original || compressed) in nats a token; top1 the share of tokens where both would choose the same next one."""
+    """Of the compressed model from the original. excess_loss is the difference of losses, paired by
+    window; kl is KL(original || compressed) in nats a token; top1 the share of tokens where both
+    would choose the same next one."""
 
     excess_loss: Mean
     kl: Mean
@@ -54,7 +56,8 @@ class Drift:
 
 @dataclass(frozen=True)
 class Similarity:
-    """Cosine similarity of sentence embeddings (mean of the last hidden states) with the original's."""
+    """Cosine similarity of sentence embeddings (mean of the last hidden states) with the
+    original's."""
 
     mean: float
     percentile_5: float
@@ -73,8 +76,8 @@ class Continuation:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """model_kind is decoder or encoder; tokens were evaluated out of text_tokens. side names the part of the model that read
-    them, where it is not the whole."""
+    """model_kind is decoder or encoder; tokens were evaluated out of text_tokens. side names the
+    part of the model that read them, where it is not the whole."""
 
     path: str
     against: str | None
@@ -109,12 +112,14 @@ def evaluate(
     trust_remote_code: bool = False,
     progress: Progress = silent,
 ) -> Evaluation:
-    """Read `samples` windows of text (sentences for an encoder) with the model, and with its original beside it.
+    """Read `samples` windows of text (sentences for an encoder) with the model, and with its
+    original beside it.
 
-    Computed in `dtype`, by default in float32 on a CPU for models of up to 4 GB, else as stored. trust_remote_code runs Python
-    that the models' folders bring along. Decoders give losses in nats a token and, against an original, KL divergence and
-    agreement; encoders need an original. Of a model that reads more than text the part is judged that reads text alone.
-    Raises SvdcliError for a model without one, or without its tokenizer, and for prompts to one that does not generate.
+    Computed in `dtype`, by default in float32 on a CPU for models of up to 4 GB, else as stored.
+    trust_remote_code runs Python that the models' folders bring along. Decoders give losses in nats
+    a token and, against an original, KL divergence and agreement; encoders need an original. Of a
+    model that reads more than text the part is judged that reads text alone. Raises SvdcliError for
+    a model without one, or without its tokenizer, and for prompts to one that does not generate.
     """
     where = device or torch.device("cpu")
     model = load_quietly(out, where, dtype, trust_remote_code=trust_remote_code)
@@ -126,29 +131,52 @@ def evaluate(
     spoken = _speak(side, model, original, tokenizer, prompts, new_tokens)
     computed = str(next(model.parameters()).dtype).removeprefix("torch.")
     found = Evaluation(
-        str(out), None if against is None else str(against), side.kind, computed, continuations=spoken, side=side.shown
+        str(out),
+        None if against is None else str(against),
+        side.kind,
+        computed,
+        continuations=spoken,
+        side=side.shown,
     )
     if texts is None:
         return found
     found = replace(found, text=texts.name, text_sha256=texts.digest)
     calls = side.of(model), None if original is None else side.of(original)
     if side.kind == "decoder":
-        windows = windows_of(tokenizer, texts, window_length(side.longest, seq_len), Amount(samples).samples)
+        windows = windows_of(
+            tokenizer, texts, window_length(side.longest, seq_len), Amount(samples).samples
+        )
         windows = replace(windows, ids=windows.ids.to(where))
         scores, others, drift = compare(*calls, windows, str(out), str(against), progress)
         tokens = windows.ids.shape[0] * (windows.ids.shape[1] - 1)
-        return replace(found, text_tokens=windows.total, tokens=tokens, compressed=scores, original=others, drift=drift)
+        return replace(
+            found,
+            text_tokens=windows.total,
+            tokens=tokens,
+            compressed=scores,
+            original=others,
+            drift=drift,
+        )
     if original is None:
-        raise SvdcliError(f"{out} is an encoder, which is judged by its distance from the original", "give --against MODEL")
+        raise SvdcliError(
+            f"{out} is an encoder, which is judged by its distance from the original",
+            "give --against MODEL",
+        )
     read = read_batches(replace(side, decodes=False), tokenizer, texts, Amount(samples), seq_len)
     similarity = _similarity(_cosines(side, model, original, read, where, progress))
     return replace(found, text_tokens=read.tokens, tokens=read.tokens, similarity=similarity)
 
 
 def _speak(
-    side: TextSide, model: Any, original: Any | None, tokenizer: Any, prompts: Sequence[str], new_tokens: int
+    side: TextSide,
+    model: Any,
+    original: Any | None,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    new_tokens: int,
 ) -> tuple[Continuation, ...]:
-    """The continuations of a decoder. Raises UsageError for prompts to a model that continues none."""
+    """The continuations of a decoder. Raises UsageError for prompts to a model that continues
+    none."""
     if not prompts:
         return ()
     parts = [side.module(one) for one in (model, original) if one is not None]
@@ -157,13 +185,19 @@ def _speak(
     return tuple(_continue(prompt, parts, tokenizer, new_tokens) for prompt in prompts)
 
 
-# Decoders ------------------------------------------------------------------------------------------------------------
+# Decoders -----------------------------------------------------------------------------------------
 
 
 def compare(
-    model: Any, original: Any | None, windows: Windows, path: str = "", against: str = "", progress: Progress = silent
+    model: Any,
+    original: Any | None,
+    windows: Windows,
+    path: str = "",
+    against: str = "",
+    progress: Progress = silent,
 ) -> tuple[Scores, Scores | None, Drift | None]:
-    """Losses of a decoder on windows (count, length) of tokens, on its device, and, with an original, the drift from it.
+    """Losses of a decoder on windows (count, length) of tokens, on its device, and, with an
+    original, the drift from it.
 
     Both are functions of input_ids whose answers have logits, as models are.
     """
@@ -177,7 +211,11 @@ def compare(
     if original is None:
         return scores, None, None
     excess = [ours - theirs for ours, theirs in zip(columns[0], columns[1], strict=True)]
-    return scores, _scores(against, columns[1], bits), Drift(mean_of(excess), mean_of(columns[2]), mean_of(columns[3]))
+    return (
+        scores,
+        _scores(against, columns[1], bits),
+        Drift(mean_of(excess), mean_of(columns[2]), mean_of(columns[3])),
+    )
 
 
 def mean_of(values: Sequence[float]) -> Mean:
@@ -192,12 +230,18 @@ def mean_of(values: Sequence[float]) -> Mean:
 def _scores(path: str, losses: Sequence[float], bits: float) -> Scores:
     loss = mean_of(losses)
     perplexity = math.exp(min(loss.value, 700.0))
-    return Scores(path, loss, Mean(perplexity, None if loss.error is None else perplexity * loss.error), loss.value * bits)
+    return Scores(
+        path,
+        loss,
+        Mean(perplexity, None if loss.error is None else perplexity * loss.error),
+        loss.value * bits,
+    )
 
 
 @torch.inference_mode()
 def _window(model: Any, original: Any | None, ids: Tensor) -> list[float]:
-    """[loss] or [loss, loss of the original, KL, agreement], each a mean over the tokens of one window."""
+    """[loss] or [loss, loss of the original, KL, agreement], each a mean over the tokens of one
+    window."""
     logits = _logits(model, ids)
     others = None if original is None else _logits(original, ids)
     sums = torch.zeros(1 if others is None else 4, dtype=torch.float64)
@@ -207,7 +251,9 @@ def _window(model: Any, original: Any | None, ids: Tensor) -> list[float]:
         sums += _sums(logits[at], None if others is None else others[at], ids[1:][at])
     means: list[float] = (sums / logits.shape[0]).tolist()
     if not all(map(math.isfinite, means)):
-        raise SvdcliError("the model answers with NaN or infinity", "see `svdcli verify`, or try --device cpu")
+        raise SvdcliError(
+            "the model answers with NaN or infinity", "see `svdcli verify`, or try --device cpu"
+        )
     return means
 
 
@@ -231,7 +277,9 @@ def _sums(logits: Tensor, others: Tensor | None, targets: Tensor) -> Tensor:
 @torch.inference_mode()
 def _continue(prompt: str, parts: Sequence[Any], tokenizer: Any, new_tokens: int) -> Continuation:
     """What the model and, where there are two, its original make of a prompt."""
-    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(next(parts[0].parameters()).device)
+    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(
+        next(parts[0].parameters()).device
+    )
     how = {
         "max_new_tokens": new_tokens,
         "do_sample": False,
@@ -244,11 +292,13 @@ def _continue(prompt: str, parts: Sequence[Any], tokenizer: Any, new_tokens: int
     return Continuation(prompt, texts[0], texts[1] if len(texts) > 1 else None)
 
 
-# Encoders ------------------------------------------------------------------------------------------------------------
+# Encoders -----------------------------------------------------------------------------------------
 
 
 @torch.inference_mode()
-def _cosines(side: TextSide, model: Any, original: Any, read: Read, where: torch.device, progress: Progress) -> list[float]:
+def _cosines(
+    side: TextSide, model: Any, original: Any, read: Read, where: torch.device, progress: Progress
+) -> list[float]:
     """Cosine similarity of every sentence's two embeddings."""
     cosines: list[float] = []
     for batch in read.batches:
@@ -261,6 +311,13 @@ def _cosines(side: TextSide, model: Any, original: Any, read: Read, where: torch
 
 def _similarity(cosines: Sequence[float]) -> Similarity:
     if not all(map(math.isfinite, cosines)):
-        raise SvdcliError("the model answers with NaN or infinity", "see `svdcli verify`, or try --device cpu")
+        raise SvdcliError(
+            "the model answers with NaN or infinity", "see `svdcli verify`, or try --device cpu"
+        )
     ordered = sorted(cosines)
-    return Similarity(math.fsum(ordered) / len(ordered), ordered[int(0.05 * (len(ordered) - 1))], ordered[0], len(ordered))
+    return Similarity(
+        math.fsum(ordered) / len(ordered),
+        ordered[int(0.05 * (len(ordered) - 1))],
+        ordered[0],
+        len(ordered),
+    )

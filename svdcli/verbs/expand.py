@@ -19,18 +19,28 @@ if TYPE_CHECKING:
     pass
 
 
-def expand(model: str | Path, out: str | Path | None = None, *, force: bool = False, progress: Progress = silent) -> Path | None:
-    """Write an output of compress as an ordinary checkpoint again: original names, shapes and dtypes, low-rank weights.
+def expand(
+    model: str | Path,
+    out: str | Path | None = None,
+    *,
+    force: bool = False,
+    progress: Progress = silent,
+) -> Path | None:
+    """Write an output of compress as an ordinary checkpoint again: original names, shapes and
+    dtypes, low-rank weights.
 
-    out defaults to `<stem>.dense.safetensors` or `<name>-dense` beside the model. Returns where it is (None for standard
-    output). Raises like `compress`.
+    out defaults to `<stem>.dense.safetensors` or `<name>-dense` beside the model. Returns where it
+    is (None for standard output). Raises like `compress`.
     """
     import torch
 
     with open_checkpoint(model) as checkpoint:
         record = record_of(checkpoint)
         if record is None:
-            hint = "factors that transformers saved: svdcli.load(PATH).dequantize().save_pretrained(DENSE), from Python"
+            hint = (
+                "factors that transformers saved: "
+                "svdcli.load(PATH).dequantize().save_pretrained(DENSE), from Python"
+            )
             raise SvdcliError(f"{checkpoint.shown} was not written by svdcli compress", hint)
         layers = stored_layers(checkpoint, record)
         check_listed(checkpoint, record)
@@ -39,23 +49,37 @@ def expand(model: str | Path, out: str | Path | None = None, *, force: bool = Fa
             workspace = Workspace(target, is_file=not checkpoint.is_directory)
             with disk_errors(target), workspace.locked():
                 if workspace.resume(identity(checkpoint, "expand"), force=force):
-                    design = ExpandDesign(checkpoint, record, layers, target.name if workspace.is_file else None)
-                    written, results, _ = write(design, layers, workspace, torch.device("cpu"), 0, progress)
+                    design = ExpandDesign(
+                        checkpoint, record, layers, target.name if workspace.is_file else None
+                    )
+                    written, results, _ = write(
+                        design, layers, workspace, torch.device("cpu"), 0, progress
+                    )
                     finish(written, results, workspace, progress)
             return None if out == STANDARD else target
 
 
-def _check_undamaged(checkpoint: Checkpoint, record: Mapping[str, Any], layers: Sequence[LayerPlan]) -> None:
-    """Raises BadCheckpointError where a weight file of a directory is not what was written, config.json is gone, or an order of
-    rows is none."""
+def _check_undamaged(
+    checkpoint: Checkpoint, record: Mapping[str, Any], layers: Sequence[LayerPlan]
+) -> None:
+    """Raises BadCheckpointError where a weight file of a directory is not what was written,
+    config.json is gone, or an order of rows is none."""
     from svdcli.engine.solve import has_row_order
 
     files = record.get("files") or {}
     if "config.json" in files and checkpoint.config is None:
-        raise BadCheckpointError(f"{checkpoint.path} has lost its config.json", "put it back, or write the output again")
+        raise BadCheckpointError(
+            f"{checkpoint.path} has lost its config.json", "put it back, or write the output again"
+        )
     for name, item in files.items():
         if name in checkpoint.files and sha256_of(checkpoint.path / name) != item.get("sha256"):
-            raise BadCheckpointError(f"{checkpoint.path / name} was changed after svdcli wrote it", "see `svdcli verify`")
-    damaged = next((layer.tensor.name for layer in layers if not has_row_order(checkpoint, layer)), None)
+            raise BadCheckpointError(
+                f"{checkpoint.path / name} was changed after svdcli wrote it", "see `svdcli verify`"
+            )
+    damaged = next(
+        (layer.tensor.name for layer in layers if not has_row_order(checkpoint, layer)), None
+    )
     if damaged is not None:
-        raise BadCheckpointError(f"the svd_rows of {damaged} are no order of its rows", "write the output again")
+        raise BadCheckpointError(
+            f"the svd_rows of {damaged} are no order of its rows", "write the output again"
+        )

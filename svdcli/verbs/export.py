@@ -26,7 +26,8 @@ from svdcli.files.writer import sync
 from svdcli.models.load import load_quietly
 from svdcli.progress import Progress, silent
 
-# By dtype: what it is to torch, and how far onnxruntime may be from torch, as a share of the largest output.
+# By dtype: what it is to torch, and how far onnxruntime may be from torch, as a share of the
+# largest output.
 _DTYPES = {"F32": (torch.float32, 1e-4), "F16": (torch.float16, 2e-2)}
 _STEPS = ("load", "trace", "optimize", "write", "check")
 _IN_ONE_FILE = 1_500_000_000  # a protobuf message ends at 2 GiB
@@ -35,10 +36,11 @@ _PRODUCTS = ("MatMul", "Gemm")
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written: bytes counts FILE and, for large models, FILE.data; matmuls the matrix products in the graph.
+    """What was written: bytes counts FILE and, for large models, FILE.data; matmuls the matrix
+    products in the graph.
 
-    checked is the largest difference from torch's outputs as a share of the largest output, or None where onnxruntime is
-    not installed.
+    checked is the largest difference from torch's outputs as a share of the largest output, or None
+    where onnxruntime is not installed.
     """
 
     path: Path
@@ -49,7 +51,11 @@ class Exported:
     checked: float | None
 
     def to_json(self) -> dict[str, Any]:
-        return {"svdcli_json": JSON_VERSION, "kind": "export"} | asdict(self) | {"path": str(self.path)}
+        return (
+            {"svdcli_json": JSON_VERSION, "kind": "export"}
+            | asdict(self)
+            | {"path": str(self.path)}
+        )
 
 
 def export_onnx(
@@ -61,15 +67,19 @@ def export_onnx(
     trust_remote_code: bool = False,
     progress: Progress = silent,
 ) -> Exported:
-    """Write a model directory as ONNX: factors (out, r) and (r, in) stay two products, by their names in the model.
+    """Write a model directory as ONNX: factors (out, r) and (r, in) stay two products, by their
+    names in the model.
 
-    Text models take input_ids and attention_mask (batch, sequence) and vision models pixel_values (batch, channels, height,
-    width); batch and sequence are free, the sizes of images are not. Decoders are exported without a cache of keys and values.
-    dtype is F32 or F16. FILE appears whole or not at all, and only after onnxruntime, where it is installed, has given
-    torch's outputs for other inputs of other sizes. trust_remote_code runs Python that the model's folder brings along.
+    Text models take input_ids and attention_mask (batch, sequence) and vision models pixel_values
+    (batch, channels, height, width); batch and sequence are free, the sizes of images are not.
+    Decoders are exported without a cache of keys and values. dtype is F32 or F16. FILE appears
+    whole or not at all, and only after onnxruntime, where it is installed, has given torch's
+    outputs for other inputs of other sizes. trust_remote_code runs Python that the model's folder
+    brings along.
 
-    Raises SvdcliError where a library is missing, FILE exists, the model is of another kind or cannot be traced, or the
-    outputs differ; UsageError for other dtypes and names of FILE; and what `svdcli.load` raises.
+    Raises SvdcliError where a library is missing, FILE exists, the model is of another kind or
+    cannot be traced, or the outputs differ; UsageError for other dtypes and names of FILE; and what
+    `svdcli.load` raises.
     """
     file = Path(file)
     if dtype not in _DTYPES:
@@ -77,15 +87,21 @@ def export_onnx(
     _check_paths(path, file, force)
     missing = [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]
     if missing:
-        raise SvdcliError(f"exporting to ONNX needs {' and '.join(missing)}", "pip install 'svdcli[onnx]'")
+        raise SvdcliError(
+            f"exporting to ONNX needs {' and '.join(missing)}", "pip install 'svdcli[onnx]'"
+        )
     step = _stepper(progress)
     with _hushed():
         step()
-        model = load_quietly(path, torch.device("cpu"), _DTYPES[dtype][0], trust_remote_code=trust_remote_code)
+        model = load_quietly(
+            path, torch.device("cpu"), _DTYPES[dtype][0], trust_remote_code=trust_remote_code
+        )
         call = _call_for(model)
         workspace = Workspace(file, is_file=True)
         with _disk_errors(file), workspace.locked():
-            workspace.resume(uuid4().hex, force=True)  # what a killed run left is not continued: tracing starts from nothing
+            workspace.resume(
+                uuid4().hex, force=True
+            )  # what a killed run left is not continued: tracing starts from nothing
             try:
                 return _export_into(workspace, call, _DTYPES[dtype][1], step)
             except BaseException:
@@ -101,30 +117,48 @@ def _check_paths(path: str | Path, file: Path, force: bool) -> None:
     if file.is_dir():
         raise SvdcliError(f"{file} is a directory", "choose another --onnx FILE")
     if str(path) == STANDARD or Path(path).is_file():
-        raise UsageError("export takes a model directory with a config.json, not a single file", "compress the directory")
+        raise UsageError(
+            "export takes a model directory with a config.json, not a single file",
+            "compress the directory",
+        )
     if Path(path).is_dir() and Path(path).resolve() in file.resolve().parents:
-        raise SvdcliError(f"{file} is inside the model, which is never touched", "choose another --onnx FILE")
+        raise SvdcliError(
+            f"{file} is inside the model, which is never touched", "choose another --onnx FILE"
+        )
     for taken in (file, _weights_of(file)):
         if taken.exists() and not force:
-            raise SvdcliError(f"{taken} exists", "use --force to replace it, or choose another --onnx FILE")
+            raise SvdcliError(
+                f"{taken} exists", "use --force to replace it, or choose another --onnx FILE"
+            )
     with open_checkpoint(path) as checkpoint:
         if not checkpoint.transformers_opens_it:
-            raise SvdcliError(f"{checkpoint.shown} has no config.json that names a model", "export the directory of a model")
+            raise SvdcliError(
+                f"{checkpoint.shown} has no config.json that names a model",
+                "export the directory of a model",
+            )
 
 
-# What to feed a model ------------------------------------------------------------------------------------------------
+# What to feed a model -----------------------------------------------------------------------------
 
 
 class _Call(nn.Module):
     """A model as a function from a fixed list of tensors to a fixed list of tensors."""
 
-    def __init__(self, model: nn.Module, inputs: tuple[str, ...], fixed: dict[str, Any], sizes: dict[str, int]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        inputs: tuple[str, ...],
+        fixed: dict[str, Any],
+        sizes: dict[str, int],
+    ) -> None:
         super().__init__()
         self.model, self.inputs, self.fixed, self.sizes = model, inputs, fixed, sizes
         self.outputs: tuple[str, ...] = ()
         for module in model.modules():
             if "svd_rows" in module._buffers:
-                module.svd_rows = module.get_buffer("svd_rows").long()  # torch indexes with int32, ONNX does not
+                module.svd_rows = module.get_buffer(
+                    "svd_rows"
+                ).long()  # torch indexes with int32, ONNX does not
 
     def forward(self, *tensors: Tensor) -> dict[str, Tensor]:
         """(input, ...) in the order of `inputs` -> {name: tensor}."""
@@ -132,7 +166,8 @@ class _Call(nn.Module):
         return {name: value for name, value in found.items() if isinstance(value, Tensor)}
 
     def example(self, batch: int, length: int) -> tuple[Tensor, ...]:
-        """Inputs of a batch; sequences (batch, length) are whole, padded on the left and padded on the right, in turn."""
+        """Inputs of a batch; sequences (batch, length) are whole, padded on the left and padded on
+        the right, in turn."""
         random = torch.Generator().manual_seed(length)
         if self.inputs == ("pixel_values",):
             shape = (batch, self.sizes["channels"], self.sizes["height"], self.sizes["width"])
@@ -155,7 +190,10 @@ def _call_for(model: Any) -> _Call:
     takes = inspect.signature(model.forward).parameters
     fixed = {"return_dict": True} | ({"use_cache": False} if "use_cache" in takes else {})
     if getattr(config, "is_encoder_decoder", False) or main not in ("input_ids", "pixel_values"):
-        raise SvdcliError(f"{name} is neither a text encoder, a decoder nor a vision model", "export knows only those")
+        raise SvdcliError(
+            f"{name} is neither a text encoder, a decoder nor a vision model",
+            "export knows only those",
+        )
     if main == "pixel_values":
         size = getattr(config, "image_size", None) or 224
         height, width = (size, size) if isinstance(size, int) else (size[0], size[-1])
@@ -163,19 +201,25 @@ def _call_for(model: Any) -> _Call:
         call = _Call(model, ("pixel_values",), fixed, sizes)
     else:
         sizes = {"vocabulary": model.get_input_embeddings().weight.shape[0]}
-        call = _Call(model, ("input_ids", "attention_mask")[: 1 + ("attention_mask" in takes)], fixed, sizes)
+        call = _Call(
+            model, ("input_ids", "attention_mask")[: 1 + ("attention_mask" in takes)], fixed, sizes
+        )
     try:
         with torch.inference_mode():
             call.outputs = tuple(call(*call.example(2, 8)))
     except (ValueError, TypeError, RuntimeError, IndexError, AttributeError) as error:
-        raise SvdcliError(f"{name} does not run on {' and '.join(call.inputs)}: {_first_line(error)}") from error
+        raise SvdcliError(
+            f"{name} does not run on {' and '.join(call.inputs)}: {_first_line(error)}"
+        ) from error
     return call.eval()
 
 
-# Writing -------------------------------------------------------------------------------------------------------------
+# Writing ------------------------------------------------------------------------------------------
 
 
-def _export_into(workspace: Workspace, call: _Call, tolerance: float, step: Callable[[], None]) -> Exported:
+def _export_into(
+    workspace: Workspace, call: _Call, tolerance: float, step: Callable[[], None]
+) -> Exported:
     step()
     program = _traced(call)
     step()
@@ -192,7 +236,8 @@ def _export_into(workspace: Workspace, call: _Call, tolerance: float, step: Call
     found = Exported(made, 0, call.inputs, call.outputs, matmuls, _difference(made, call))
     if found.checked is not None and not found.checked <= tolerance:
         raise SvdcliError(
-            f"onnxruntime's outputs differ from torch's by {found.checked:.1e} of the largest, more than {tolerance:.0e}",
+            f"onnxruntime's outputs differ from torch's by {found.checked:.1e} of the largest, "
+            f"more than {tolerance:.0e}",
             "nothing was written; report this with the name of the model",
         )
     size = sum(path.stat().st_size for path in (made, _weights_of(made)) if path.exists())
@@ -213,13 +258,21 @@ def _traced(call: _Call) -> Any:
                 output_names=call.outputs,
                 dynamic_shapes=call.axes(),
             )
-    except (RuntimeError, ValueError, TypeError, KeyError, AttributeError, NotImplementedError) as error:
+    except (
+        RuntimeError,
+        ValueError,
+        TypeError,
+        KeyError,
+        AttributeError,
+        NotImplementedError,
+    ) as error:
         why = _first_line(error.__cause__ or error)
         raise SvdcliError(f"torch.onnx cannot export {type(call.model).__name__}: {why}") from error
 
 
 def _name_like_model(graph: Any) -> None:
-    """P.svd_up.weight keeps its name; transposed, as the optimizer will store most, it is P.svd_up.weight.T."""
+    """P.svd_up.weight keeps its name; transposed, as the optimizer will store most, it is
+    P.svd_up.weight.T."""
     for value in list(graph.initializers.values()):
         value.name = value.name.removeprefix("model.")
     for node in graph:
@@ -228,7 +281,8 @@ def _name_like_model(graph: Any) -> None:
 
 
 def _drop_notes(graph: Any) -> None:
-    """The exporter notes where in which source file each node came from: megabytes, and paths of this machine."""
+    """The exporter notes where in which source file each node came from: megabytes, and paths of
+    this machine."""
     for node in graph.all_nodes():
         for noted in (node, *node.outputs):
             noted.metadata_props.clear()
@@ -243,7 +297,9 @@ def _publish(workspace: Workspace) -> None:
         if path.exists():
             with path.open("rb") as stream:
                 sync(stream.fileno())
-    if weights.exists() or new_weights.exists():  # a graph must never stand beside weights of another
+    if (
+        weights.exists() or new_weights.exists()
+    ):  # a graph must never stand beside weights of another
         file.unlink(missing_ok=True)
         weights.unlink(missing_ok=True)
     if new_weights.exists():
@@ -260,11 +316,12 @@ def _nbytes(module: nn.Module) -> int:
     return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
 
 
-# Checking ------------------------------------------------------------------------------------------------------------
+# Checking -----------------------------------------------------------------------------------------
 
 
 def _difference(file: Path, call: _Call) -> float | None:
-    """Between onnxruntime and torch on a batch and a length that were not traced, where the attention mask is 1."""
+    """Between onnxruntime and torch on a batch and a length that were not traced, where the
+    attention mask is 1."""
     if importlib.util.find_spec("onnxruntime") is None:
         return None
     import onnxruntime
@@ -274,13 +331,21 @@ def _difference(file: Path, call: _Call) -> float | None:
     options.log_severity_level = 3
     try:
         session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
-        got = session.run(list(call.outputs), {name: value.numpy() for name, value in zip(call.inputs, inputs, strict=True)})
+        got = session.run(
+            list(call.outputs),
+            {name: value.numpy() for name, value in zip(call.inputs, inputs, strict=True)},
+        )
     except Exception as error:  # onnxruntime's own exceptions share no other base
-        raise SvdcliError(f"onnxruntime does not run what torch.onnx wrote: {_first_line(error)}") from error
+        raise SvdcliError(
+            f"onnxruntime does not run what torch.onnx wrote: {_first_line(error)}"
+        ) from error
     with torch.inference_mode():
         wanted = call(*inputs)
     mask = inputs[1].bool() if len(inputs) > 1 else None
-    return max(_distance(torch.from_numpy(y), wanted[name], mask) for name, y in zip(call.outputs, got, strict=True))
+    return max(
+        _distance(torch.from_numpy(y), wanted[name], mask)
+        for name, y in zip(call.outputs, got, strict=True)
+    )
 
 
 def _distance(found: Tensor, wanted: Tensor, mask: Tensor | None) -> float:
@@ -293,7 +358,7 @@ def _distance(found: Tensor, wanted: Tensor, mask: Tensor | None) -> float:
     return float((found.double() - wanted.double()).abs().max() / largest)
 
 
-# Around it -----------------------------------------------------------------------------------------------------------
+# Around it ----------------------------------------------------------------------------------------
 
 
 def _stepper(progress: Progress) -> Callable[[], None]:
@@ -308,7 +373,8 @@ def _stepper(progress: Progress) -> Callable[[], None]:
 
 @contextmanager
 def _hushed() -> Iterator[None]:
-    """The exporter and what it imports warn about themselves, which nobody who runs it can act on."""
+    """The exporter and what it imports warn about themselves, which nobody who runs it can act
+    on."""
     level = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
@@ -326,7 +392,9 @@ def _disk_errors(file: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
-        raise SvdcliError(f"cannot write {file}: {error.strerror}", "free space and run the same command again") from error
+        raise SvdcliError(
+            f"cannot write {file}: {error.strerror}", "free space and run the same command again"
+        ) from error
 
 
 def _first_line(error: BaseException) -> str:

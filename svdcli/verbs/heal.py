@@ -1,4 +1,5 @@
-"""The verb that refines: heal. A compressed directory and its original in, a compressed directory of the same size out."""
+"""The verb that refines: heal. A compressed directory and its original in, a compressed directory
+of the same size out."""
 
 from __future__ import annotations
 
@@ -13,7 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from svdcli.calibration.loss import block_moments
-from svdcli.calibration.memory import SHARE_OF_MEMORY, free_memory, state_bytes, whole_bytes, widest, width_of
+from svdcli.calibration.memory import (
+    SHARE_OF_MEMORY,
+    free_memory,
+    state_bytes,
+    whole_bytes,
+    widest,
+    width_of,
+)
 from svdcli.calibration.reading import read_batches
 from svdcli.calibration.text_side import TextSide, text_side, watched
 from svdcli.engine.executor import Compute
@@ -26,7 +34,16 @@ from svdcli.files.checkpoint import Checkpoint, open_checkpoint
 from svdcli.files.record import Result, record_of, stored_layers
 from svdcli.files.report import read_report
 from svdcli.files.workspace import BLOCKS, Workspace
-from svdcli.healing.blocks import WHOLE, Effort, HealedBlock, Reading, blocks_of, heal_blocks, heal_whole, put
+from svdcli.healing.blocks import (
+    WHOLE,
+    Effort,
+    HealedBlock,
+    Reading,
+    blocks_of,
+    heal_blocks,
+    heal_whole,
+    put,
+)
 from svdcli.models.load import load_stored
 from svdcli.plan.budget import missed_target
 from svdcli.plan.plan import Healing, LayerPlan, Plan
@@ -38,7 +55,8 @@ from svdcli.verbs.outcome import Outcome
 __all__ = ["HARD_LABELS", "Effort", "heal"]
 
 _MOMENT_BATCHES = 12
-_WHOLE_READS = 8  # times as much text for the whole model, which keeps no hidden states of it, as for the blocks
+# times as much text for the whole model, which keeps no hidden states of it, as for the blocks
+_WHOLE_READS = 8
 _BLOCKS_SHARE = 0.2  # of the time, where the whole model is trained after them
 _SHARE_FOR_THE_WHOLE = 0.5  # of free memory
 HARD_LABELS = 0.1
@@ -64,19 +82,24 @@ def heal(
     trust_remote_code: bool = False,
     progress: Progress = silent,
 ) -> Outcome:
-    """Refine the factors of `out` on text, towards what `teacher` answers: block by block, then all together (`models.heal`).
+    """Refine the factors of `out` on text, towards what `teacher` answers: block by block, then all
+    together (`models.heal`).
 
-    out is a directory that compress wrote from teacher, factored or pivoted; healed defaults to `<out>-healed`. Ranks, layout
-    and bytes stay; no block is left worse on text that it was not trained on. A run that was cut short continues with the
-    block it had reached. samples is how much text the blocks read, as for `calibrate`; the whole model reads eight times as much.
-    hard_labels, from 0 to 1, is how much the tokens of the text count against the original's answers where the whole of a
-    decoder is trained; by default `HARD_LABELS`. trust_remote_code runs Python that the folders bring along. Raises
-    SvdcliError or a child of it.
+    out is a directory that compress wrote from teacher, factored or pivoted; healed defaults to
+    `<out>-healed`. Ranks, layout and bytes stay; no block is left worse on text that it was not
+    trained on. A run that was cut short continues with the block it had reached. samples is how
+    much text the blocks read, as for `calibrate`; the whole model reads eight times as much.
+    hard_labels, from 0 to 1, is how much the tokens of the text count against the original's
+    answers where the whole of a decoder is trained; by default `HARD_LABELS`. trust_remote_code
+    runs Python that the folders bring along. Raises SvdcliError or a child of it.
     """
     if hard_labels is not None and not 0 <= hard_labels <= 1:
         raise UsageError(f"--hard-labels {hard_labels:g} is not a share", "give 0 to 1")
     with open_checkpoint(out) as compressed, open_checkpoint(teacher) as original:
-        plan, how = _plan_of(compressed, original), _How(effort, samples, seq_len, hard_labels, seed, trust_remote_code)
+        plan, how = (
+            _plan_of(compressed, original),
+            _How(effort, samples, seq_len, hard_labels, seed, trust_remote_code),
+        )
         job = _Job(compressed, original, plan, texts, how)
         device = (compute or Compute()).start()
         with destination(compressed, healed, ".healed", "-healed", force) as target:
@@ -95,17 +118,28 @@ def heal(
 
 
 def _plan_of(compressed: Checkpoint, original: Checkpoint) -> Plan:
-    """The plan behind a compressed directory. Raises SvdcliError where it cannot be healed with this original."""
+    """The plan behind a compressed directory. Raises SvdcliError where it cannot be healed with
+    this original."""
     if not (compressed.is_directory and compressed.transformers_opens_it):
-        raise SvdcliError(f"{compressed.shown} has no config.json that names a model", "heal opens Hugging Face directories")
+        raise SvdcliError(
+            f"{compressed.shown} has no config.json that names a model",
+            "heal opens Hugging Face directories",
+        )
     record = record_of(compressed)
     if record is None:
-        raise SvdcliError(f"{compressed.shown} was not written by svdcli compress", "compress the model first")
+        raise SvdcliError(
+            f"{compressed.shown} was not written by svdcli compress", "compress the model first"
+        )
     plan = Plan.from_json(record)
     if plan.recipe.layout == "dense":
-        raise UsageError(f"{compressed.shown} has the dense layout, which holds no factors", "compress it again")
+        raise UsageError(
+            f"{compressed.shown} has the dense layout, which holds no factors", "compress it again"
+        )
     if plan.fingerprint != original.fingerprint():
-        raise SvdcliError(f"{original.shown} is not the model that {compressed.shown} was made from", "give that as --teacher")
+        raise SvdcliError(
+            f"{original.shown} is not the model that {compressed.shown} was made from",
+            "give that as --teacher",
+        )
     stored_layers(compressed, record)
     return plan
 
@@ -149,12 +183,21 @@ class _Job:
         """Fills places, blocks, samples, window, hard and notes."""
         # Both models, and the text as they read it
         trust, asked = self.how.trust_remote_code, self.how.effort
-        teacher, student = (load_stored(one.path, trust_remote_code=trust) for one in (self.original, self.compressed))
+        teacher, student = (
+            load_stored(one.path, trust_remote_code=trust)
+            for one in (self.original, self.compressed)
+        )
         tokenizer = load_tokenizer(self.compressed.path, trust_remote_code=trust)
-        side = text_side(teacher, self.original.shown, len(tokenizer), "heal refines what reads text")
+        side = text_side(
+            teacher, self.original.shown, len(tokenizer), "heal refines what reads text"
+        )
         self.hard = self._hard_labels(side)
-        amount = Amount.to_calibrate(self.how.samples, widest(teacher, _modules(teacher, self.plan)))
-        read = read_batches(side, tokenizer, self.texts, amount.times(_WHOLE_READS), self.how.seq_len)
+        amount = Amount.to_calibrate(
+            self.how.samples, widest(teacher, _modules(teacher, self.plan))
+        )
+        read = read_batches(
+            side, tokenizer, self.texts, amount.times(_WHOLE_READS), self.how.seq_len
+        )
         self.window = read.seq_len
         reading = Reading.of(read.batches)
         few = reading.fewer(amount.batches(read.samples, read.tokens, len(read.batches)))
@@ -169,17 +212,34 @@ class _Job:
         room = _SHARE_FOR_THE_WHOLE * _free_memory(device)
         fits = needed <= room
         self.notes = () if fits else (_NOT_WHOLE.format(needed=needed / 1e9, room=room / 1e9),)
-        for_blocks = None if seconds is None else (_BLOCKS_SHARE if fits else 1) * (seconds - (time.monotonic() - begin))
-        dtypes = {name: tensor.dtype for name, tensor in (*student.named_parameters(), *student.named_buffers())}
+        for_blocks = (
+            None
+            if seconds is None
+            else (_BLOCKS_SHARE if fits else 1) * (seconds - (time.monotonic() - begin))
+        )
+        dtypes = {
+            name: tensor.dtype
+            for name, tensor in (*student.named_parameters(), *student.named_buffers())
+        }
         # The blocks, then the whole
-        how: dict[str, Any] = {"trainable": trained.__contains__, "call": side.of, "seed": seed, "progress": progress}
+        how: dict[str, Any] = {
+            "trainable": trained.__contains__,
+            "call": side.of,
+            "seed": seed,
+            "progress": progress,
+        }
         known = partial(_read_block, workspace)
         self.blocks: dict[str, HealedBlock] = {}
         effort = Effort(asked.steps, for_blocks)
-        for block in heal_blocks(teacher, student, few, effort, moments=moments, known=known, device=device, **how):
+        for block in heal_blocks(
+            teacher, student, few, effort, moments=moments, known=known, device=device, **how
+        ):
             self._keep(block, workspace)
         if not self.blocks:
-            raise SvdcliError(f"no block of {self.compressed.shown} that reads text holds factors", "there is nothing to heal")
+            raise SvdcliError(
+                f"no block of {self.compressed.shown} that reads text holds factors",
+                "there is nothing to heal",
+            )
         if fits:
             done = known(WHOLE)
             if done is None:
@@ -194,7 +254,10 @@ class _Job:
         if side.kind == "decoder":
             return HARD_LABELS if self.how.hard_labels is None else self.how.hard_labels
         if self.how.hard_labels:
-            raise UsageError(f"--hard-labels: {self.original.shown} does not predict the next token", "leave it out")
+            raise UsageError(
+                f"--hard-labels: {self.original.shown} does not predict the next token",
+                "leave it out",
+            )
         return 0.0
 
     def _keep(self, block: HealedBlock, workspace: Workspace) -> None:
@@ -206,39 +269,67 @@ class _Job:
         """Both models on the device in float32, the student with its blocks as they were healed."""
         for model in (teacher, student):
             for tensor in (*model.parameters(), *model.buffers()):
-                tensor.data = tensor.data.to(device, torch.float32 if tensor.is_floating_point() else tensor.dtype)
+                tensor.data = tensor.data.to(
+                    device, torch.float32 if tensor.is_floating_point() else tensor.dtype
+                )
         tensors = {**dict(student.named_parameters()), **dict(student.named_buffers())}
         for block in self.blocks.values():
             put(block, tensors, device)
 
     def publish(self, workspace: Workspace, device: torch.device, progress: Progress) -> None:
         """Write the directory anew: the plan of before, with the refined factors."""
-        weights = {self.places[name]: tensor for block in self.blocks.values() for name, tensor in block.weights.items()}
-        blocks = {block.name: (block.before, block.after, block.steps) for block in self.blocks.values()}
+        weights = {
+            self.places[name]: tensor
+            for block in self.blocks.values()
+            for name, tensor in block.weights.items()
+        }
+        blocks = {
+            block.name: (block.before, block.after, block.steps) for block in self.blocks.values()
+        }
         healing = Healing(
-            self.texts.name, self.texts.digest, self.samples, self.window, blocks, self.hard if WHOLE in blocks else 0.0
+            self.texts.name,
+            self.texts.digest,
+            self.samples,
+            self.window,
+            blocks,
+            self.hard if WHOLE in blocks else 0.0,
         )
         left = [place for place in self.places.values() if place not in weights]
         notes = (*self.plan.notes, *self.notes)
         if left:
             why = "since no block that the text goes through holds them"
-            notes = (*notes, f"heal left {len(left)} tensors as they were, {why}: {', '.join(left[:3])}")
+            notes = (
+                *notes,
+                f"heal left {len(left)} tensors as they were, {why}: {', '.join(left[:3])}",
+            )
         plan = replace(self.plan, healing=healing, notes=notes)
         files = beside() if plan.recipe.self_contained else None
         size = CompressDesign(self.original, plan, None, files).blueprint().total
-        plan = noting_a_miss(plan, missed_target(plan, size))  # what was healed makes the record longer
+        plan = noting_a_miss(
+            plan, missed_target(plan, size)
+        )  # what was healed makes the record longer
         design = CompressDesign(self.original, plan, None, files)
         ready = Ready(lambda layer: self._tensors(layer, weights), self._results())
-        written, results, _ = write(design, plan.factored, workspace, device, 0, progress, ready=ready)
+        written, results, _ = write(
+            design, plan.factored, workspace, device, 0, progress, ready=ready
+        )
         finish(written, results, workspace, progress)
 
     def _tensors(self, layer: LayerPlan, weights: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
-        names = [tensor.name for tensor in layer.stored()] + ([layer.bias.name] if layer.bias is not None else [])
-        return tuple(weights[name] if name in weights else self.compressed.read_tensor(name) for name in names)
+        names = [tensor.name for tensor in layer.stored()] + (
+            [layer.bias.name] if layer.bias is not None else []
+        )
+        return tuple(
+            weights[name] if name in weights else self.compressed.read_tensor(name)
+            for name in names
+        )
 
     def _results(self) -> dict[str, Result]:
         layers = (record_of(self.compressed) or {})["layers"]
-        return {name: Result(0.0, str(item["solver"]), tuple(item.get("fell_back", ()))) for name, item in layers.items()}
+        return {
+            name: Result(0.0, str(item["solver"]), tuple(item.get("fell_back", ())))
+            for name, item in layers.items()
+        }
 
 
 def _free_memory(device: torch.device) -> int:
@@ -246,10 +337,15 @@ def _free_memory(device: torch.device) -> int:
 
 
 def _moments(
-    teacher: Any, batches: Sequence[Batch], side: TextSide, seed: int, device: torch.device, progress: Progress
+    teacher: Any,
+    batches: Sequence[Batch],
+    side: TextSide,
+    seed: int,
+    device: torch.device,
+    progress: Progress,
 ) -> tuple[dict[str, Tensor], set[str]]:
-    """(how much each direction of each block's output matters, names of the modules that ran), from batches spread over the
-    text."""
+    """(how much each direction of each block's output matters, names of the modules that ran), from
+    batches spread over the text."""
     progress("moments", "", 0, 1)
     torch.manual_seed(seed)
     count = min(len(batches), _MOMENT_BATCHES)
@@ -272,8 +368,11 @@ def _modules(model: nn.Module, plan: Plan) -> list[str]:
     return [name for name in found.values() if name is not None]
 
 
-def _places(student: nn.Module, plan: Plan, within: Collection[str] | None = None) -> dict[str, str]:
-    """{name of a parameter that may change: name of its tensor in the checkpoint}, of all modules or of those within."""
+def _places(
+    student: nn.Module, plan: Plan, within: Collection[str] | None = None
+) -> dict[str, str]:
+    """{name of a parameter that may change: name of its tensor in the checkpoint}, of all modules
+    or of those within."""
     from svdcli.models.hf import module_names
 
     found = module_names(student, [layer.tensor.module for layer in plan.factored])

@@ -20,13 +20,14 @@ if TYPE_CHECKING:
     pass
 
 
-# inspect -------------------------------------------------------------------------------------------------------------
+# inspect ------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class InspectRow:
-    """One tensor. break_even is the largest rank that saves parameters in the factored layout, pivoted_break_even in the
-    pivoted one; both None for tensors that would not be selected, which have a reason."""
+    """One tensor. break_even is the largest rank that saves parameters in the factored layout,
+    pivoted_break_even in the pivoted one; both None for tensors that would not be selected, which
+    have a reason."""
 
     name: str
     dtype: str
@@ -70,10 +71,15 @@ def inspect(
     exclude: Sequence[str] = (),
     state_dict: str | None = None,
 ) -> Inspection:
-    """List a checkpoint's tensors from its headers alone. Raises like `compress` for bad input and odd patterns."""
+    """List a checkpoint's tensors from its headers alone. Raises like `compress` for bad input and
+    odd patterns."""
     with open_checkpoint(path, state_dict=state_dict) as checkpoint:
         selected, skipped = choose_layers(
-            checkpoint.infos, include=include, exclude=exclude, tied=checkpoint.tied, facts=checkpoint.facts
+            checkpoint.infos,
+            include=include,
+            exclude=exclude,
+            tied=checkpoint.tied,
+            facts=checkpoint.facts,
         )
         reasons = {item.tensor.name: item.reason for item in skipped}
         return Inspection(

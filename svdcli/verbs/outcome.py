@@ -15,10 +15,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What compress did or would do: the report, the plan behind it, and where the output is (None for a dry run).
+    """What compress did or would do: the report, the plan behind it, and where the output is (None
+    for a dry run).
 
-    measured is how far the output is from the original on text that calibration did not read, where there was such text;
-    not_measured says why it is missing. refused says why a run would stop where this dry run did not.
+    measured is how far the output is from the original on text that calibration did not read, where
+    there was such text; not_measured says why it is missing. refused says why a run would stop
+    where this dry run did not.
     """
 
     report: Report

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 
 def report(path: str | Path | None = None) -> Report:
-    """What an output saved. Without a path the newest output in the current folder; "-" reads a pipe to its end.
+    """What an output saved. Without a path the newest output in the current folder; "-" reads a
+    pipe to its end.
 
     Raises BadCheckpointError where svdcli did not write it.
     """
@@ -29,5 +30,7 @@ def report(path: str | Path | None = None) -> Report:
     header = open_from_pipe()
     record = record_in(header.metadata, "standard input")
     if record is None:
-        raise SvdcliError("standard input was not written by svdcli compress", "try `svdcli inspect -`")
+        raise SvdcliError(
+            "standard input was not written by svdcli compress", "try `svdcli inspect -`"
+        )
     return report_of(record, {STANDARD: header.size}, STANDARD)

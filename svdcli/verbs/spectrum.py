@@ -25,16 +25,16 @@ if TYPE_CHECKING:
 CURVE_POINTS = 24
 
 
-# spectrum ------------------------------------------------------------------------------------------------------------
+# spectrum -----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class SpectrumRow:
     """The singular values of one layer in a few numbers.
 
-    effective_rank is exp of the entropy of sigma / sum(sigma) (Roy and Vetterli, 2007); stable_rank is
-    ||W||_F^2 / sigma_1^2; rank_N the smallest rank that keeps N % of the energy. curve holds sigma / sigma_1 at evenly
-    spaced places from the first singular value to the last.
+    effective_rank is exp of the entropy of sigma / sum(sigma) (Roy and Vetterli, 2007); stable_rank
+    is ||W||_F^2 / sigma_1^2; rank_N the smallest rank that keeps N % of the energy. curve holds
+    sigma / sigma_1 at evenly spaced places from the first singular value to the last.
     """
 
     name: str
@@ -74,26 +74,43 @@ def spectrum(
 
     with open_checkpoint(path, state_dict=state_dict) as checkpoint:
         if record_of(checkpoint) is not None:
-            raise SvdcliError(f"{checkpoint.shown} is compressed already", "look at the original, or expand it first")
+            raise SvdcliError(
+                f"{checkpoint.shown} is compressed already",
+                "look at the original, or expand it first",
+            )
         selected, skipped = choose_layers(
-            checkpoint.infos, include=include, exclude=exclude, layers=layers, tied=checkpoint.tied, facts=checkpoint.facts
+            checkpoint.infos,
+            include=include,
+            exclude=exclude,
+            layers=layers,
+            tied=checkpoint.tied,
+            facts=checkpoint.facts,
         )
         if not selected:
             raise nothing_selected(checkpoint.shown, skipped)
         device = (compute or Compute()).start()
-        found = measure(checkpoint, selected, spectra=True, device=device, workspace=None, progress=progress)
+        found = measure(
+            checkpoint, selected, spectra=True, device=device, workspace=None, progress=progress
+        )
         check_finite([name for name, layer in found.items() if not layer.finite])
-        rows = [_spectrum_row(tensor, found[tensor.name].energies or (), found[tensor.name].tails()) for tensor in selected]
+        rows = [
+            _spectrum_row(tensor, found[tensor.name].energies or (), found[tensor.name].tails())
+            for tensor in selected
+        ]
         return Spectrum(checkpoint.shown, tuple(rows))
 
 
-def _spectrum_row(tensor: TensorInfo, energies: Sequence[float], tails: Sequence[float]) -> SpectrumRow:
+def _spectrum_row(
+    tensor: TensorInfo, energies: Sequence[float], tails: Sequence[float]
+) -> SpectrumRow:
     sigmas = [math.sqrt(energy) for energy in energies]
     top, mass = (sigmas[0] or 1.0), (math.fsum(sigmas) or 1.0)
     shares = [sigma / mass for sigma in sigmas if sigma > 0]
     entropy = -math.fsum(share * math.log(share) for share in shares)
     places = [round(i * (len(sigmas) - 1) / (CURVE_POINTS - 1)) for i in range(CURVE_POINTS)]
-    rank_90, rank_95, rank_99 = (next(r for r, tail in enumerate(tails) if tail <= cut) for cut in (0.1, 0.05, 0.01))
+    rank_90, rank_95, rank_99 = (
+        next(r for r, tail in enumerate(tails) if tail <= cut) for cut in (0.1, 0.05, 0.01)
+    )
     return SpectrumRow(
         name=tensor.name,
         shape=tensor.shape,

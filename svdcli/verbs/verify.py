@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     pass
 
 
-# verify --------------------------------------------------------------------------------------------------------------
+# verify -------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -54,28 +54,39 @@ class Verification:
         return {"svdcli_json": JSON_VERSION, "kind": "verification", "ok": self.ok} | asdict(self)
 
 
-def verify(out: str | Path, against: str | Path | None = None, *, progress: Progress = silent) -> Verification:
-    """Does an output still hold what its record says; and, against its original, are the errors and the copies right.
+def verify(
+    out: str | Path, against: str | Path | None = None, *, progress: Progress = silent
+) -> Verification:
+    """Does an output still hold what its record says; and, against its original, are the errors and
+    the copies right.
 
-    Weights, their index and what makes a loader open them must be as they were written. Other files that changed, came or
-    went are checks that pass, of the kind `BESIDE`, whose detail says so.
+    Weights, their index and what makes a loader open them must be as they were written. Other files
+    that changed, came or went are checks that pass, of the kind `BESIDE`, whose detail says so.
     Raises SvdcliError where `out` cannot be opened at all; everything else is a failed check.
     """
     with open_checkpoint(out) as checkpoint:
         record = record_of(checkpoint)
         if record is None or "recipe" not in record:
-            raise SvdcliError(f"{checkpoint.shown} is not a whole output of svdcli compress", "name what it wrote")
-        checks = [Check("header", name, True, f"{size} bytes") for name, size in checkpoint.files.items()]
+            raise SvdcliError(
+                f"{checkpoint.shown} is not a whole output of svdcli compress", "name what it wrote"
+            )
+        checks = [
+            Check("header", name, True, f"{size} bytes") for name, size in checkpoint.files.items()
+        ]
         checks += _check_digests(checkpoint, record, progress)
         checks += _check_strangers(checkpoint, record)
         if not all(check.ok for check in checks if check.check == _STRANGE):
-            return Verification(checkpoint.shown, None if against is None else str(against), tuple(checks))  # not ours to judge
+            return Verification(
+                checkpoint.shown, None if against is None else str(against), tuple(checks)
+            )  # not ours to judge
         layers = stored_layers(checkpoint, record)
         checks += _check_plan(checkpoint, record, layers)
         if against is not None:
             with _open_original(against, record) as original:
                 checks += _check_against(checkpoint, record, layers, original, progress)
-        return Verification(checkpoint.shown, None if against is None else str(against), tuple(checks))
+        return Verification(
+            checkpoint.shown, None if against is None else str(against), tuple(checks)
+        )
 
 
 def _open_original(against: str | Path, record: Mapping[str, Any]) -> Checkpoint:
@@ -94,8 +105,11 @@ _STRANGE = "no other weights"
 _CONFIG, _ADAPTER = "config.json", "adapter_config.json"
 
 
-def _check_digests(checkpoint: Checkpoint, record: Mapping[str, Any], progress: Progress) -> Iterator[Check]:
-    """Is every file that the record lists there, as it was written; only weights, and what they open with, must be."""
+def _check_digests(
+    checkpoint: Checkpoint, record: Mapping[str, Any], progress: Progress
+) -> Iterator[Check]:
+    """Is every file that the record lists there, as it was written; only weights, and what they
+    open with, must be."""
     files = record.get("files") or {}
     for done, (name, item) in enumerate(files.items(), 1):
         path = checkpoint.path / name
@@ -115,7 +129,8 @@ def _check_digests(checkpoint: Checkpoint, record: Mapping[str, Any], progress: 
 
 
 def _check_strangers(checkpoint: Checkpoint, record: Mapping[str, Any]) -> Iterator[Check]:
-    """Files that the record does not list: weights that a loader opens with ours, or in their place, are no note."""
+    """Files that the record does not list: weights that a loader opens with ours, or in their
+    place, are no note."""
     if not checkpoint.is_directory:
         return
     files = record.get("files") or {}
@@ -125,9 +140,19 @@ def _check_strangers(checkpoint: Checkpoint, record: Mapping[str, Any]) -> Itera
         if name in files or name == RECORD or told_as_one:
             continue
         if name in checkpoint.files:
-            yield Check(_STRANGE, name, False, "came after svdcli wrote the output, and is what a loader opens")
+            yield Check(
+                _STRANGE,
+                name,
+                False,
+                "came after svdcli wrote the output, and is what a loader opens",
+            )
         elif name == _ADAPTER:
-            yield Check(_STRANGE, name, False, "came after svdcli wrote the output, and makes transformers add an adapter")
+            yield Check(
+                _STRANGE,
+                name,
+                False,
+                "came after svdcli wrote the output, and makes transformers add an adapter",
+            )
         else:
             yield Check(BESIDE, name, True, "came after svdcli wrote the output")
 
@@ -135,11 +160,14 @@ def _check_strangers(checkpoint: Checkpoint, record: Mapping[str, Any]) -> Itera
 def _is_weights(name: str) -> bool:
     if re.search(r"\.safetensors\.index(\.[^.]+)?\.json$", name):
         return True
-    return name.endswith((".safetensors", *PICKLE_ENDINGS)) and not name.endswith("training_args.bin")
+    return name.endswith((".safetensors", *PICKLE_ENDINGS)) and not name.endswith(
+        "training_args.bin"
+    )
 
 
 def _lost_by_config(checkpoint: Checkpoint, record: Mapping[str, Any]) -> str:
-    """Why the weights do not open with a config.json that was changed or is gone; empty where they do."""
+    """Why the weights do not open with a config.json that was changed or is gone; empty where they
+    do."""
     config = checkpoint.config or {}
     named = config.get("transformers_weights")
     if named is not None and named not in record["files"]:
@@ -151,23 +179,38 @@ def _lost_by_config(checkpoint: Checkpoint, record: Mapping[str, Any]) -> str:
     return ""
 
 
-def _check_plan(checkpoint: Checkpoint, record: Mapping[str, Any], layers: Sequence[LayerPlan]) -> Iterator[Check]:
+def _check_plan(
+    checkpoint: Checkpoint, record: Mapping[str, Any], layers: Sequence[LayerPlan]
+) -> Iterator[Check]:
     from svdcli.engine.solve import has_row_order
 
     stored = {tensor.name: layer for layer in layers for tensor in layer.stored()}
     for file, metadata in checkpoint.metadata.items():
-        names = {stored[n].tensor.name for n, ref in checkpoint.tensors.items() if ref.file == file and n in stored}
+        names = {
+            stored[n].tensor.name
+            for n, ref in checkpoint.tensors.items()
+            if ref.file == file and n in stored
+        }
         expected = part_of_record(record, names) if checkpoint.is_directory else record
         same = _record_or_none(metadata, file) == json.loads(json.dumps(expected))
-        yield Check("header agrees with plan", file, same, f"{len(names)} layers" if same else "differs")
+        yield Check(
+            "header agrees with plan", file, same, f"{len(names)} layers" if same else "differs"
+        )
     for name, item in {**record["dense"], **record["skipped"]}.items():
         ref = checkpoint.tensors.get(name)
-        same = ref is not None and (ref.info.dtype, list(ref.info.shape)) == (item.get("dtype"), item.get("shape"))
-        yield Check("tensor as planned", name, same, "" if same else "missing, or of another shape or dtype")
+        same = ref is not None and (ref.info.dtype, list(ref.info.shape)) == (
+            item.get("dtype"),
+            item.get("shape"),
+        )
+        yield Check(
+            "tensor as planned", name, same, "" if same else "missing, or of another shape or dtype"
+        )
     for layer in layers:
         if layer.layout == "pivoted":
             same = has_row_order(checkpoint, layer)
-            yield Check("row order", layer.tensor.name, same, "" if same else "svd_rows is no permutation")
+            yield Check(
+                "row order", layer.tensor.name, same, "" if same else "svd_rows is no permutation"
+            )
 
 
 def _record_or_none(metadata: Mapping[str, str], file: str) -> dict[str, Any] | None:
@@ -187,7 +230,12 @@ def _check_against(
     from svdcli.engine.solve import has_row_order, stored_error
 
     same = original.fingerprint() == record["source"]["fingerprint"]
-    yield Check("source", original.shown, same, "" if same else "is not the model that this output was made from")
+    yield Check(
+        "source",
+        original.shown,
+        same,
+        "" if same else "is not the model that this output was made from",
+    )
     factored = {layer.tensor.name: layer for layer in layers}
     refitted = {layer.bias.name: layer.bias for layer in layers if layer.bias is not None}
     for done, (name, ref) in enumerate(original.tensors.items(), 1):
@@ -195,11 +243,19 @@ def _check_against(
         if name in refitted:
             there = checkpoint.tensors.get(name)
             same = there is not None and there.info == ref.info == refitted[name]
-            yield Check("bias refitted", name, same, "" if same else "missing, or of another shape or dtype")
+            yield Check(
+                "bias refitted", name, same, "" if same else "missing, or of another shape or dtype"
+            )
         elif layer is None:
             there = checkpoint.tensors.get(name)
-            equal = there is not None and there.info == ref.info and _same_bytes(checkpoint, original, name)
-            yield Check("bytes unchanged", name, equal, "" if equal else "differs from the original")
+            equal = (
+                there is not None
+                and there.info == ref.info
+                and _same_bytes(checkpoint, original, name)
+            )
+            yield Check(
+                "bytes unchanged", name, equal, "" if equal else "differs from the original"
+            )
         elif ref.info != layer.tensor:
             yield Check("relative error", name, False, "the original has another shape or dtype")
         elif not has_row_order(checkpoint, layer):
@@ -208,7 +264,12 @@ def _check_against(
             error = stored_error(original, checkpoint, layer)
             noted = float(record["layers"][name]["relative_error"])
             agrees = abs(error - noted) <= 1e-4 * noted + 1e-6
-            yield Check("relative error", name, agrees, f"{error:.6f}" + ("" if agrees else f", the record says {noted:.6f}"))
+            yield Check(
+                "relative error",
+                name,
+                agrees,
+                f"{error:.6f}" + ("" if agrees else f", the record says {noted:.6f}"),
+            )
         progress("check", name, done, len(original.tensors))
 
 

@@ -1,4 +1,5 @@
-"""What the benchmarks share: child processes and what they cost, a folder to build in, one Markdown table.
+"""What the benchmarks share: child processes and what they cost, a folder to build in, one Markdown
+table.
 
 Nothing here imports torch: the kernel counts a child's peak memory from its parent's on.
 """
@@ -27,7 +28,8 @@ MAX_RSS_UNIT = 1 if sys.platform == "darwin" else 1024
 
 @dataclass(frozen=True)
 class Run:
-    """One child process: wall clock, peak resident memory, what it printed, and how many cores others kept busy meanwhile."""
+    """One child process: wall clock, peak resident memory, what it printed, and how many cores
+    others kept busy meanwhile."""
 
     seconds: float
     peak: int
@@ -43,7 +45,9 @@ def run(command: Sequence[object]) -> Run:
     """Run a command to its end; its own wall clock and peak memory, as the kernel counted it."""
     with tempfile.TemporaryFile() as printed:
         begin, busy = time.perf_counter(), busy_seconds()
-        process = subprocess.Popen([str(part) for part in command], stdout=printed, stdin=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            [str(part) for part in command], stdout=printed, stdin=subprocess.DEVNULL
+        )
         _, status, usage = os.wait4(process.pid, 0)
         seconds = time.perf_counter() - begin
         others = max(0.0, busy_seconds() - busy - usage.ru_utime - usage.ru_stime) / seconds
@@ -59,7 +63,9 @@ def busy_seconds() -> float:
     """CPU time that all processes of this machine have used, where Linux counts it; else 0."""
     with suppress(OSError), Path("/proc/stat").open() as stat:
         ticks = [int(value) for value in stat.readline().split()[1:]]
-        return (sum(ticks) - ticks[3] - ticks[4]) / os.sysconf("SC_CLK_TCK")  # all but idle and waiting for the disk
+        return (sum(ticks) - ticks[3] - ticks[4]) / os.sysconf(
+            "SC_CLK_TCK"
+        )  # all but idle and waiting for the disk
     return 0.0
 
 
@@ -111,20 +117,31 @@ def mega(count: float) -> str:
 
 
 def verdict(holds: bool | None) -> str:
-    """The last cell of a line: whether the measured value keeps its bound; None where there is none."""
+    """The last cell of a line: whether the measured value keeps its bound; None where there is
+    none."""
     return {True: "yes", False: "NO", None: ""}[holds]
 
 
 def table(lines: Sequence[Sequence[str]]) -> str:
     """A Markdown table with its columns lined up; the first line is the head."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    padded = [" | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
-    return "\n".join(f"| {line} |" for line in (padded[0], " | ".join("-" * width for width in widths), *padded[1:]))
+    padded = [
+        " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True))
+        for line in lines
+    ]
+    return "\n".join(
+        f"| {line} |"
+        for line in (padded[0], " | ".join("-" * width for width in widths), *padded[1:])
+    )
 
 
 def machine() -> dict[str, Any]:
     """What the figures depend on, besides the code."""
-    about: dict[str, Any] = {"cores": os.cpu_count(), "system": platform.system(), "python": platform.python_version()}
+    about: dict[str, Any] = {
+        "cores": os.cpu_count(),
+        "system": platform.system(),
+        "python": platform.python_version(),
+    }
     for name in ("torch", "transformers", "safetensors", "svdcli"):
         with suppress(PackageNotFoundError):
             about[name] = version(name)
@@ -134,15 +151,24 @@ def machine() -> dict[str, Any]:
 def circumstances(others: float) -> str:
     """The words before a table: where it was measured, and what else ran there."""
     about = machine()
-    libraries = ", ".join(f"{name} {about[name]}" for name in ("torch", "transformers") if name in about)
-    return f"{about['cores']} cores, {libraries}; other processes kept up to {others:.1f} cores busy meanwhile"
+    libraries = ", ".join(
+        f"{name} {about[name]}" for name in ("torch", "transformers") if name in about
+    )
+    return (
+        f"{about['cores']} cores, {libraries}; other processes kept up to {others:.1f} "
+        f"cores busy meanwhile"
+    )
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
     """With the options that every benchmark has."""
-    made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     made.add_argument(
-        "--folder", type=Path, help="build here, or use what is here already, and leave it; else in a temporary one"
+        "--folder",
+        type=Path,
+        help="build here, or use what is here already, and leave it; else in a temporary one",
     )
     made.add_argument("--json", type=Path, help="write what was measured to this file")
     return made

@@ -1,7 +1,8 @@
-"""Relative Frobenius errors of stored factors against the original weights, in float64, from the files alone.
+"""Relative Frobenius errors of stored factors against the original weights, in float64, from the
+files alone.
 
-python errors.py ORIGINAL LAYERS.json OUT...: LAYERS.json is a list of names; prints, for each OUT (a folder or a file), the
-error of every layer.
+python errors.py ORIGINAL LAYERS.json OUT...: LAYERS.json is a list of names; prints, for each OUT
+(a folder or a file), the error of every layer.
 """
 
 from __future__ import annotations
@@ -41,7 +42,9 @@ def main(original: Path, names: list[str], outputs: list[Path]) -> None:
         errors.append(
             {
                 name: relative_error(
-                    read(weights, name), read(places, f"{module}.svd_up.weight"), read(places, f"{module}.svd_down.weight")
+                    read(weights, name),
+                    read(places, f"{module}.svd_up.weight"),
+                    read(places, f"{module}.svd_down.weight"),
                 )
                 for name, module in modules.items()
             }
@@ -50,4 +53,8 @@ def main(original: Path, names: list[str], outputs: list[Path]) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text()), [Path(out) for out in sys.argv[3:]])
+    main(
+        Path(sys.argv[1]),
+        json.loads(Path(sys.argv[2]).read_text()),
+        [Path(out) for out in sys.argv[3:]],
+    )

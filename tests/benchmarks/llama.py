@@ -1,8 +1,10 @@
-"""Llama-shaped bfloat16 models with random weights: `python llama.py FOLDER SHAPE` writes one to a single file.
+"""Llama-shaped bfloat16 models with random weights: `python llama.py FOLDER SHAPE` writes one to a
+single file.
 
-SHAPE is a name, or the numbers of a Shape in their order. Each named one has layers as wide as those of a known model and as
-many as 300 M parameters need; its vocabulary is small, since embedding and head stay dense, and in so shallow a model they
-would hide what the layers gain. Importing this imports no torch.
+SHAPE is a name, or the numbers of a Shape in their order. Each named one has layers as wide as
+those of a known model and as many as 300 M parameters need; its vocabulary is small, since
+embedding and head stay dense, and in so shallow a model they would hide what the layers gain.
+Importing this imports no torch.
 """
 
 from __future__ import annotations
@@ -57,7 +59,11 @@ class Shape:
     def layers_from(self, first: int, count: int) -> list[TensorInfo]:
         """Every tensor of that many layers, or of as many as there are left."""
         numbers = range(first, min(first + count, self.layers))
-        return [TensorInfo(f"model.layers.{i}.{name}.weight", "BF16", size) for i in numbers for name, size in self.layer.items()]
+        return [
+            TensorInfo(f"model.layers.{i}.{name}.weight", "BF16", size)
+            for i in numbers
+            for name, size in self.layer.items()
+        ]
 
     @property
     def config(self) -> str:
@@ -102,7 +108,11 @@ def _weight(tensor: TensorInfo, generator: torch.Generator) -> torch.Tensor:
 
     if len(tensor.shape) == 1:
         return torch.ones(tensor.shape, dtype=torch.bfloat16)
-    return torch.randn(tensor.shape, generator=generator).mul_(tensor.shape[1] ** -0.5).to(torch.bfloat16)
+    return (
+        torch.randn(tensor.shape, generator=generator)
+        .mul_(tensor.shape[1] ** -0.5)
+        .to(torch.bfloat16)
+    )
 
 
 if __name__ == "__main__":

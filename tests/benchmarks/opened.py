@@ -1,6 +1,8 @@
-"""Open a model once, in a process of its own: `python opened.py FOLDER` prints peak memory above what the imports take.
+"""Open a model once, in a process of its own: `python opened.py FOLDER` prints peak memory above
+what the imports take.
 
-Three times: after svdcli.load, whose weights stay in the mapped file; after every weight was read; after one pass.
+Three times: after svdcli.load, whose weights stay in the mapped file; after every weight was read;
+after one pass.
 """
 
 from __future__ import annotations
@@ -23,7 +25,16 @@ def read_all(model: torch.nn.Module) -> None:
 
 
 def main(folder: str) -> None:
-    worker = Worker({"path": folder, "device": "cpu", "threads": None, "prompt_tokens": TOKENS, "new_tokens": 1, "batch": 1})
+    worker = Worker(
+        {
+            "path": folder,
+            "device": "cpu",
+            "threads": None,
+            "prompt_tokens": TOKENS,
+            "new_tokens": 1,
+            "batch": 1,
+        }
+    )
     found: dict[str, Any] = {"imports_bytes": worker.before, **worker.load()}
     found["opened"] = worker.memory()["peak_bytes"]
     read_all(worker.model)

@@ -1,17 +1,22 @@
-"""What compression costs in quality: svdcli's methods and other people's at equal stored parameters, one table a model.
+"""What compression costs in quality: svdcli's methods and other people's at equal stored
+parameters, one table a model.
 
-    python tests/benchmarks/quality.py                      the sample model; an hour of it is healing
-    python tests/benchmarks/quality.py --quick              few windows, nothing healed
-    python tests/benchmarks/quality.py --data FOLDER        also two models trained on stories, if they are there
-    python tests/benchmarks/quality.py --rows svd-llm fisher    some methods
-    python tests/benchmarks/quality.py --folder WORK        keep everything; the same command continues after a break
-    python tests/benchmarks/quality.py --json tests/benchmarks/quality.json --plot tests/readme/quality.svg    for README
+    python tests/benchmarks/quality.py  the sample model; an hour of it is healing
+    python tests/benchmarks/quality.py --quick  few windows, nothing healed
+    python tests/benchmarks/quality.py --data FOLDER
+        also two models trained on stories, if they are there
+    python tests/benchmarks/quality.py --rows svd-llm fisher  some methods
+    python tests/benchmarks/quality.py --folder WORK
+        keep everything; the same command continues after a break
+    python tests/benchmarks/quality.py --json FILE --plot FILE
+        for README: tests/benchmarks/quality.json and tests/readme/quality.svg
 
-Every method reads the calibration text and is judged on text that it never saw, by the excess of its loss over the original's,
-paired by window. The others (methods.py) are stored as two factors, svdcli's own pivoted; each keeps at most the same share of
-the parameters of the same layers, in the model's own dtype. The sample model reads Python's standard library: its training half,
-then its held-out half.
-FOLDER holds stories260K/, babyllama105/ and text/tinystories.txt, the first half of which calibrates; these are not healed.
+Every method reads the calibration text and is judged on text that it never saw, by the excess of
+its loss over the original's, paired by window. The others (methods.py) are stored as two factors,
+svdcli's own pivoted; each keeps at most the same share of the parameters of the same layers, in the
+model's own dtype. The sample model reads Python's standard library: its training half, then its
+held-out half. FOLDER holds stories260K/, babyllama105/ and text/tinystories.txt, the first half of
+which calibrates; these are not healed.
 """
 
 from __future__ import annotations
@@ -68,7 +73,8 @@ Results = dict[str, Any]
 
 @dataclass(frozen=True)
 class Step:
-    """One of svdcli's own rows: which calibration it takes, and what its recipe has besides keep and the pivoted layout."""
+    """One of svdcli's own rows: which calibration it takes, and what its recipe has besides keep
+    and the pivoted layout."""
 
     calibration: str
     recipe: Mapping[str, Any]
@@ -79,12 +85,16 @@ STEPS = {
     "sensitivity": Step("sensitivity", {"metric": "inputs", "allocate": "global"}),
     "fisher": Step("gradients", {"allocate": "global", "floor": 0.0}),
 }
-CALIBRATIONS = {"gradients": {"gradients": True}, "sensitivity": {"gradients": False, "sensitivity": True}}
+CALIBRATIONS = {
+    "gradients": {"gradients": True},
+    "sensitivity": {"gradients": False, "sensitivity": True},
+}
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How much text is read and how long is healed. samples None leaves the number of windows to the model."""
+    """How much text is read and how long is healed. samples None leaves the number of windows to
+    the model."""
 
     samples: int | None
     seq_len: int
@@ -121,10 +131,13 @@ def halves(file: Path) -> list[Texts]:
     """The two halves of a text, parted between paragraphs."""
     text = file.read_text(encoding="utf-8")
     middle = text.index("\n\n", len(text) // 2) + 2
-    return [Texts(f"{file.name}, {half} half", (part,)) for half, part in (("first", text[:middle]), ("second", text[middle:]))]
+    return [
+        Texts(f"{file.name}, {half} half", (part,))
+        for half, part in (("first", text[:middle]), ("second", text[middle:]))
+    ]
 
 
-# One model -----------------------------------------------------------------------------------------------------------
+# One model ----------------------------------------------------------------------------------------
 
 
 class Work:
@@ -150,7 +163,10 @@ class Work:
     @cached_property
     def layers(self) -> dict[str, Any]:
         """The layers that svdcli selects, by the names of their modules."""
-        return {row.name.removesuffix(".weight"): row for row in svdcli.inspect(self.subject.path).selected}
+        return {
+            row.name.removesuffix(".weight"): row
+            for row in svdcli.inspect(self.subject.path).selected
+        }
 
     @cached_property
     def inputs(self) -> dict[str, Inputs]:
@@ -160,8 +176,14 @@ class Work:
         return inputs_of(self.model, list(self.layers), ids.split(max(1, 2048 // ids.shape[1])))
 
     def measure(self, rows: Sequence[str]) -> Results:
-        """Every row at every keep, and what they are compared with; without minutes nothing is healed."""
-        points = [self.point(row, keep) for row in rows if row not in HEALS or self.subject.minutes for keep in KEEPS]
+        """Every row at every keep, and what they are compared with; without minutes nothing is
+        healed."""
+        points = [
+            self.point(row, keep)
+            for row in rows
+            if row not in HEALS or self.subject.minutes
+            for keep in KEEPS
+        ]
         return {
             "selected_parameters": sum(row.parameters for row in self.layers.values()),
             "calibrated_on": self.subject.calibration.name,
@@ -169,11 +191,14 @@ class Work:
             "judged_tokens": self.windows.ids.shape[0] * (self.windows.ids.shape[1] - 1),
             "dense": points[0]["dense"],
             "calibrations": {kind: self._kept(kind) for kind in CALIBRATIONS if self._kept(kind)},
-            "points": [{key: value for key, value in point.items() if key != "dense"} for point in points],
+            "points": [
+                {key: value for key, value in point.items() if key != "dense"} for point in points
+            ],
         }
 
     def point(self, row: str, keep: float) -> Results:
-        """One method at one keep: how it did, its size, and the seconds that it took after calibration."""
+        """One method at one keep: how it did, its size, and the seconds that it took after
+        calibration."""
         known = self._kept(f"{row}-{keep:g}")
         if known:
             return known
@@ -181,16 +206,29 @@ class Work:
         begin = time.perf_counter()
         model, about = self.theirs(row, keep) if row in METHODS else self.ours(row, keep)
         if about["parameters"] > keep:
-            raise SystemExit(f"{row} keeps {about['parameters']} of the parameters where {keep} were allowed")
+            raise SystemExit(
+                f"{row} keeps {about['parameters']} of the parameters where {keep} were allowed"
+            )
         seconds = time.perf_counter() - begin
         scores, dense, drift = compare(model, self.model, self.windows)
         assert dense is not None
         assert drift is not None
-        say(f"{self.subject.name}: {ROWS[row]}, keep {keep:g}: excess loss {plus_minus(asdict(drift.excess_loss))}")
-        measured = {"perplexity": scores.perplexity, "excess": drift.excess_loss, "kl": drift.kl, "top1": drift.top1}
+        say(
+            f"{self.subject.name}: {ROWS[row]}, keep {keep:g}: excess loss "
+            f"{plus_minus(asdict(drift.excess_loss))}"
+        )
+        measured = {
+            "perplexity": scores.perplexity,
+            "excess": drift.excess_loss,
+            "kl": drift.kl,
+            "top1": drift.top1,
+        }
         means = {name: asdict(mean) for name, mean in measured.items()}
         original = {"loss": asdict(dense.loss), "perplexity": asdict(dense.perplexity)}
-        return self._keep(f"{row}-{keep:g}", {"row": row, "keep": keep} | means | about | {"seconds": seconds, "dense": original})
+        return self._keep(
+            f"{row}-{keep:g}",
+            {"row": row, "keep": keep} | means | about | {"seconds": seconds, "dense": original},
+        )
 
     def prepare(self, row: str) -> None:
         """What a row's points share, so that none of them has to answer for the time."""
@@ -200,7 +238,8 @@ class Work:
             self.calibration(STEPS[row].calibration)
 
     def theirs(self, row: str, keep: float) -> tuple[Any, Results]:
-        """Another method's model, in memory, and its share of parameters and bytes, which is the same: two factors a layer."""
+        """Another method's model, in memory, and its share of parameters and bytes, which is the
+        same: two factors a layer."""
         factors, kept = {}, 0
         for name, layer in self.layers.items():
             rank = even_rank(layer.shape, keep)
@@ -209,7 +248,10 @@ class Work:
             kept += rank * sum(layer.shape)
         share = kept / sum(layer.parameters for layer in self.layers.values())
         dtypes = {TORCH_DTYPES[layer.dtype] for layer in self.layers.values()}
-        return with_factors(self.model, factors, dtypes.pop()), {"parameters": share, "bytes": share}
+        return with_factors(self.model, factors, dtypes.pop()), {
+            "parameters": share,
+            "bytes": share,
+        }
 
     def ours(self, row: str, keep: float) -> tuple[Any, Results]:
         """svdcli's model, opened from what it wrote, and what its report says."""
@@ -219,7 +261,9 @@ class Work:
         else:
             out = self.compressed(row, keep)
             plan = svdcli.Plan.from_json(json.loads((out / "svdcli.json").read_text()))
-            about["predicted"] = math.fsum(layer.loss or 0.0 for layer in plan.layers) if row == OURS else None
+            about["predicted"] = (
+                math.fsum(layer.loss or 0.0 for layer in plan.layers) if row == OURS else None
+            )
         # Healing changes numbers, not sizes.
         total = svdcli.report(self.compressed(OURS, keep) if row in HEALS else out).selected
         about |= {"parameters": total.keep, "bytes": total.bytes_after / total.bytes_before}
@@ -238,21 +282,30 @@ class Work:
         if not file.exists():
             say(f"{self.subject.name}: svdcli calibrate with {kind}")
             begin = time.perf_counter()
-            how = CALIBRATIONS[kind] | {"samples": self.subject.samples, "seq_len": self.settings.seq_len}
+            how = CALIBRATIONS[kind] | {
+                "samples": self.subject.samples,
+                "seq_len": self.settings.seq_len,
+            }
             done = calibrate(self.subject.path, self.subject.calibration, file, **how)
             self._keep(kind, {"tokens": done.tokens, "seconds": time.perf_counter() - begin})
         return file
 
     def healed(self, row: str, keep: float) -> tuple[Path, float]:
-        """`svdcli heal` of our own output, by the command; and how many cores others kept busy meanwhile."""
+        """`svdcli heal` of our own output, by the command; and how many cores others kept busy
+        meanwhile."""
         out, text = self.folder / f"{row}-{keep:g}", self.folder / "calibration.txt"
         text.write_text("\n".join(self.subject.calibration.documents), encoding="utf-8")
         source = self.compressed(OURS, keep)
         if out.exists():
             return out, 0.0
-        say(f"{self.subject.name}: {ROWS[row]}, keep {keep:g}, at most {self.subject.minutes:g} minutes")
+        say(
+            f"{self.subject.name}: {ROWS[row]}, keep {keep:g}, at most "
+            f"{self.subject.minutes:g} minutes"
+        )
         where = ("--teacher", self.subject.path, "--text", text, "-o", out)
-        done = python("-m", "svdcli", "heal", source, *where, *HEALS[row], "--minutes", self.subject.minutes)
+        done = python(
+            "-m", "svdcli", "heal", source, *where, *HEALS[row], "--minutes", self.subject.minutes
+        )
         return out, done.others
 
     def _kept(self, name: str) -> Results:
@@ -281,7 +334,7 @@ def rounded(values: Any) -> Any:
     return [rounded(value) for value in values] if isinstance(values, list | tuple) else values
 
 
-# What the points say -------------------------------------------------------------------------------------------------
+# What the points say ------------------------------------------------------------------------------
 
 
 def points_of(model: Results, row: str) -> dict[float, Results]:
@@ -290,10 +343,12 @@ def points_of(model: Results, row: str) -> dict[float, Results]:
 
 
 def relations(models: Mapping[str, Results]) -> Results:
-    """measured = a predicted^b of our own row, by least squares of the logarithms: for each model, and for all together.
+    """measured = a predicted^b of our own row, by least squares of the logarithms: for each model,
+    and for all together.
 
-    Measured as excess loss, which is what people ask for, and as KL divergence, which is what the metric is the second order of:
-    on text that the model was not trained on, the excess loss has a first-order part that no quadratic form knows.
+    Measured as excess loss, which is what people ask for, and as KL divergence, which is what the
+    metric is the second order of: on text that the model was not trained on, the excess loss has a
+    first-order part that no quadratic form knows.
     """
     found: Results = {}
     for measure in MEASURES:
@@ -311,7 +366,9 @@ def fitted(pairs: Sequence[tuple[float, float]]) -> Results:
     """a and b, and by which factor the worst point is off."""
     x, y = ([math.log(value) for value in side] for side in zip(*pairs, strict=True))
     b, log_a = statistics.linear_regression(x, y)
-    off = max(abs(log_a + b * predicted - measured) for predicted, measured in zip(x, y, strict=True))
+    off = max(
+        abs(log_a + b * predicted - measured) for predicted, measured in zip(x, y, strict=True)
+    )
     return {"a": math.exp(log_a), "b": b, "off_by_at_most": math.exp(off), "points": len(x)}
 
 
@@ -329,12 +386,17 @@ def verdicts(models: Mapping[str, Results]) -> list[Results]:
         for keep in KEEPS:
             if keep in upper and keep in lower:
                 ratio = upper[keep]["excess"]["value"] / lower[keep]["excess"]["value"]
-                line = {"what": f"{what} / {against}", "keep": keep, "ratio": ratio, "bound": bounds[keep]}
+                line = {
+                    "what": f"{what} / {against}",
+                    "keep": keep,
+                    "ratio": ratio,
+                    "bound": bounds[keep],
+                }
                 found.append(line | {"holds": ratio <= bounds[keep]})
     return found
 
 
-# Tables and the plot -------------------------------------------------------------------------------------------------
+# Tables and the plot ------------------------------------------------------------------------------
 
 
 def markdown(results: Results) -> str:
@@ -343,14 +405,20 @@ def markdown(results: Results) -> str:
 
 
 def _model_table(name: str, model: Results) -> str:
-    head = ["", *(f"{what}, keep {keep:g}" for keep in KEEPS for what in ("perplexity", "excess loss"))]
+    head = [
+        "",
+        *(f"{what}, keep {keep:g}" for keep in KEEPS for what in ("perplexity", "excess loss")),
+    ]
     lines = [head]
     for row, label in ROWS.items():
         points = points_of(model, row)
         if points:
             lines.append([label, *(cell for keep in KEEPS for cell in _cells(points.get(keep)))])
     about = f"{model['selected_parameters'] / 1e6:.3g}M parameters in the selected layers"
-    return f"`{name}`: {about}, perplexity {_perplexity(model['dense']['perplexity']['value'])}\n\n{table(lines)}"
+    return (
+        f"`{name}`: {about}, perplexity "
+        f"{_perplexity(model['dense']['perplexity']['value'])}\n\n{table(lines)}"
+    )
 
 
 def _cells(point: Results | None) -> tuple[str, str]:
@@ -381,19 +449,30 @@ def predictions(results: Results) -> str:
     fits = [["measured = a predicted^b", "model", "a", "b", "worst point off by"]]
     for measure, what in MEASURES.items():
         for name, fit in results["relations"][measure].items():
-            fits.append([what, name, f"{fit['a']:.2f}", f"{fit['b']:.2f}", f"{fit['off_by_at_most']:.2f} ×"])
+            fits.append(
+                [what, name, f"{fit['a']:.2f}", f"{fit['b']:.2f}", f"{fit['off_by_at_most']:.2f} ×"]
+            )
     return f"{table(lines)}\n\n{table(fits)}"
 
 
 def requirements(results: Results) -> str:
     lines = [["excess loss on the sample model", "keep", "ratio", "bound", "holds"]]
     for line in results["required"]:
-        lines.append([line["what"], f"{line['keep']:g}", f"{line['ratio']:.3f}", f"≤ {line['bound']:g}", verdict(line["holds"])])
+        lines.append(
+            [
+                line["what"],
+                f"{line['keep']:g}",
+                f"{line['ratio']:.3f}",
+                f"≤ {line['bound']:g}",
+                verdict(line["holds"]),
+            ]
+        )
     return table(lines)
 
 
 def plot(results: Results, file: Path) -> None:
-    """Excess loss against the bytes that the selected layers take, row numbers of the pivoted layout included."""
+    """Excess loss against the bytes that the selected layers take, row numbers of the pivoted
+    layout included."""
     import matplotlib as mpl
 
     mpl.use("svg")
@@ -401,43 +480,92 @@ def plot(results: Results, file: Path) -> None:
     from matplotlib import pyplot
 
     models = results["models"]
-    figure, panels = pyplot.subplots(1, len(models), figsize=(1 + 4 * len(models), 4), squeeze=False, layout="constrained")
+    figure, panels = pyplot.subplots(
+        1, len(models), figsize=(1 + 4 * len(models), 4), squeeze=False, layout="constrained"
+    )
     for panel, (name, model) in zip(panels[0], models.items(), strict=True):
         for number, (row, label) in enumerate(ROWS.items()):
             points = list(points_of(model, row).values())
             if points:
-                x, y, error = zip(*((100 * p["bytes"], *p["excess"].values()) for p in points), strict=True)
-                style = {"linestyle": "--", "marker": "s"} if row in METHODS else {"linestyle": "-", "marker": "o"}
-                panel.errorbar(x, y, error, label=label, color=f"C{number}", markersize=4, capsize=2, **style)
+                x, y, error = zip(
+                    *((100 * p["bytes"], *p["excess"].values()) for p in points), strict=True
+                )
+                style = (
+                    {"linestyle": "--", "marker": "s"}
+                    if row in METHODS
+                    else {"linestyle": "-", "marker": "o"}
+                )
+                panel.errorbar(
+                    x, y, error, label=label, color=f"C{number}", markersize=4, capsize=2, **style
+                )
         panel.set(
-            title=name, yscale="log", xlabel="bytes of the selected layers, % of the original", ylabel="excess loss, nats a token"
+            title=name,
+            yscale="log",
+            xlabel="bytes of the selected layers, % of the original",
+            ylabel="excess loss, nats a token",
         )
         panel.grid(alpha=0.3)
     handles, labels = panels[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=2 if len(models) == 1 else 4, frameon=False)
+    figure.legend(
+        handles,
+        labels,
+        loc="outside lower center",
+        ncols=2 if len(models) == 1 else 4,
+        frameon=False,
+    )
     figure.savefig(file, metadata={"Date": None})
 
 
-# The command ---------------------------------------------------------------------------------------------------------
+# The command --------------------------------------------------------------------------------------
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="the sample model with few windows, nothing healed")
-    parser.add_argument("--data", type=Path, help="folder with the two models trained on stories, and their text")
-    parser.add_argument("--model", choices=(SAMPLE.name, *SMALL), action="append", help="only this model; repeatable")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="the sample model with few windows, nothing healed"
+    )
+    parser.add_argument(
+        "--data", type=Path, help="folder with the two models trained on stories, and their text"
+    )
+    parser.add_argument(
+        "--model",
+        choices=(SAMPLE.name, *SMALL),
+        action="append",
+        help="only this model; repeatable",
+    )
     parser.add_argument("--rows", choices=ROWS, nargs="+", help="only these methods")
-    parser.add_argument("--samples", type=int, help="windows to calibrate with (256; the small models read all there is)")
-    parser.add_argument("--seq-len", type=int, default=512, help="tokens in a window (512, or what the model takes)")
-    parser.add_argument("--eval-samples", type=int, default=128, help="windows of held-out text (128)")
-    parser.add_argument("--minutes", type=float, default=10.0, help="healing of each output of the sample model (10)")
-    parser.add_argument("--folder", type=Path, help="work here, leave everything and use what is there")
+    parser.add_argument(
+        "--samples",
+        type=int,
+        help="windows to calibrate with (256; the small models read all there is)",
+    )
+    parser.add_argument(
+        "--seq-len", type=int, default=512, help="tokens in a window (512, or what the model takes)"
+    )
+    parser.add_argument(
+        "--eval-samples", type=int, default=128, help="windows of held-out text (128)"
+    )
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        default=10.0,
+        help="healing of each output of the sample model (10)",
+    )
+    parser.add_argument(
+        "--folder", type=Path, help="work here, leave everything and use what is there"
+    )
     parser.add_argument("--json", type=Path, help="write what was measured to this file")
     parser.add_argument("--plot", type=Path, help="draw loss against size into this .svg file")
     options = parser.parse_args(argv)
     if options.quick:
         options.samples, options.seq_len, options.eval_samples, options.data = 32, 256, 16, None
-    options.rows = [row for row in ROWS if row in (options.rows or ROWS) and not (options.quick and row in HEALS)]
+    options.rows = [
+        row
+        for row in ROWS
+        if row in (options.rows or ROWS) and not (options.quick and row in HEALS)
+    ]
     options.model = options.model or (SAMPLE.name, *(SMALL if options.data else ()))
     if options.data is None and not {*options.model} <= {SAMPLE.name}:
         parser.error("--data says where the other models are")
@@ -449,9 +577,12 @@ def measure(options: argparse.Namespace) -> Results:
     with building_in(options.folder) as folder:
         check_settings(folder, settings)
         models = {
-            s.name: Work(s, folder, settings).measure(options.rows) for s in subjects(options.data, options.model, settings)
+            s.name: Work(s, folder, settings).measure(options.rows)
+            for s in subjects(options.data, options.model, settings)
         }
-    machine = {"cores": os.cpu_count()} | {name: version(name) for name in ("torch", "transformers", "svdcli")}
+    machine = {"cores": os.cpu_count()} | {
+        name: version(name) for name in ("torch", "transformers", "svdcli")
+    }
     derived = {"relations": relations(models), "required": verdicts(models)}
     return rounded({"machine": machine, "settings": asdict(settings), "models": models} | derived)
 
@@ -460,7 +591,9 @@ def check_settings(folder: Path, settings: Settings) -> None:
     """A folder holds what one choice of settings gave."""
     file, wanted = folder / "settings.json", rounded(asdict(settings))
     if file.exists() and json.loads(file.read_text()) != wanted:
-        raise SystemExit(f"{folder} was made with {json.loads(file.read_text())}; name another --folder")
+        raise SystemExit(
+            f"{folder} was made with {json.loads(file.read_text())}; name another --folder"
+        )
     write_json(file, wanted)
 
 
@@ -470,7 +603,10 @@ def main() -> None:
     results = measure(options)
     about = results["machine"]
     minutes = (time.perf_counter() - begin) / 60
-    print(f"{about['cores']} cores, torch {about['torch']}, transformers {about['transformers']}; {minutes:.0f} minutes\n")
+    print(
+        f"{about['cores']} cores, torch {about['torch']}, transformers {about['transformers']}; "
+        f"{minutes:.0f} minutes\n"
+    )
     print(markdown(results))
     if OURS in options.rows:
         print(f"\n{predictions(results)}")

@@ -1,17 +1,19 @@
 """Speed and memory of `svdcli compress` as ratios in one run, printed as one table.
 
-    python tests/benchmarks/speed.py                      everything, about 14 minutes on two cores
-    python tests/benchmarks/speed.py --quick              2 layers in place of 22, 1 of them solved by the straight script
-    python tests/benchmarks/speed.py --only startup       one part: speed, memory or startup
+    python tests/benchmarks/speed.py  everything, about 14 minutes on two cores
+    python tests/benchmarks/speed.py --quick
+        2 layers in place of 22, 1 of them solved by the straight script
+    python tests/benchmarks/speed.py --only startup  one part: speed, memory or startup
     python tests/benchmarks/speed.py --baseline-layers 22 nothing scaled
     python tests/benchmarks/speed.py --repeats 1          every run once
     python tests/benchmarks/speed.py --json results.json  what was measured, as JSON
 
-A synthetic bfloat16 checkpoint (synthetic.py) goes through `svdcli compress --keep 0.5` and through the straight script
-(straight.py), each in a process of its own with torch's default threads, in turn and twice: the quicker run of each counts,
-since whatever else a machine does only adds. torch.linalg.svd takes as long for one layer as for
-the next, so the straight script solves only some layers, and the time of its solving, nothing else, is scaled up.
-This process imports no torch: a child's peak memory would count its parent's.
+A synthetic bfloat16 checkpoint (synthetic.py) goes through `svdcli compress --keep 0.5` and through
+the straight script (straight.py), each in a process of its own with torch's default threads, in
+turn and twice: the quicker run of each counts, since whatever else a machine does only adds.
+torch.linalg.svd takes as long for one layer as for the next, so the straight script solves only
+some layers, and the time of its solving, nothing else, is scaled up. This process imports no torch:
+a child's peak memory would count its parent's.
 """
 
 from __future__ import annotations
@@ -26,7 +28,21 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from common import HERE, Run, building_in, circumstances, machine, mega, parser, python, say, svdcli, table, verdict, write_json
+from common import (
+    HERE,
+    Run,
+    building_in,
+    circumstances,
+    machine,
+    mega,
+    parser,
+    python,
+    say,
+    svdcli,
+    table,
+    verdict,
+    write_json,
+)
 
 KEEP = "0.5"
 LARGEST_LAYER = 2048 * 5632 * 4  # in float32
@@ -37,7 +53,8 @@ PARTS = ("speed", "memory", "startup")
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table. holds says whether the measured value keeps the bound, None where there is none."""
+    """One line of the table. holds says whether the measured value keeps the bound, None where
+    there is none."""
 
     what: str
     measured: str
@@ -65,7 +82,10 @@ class Bench:
             shallower = [self.folder / f"synthetic-{self.layers}"] if layers > self.layers else []
             partly = path.with_name(f"{path.name}.partial")
             shutil.rmtree(partly, ignore_errors=True)
-            self.note(f"building {layers}", python(HERE / "synthetic.py", partly, layers, *filter(Path.is_dir, shallower)))
+            self.note(
+                f"building {layers}",
+                python(HERE / "synthetic.py", partly, layers, *filter(Path.is_dir, shallower)),
+            )
             partly.rename(path)
         return path
 
@@ -73,23 +93,30 @@ class Bench:
         return self.folder / name
 
     def compress(self, layers: int, again: bool = False) -> Run:
-        """`svdcli compress --keep 0.5` on that many layers; what an earlier run took unless it is to run again."""
+        """`svdcli compress --keep 0.5` on that many layers; what an earlier run took unless it is
+        to run again."""
         name = f"compress {layers}"
         if again or name not in self.runs:
             model, out = self.model(layers), self.output(f"svdcli-{layers}")
             say(f"svdcli compress --keep {KEEP}, {layers} layers")
-            self.runs[name] = svdcli("compress", model, "-o", out, "--force", "--keep", KEEP, "--json")
+            self.runs[name] = svdcli(
+                "compress", model, "-o", out, "--force", "--keep", KEEP, "--json"
+            )
             self.note(name, self.runs[name])
         return self.runs[name]
 
     def note(self, name: str, run: Run) -> None:
-        self.raw[name] = {"seconds": run.seconds, "peak_bytes": run.peak, "cores_busy_with_others": run.others}
+        self.raw[name] = {
+            "seconds": run.seconds,
+            "peak_bytes": run.peak,
+            "cores_busy_with_others": run.others,
+        }
 
     def row(self, what: str, measured: str, bound: str = "", holds: bool | None = None) -> None:
         self.rows.append(Row(what, measured, bound, holds))
 
 
-# Speed and accuracy --------------------------------------------------------------------------------------------------
+# Speed and accuracy -------------------------------------------------------------------------------
 
 
 def measure_speed(bench: Bench) -> None:
@@ -108,11 +135,18 @@ def measure_speed(bench: Bench) -> None:
         straights.append(straight_script(bench, "bfloat16", ranks, solved))
     ours, straight = min(runs, key=lambda run: run.seconds), min(straights, key=whole_job)
     seconds, solving = whole_job(straight), straight.json["solving"]
-    bench.raw["speed"] = {"svdcli": [run.seconds for run in runs], "straight script": [whole_job(run) for run in straights]}
+    bench.raw["speed"] = {
+        "svdcli": [run.seconds for run in runs],
+        "straight script": [whole_job(run) for run in straights],
+    }
     of_each = f", of {bench.repeats} runs the quicker" if bench.repeats > 1 else ""
-    bench.row(f"svdcli compress --keep {KEEP}, {bench.layers} layers{of_each}", f"{ours.seconds:.1f} s")
+    bench.row(
+        f"svdcli compress --keep {KEEP}, {bench.layers} layers{of_each}", f"{ours.seconds:.1f} s"
+    )
     how = f"{solving:.1f} s of solving × {scale:g}" if scale > 1 else "nothing scaled"
-    what = f"straight script, {bench.baseline_layers} of {bench.layers} layers solved; {how}{of_each}"
+    what = (
+        f"straight script, {bench.baseline_layers} of {bench.layers} layers solved; {how}{of_each}"
+    )
     bench.row(what, f"{seconds:.1f} s")
     ratio = seconds / ours.seconds
     bench.row("svdcli is faster by", f"{ratio:.2f} ×", "≥ 4 ×", ratio >= 4)
@@ -129,7 +163,20 @@ def compare_before_rounding(bench: Bench) -> None:
     pattern = rf"re:^model\.layers\.({'|'.join(map(str, range(blocks)))})\."
     model, out = bench.model(bench.layers), bench.output("svdcli-float32")
     say(f"svdcli and the straight script with float32 factors, {blocks} layers")
-    ours = svdcli("compress", model, "-o", out, "--force", "--keep", KEEP, "--dtype", "float32", "--include", pattern, "--json")
+    ours = svdcli(
+        "compress",
+        model,
+        "-o",
+        out,
+        "--force",
+        "--keep",
+        KEEP,
+        "--dtype",
+        "float32",
+        "--include",
+        pattern,
+        "--json",
+    )
     ranks = ranks_of(ours.json)
     straight_script(bench, "float32", ranks, list(ranks))
     compare_errors(bench, "before rounding, float32", list(ranks), out)
@@ -138,7 +185,11 @@ def compare_before_rounding(bench: Bench) -> None:
 def straight_script(bench: Bench, dtype: str, ranks: dict[str, int], solved: list[str]) -> Run:
     say(f"straight script, {len(solved)} of {len(ranks)} weights solved, {dtype} factors")
     plan = bench.output("ranks.json")
-    plan.write_text(json.dumps({name: ranks[name] for name in sorted(ranks, key=lambda name: name not in solved)}))
+    plan.write_text(
+        json.dumps(
+            {name: ranks[name] for name in sorted(ranks, key=lambda name: name not in solved)}
+        )
+    )
     out = bench.output(f"straight-{dtype}.safetensors")
     done = python(HERE / "straight.py", bench.model(bench.layers), out, plan, dtype, len(solved))
     bench.note("straight script" if dtype == "bfloat16" else f"straight script {dtype}", done)
@@ -159,13 +210,21 @@ def compare_errors(bench: Bench, kind: str, names: list[str], ours: Path) -> Non
     found = python(HERE / "errors.py", bench.model(bench.layers), wanted, ours, straight).json
     mine, theirs = (sum(errors.values()) for errors in found)
     excess = mine / theirs - 1
-    bench.raw[f"errors {kind}"] = {"weights": len(names), "svdcli": mine, "straight": theirs, "excess": excess}
+    bench.raw[f"errors {kind}"] = {
+        "weights": len(names),
+        "svdcli": mine,
+        "straight": theirs,
+        "excess": excess,
+    }
     bench.row(
-        f"summed relative error {kind}, {len(names)} weights: svdcli / straight - 1", f"{excess:+.1e}", "≤ 1e-6", excess <= 1e-6
+        f"summed relative error {kind}, {len(names)} weights: svdcli / straight - 1",
+        f"{excess:+.1e}",
+        "≤ 1e-6",
+        excess <= 1e-6,
     )
 
 
-# Memory --------------------------------------------------------------------------------------------------------------
+# Memory -------------------------------------------------------------------------------------------
 
 
 def measure_memory(bench: Bench) -> None:
@@ -184,11 +243,14 @@ def measure_memory(bench: Bench) -> None:
     bench.row("the same in float32 copies of the largest layer", f"{extra / LARGEST_LAYER:.1f}")
     growth = deep.peak / shallow.peak - 1
     bench.row(
-        f"growth of peak memory from {bench.layers} to {2 * bench.layers} layers", f"{growth:+.1%}", "≤ 5 %", growth <= 0.05
+        f"growth of peak memory from {bench.layers} to {2 * bench.layers} layers",
+        f"{growth:+.1%}",
+        "≤ 5 %",
+        growth <= 0.05,
     )
 
 
-# Start-up ------------------------------------------------------------------------------------------------------------
+# Start-up -----------------------------------------------------------------------------------------
 
 
 def measure_startup(bench: Bench) -> None:
@@ -214,16 +276,27 @@ def median_seconds(task: Callable[[], Run]) -> float:
     return statistics.median(task().seconds for _ in range(STARTUP_RUNS))
 
 
-# The table -----------------------------------------------------------------------------------------------------------
+# The table ----------------------------------------------------------------------------------------
 
 
 def parse() -> argparse.Namespace:
     options = parser(__doc__)
     options.add_argument("--only", choices=PARTS, action="append", help="this part; repeatable")
     options.add_argument("--layers", type=int, default=22, help="layers of the checkpoint (22)")
-    options.add_argument("--baseline-layers", type=int, default=4, help="layers that the straight script solves (4); scaled up")
-    options.add_argument("--repeats", type=int, default=2, help="runs of each, of which the quicker counts (2)")
-    options.add_argument("--quick", action="store_true", help="the same as --layers 2 --baseline-layers 1 --repeats 1")
+    options.add_argument(
+        "--baseline-layers",
+        type=int,
+        default=4,
+        help="layers that the straight script solves (4); scaled up",
+    )
+    options.add_argument(
+        "--repeats", type=int, default=2, help="runs of each, of which the quicker counts (2)"
+    )
+    options.add_argument(
+        "--quick",
+        action="store_true",
+        help="the same as --layers 2 --baseline-layers 1 --repeats 1",
+    )
     found = options.parse_args()
     if found.quick:
         found.layers, found.baseline_layers, found.repeats = 2, 1, 1
@@ -245,11 +318,21 @@ def main() -> None:
     with building_in(options.folder) as folder:
         bench = Bench(folder, options.layers, options.baseline_layers, options.repeats)
         measure(bench, options.only or PARTS)
-    others = max((item["cores_busy_with_others"] for item in bench.raw.values() if item.get("seconds", 0) > 3), default=0.0)
+    others = max(
+        (
+            item["cores_busy_with_others"]
+            for item in bench.raw.values()
+            if item.get("seconds", 0) > 3
+        ),
+        default=0.0,
+    )
     print(circumstances(others))
     lines = [(row.what, row.measured, row.bound, verdict(row.holds)) for row in bench.rows]
     print(table([("what", "measured", "bound", "holds"), *lines]))
-    write_json(options.json, {"machine": machine(), "rows": [asdict(row) for row in bench.rows], "raw": bench.raw})
+    write_json(
+        options.json,
+        {"machine": machine(), "rows": [asdict(row) for row in bench.rows], "raw": bench.raw},
+    )
 
 
 if __name__ == "__main__":

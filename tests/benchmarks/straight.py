@@ -1,8 +1,9 @@
 """What one would write without svdcli: load everything, torch.linalg.svd each layer, save.
 
-python straight.py FOLDER OUT.safetensors RANKS.json DTYPE SOLVED: RANKS.json gives the layers and the rank of each. Only the
-first SOLVED of them are solved; the others get slices of their weights for factors, so that loading and saving are those of
-the whole job. Prints the seconds that the solving took.
+python straight.py FOLDER OUT.safetensors RANKS.json DTYPE SOLVED: RANKS.json gives the layers and
+the rank of each. Only the first SOLVED of them are solved; the others get slices of their weights
+for factors, so that loading and saving are those of the whole job. Prints the seconds that the
+solving took.
 """
 
 from __future__ import annotations
@@ -31,7 +32,9 @@ def main(folder: Path, out: Path, ranks: dict[str, int], dtype: torch.dtype, sol
     for number, (name, rank) in enumerate(ranks.items()):
         weight = tensors.pop(name)
         begin = time.perf_counter()
-        up, down = factor(weight, rank) if number < solved else (weight[:, :rank], weight[:rank].clone())
+        up, down = (
+            factor(weight, rank) if number < solved else (weight[:, :rank], weight[:rank].clone())
+        )
         seconds += time.perf_counter() - begin
         module = name.removesuffix(".weight")
         tensors[f"{module}.svd_up.weight"] = up.to(dtype).contiguous()
@@ -42,4 +45,10 @@ def main(folder: Path, out: Path, ranks: dict[str, int], dtype: torch.dtype, sol
 
 if __name__ == "__main__":
     source, target, plan, kind, count = sys.argv[1:]
-    main(Path(source), Path(target), json.loads(Path(plan).read_text()), getattr(torch, kind), int(count))
+    main(
+        Path(source),
+        Path(target),
+        json.loads(Path(plan).read_text()),
+        getattr(torch, kind),
+        int(count),
+    )

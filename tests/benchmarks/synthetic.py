@@ -1,8 +1,10 @@
-"""Build a random Hugging Face checkpoint in the shape of TinyLlama-1.1B: `python synthetic.py FOLDER LAYERS [FROM]`.
+"""Build a random Hugging Face checkpoint in the shape of TinyLlama-1.1B: `python synthetic.py
+FOLDER LAYERS [FROM]`.
 
-bfloat16 shards, written one tensor at a time. Every matrix is a random power-law part plus noise, so its singular values fall
-as those of trained layers do: fast at first, then slowly, down to the smallest. The numbers depend on the tensor's name only:
-a deeper checkpoint begins with the same layers, and its shards are links to those of a shallower one, FROM.
+bfloat16 shards, written one tensor at a time. Every matrix is a random power-law part plus noise,
+so its singular values fall as those of trained layers do: fast at first, then slowly, down to the
+smallest. The numbers depend on the tensor's name only: a deeper checkpoint begins with the same
+layers, and its shards are links to those of a shallower one, FROM.
 """
 
 from __future__ import annotations
@@ -27,12 +29,19 @@ LAYERS_PER_SHARD = 2
 
 
 def build(folder: Path, layers: int, shallower: Path | None = None) -> None:
-    """Write config.json, the index and every shard; a shard that `shallower` has too becomes a hard link to it."""
+    """Write config.json, the index and every shard; a shard that `shallower` has too becomes a hard
+    link to it."""
     folder.mkdir(parents=True)
     known = _contents(shallower) if shallower is not None else {}
     shape = replace(TINYLLAMA, layers=layers)
     # embedding and head in a shard of their own, then a few layers to each
-    shards = [shape.ends, *(shape.layers_from(first, LAYERS_PER_SHARD) for first in range(0, layers, LAYERS_PER_SHARD))]
+    shards = [
+        shape.ends,
+        *(
+            shape.layers_from(first, LAYERS_PER_SHARD)
+            for first in range(0, layers, LAYERS_PER_SHARD)
+        ),
+    ]
     weight_map: dict[str, str] = {}
     for number, tensors in enumerate(shards, 1):
         name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
@@ -65,7 +74,8 @@ def _write_shard(path: Path, tensors: list[TensorInfo]) -> None:
 
 
 def _weight(tensor: TensorInfo) -> torch.Tensor:
-    """Ones for a norm, plain noise for embedding and head, for a layer noise plus STRENGTH * sum of k^-DECAY u_k v_k^T."""
+    """Ones for a norm, plain noise for embedding and head, for a layer noise plus STRENGTH * sum of
+    k^-DECAY u_k v_k^T."""
     if len(tensor.shape) == 1:
         return torch.ones(tensor.shape, dtype=torch.bfloat16)
     generator = torch.Generator().manual_seed(zlib.crc32(tensor.name.encode()))

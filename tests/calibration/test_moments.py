@@ -67,7 +67,9 @@ def written(tmp_path: Path) -> Path:
     """A file with every kind of key, each scaled by 1."""
     path = tmp_path / "out" / "moments.safetensors"
     path.parent.mkdir()
-    write_moments(path, spooled(tmp_path / "spool", sums()), dict.fromkeys(sums(), 1.0), LAYERS, PROVENANCE)
+    write_moments(
+        path, spooled(tmp_path / "spool", sums()), dict.fromkeys(sums(), 1.0), LAYERS, PROVENANCE
+    )
     return path
 
 
@@ -76,7 +78,11 @@ def edited(path: Path, edit: Edit) -> Path:
     with safe_open(path, "pt") as file:
         data = json.loads(file.metadata()[METADATA])
     replaced = edit(data)
-    text = replaced if isinstance(replaced, str) else json.dumps(data if replaced is None else replaced)
+    text = (
+        replaced
+        if isinstance(replaced, str)
+        else json.dumps(data if replaced is None else replaced)
+    )
     save_file(load_file(path), path, {METADATA: text})
     return path
 
@@ -115,7 +121,9 @@ def test_sums_add_up_and_are_scaled(tmp_path: Path) -> None:
     for key, value in sums().items():
         spool.add(key, 2 * value.double())
     path = tmp_path / "m.safetensors"
-    write_moments(path, spool, {key: 1 / (at + 1) for at, key in enumerate(spool.shapes)}, LAYERS, PROVENANCE)
+    write_moments(
+        path, spool, {key: 1 / (at + 1) for at, key in enumerate(spool.shapes)}, LAYERS, PROVENANCE
+    )
     for at, (key, value) in enumerate(sums().items()):
         found = load_file(path)[key]
         assert found.dtype == torch.float32
@@ -125,15 +133,24 @@ def test_sums_add_up_and_are_scaled(tmp_path: Path) -> None:
 def test_long_names_stay_apart(tmp_path: Path) -> None:
     deep = "model." + "inner." * 30 + "layers.{}.fc.weight"
     keys = [f"input.{deep.format(at)}" for at in range(4)]
-    spool = spooled(tmp_path / "spool", {key: torch.full((2, 2), float(at)) for at, key in enumerate(keys)})
+    spool = spooled(
+        tmp_path / "spool", {key: torch.full((2, 2), float(at)) for at, key in enumerate(keys)}
+    )
     assert [float(spool.get(key)[0, 0]) for key in keys] == [0, 1, 2, 3]
 
 
-@pytest.mark.parametrize(("key", "shape"), [("input.b.weight", (5, 4)), ("mean.b.weight", (4,)), ("output.a.q.weight", (4, 3))])
-def test_moments_whose_shapes_do_not_fit_are_damaged(key: str, shape: tuple[int, ...], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("key", "shape"),
+    [("input.b.weight", (5, 4)), ("mean.b.weight", (4,)), ("output.a.q.weight", (4, 3))],
+)
+def test_moments_whose_shapes_do_not_fit_are_damaged(
+    key: str, shape: tuple[int, ...], tmp_path: Path
+) -> None:
     path = tmp_path / "m.safetensors"
     tensors = sums() | {key: normal(*shape)}
-    write_moments(path, spooled(tmp_path / "spool", tensors), dict.fromkeys(tensors, 1.0), LAYERS, PROVENANCE)
+    write_moments(
+        path, spooled(tmp_path / "spool", tensors), dict.fromkeys(tensors, 1.0), LAYERS, PROVENANCE
+    )
     with pytest.raises(BadCheckpointError, match="damaged"):
         open_moments(path)
 
@@ -143,17 +160,23 @@ def test_moments_that_are_not_finite_are_refused_with_the_layer(key: str, tmp_pa
     tensors = sums()
     tensors[key].view(-1)[0] = math.nan
     path = tmp_path / "m.safetensors"
-    write_moments(path, spooled(tmp_path / "spool", tensors), dict.fromkeys(tensors, 1.0), LAYERS, PROVENANCE)
+    write_moments(
+        path, spooled(tmp_path / "spool", tensors), dict.fromkeys(tensors, 1.0), LAYERS, PROVENANCE
+    )
     name = "b.weight" if "b.weight" in key else "a.q.weight"
     with pytest.raises(BadCheckpointError, match=f"of {name} hold NaN"):
         open_moments(path).of(name)
 
 
-def test_the_same_moments_are_the_same_bytes_and_others_have_another_digest(written: Path, tmp_path: Path) -> None:
+def test_the_same_moments_are_the_same_bytes_and_others_have_another_digest(
+    written: Path, tmp_path: Path
+) -> None:
     again, other = tmp_path / "again.safetensors", tmp_path / "other.safetensors"
     spool = spooled(tmp_path / "spool2", sums())
     write_moments(again, spool, dict.fromkeys(sums(), 1.0), LAYERS, PROVENANCE)
-    write_moments(other, spool, dict.fromkeys(sums(), 1.0) | {"mean.b.weight": 1.001}, LAYERS, PROVENANCE)
+    write_moments(
+        other, spool, dict.fromkeys(sums(), 1.0) | {"mean.b.weight": 1.001}, LAYERS, PROVENANCE
+    )
     assert again.read_bytes() == written.read_bytes()
     assert open_moments(again).digest == open_moments(written).digest != open_moments(other).digest
 
@@ -162,7 +185,9 @@ def test_centred_moments_are_those_of_the_covariance() -> None:
     x = normal(50, 6).double() + 3
     outputs = torch.ones(4)
     moments = LayerMoments((x.T @ x / 50).float(), x.mean(0).float(), outputs, False)
-    centred, plain = (metric_of(moments, torch.device("cpu"), centred=flag) for flag in (True, False))
+    centred, plain = (
+        metric_of(moments, torch.device("cpu"), centred=flag) for flag in (True, False)
+    )
     assert centred.inputs.dtype == torch.float64
     torch.testing.assert_close(centred.inputs, x.T.cov(correction=0), rtol=0, atol=1e-5)
     assert torch.equal(plain.inputs, moments.inputs.double())
@@ -170,11 +195,13 @@ def test_centred_moments_are_those_of_the_covariance() -> None:
     assert torch.equal(centred.outputs, outputs)
 
 
-# Whole or not at all -------------------------------------------------------------------------------------------------
+# Whole or not at all ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("before", [None, b"what was there"])
-def test_a_write_that_fails_leaves_everything_as_it_was(tmp_path: Path, before: bytes | None) -> None:
+def test_a_write_that_fails_leaves_everything_as_it_was(
+    tmp_path: Path, before: bytes | None
+) -> None:
     spool, folder = spooled(tmp_path / "spool", sums()), tmp_path / "out"
     folder.mkdir()
     path = folder / "m.safetensors"
@@ -190,7 +217,7 @@ def test_nothing_is_left_beside_the_file(written: Path) -> None:
     assert list(written.parent.iterdir()) == [written]
 
 
-# What is no file of moments ------------------------------------------------------------------------------------------
+# What is no file of moments -----------------------------------------------------------------------
 
 
 def without(*path: str) -> Edit:
@@ -238,17 +265,25 @@ def test_damaged_metadata_is_one_error(written: Path, damage: str) -> None:
     assert "calibrate again" in str(caught.value)
 
 
-@pytest.mark.parametrize("key", ["input.a.q.weight", "mean.a.q.weight", "output.a.q.weight", "output.a.k.weight"])
+@pytest.mark.parametrize(
+    "key", ["input.a.q.weight", "mean.a.q.weight", "output.a.q.weight", "output.a.k.weight"]
+)
 def test_a_missing_tensor_is_an_error(written: Path, key: str) -> None:
     with safe_open(written, "pt") as file:
         metadata = file.metadata()
-    save_file({name: value for name, value in load_file(written).items() if name != key}, written, metadata)
+    save_file(
+        {name: value for name, value in load_file(written).items() if name != key},
+        written,
+        metadata,
+    )
     with pytest.raises(BadCheckpointError, match="moments are damaged"):
         open_moments(written)
 
 
 def test_a_newer_format_is_refused(written: Path) -> None:
-    with pytest.raises(BadCheckpointError, match=f"has format {FORMAT + 1}, this svdcli knows {FORMAT}") as caught:
+    with pytest.raises(
+        BadCheckpointError, match=f"has format {FORMAT + 1}, this svdcli knows {FORMAT}"
+    ) as caught:
         open_moments(edited(written, with_value(FORMAT + 1, "format")))
     assert "upgrade" in str(caught.value)
 
@@ -262,7 +297,14 @@ def test_another_model_s_moments_are_refused(written: Path) -> None:
 
 def test_a_file_cut_short_is_an_error_wherever_it_was_cut(written: Path) -> None:
     whole = written.read_bytes()
-    for size in {0, 7, 8, 100, *range(len(whole) // 9, len(whole), len(whole) // 9), len(whole) - 1}:
+    for size in {
+        0,
+        7,
+        8,
+        100,
+        *range(len(whole) // 9, len(whole), len(whole) // 9),
+        len(whole) - 1,
+    }:
         written.write_bytes(whole[:size])
         with pytest.raises(BadCheckpointError):
             open_moments(written)
@@ -271,7 +313,9 @@ def test_a_file_cut_short_is_an_error_wherever_it_was_cut(written: Path) -> None
 def test_other_files_are_no_moments(tmp_path: Path) -> None:
     save_file({"a.weight": torch.ones(2, 2)}, tmp_path / "m.safetensors")
     save_file({"a.weight": torch.ones(40, 40)}, tmp_path / "n.safetensors", {"format": "pt"})
-    svdcli.compress(tmp_path / "n.safetensors", tmp_path / "o.safetensors", svdcli.Recipe("rank", 4))
+    svdcli.compress(
+        tmp_path / "n.safetensors", tmp_path / "o.safetensors", svdcli.Recipe("rank", 4)
+    )
     for name in ("m", "n", "o"):
         with pytest.raises(BadCheckpointError, match="not written by svdcli calibrate"):
             open_moments(tmp_path / f"{name}.safetensors")

@@ -32,7 +32,8 @@ def quiet(*_: Any) -> None:
 
 
 def batches_of(inputs: Batch) -> list[Batch]:
-    """The inputs; the same the other way round, partly padded where there is a mask; one row alone."""
+    """The inputs; the same the other way round, partly padded where there is a mask; one row
+    alone."""
     turned = {key: value.flip(0) for key, value in inputs.items()}
     if "attention_mask" in turned:
         turned["attention_mask"] = turned["attention_mask"].clone()
@@ -56,12 +57,15 @@ def ends_of(family: str) -> Callable[[Any], Tensor]:
 def state_of(model: nn.Module) -> State:
     """Where every parameter and buffer lies, and what it holds."""
     tensors = itertools.chain(model.named_parameters(), model.named_buffers())
-    return {name: (tensor.data_ptr(), tensor.dtype, tensor.detach().clone()) for name, tensor in tensors}
+    return {
+        name: (tensor.data_ptr(), tensor.dtype, tensor.detach().clone()) for name, tensor in tensors
+    }
 
 
 def same_state(one: State, other: State) -> bool:
     return one.keys() == other.keys() and all(
-        one[name][:2] == other[name][:2] and torch.equal(one[name][2], other[name][2]) for name in one
+        one[name][:2] == other[name][:2] and torch.equal(one[name][2], other[name][2])
+        for name in one
     )
 
 
@@ -71,7 +75,8 @@ def upstream(answer: Tensor, index: int) -> Tensor:
 
 
 class Gradients:
-    """What arrives at every linear layer's output, by layer and batch: one gradient for each call, the last call first."""
+    """What arrives at every linear layer's output, by layer and batch: one gradient for each call,
+    the last call first."""
 
     def __init__(self, model: nn.Module) -> None:
         self.batch, self.phase = 0, "backward"
@@ -101,7 +106,9 @@ def in_one_piece(model: Any, batches: list[Batch], end: Callable[[Any], Tensor])
     return gradients
 
 
-def in_turns(model: Any, batches: list[Batch], end: Callable[[Any], Tensor], wanted: tuple[str, ...] = ()) -> Gradients:
+def in_turns(
+    model: Any, batches: list[Batch], end: Callable[[Any], Tensor], wanted: tuple[str, ...] = ()
+) -> Gradients:
     gradients = Gradients(model)
     gradients.phase = ""
     stream = Stream(model, CPU, torch.float32, gradients.visit)
@@ -119,19 +126,25 @@ def assert_same(found: Gradients, expected: Gradients, layers: set[str] | None =
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5 * float(other.abs().max()))
             rows, others = one.flatten(0, -2), other.flatten(0, -2)
             sums = others.T @ others
-            torch.testing.assert_close(rows.T @ rows, sums, rtol=1e-4, atol=1e-5 * float(sums.abs().max()))
+            torch.testing.assert_close(
+                rows.T @ rows, sums, rtol=1e-4, atol=1e-5 * float(sums.abs().max())
+            )
 
 
-# Units ---------------------------------------------------------------------------------------------------------------
+# Units --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", zoo.FAMILIES)
 def test_units_hold_every_parameter_and_none_holds_another(family: str) -> None:
     model = build(family)
     units = units_of(model)
-    assert {id(p) for unit in units.values() for p in unit.parameters()} == {id(p) for p in model.parameters()}
+    assert {id(p) for unit in units.values() for p in unit.parameters()} == {
+        id(p) for p in model.parameters()
+    }
     assert all(model.get_submodule(name) is unit for name, unit in units.items())
-    assert not any(one != other and f"{other}.".startswith(f"{one}.") for one in units for other in units)
+    assert not any(
+        one != other and f"{other}.".startswith(f"{one}.") for one in units for other in units
+    )
 
 
 def test_blocks_are_units_as_a_whole() -> None:
@@ -142,17 +155,21 @@ def test_blocks_are_units_as_a_whole() -> None:
         "model.norm",
         "lm_head",
     ]
-    assert {"encoder.block.0", "encoder.block.1", "decoder.block.0", "decoder.block.1"} <= units_of(build("t5")).keys()
+    assert {"encoder.block.0", "encoder.block.1", "decoder.block.0", "decoder.block.1"} <= units_of(
+        build("t5")
+    ).keys()
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "t5", "bert"])
-def test_a_compressed_model_has_the_units_of_its_original(family: str, written: Written, compressed: Compressed) -> None:
+def test_a_compressed_model_has_the_units_of_its_original(
+    family: str, written: Written, compressed: Compressed
+) -> None:
     names = list(units_of(svdcli.load(written(family))))
     assert list(units_of(svdcli.load(compressed(family)))) == names
     assert list(units_of(svdcli.load(compressed(family, "pivoted")))) == names
 
 
-# Forwards ------------------------------------------------------------------------------------------------------------
+# Forwards -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", zoo.FAMILIES)
@@ -162,7 +179,9 @@ def test_taking_turns_gives_the_model_s_answers(family: str) -> None:
     with torch.no_grad():
         expected = [end(model(**batch)).clone() for batch in batches]
     before = state_of(model)
-    Stream(model, CPU, torch.float32, quiet).run(batches, read=lambda index, output: found.update({index: end(output)}))
+    Stream(model, CPU, torch.float32, quiet).run(
+        batches, read=lambda index, output: found.update({index: end(output)})
+    )
     for index, answer in enumerate(expected):
         torch.testing.assert_close(found[index], answer, rtol=1e-6, atol=1e-6)
     assert same_state(before, state_of(model))
@@ -175,7 +194,12 @@ def test_each_unit_has_one_turn_with_all_batches_in_it(family: str) -> None:
     visits: list[tuple[str, str, int]] = []
     model, end = build(family), ends_of(family)
     batches = batches_of(zoo.FAMILIES[family].inputs)
-    stream = Stream(model, CPU, torch.float32, lambda phase, unit, batch, total: visits.append((phase, unit, batch)))
+    stream = Stream(
+        model,
+        CPU,
+        torch.float32,
+        lambda phase, unit, batch, total: visits.append((phase, unit, batch)),
+    )
     stream.run(batches, lambda index, output: (end(output), torch.zeros_like(end(output))))
     last = next(unit for phase, unit, _ in reversed(visits) if phase == "forward")
     for way in ("forward", "backward"):
@@ -187,15 +211,23 @@ def test_each_unit_has_one_turn_with_all_batches_in_it(family: str) -> None:
         assert order == [(unit, batch) for unit in units for batch in range(3)]
         done = [unit for phase, unit, _ in visits if phase == f"{way} done"]
         assert done == [unit for unit in units if way == "forward" or unit != last]
-    forwards, backwards = (list(dict.fromkeys(u for p, u, _ in visits if p == way)) for way in ("forward", "backward"))
+    forwards, backwards = (
+        list(dict.fromkeys(u for p, u, _ in visits if p == way)) for way in ("forward", "backward")
+    )
     assert backwards == forwards[::-1]
-    assert set(forwards) == units_of(model).keys() - {"shared"}  # T5 has it under other names as well
+    assert set(forwards) == units_of(model).keys() - {
+        "shared"
+    }  # T5 has it under other names as well
 
 
 @pytest.mark.parametrize("family", ["llama", "llama-tied", "t5", "bert", "gpt2", "mixtral"])
 def test_only_the_unit_whose_turn_it_is_is_converted(family: str, tmp_path: Path) -> None:
     path = zoo.save(family, tmp_path / "m", torch.bfloat16)
-    model, whole, end = frozen(svdcli.load(path)), frozen(svdcli.load(path, dtype=torch.float32)), ends_of(family)
+    model, whole, end = (
+        frozen(svdcli.load(path)),
+        frozen(svdcli.load(path, dtype=torch.float32)),
+        ends_of(family),
+    )
     odd, found, units = set(), {}, units_of(model)
     floating = [p for p in model.parameters() if p.is_floating_point()]
 
@@ -231,7 +263,7 @@ def test_a_turn_holds_what_the_unit_is_given_and_sends_on_what_it_answers(tmp_pa
     assert same_state(before, state_of(model))
 
 
-# Backwards -----------------------------------------------------------------------------------------------------------
+# Backwards ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", zoo.FAMILIES)
@@ -259,16 +291,23 @@ def test_what_comes_before_the_wanted_layers_is_not_differentiated(family: str) 
     expected = in_one_piece(build(family), batches, end)
     model = build(family)
     linear = list(dict.fromkeys(name for name, _ in expected.found))
-    blocks = [name for name in units_of(model) if any(layer.startswith(f"{name}.") for layer in linear)]
+    blocks = [
+        name for name in units_of(model) if any(layer.startswith(f"{name}.") for layer in linear)
+    ]
     layers = {name for name in linear if name.startswith(f"{blocks[-1]}.")}
     found = in_turns(model, batches, end, tuple(layers))
     assert_same(found, expected, layers)
     assert not any(layer.startswith(f"{blocks[0]}.") for layer, _ in found.found)
 
 
-def test_the_gradients_of_a_compressed_model_are_those_of_one_backward_pass(compressed: Compressed) -> None:
+def test_the_gradients_of_a_compressed_model_are_those_of_one_backward_pass(
+    compressed: Compressed,
+) -> None:
     path, batches, end = compressed("llama", "pivoted"), batches_of(zoo.TEXT), ends_of("llama")
-    found, expected = in_turns(frozen(svdcli.load(path)), batches, end), in_one_piece(frozen(svdcli.load(path)), batches, end)
+    found, expected = (
+        in_turns(frozen(svdcli.load(path)), batches, end),
+        in_one_piece(frozen(svdcli.load(path)), batches, end),
+    )
     assert_same(found, expected, {name for name, _ in expected.found} - {"lm_head"})
 
 
@@ -349,13 +388,19 @@ def test_a_weight_around_blocks_takes_no_turn_and_is_there_in_theirs() -> None:
     torch.manual_seed(0)
     model, whole = frozen(Around()), Around()
     whole.load_state_dict(model.state_dict())
-    batches, before = [{"x": upstream(torch.empty(4, 5, 8), seed)} for seed in range(2)], state_of(model)
+    batches, before = (
+        [{"x": upstream(torch.empty(4, 5, 8), seed)} for seed in range(2)],
+        state_of(model),
+    )
     assert list(units_of(model)) == ["blocks.0", "blocks.1", "blocks.2"]
-    assert_same(in_turns(model, batches, lambda output: output), in_one_piece(whole.float(), batches, lambda output: output))
+    assert_same(
+        in_turns(model, batches, lambda output: output),
+        in_one_piece(whole.float(), batches, lambda output: output),
+    )
     assert same_state(before, state_of(model))
 
 
-# Errors --------------------------------------------------------------------------------------------------------------
+# Errors -------------------------------------------------------------------------------------------
 
 
 class TripError(Exception):
@@ -364,7 +409,9 @@ class TripError(Exception):
 
 @pytest.mark.parametrize("error", [TripError, KeyboardInterrupt])
 @pytest.mark.parametrize("where", ["forward", "backward", "unit", "between", "seed", "read"])
-def test_an_error_in_one_batch_ends_all_threads_and_is_raised(where: str, error: type[BaseException], tmp_path: Path) -> None:
+def test_an_error_in_one_batch_ends_all_threads_and_is_raised(
+    where: str, error: type[BaseException], tmp_path: Path
+) -> None:
     model = frozen(svdcli.load(zoo.save("llama", tmp_path / "m", torch.bfloat16)))
     block, found = model.model.layers[1], {}
     with torch.no_grad():
@@ -400,7 +447,9 @@ def test_an_error_in_one_batch_ends_all_threads_and_is_raised(where: str, error:
     stream.run(batches_of(zoo.TEXT), read=read)
     whole = svdcli.load(tmp_path / "m", dtype=torch.float32)
     with torch.no_grad():
-        torch.testing.assert_close(found[2], whole(**batches_of(zoo.TEXT)[2]).logits, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            found[2], whole(**batches_of(zoo.TEXT)[2]).logits, rtol=1e-5, atol=1e-5
+        )
 
 
 def test_turns_that_are_left_early_end_all_threads() -> None:

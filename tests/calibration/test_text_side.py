@@ -1,4 +1,5 @@
-"""Models that read more than text, or read it otherwise: which part is run, against the stock classes of that part."""
+"""Models that read more than text, or read it otherwise: which part is run, against the stock
+classes of that part."""
 
 from __future__ import annotations
 
@@ -27,10 +28,21 @@ from svdcli.verbs.calibrate import calibrate
 from svdcli.verbs.evaluate import evaluate
 
 LINES = Texts(
-    "lines", ("\n".join(" ".join(f"w{(i * i + 3 * i + j * j) % 94 + 2}" for i in range(4 + j % 9)) for j in range(60)),)
+    "lines",
+    (
+        "\n".join(
+            " ".join(f"w{(i * i + 3 * i + j * j) % 94 + 2}" for i in range(4 + j % 9))
+            for j in range(60)
+        ),
+    ),
 )
 ENDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-NARROW = {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2, "num_attention_heads": 4}
+NARROW = {
+    "hidden_size": 64,
+    "intermediate_size": 160,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
 TOWER = NARROW | ENDS | {"vocab_size": 96, "max_position_embeddings": 64}
 PICTURES = NARROW | {"image_size": 16, "patch_size": 8}
 DECODER = TOWER | {"num_key_value_heads": 2}
@@ -43,22 +55,58 @@ HEARD = {
     "upsampling_ratios": [2],
     "num_lstm_layers": 1,
 }
-SUNG = {"vocab_size": 32, "hidden_size": 64, "ffn_dim": 160, "num_hidden_layers": 2, "num_attention_heads": 4, "num_codebooks": 4}
-QWEN = DECODER | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}}
-SPEECH = {"num_mel_bins": 16, "hidden_size": 64, "depths": [1, 1], "num_attention_heads": [2, 4], "patch_embeds_hidden_size": 16}
+SUNG = {
+    "vocab_size": 32,
+    "hidden_size": 64,
+    "ffn_dim": 160,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_codebooks": 4,
+}
+QWEN = DECODER | {
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
+}
+SPEECH = {
+    "num_mel_bins": 16,
+    "hidden_size": 64,
+    "depths": [1, 1],
+    "num_attention_heads": [2, 4],
+    "patch_embeds_hidden_size": 16,
+}
 SPEECH |= {"spec_size": 32, "window_size": 4, "num_classes": 5}
 
 
 def _ends(**more: int) -> dict[str, int]:
-    return {"image_token_id": 90, "video_token_id": 91, "vision_start_token_id": 92, "vision_end_token_id": 93} | more
+    return {
+        "image_token_id": 90,
+        "video_token_id": 91,
+        "vision_start_token_id": 92,
+        "vision_end_token_id": 93,
+    } | more
 
 
 Wanted = tuple[str, str]  # kind, and the part that runs
 BUILT: dict[str, tuple[str, dict[str, Any], Wanted]] = {
-    "clip": ("CLIPModel", {"text_config": TOWER, "vision_config": PICTURES}, ("encoder", "get_text_features")),
-    "siglip": ("SiglipModel", {"text_config": TOWER, "vision_config": PICTURES}, ("encoder", "get_text_features")),
-    "clap": ("ClapModel", {"text_config": TOWER, "audio_config": SPEECH}, ("encoder", "get_text_features")),
-    "blip": ("BlipModel", {"text_config": TOWER, "vision_config": PICTURES}, ("encoder", "get_text_features")),
+    "clip": (
+        "CLIPModel",
+        {"text_config": TOWER, "vision_config": PICTURES},
+        ("encoder", "get_text_features"),
+    ),
+    "siglip": (
+        "SiglipModel",
+        {"text_config": TOWER, "vision_config": PICTURES},
+        ("encoder", "get_text_features"),
+    ),
+    "clap": (
+        "ClapModel",
+        {"text_config": TOWER, "audio_config": SPEECH},
+        ("encoder", "get_text_features"),
+    ),
+    "blip": (
+        "BlipModel",
+        {"text_config": TOWER, "vision_config": PICTURES},
+        ("encoder", "get_text_features"),
+    ),
     "owlvit": (
         "OwlViTForObjectDetection",
         {"text_config": TOWER, "vision_config": PICTURES},
@@ -77,7 +125,13 @@ BUILT: dict[str, tuple[str, dict[str, Any], Wanted]] = {
         "Qwen2VLForConditionalGeneration",
         {
             "text_config": QWEN,
-            "vision_config": {"depth": 2, "embed_dim": 32, "hidden_size": 64, "num_heads": 4, "patch_size": 8},
+            "vision_config": {
+                "depth": 2,
+                "embed_dim": 32,
+                "hidden_size": 64,
+                "num_heads": 4,
+                "patch_size": 8,
+            },
             **_ends(),
         },
         ("decoder", ""),
@@ -85,7 +139,12 @@ BUILT: dict[str, tuple[str, dict[str, Any], Wanted]] = {
     "blip-2": (
         "Blip2ForConditionalGeneration",
         {
-            "text_config": {"model_type": "opt", "ffn_dim": 160, "word_embed_proj_dim": 64, **TOWER},
+            "text_config": {
+                "model_type": "opt",
+                "ffn_dim": 160,
+                "word_embed_proj_dim": 64,
+                **TOWER,
+            },
             "vision_config": PICTURES,
             "qformer_config": NARROW | {"encoder_hidden_size": 64, "vocab_size": 96},
             "image_token_index": 90,
@@ -102,10 +161,18 @@ BUILT: dict[str, tuple[str, dict[str, Any], Wanted]] = {
         },
         ("encoder", "text_encoder"),
     ),
-    "xlnet": ("XLNetLMHeadModel", {"vocab_size": 96, "d_model": 64, "n_layer": 2, "n_head": 4, "d_inner": 160}, ("encoder", "")),
+    "xlnet": (
+        "XLNetLMHeadModel",
+        {"vocab_size": 96, "d_model": 64, "n_layer": 2, "n_head": 4, "d_inner": 160},
+        ("encoder", ""),
+    ),
     "bert-lm": ("BertLMHeadModel", TOWER, ("encoder", "")),
     "bert-questions": ("BertForQuestionAnswering", TOWER, ("encoder", "bert")),
-    "llama-classes": ("LlamaForSequenceClassification", DECODER | {"pad_token_id": None}, ("encoder", "model")),
+    "llama-classes": (
+        "LlamaForSequenceClassification",
+        DECODER | {"pad_token_id": None},
+        ("encoder", "model"),
+    ),
     "electra-pretraining": ("ElectraForPreTraining", TOWER, ("encoder", "electra")),
     "fnet": ("FNetModel", TOWER, ("encoder", "")),
 }
@@ -140,7 +207,7 @@ def side_of(model: Any) -> TextSide:
     return text_side(model, "it", 96, "do something else")
 
 
-# Which part ----------------------------------------------------------------------------------------------------------
+# Which part ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", BUILT)
@@ -157,7 +224,10 @@ def test_a_language_model_is_read_whole(family: str) -> None:
 
 
 def test_encoders_read_sentences_and_pairs_windows() -> None:
-    found = {family: side_of(zoo.FAMILIES[family].build()) for family in ("bert", "bert-classifier", "t5", "marian")}
+    found = {
+        family: side_of(zoo.FAMILIES[family].build())
+        for family in ("bert", "bert-classifier", "t5", "marian")
+    }
     assert {side.kind for side in found.values()} == {"encoder"}
     assert {family for family, side in found.items() if side.in_windows} == {"t5", "marian"}
 
@@ -170,7 +240,9 @@ def test_finding_it_changes_nothing() -> None:
     for name, tensor in model.state_dict().items():
         assert tensor.dtype == before[name][0]
         assert torch.equal(tensor, before[name][1])
-    assert not any(module._forward_pre_hooks or "forward" in module.__dict__ for module in model.modules())
+    assert not any(
+        module._forward_pre_hooks or "forward" in module.__dict__ for module in model.modules()
+    )
 
 
 def test_a_model_that_answers_nan_is_still_what_it_is() -> None:
@@ -180,7 +252,8 @@ def test_a_model_that_answers_nan_is_still_what_it_is() -> None:
 
 
 @pytest.mark.parametrize(
-    ("family", "why"), [("vit", "takes pixel_values"), ("whisper", "reads text only beside what its other side")]
+    ("family", "why"),
+    [("vit", "takes pixel_values"), ("whisper", "reads text only beside what its other side")],
 )
 def test_what_has_no_such_part_is_refused_with_the_reason(family: str, why: str) -> None:
     with pytest.raises(SvdcliError, match=f"it does not read text alone.*{why}.*do something else"):
@@ -196,8 +269,11 @@ def test_a_decoder_that_listens_to_pictures_is_refused() -> None:
 
 
 def test_a_table_of_positions_keeps_room_for_padding() -> None:
-    """RoBERTa counts positions from padding_idx + 1 on: 64 rows are 62 tokens with padding_idx 1."""
-    model = transformers.RobertaModel(transformers.RobertaConfig(**TOWER | {"pad_token_id": 1})).eval()
+    """RoBERTa counts positions from padding_idx + 1 on: 64 rows are 62 tokens with padding_idx
+    1."""
+    model = transformers.RobertaModel(
+        transformers.RobertaConfig(**TOWER | {"pad_token_id": 1})
+    ).eval()
     found = side_of(model)
     assert found.longest == 62
     found.ask(model, input_ids=torch.full((1, 62), 5))
@@ -205,11 +281,14 @@ def test_a_table_of_positions_keeps_room_for_padding() -> None:
         found.ask(model, input_ids=torch.full((1, 63), 5))
 
 
-# What is measured ----------------------------------------------------------------------------------------------------
+# What is measured ---------------------------------------------------------------------------------
 
 
-def by_hooks(model: nn.Module, path: Path, answer: Callable[..., torch.Tensor], padded: bool = True) -> tuple[Sums, int]:
-    """Sums over ordinary passes of one sentence each, with the gradients of e . z for normalised answers e."""
+def by_hooks(
+    model: nn.Module, path: Path, answer: Callable[..., torch.Tensor], padded: bool = True
+) -> tuple[Sums, int]:
+    """Sums over ordinary passes of one sentence each, with the gradients of e . z for normalised
+    answers e."""
     sums, tokenizer, events = Sums(model), load_tokenizer(path), 0
     torch.manual_seed(0)
     for group in grouped(sentences_of(tokenizer, LINES, 64, Amount(40)), padded=padded):
@@ -221,7 +300,8 @@ def by_hooks(model: nn.Module, path: Path, answer: Callable[..., torch.Tensor], 
 
 
 def test_moments_of_a_text_tower_are_those_of_the_stock_class(saved: Saved, tmp_path: Path) -> None:
-    """CLIPTextModel opens the same folder. With the projection behind it, it is what CLIPModel makes of text."""
+    """CLIPTextModel opens the same folder. With the projection behind it, it is what CLIPModel
+    makes of text."""
     path = saved("clip")
     done = calibrate(path, LINES, tmp_path / "c.safetensors", samples=40, gradients=True)
     tower = CLIPTextModel.from_pretrained(path).eval()
@@ -243,7 +323,9 @@ def test_moments_of_a_text_tower_are_those_of_the_stock_class(saved: Saved, tmp_
 
 
 @pytest.mark.parametrize("name", ["xlnet", "fnet"])
-def test_where_padding_would_be_read_sentences_of_one_length_come_together(name: str, saved: Saved, tmp_path: Path) -> None:
+def test_where_padding_would_be_read_sentences_of_one_length_come_together(
+    name: str, saved: Saved, tmp_path: Path
+) -> None:
     """XLNet works with time first, so that no mask fits; FNet takes no mask at all."""
     path = saved(name)
     calibrate(path, LINES, tmp_path / "c.safetensors", samples=40, gradients=False)
@@ -261,14 +343,18 @@ def test_where_padding_would_be_read_sentences_of_one_length_come_together(name:
 
 @pytest.mark.parametrize("name", BUILT)
 def test_all_of_it_is_calibrated_and_judged(name: str, saved: Saved, tmp_path: Path) -> None:
-    """Compressed by what its text sees, it opens and is compared with its original; to itself it is equal."""
+    """Compressed by what its text sees, it opens and is compared with its original; to itself it is
+    equal."""
     path, out = saved(name), tmp_path / "c.safetensors"
     done = calibrate(path, LINES, out, samples=12, seq_len=16)
     selected = {row.name for row in svdcli.inspect(path).selected}
     assert set(open_moments(out).layers) | set(done.uncalibrated) == selected
     recipe = svdcli.Recipe("rank", 12, layout="pivoted")
     svdcli.compress(path, tmp_path / "small", recipe, calibration=out)
-    same, other = (evaluate(one, LINES, against=path, samples=8, seq_len=16) for one in (path, tmp_path / "small"))
+    same, other = (
+        evaluate(one, LINES, against=path, samples=8, seq_len=16)
+        for one in (path, tmp_path / "small")
+    )
     assert same.side == other.side == BUILT[name][2][1]
     if same.drift is not None and other.drift is not None:
         assert same.drift.kl.value < 1e-6 < other.drift.kl.value
@@ -287,7 +373,9 @@ def test_a_tower_s_embedding_is_the_one_that_the_model_makes(saved: Saved) -> No
 
 
 @pytest.mark.parametrize("name", ["clip", "llava"])
-def test_what_reads_text_is_healed_and_the_rest_stays(name: str, saved: Saved, tmp_path: Path) -> None:
+def test_what_reads_text_is_healed_and_the_rest_stays(
+    name: str, saved: Saved, tmp_path: Path
+) -> None:
     path = saved(name)
     svdcli.compress(path, tmp_path / "small", svdcli.Recipe("keep", 0.5))
     how: dict[str, Any] = {"effort": Effort(steps=10), "samples": 40, "seq_len": 16}
@@ -297,14 +385,19 @@ def test_what_reads_text_is_healed_and_the_rest_stays(name: str, saved: Saved, t
     assert not any("vision" in block for block in blocks)
     assert len(blocks) == 3
     assert any(item["after"] < item["before"] for item in blocks.values())
-    before, after = (contents(tmp_path / name / "model.safetensors") for name in ("small", "healed"))
+    before, after = (
+        contents(tmp_path / name / "model.safetensors") for name in ("small", "healed")
+    )
     changed = {key for key in before if before[key] != after[key]}
     assert changed
     assert not any("vision" in key for key in changed)
-    assert any("since no block that the text goes through holds them" in note for note in found.report.notes)
+    assert any(
+        "since no block that the text goes through holds them" in note
+        for note in found.report.notes
+    )
 
 
-# The commands --------------------------------------------------------------------------------------------------------
+# The commands -------------------------------------------------------------------------------------
 
 
 def test_the_commands_say_what_runs(saved: Saved, tmp_path: Path) -> None:
@@ -332,10 +425,15 @@ def test_what_does_not_read_text_gets_one_line_everywhere(tmp_path: Path) -> Non
         complaint(cli("calibrate", path, *text, "-o", tmp_path / "c.safetensors")),
         complaint(cli("compress", path, "--keep", "0.6", *text, "-o", tmp_path / "out")),
         complaint(cli("eval", tmp_path / "small", "--against", path, *text)),
-        complaint(cli("heal", tmp_path / "small", "--teacher", path, *text, "-o", tmp_path / "healed")),
+        complaint(
+            cli("heal", tmp_path / "small", "--teacher", path, *text, "-o", tmp_path / "healed")
+        ),
     ]
     for line in said:
-        assert "WhisperForConditionalGeneration reads text only beside what its other side sends there" in line
+        assert (
+            "WhisperForConditionalGeneration reads text only beside what its other side sends there"
+            in line
+        )
     assert all("without --text" in line for line in said[:2])
     assert {path.name for path in tmp_path.iterdir()} == {"model", "small", "t.txt"}
 

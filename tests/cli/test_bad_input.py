@@ -1,4 +1,5 @@
-"""Every bad input: one line that says what and why, an exit code, and nothing on the disk that was not there before."""
+"""Every bad input: one line that says what and why, an exit code, and nothing on the disk that was
+not there before."""
 
 from __future__ import annotations
 
@@ -14,7 +15,20 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import cli, complaint, contents, entry, framed, run, size_of, small_tensors, tree, weight, write_model, write_sharded
+from helpers import (
+    cli,
+    complaint,
+    contents,
+    entry,
+    framed,
+    run,
+    size_of,
+    small_tensors,
+    tree,
+    weight,
+    write_model,
+    write_sharded,
+)
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -49,7 +63,7 @@ def works(*args: str | Path, **how: Any) -> None:
     assert done.code == 0, done.err
 
 
-# Headers that lie ----------------------------------------------------------------------------------------------------
+# Headers that lie ---------------------------------------------------------------------------------
 
 GOOD = framed({"a.weight": entry("F32", [48, 40], [0, 7680])}, bytes(7680))
 HOSTILE = {
@@ -59,7 +73,9 @@ HOSTILE = {
     "header beyond the limit": framed({}, length=LARGEST_HEADER + 1),
     "header of exabytes": framed({}, bytes(100), length=2**63),
     "header longer than the file": framed({}, bytes(10), length=5000),
-    "duplicate keys": framed('{"a":' + json.dumps(entry()) + ',"a":' + json.dumps(entry()) + "}", b"1234"),
+    "duplicate keys": framed(
+        '{"a":' + json.dumps(entry()) + ',"a":' + json.dumps(entry()) + "}", b"1234"
+    ),
     "overlap": framed({"a": entry(), "b": entry(offsets=[2, 6])}, b"123456"),
     "hole": framed({"a": entry(), "b": entry(offsets=[6, 10])}, bytes(10)),
     "out of range": framed({"a": entry(offsets=[2**40, 2**40 + 4])}, b"1234"),
@@ -105,7 +121,9 @@ def test_a_truncated_pipe_meets_the_real_command(folder: Path) -> None:
     assert tree(folder) == {}
 
 
-def test_the_temporary_copy_of_a_pipe_is_removed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_temporary_copy_of_a_pipe_is_removed(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(folder))
     refused("inspect", "-", input=GOOD[:-1])
     refused("compress", "-", "--rank", "0", "-o", "-", input=GOOD, code=2)
@@ -119,19 +137,27 @@ def test_debug_shows_the_traceback(folder: Path) -> None:
     assert "BadCheckpointError" in done.err
 
 
-# Weights that cannot be factored --------------------------------------------------------------------------------------
+# Weights that cannot be factored ------------------------------------------------------------------
 
 
 def spoil(value: float, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     bad = weight(48, 40, dtype=dtype)
     bad[17, 3] = value
-    return {"good.weight": weight(40, 48, 1, dtype), "bad.weight": bad, "norm": torch.tensor([float("nan")])}
+    return {
+        "good.weight": weight(40, 48, 1, dtype),
+        "bad.weight": bad,
+        "norm": torch.tensor([float("nan")]),
+    }
 
 
-@pytest.mark.parametrize("target", [["--rank", "8"], ["--keep", "0.7", "--allocate", "global"], ["--error", "0.3"]])
+@pytest.mark.parametrize(
+    "target", [["--rank", "8"], ["--keep", "0.7", "--allocate", "global"], ["--error", "0.3"]]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-def test_nan_and_infinity(folder: Path, value: float, dtype: torch.dtype, target: list[str]) -> None:
+def test_nan_and_infinity(
+    folder: Path, value: float, dtype: torch.dtype, target: list[str]
+) -> None:
     save_file(spoil(value, dtype), "m.safetensors")
     line = compress_refused(*target, "-o", OUT, code=1)
     assert "bad.weight" in line
@@ -169,7 +195,9 @@ def test_extreme_but_finite_weights(folder: Path, value: float, dtype: torch.dty
     """The square of 1e30 is no float32, and a matrix of zeros has no directions."""
     save_file({"a.weight": torch.full((48, 40), value, dtype=dtype)}, "m.safetensors")
     works("spectrum", "m.safetensors")
-    for number, target in enumerate((["--rank", "4"], ["--energy", "0.9"], ["--rank", "4", "--layout", "pivoted"])):
+    for number, target in enumerate(
+        (["--rank", "4"], ["--energy", "0.9"], ["--rank", "4", "--layout", "pivoted"])
+    ):
         works("compress", "m.safetensors", *target, "-o", f"{number}.safetensors")
         works("verify", f"{number}.safetensors", "--against", "m.safetensors")
 
@@ -182,7 +210,9 @@ def test_a_plan_saved_after_a_fallback_runs_again(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_scale_of_a_weight_does_not_change_what_is_decided(folder: Path, dtype: torch.dtype) -> None:
+def test_the_scale_of_a_weight_does_not_change_what_is_decided(
+    folder: Path, dtype: torch.dtype
+) -> None:
     decided = []
     for power in (0, -80, 80):
         save_file({"a.weight": weight(48, 40, dtype=dtype) * 2.0**power}, "m.safetensors")
@@ -194,7 +224,7 @@ def test_the_scale_of_a_weight_does_not_change_what_is_decided(folder: Path, dty
     assert len(set(decided)) == 1
 
 
-# Where the output goes -----------------------------------------------------------------------------------------------
+# Where the output goes ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["inspect", "report", "spectrum", "verify", "expand", "compress"])
@@ -203,7 +233,9 @@ def test_missing_path(folder: Path, name: str) -> None:
     assert "nothing.safetensors does not exist" in refused(name, "nothing.safetensors", *rest)
 
 
-@pytest.mark.parametrize("out", ["nowhere/out.safetensors", "m.safetensors/out.safetensors", "a/b/c/out.safetensors"])
+@pytest.mark.parametrize(
+    "out", ["nowhere/out.safetensors", "m.safetensors/out.safetensors", "a/b/c/out.safetensors"]
+)
 @pytest.mark.parametrize("name", ["compress", "expand"])
 def test_output_folder_that_is_none(small: Path, name: str, out: str) -> None:
     works("compress", small, "--rank", "4", "-o", "svd.safetensors")
@@ -212,11 +244,14 @@ def test_output_folder_that_is_none(small: Path, name: str, out: str) -> None:
 
 
 def unprivileged(folder: Path) -> Sequence[str]:
-    """What to put before a command so that file permissions bind it: nothing, or for root a tool that drops its powers."""
+    """What to put before a command so that file permissions bind it: nothing, or for root a tool
+    that drops its powers."""
     prefix = [] if os.geteuid() else ["setpriv", "--bounding-set=-all", "--inh-caps=-all"]
     if prefix and not shutil.which(prefix[0]):
         pytest.skip("root ignores permissions, and setpriv is missing")
-    probe = subprocess.run([*prefix, "mkdir", str(folder / "probe")], capture_output=True, check=False)
+    probe = subprocess.run(
+        [*prefix, "mkdir", str(folder / "probe")], capture_output=True, check=False
+    )
     if b"ermission" not in probe.stderr:
         pytest.skip("permissions do not bind here")
     return prefix
@@ -225,7 +260,15 @@ def unprivileged(folder: Path) -> Sequence[str]:
 def test_read_only_output_folder(small: Path, folder: Path) -> None:
     (folder / "locked").mkdir(mode=0o500)
     before = tree(folder)
-    done = run("compress", small, "--rank", "4", "-o", "locked/out.safetensors", prefix=unprivileged(folder / "locked"))
+    done = run(
+        "compress",
+        small,
+        "--rank",
+        "4",
+        "-o",
+        "locked/out.safetensors",
+        prefix=unprivileged(folder / "locked"),
+    )
     assert "locked/out.safetensors" in complaint(done)
     assert tree(folder) == before
 
@@ -240,9 +283,18 @@ def test_unreadable_input(small: Path, folder: Path) -> None:
 
 @pytest.mark.parametrize("force", [[], ["--force"]], ids=["", "force"])
 @pytest.mark.parametrize(
-    "out", ["m.safetensors", "./m.safetensors", "sub/../m.safetensors", "soft.safetensors", "hard.safetensors"]
+    "out",
+    [
+        "m.safetensors",
+        "./m.safetensors",
+        "sub/../m.safetensors",
+        "soft.safetensors",
+        "hard.safetensors",
+    ],
 )
-def test_the_source_file_is_never_the_output(small: Path, folder: Path, out: str, force: list[str]) -> None:
+def test_the_source_file_is_never_the_output(
+    small: Path, folder: Path, out: str, force: list[str]
+) -> None:
     (folder / "sub").mkdir()
     (folder / "soft.safetensors").symlink_to(small)
     (folder / "hard.safetensors").hardlink_to(small)
@@ -250,18 +302,24 @@ def test_the_source_file_is_never_the_output(small: Path, folder: Path, out: str
 
 
 @pytest.mark.parametrize("force", [[], ["--force"]], ids=["", "force"])
-@pytest.mark.parametrize("out", ["model", "model/", "model/inside", "model/sub/inside", ".", "..", "link", "link/inside"])
+@pytest.mark.parametrize(
+    "out", ["model", "model/", "model/inside", "model/sub/inside", ".", "..", "link", "link/inside"]
+)
 def test_the_source_folder_is_never_the_output(folder: Path, out: str, force: list[str]) -> None:
     write_model(folder / "model")
     (folder / "model/sub").mkdir()
     (folder / "link").symlink_to("model")
-    assert "is the source, or inside or around it" in compress_refused("--rank", "4", "-o", out, *force, code=1, model="model")
+    assert "is the source, or inside or around it" in compress_refused(
+        "--rank", "4", "-o", out, *force, code=1, model="model"
+    )
 
 
 def test_a_hard_linked_shard_is_never_the_output(folder: Path) -> None:
     write_model(folder / "model")
     Path("hard.safetensors").hardlink_to("model/model.safetensors")
-    compress_refused("--rank", "4", "-o", "hard.safetensors", "--force", code=1, model="model/model.safetensors")
+    compress_refused(
+        "--rank", "4", "-o", "hard.safetensors", "--force", code=1, model="model/model.safetensors"
+    )
 
 
 def test_an_output_that_exists(small: Path, folder: Path) -> None:
@@ -276,11 +334,15 @@ def test_force_does_not_replace_a_folder_of_something_else(folder: Path) -> None
     write_model(folder / "model")
     Path("thesis").mkdir()
     Path("thesis/chapter.tex").write_text("precious")
-    assert "does not look like a model" in compress_refused("--rank", "4", "-o", "thesis", "--force", code=1, model="model")
+    assert "does not look like a model" in compress_refused(
+        "--rank", "4", "-o", "thesis", "--force", code=1, model="model"
+    )
 
 
 @pytest.mark.parametrize("force", [[], ["--force"]], ids=["", "force"])
-def test_a_file_is_not_replaced_by_a_folder_nor_a_folder_by_a_file(small: Path, folder: Path, force: list[str]) -> None:
+def test_a_file_is_not_replaced_by_a_folder_nor_a_folder_by_a_file(
+    small: Path, folder: Path, force: list[str]
+) -> None:
     write_model(folder / "model")
     Path("model-svd").write_text("file")
     Path(OUT).mkdir()
@@ -289,7 +351,8 @@ def test_a_file_is_not_replaced_by_a_folder_nor_a_folder_by_a_file(small: Path, 
 
 
 def test_a_stranger_in_the_place_of_the_workspace(small: Path) -> None:
-    """OUT.partial may be somebody's folder of that name; only svdcli's own is continued or cleared away."""
+    """OUT.partial may be somebody's folder of that name; only svdcli's own is continued or cleared
+    away."""
     Path(f"{OUT}.partial").mkdir()
     Path(f"{OUT}.partial/notes.txt").write_text("precious")
     cli("compress", small, "--rank", "4", "-o", OUT)
@@ -307,7 +370,9 @@ def test_an_output_that_another_run_is_writing(small: Path) -> None:
 
 @pytest.mark.parametrize("out", ["out", "out.bin", "out.pt", "out.SAFETENSORS", "config.json"])
 @pytest.mark.parametrize("name", ["compress", "expand"])
-def test_an_output_by_another_ending_works_or_is_not_written(small: Path, name: str, out: str) -> None:
+def test_an_output_by_another_ending_works_or_is_not_written(
+    small: Path, name: str, out: str
+) -> None:
     works("compress", small, "--rank", "4", "-o", "svd.safetensors")
     args = [small, "--rank", "4"] if name == "compress" else ["svd.safetensors"]
     before = tree(Path())
@@ -334,7 +399,9 @@ def test_a_plan_is_never_saved_over_the_model(small: Path) -> None:
 
 
 def test_what_follows_the_work_is_checked_before_it(small: Path) -> None:
-    assert "nowhere" in refused("compress", small, "--rank", "4", "-o", OUT, "--save-plan", "nowhere/plan.json")
+    assert "nowhere" in refused(
+        "compress", small, "--rank", "4", "-o", OUT, "--save-plan", "nowhere/plan.json"
+    )
     assert "--json and --csv" in compress_refused("--rank", "4", "-o", OUT, "--json", "--csv")
 
 
@@ -347,7 +414,7 @@ def test_standard_input_needs_a_name_for_the_output(small: Path) -> None:
     assert "-o FILE" in refused("compress", "-", "--rank", "4", input=small.read_bytes(), code=2)
 
 
-# What was asked ------------------------------------------------------------------------------------------------------
+# What was asked -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -360,17 +427,26 @@ def test_standard_input_needs_a_name_for_the_output(small: Path) -> None:
         (["--rank", "-3"], "--rank -3"),
         (["--rank", "1.5"], "--rank"),
         (["--rank", "many"], "--rank"),
-        *[(["--keep", value], f"--keep {value}") for value in ("0", "-1", "1.5", "nan", "inf", "-inf")],
+        *[
+            (["--keep", value], f"--keep {value}")
+            for value in ("0", "-1", "1.5", "nan", "inf", "-inf")
+        ],
         *[(["--energy", value], f"--energy {value}") for value in ("0", "-0.5", "1.01", "nan")],
         *[(["--error", value], f"--error {value}") for value in ("0", "-1", "1", "nan")],
-        *[(["--size", value], "--size") for value in ("0", "-5", "nan", "1e9", "5 parsecs", "", "MB")],
+        *[
+            (["--size", value], "--size")
+            for value in ("0", "-5", "nan", "1e9", "5 parsecs", "", "MB")
+        ],
         (["--rank", "4", "--solver", "magic"], "'magic' is not one of"),
         (["--rank", "4", "--layout", "magic"], "'magic' is not one of"),
         (["--rank", "4", "--allocate", "magic"], "'magic' is not one of"),
         (["--rank", "4", "--nonfinite", "magic"], "'magic' is not one of"),
         (["--rank", "4", "--dtype", "magic"], "'magic'"),
         (["--rank", "4", "--dtype", "int8"], "'int8' cannot hold factors"),
-        (["--rank", "4", "--device", "magic"], "'--device': 'magic' is not one of 'auto', 'cpu', 'cuda', 'mps'"),
+        (
+            ["--rank", "4", "--device", "magic"],
+            "'--device': 'magic' is not one of 'auto', 'cpu', 'cuda', 'mps'",
+        ),
         (["--rank", "4", "--device", ""], "--device"),
         (["--rank", "4", "--threads", "0"], "--threads 0"),
         (["--rank", "4", "--threads", "99999999999999999999"], "--threads"),
@@ -388,11 +464,20 @@ def test_standard_input_needs_a_name_for_the_output(small: Path) -> None:
         (["--plan", "p.json", "--include", "*"], "--plan decides by itself, and --include"),
         (["--plan", "p.json", "--layout", "dense"], "--plan decides by itself, and --layout"),
         (["--plan", "p.json", "--seed", "0"], "--plan decides by itself, and --seed"),
-        (["--plan", "p.json", "--self-contained"], "--plan decides by itself, and --self-contained"),
+        (
+            ["--plan", "p.json", "--self-contained"],
+            "--plan decides by itself, and --self-contained",
+        ),
         (["--rank", "4", "--multiple-of", "8"], "--rank 4 is below --multiple-of 8"),
         (["--keep", "0.5", "--floor", "0.5"], "--floor is for --allocate global"),
-        (["--error", "0.1", "--solver", "randomized"], "--solver randomized may miss what --error asks for"),
-        (["--energy", "0.9", "--solver", "randomized"], "--solver randomized may miss what --energy asks for"),
+        (
+            ["--error", "0.1", "--solver", "randomized"],
+            "--solver randomized may miss what --error asks for",
+        ),
+        (
+            ["--energy", "0.9", "--solver", "randomized"],
+            "--solver randomized may miss what --energy asks for",
+        ),
     ],
 )
 def test_requests_that_cannot_be_met(small: Path, args: list[str], names: str) -> None:
@@ -412,7 +497,9 @@ def test_requests_that_cannot_be_met(small: Path, args: list[str], names: str) -
         (["--include", "0.dwn.weight"], "layers.0.down"),
     ],
 )
-def test_a_pattern_that_matches_nothing_shows_near_names(small: Path, args: list[str], near: str) -> None:
+def test_a_pattern_that_matches_nothing_shows_near_names(
+    small: Path, args: list[str], near: str
+) -> None:
     assert near in compress_refused("--rank", "4", *args, "-o", OUT).partition("near names")[2]
     assert near in refused("inspect", small, *args, code=2).partition("near names")[2]
 
@@ -428,23 +515,35 @@ def test_a_pattern_that_matches_nothing_shows_near_names(small: Path, args: list
         (b"odd.scalar\n", 3, "no layer"),
     ],
 )
-def test_lists_of_layers_that_cannot_be_met(small: Path, listed: bytes, code: int, names: str) -> None:
+def test_lists_of_layers_that_cannot_be_met(
+    small: Path, listed: bytes, code: int, names: str
+) -> None:
     Path("list.txt").write_bytes(listed)
-    assert names in compress_refused("--rank", "4", "-o", OUT, "--layers-from", "list.txt", code=code)
-    assert names in refused("compress", small, "--rank", "4", "-o", OUT, "--layers-from", "-", input=listed, code=code)
+    assert names in compress_refused(
+        "--rank", "4", "-o", OUT, "--layers-from", "list.txt", code=code
+    )
+    assert names in refused(
+        "compress", small, "--rank", "4", "-o", OUT, "--layers-from", "-", input=listed, code=code
+    )
 
 
 def test_lists_of_layers_that_are_no_file(small: Path) -> None:
     assert "none.txt" in compress_refused("--rank", "4", "--layers-from", "none.txt", code=1)
     compress_refused("--rank", "4", "--layers-from", ".", code=1)
-    assert "cannot be both" in refused("compress", "-", "--rank", "4", "--layers-from", "-", "-o", "-", code=2)
+    assert "cannot be both" in refused(
+        "compress", "-", "--rank", "4", "--layers-from", "-", "-o", "-", code=2
+    )
 
 
-@pytest.mark.parametrize("extra", [[], ["--layout", "pivoted"], ["--allocate", "global"], ["--multiple-of", "3"]])
+@pytest.mark.parametrize(
+    "extra", [[], ["--layout", "pivoted"], ["--allocate", "global"], ["--multiple-of", "3"]]
+)
 @pytest.mark.parametrize("kind", ["file", "directory"])
 def test_the_smallest_size_is_named_and_works(folder: Path, kind: str, extra: list[str]) -> None:
     source = write_model(folder / "model", tensors=small_tensors())
-    model, out = (source, Path("out")) if kind == "directory" else (source / "model.safetensors", Path(OUT))
+    model, out = (
+        (source, Path("out")) if kind == "directory" else (source / "model.safetensors", Path(OUT))
+    )
     line = refused("compress", model, "--size", "1", *extra, "-o", out, code=2)
     named = re.search(r"use --size (\d+)", line)
     assert named, line
@@ -481,7 +580,7 @@ def test_command_lines_that_make_no_sense(folder: Path, args: list[str]) -> None
     assert "--help" in refused(*args, code=2)
 
 
-# Inputs of the wrong kind --------------------------------------------------------------------------------------------
+# Inputs of the wrong kind -------------------------------------------------------------------------
 
 
 def test_what_svdcli_wrote_is_not_compressed_again(small: Path, folder: Path) -> None:
@@ -489,7 +588,9 @@ def test_what_svdcli_wrote_is_not_compressed_again(small: Path, folder: Path) ->
     write_model(folder / "model")
     works("compress", "model", "--rank", "4")
     for model in ("svd.safetensors", "model-svd", "model-svd/model.safetensors"):
-        assert "already" in compress_refused("--rank", "2", "-o", "twice.safetensors", code=1, model=model)
+        assert "already" in compress_refused(
+            "--rank", "2", "-o", "twice.safetensors", code=1, model=model
+        )
 
 
 def test_what_svdcli_did_not_write_is_not_reported(small: Path, folder: Path) -> None:
@@ -566,7 +667,9 @@ def test_a_plan_that_does_not_fit(small: Path, change: dict[str, Any]) -> None:
     compress_refused("--plan", "plan.json", "--dry-run")
 
 
-@pytest.mark.parametrize("field", ["format", "recipe", "fingerprint", "layers", "dense", "skipped", "notes"])
+@pytest.mark.parametrize(
+    "field", ["format", "recipe", "fingerprint", "layers", "dense", "skipped", "notes"]
+)
 def test_a_plan_that_lacks_something(small: Path, field: str) -> None:
     plan = saved_plan()
     del plan[field]
@@ -574,7 +677,9 @@ def test_a_plan_that_lacks_something(small: Path, field: str) -> None:
     compress_refused("--plan", "plan.json", "-o", OUT)
 
 
-@pytest.mark.parametrize("tensors", [{"other.weight": (48, 40)}, {UP: (48, 41), DOWN: (40, 48)}], ids=["names", "shapes"])
+@pytest.mark.parametrize(
+    "tensors", [{"other.weight": (48, 40)}, {UP: (48, 41), DOWN: (40, 48)}], ids=["names", "shapes"]
+)
 def test_a_plan_for_another_model(small: Path, tensors: dict[str, tuple[int, int]]) -> None:
     saved_plan()
     save_file({name: weight(*shape) for name, shape in tensors.items()}, "other.safetensors")
@@ -582,7 +687,7 @@ def test_a_plan_for_another_model(small: Path, tensors: dict[str, tuple[int, int
     assert "the model it was made for" in line
 
 
-# Outputs that were damaged -------------------------------------------------------------------------------------------
+# Outputs that were damaged ------------------------------------------------------------------------
 
 
 def damaged_output(change: Any) -> None:
@@ -642,11 +747,12 @@ def test_a_record_that_is_none(folder: Path, text: str) -> None:
         assert "bad.safetensors" in refused(name, "bad.safetensors", *rest)
 
 
-# Odd, but sound ------------------------------------------------------------------------------------------------------
+# Odd, but sound -----------------------------------------------------------------------------------
 
 
 def survives(tensors: dict[str, torch.Tensor], *args: str) -> str:
-    """Compress, look at, verify and expand; what comes back has the old names, shapes and dtypes. Returns all it printed."""
+    """Compress, look at, verify and expand; what comes back has the old names, shapes and dtypes.
+    Returns all it printed."""
     save_file(tensors, "odd.safetensors")
     before = Path("odd.safetensors").read_bytes()
     said = ""
@@ -662,7 +768,9 @@ def survives(tensors: dict[str, torch.Tensor], *args: str) -> str:
         assert done.code == 0, (command, done.err)
         said += done.out.decode() + done.err
     old, new = contents(Path("odd.safetensors")), contents(Path("back.safetensors"))
-    assert {name: item[:2] for name, item in old.items()} == {name: item[:2] for name, item in new.items()}
+    assert {name: item[:2] for name, item in old.items()} == {
+        name: item[:2] for name, item in new.items()
+    }
     assert Path("odd.safetensors").read_bytes() == before
     json.loads(cli("report", OUT, "--json").out)
     return said
@@ -670,7 +778,21 @@ def survives(tensors: dict[str, torch.Tensor], *args: str) -> str:
 
 @pytest.mark.parametrize(
     "name",
-    ["a\nb", "a\r\tb", "层.0.权", "émoji😀", "\u202eltr", "\0", " ", "", 'q"\\', "a/../b", "x" * 2000, "weight", "svd_up"],
+    [
+        "a\nb",
+        "a\r\tb",
+        "层.0.权",
+        "émoji😀",
+        "\u202eltr",
+        "\0",
+        " ",
+        "",
+        'q"\\',
+        "a/../b",
+        "x" * 2000,
+        "weight",
+        "svd_up",
+    ],
 )
 def test_odd_names(folder: Path, name: str) -> None:
     survives({f"{name}.weight": weight(48, 40), "other": torch.ones(2)})
@@ -682,7 +804,13 @@ def test_a_tensor_called_weight(folder: Path) -> None:
 
 
 def test_markup_in_names_is_shown_as_it_is(folder: Path) -> None:
-    said = survives({"[bold]x[/bold].weight": weight(48, 40), "[/].weight": weight(40, 48), ":smile:.weight": weight(40, 40)})
+    said = survives(
+        {
+            "[bold]x[/bold].weight": weight(48, 40),
+            "[/].weight": weight(40, 48),
+            ":smile:.weight": weight(40, 40),
+        }
+    )
     assert all(name in said for name in ("[bold]x[/bold]", "[/]", ":smile:"))
 
 
@@ -700,7 +828,14 @@ def test_a_name_that_is_a_pattern_matches_itself(folder: Path) -> None:
 
 
 def test_empty_and_single_tensors(folder: Path) -> None:
-    survives({**small_tensors(), "e.weight": torch.empty(0, 64), "f.weight": torch.empty(64, 0), "s": torch.tensor(1.0)})
+    survives(
+        {
+            **small_tensors(),
+            "e.weight": torch.empty(0, 64),
+            "f.weight": torch.empty(64, 0),
+            "s": torch.tensor(1.0),
+        }
+    )
 
 
 @pytest.mark.parametrize("metadata", [None, {"only": "metadata"}])
@@ -718,11 +853,19 @@ def test_a_file_without_tensors(folder: Path, metadata: dict[str, str] | None) -
 def test_a_name_that_a_factor_needs(folder: Path, taken: str, layout: str) -> None:
     save_file({"p.weight": weight(48, 40), taken: torch.ones(3)}, "m.safetensors")
     for extra in ([], ["--dry-run"]):
-        assert taken in compress_refused("--rank", "4", "--layout", layout, "-o", OUT, *extra, code=1)
+        assert taken in compress_refused(
+            "--rank", "4", "--layout", layout, "-o", OUT, *extra, code=1
+        )
 
 
 def test_factors_of_factors_do_not_collide(folder: Path) -> None:
-    survives({"p.weight": weight(48, 40), "p.svd_up.weight": weight(48, 40, 2), "p.svd_up.x.weight": weight(40, 48)})
+    survives(
+        {
+            "p.weight": weight(48, 40),
+            "p.svd_up.weight": weight(48, 40, 2),
+            "p.svd_up.x.weight": weight(40, 48),
+        }
+    )
 
 
 def test_many_tensors(folder: Path) -> None:
@@ -751,7 +894,8 @@ def test_a_symlinked_source(small: Path) -> None:
     ids=lambda names: names[0],
 )
 def test_shards_by_any_name_stay_a_model(folder: Path, shards: list[str]) -> None:
-    """What stock loaders look for is `model.safetensors.index.json`, with every shard where it says."""
+    """What stock loaders look for is `model.safetensors.index.json`, with every shard where it
+    says."""
     tensors = sorted(small_tensors().items())
     write_sharded(folder / "model", {shards[0]: dict(tensors[::2]), shards[1]: dict(tensors[1::2])})
     Path("model/config.json").write_text('{"model_type": "llama"}')
@@ -760,7 +904,9 @@ def test_shards_by_any_name_stay_a_model(folder: Path, shards: list[str]) -> Non
     works("expand", "model-svd", "-o", "back")
     for output in (Path("model-svd"), Path("back")):
         weight_map = json.loads((output / "model.safetensors.index.json").read_text())["weight_map"]
-        found = {name: shard for shard in set(weight_map.values()) for name in contents(output / shard)}
+        found = {
+            name: shard for shard in set(weight_map.values()) for name in contents(output / shard)
+        }
         assert found == weight_map
     assert set(weight_map) == set(small_tensors())
 
@@ -789,7 +935,8 @@ def test_text_that_is_no_unicode_works_or_is_refused(folder: Path, prepare: Any)
 
 
 def test_output_in_a_narrow_encoding(small: Path) -> None:
-    """A terminal that knows only ASCII gets question marks, not a failure after the work is done."""
+    """A terminal that knows only ASCII gets question marks, not a failure after the work is
+    done."""
     works("compress", small, "--rank", "4", "-o", OUT)
     done = run("report", OUT, env={"PYTHONIOENCODING": "ascii"})
     assert done.code == 0, done.err

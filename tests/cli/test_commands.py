@@ -57,7 +57,9 @@ def test_json_has_the_total_that_a_pipeline_asks_for(model: Path, tmp_path: Path
     assert data["selected"]["keep"] <= 0.5
 
 
-def test_a_dry_run_shows_the_solver_that_would_run_and_nothing_that_did_not_happen(model: Path) -> None:
+def test_a_dry_run_shows_the_solver_that_would_run_and_nothing_that_did_not_happen(
+    model: Path,
+) -> None:
     done = cli("compress", model, "--rank", "20", "--dry-run", "--json")
     layers = json.loads(done.out)["layers"]
     assert {layer["solver"] for layer in layers} == {"svd"}
@@ -67,10 +69,15 @@ def test_a_dry_run_shows_the_solver_that_would_run_and_nothing_that_did_not_happ
 
 def test_a_keep_that_no_rank_reaches_is_noted(model: Path) -> None:
     notes = {
-        d: json.loads(cli("compress", model, "--keep", "0.9", "--dry-run", "--json", *d).out)["notes"]
+        d: json.loads(cli("compress", model, "--keep", "0.9", "--dry-run", "--json", *d).out)[
+            "notes"
+        ]
         for d in ((), ("--dtype", "float64"))
     }
-    assert all("may: 3 layers have the largest rank that saves bytes" in note for note in notes[("--dtype", "float64")])
+    assert all(
+        "may: 3 layers have the largest rank that saves bytes" in note
+        for note in notes[("--dtype", "float64")]
+    )
     assert "in F64 where the weights are F32" in notes[("--dtype", "float64")][0]
     assert not notes[()]
 
@@ -82,21 +89,30 @@ def test_csv_is_a_line_a_layer(output: Path) -> None:
 
 
 def test_report_lists_every_layer_and_groups_on_request(output: Path) -> None:
-    single, grouped = cli("report", output).out.decode(), cli("report", output, "--group").out.decode()
+    single, grouped = (
+        cli("report", output).out.decode(),
+        cli("report", output, "--group").out.decode(),
+    )
     assert "layers.1.up" in single
     assert "layers.*.up" in grouped
 
 
 def test_many_layers_are_grouped_unless_asked(tmp_path: Path) -> None:
-    save_file({f"layers.{i}.fc.weight": weight(40, 40, i) for i in range(70)}, tmp_path / "m.safetensors")
+    save_file(
+        {f"layers.{i}.fc.weight": weight(40, 40, i) for i in range(70)}, tmp_path / "m.safetensors"
+    )
     svdcli.compress(tmp_path / "m.safetensors", tmp_path / "o.safetensors", Recipe("rank", 9))
     assert "layers.*.fc ×70" in cli("report", tmp_path / "o.safetensors").out.decode()
-    assert "layers.69.fc " in cli("report", tmp_path / "o.safetensors", "--every-layer").out.decode()
+    assert (
+        "layers.69.fc " in cli("report", tmp_path / "o.safetensors", "--every-layer").out.decode()
+    )
     assert "layers.*.fc ×70" in cli("inspect", tmp_path / "m.safetensors").out.decode()
     assert cli("inspect", tmp_path / "m.safetensors", "--csv").out.decode().count("\n") == 71
 
 
-@pytest.mark.parametrize(("name", "kind"), [("{}.weight", "*"), ("net.{}.weight", "net.*"), ("fc{}.weight", "fc0")])
+@pytest.mark.parametrize(
+    ("name", "kind"), [("{}.weight", "*"), ("net.{}.weight", "net.*"), ("fc{}.weight", "fc0")]
+)
 def test_a_number_is_any_whole_part_of_a_name(name: str, kind: str, tmp_path: Path) -> None:
     save_file({name.format(i): weight(40, 40, i) for i in range(3)}, tmp_path / "m.safetensors")
     svdcli.compress(tmp_path / "m.safetensors", tmp_path / "o.safetensors", Recipe("rank", 9))
@@ -116,7 +132,11 @@ def test_quiet_says_nothing_but_errors(model: Path, tmp_path: Path) -> None:
 def test_inspect_and_its_names(model: Path) -> None:
     assert cli("inspect", model, "--names").out.decode().split() == sorted(RANKED)
     data = json.loads(cli("inspect", model, "--json").out)
-    even = {row["name"]: (row["break_even"], row["pivoted_break_even"]) for row in data["tensors"] if row["selected"]}
+    even = {
+        row["name"]: (row["break_even"], row["pivoted_break_even"])
+        for row in data["tensors"]
+        if row["selected"]
+    }
     assert even["layers.0.up.weight"] == (38, 61)
     assert "Break-even" in cli("inspect", model).out.decode()
 
@@ -127,19 +147,38 @@ def test_names_flow_into_layers_from(model: Path, tmp_path: Path) -> None:
     done = cli("compress", model, "--rank", "9", "--layers-from", "-", "--json", input=chosen)
     data = json.loads(done.out)
     assert [row["name"] for row in data["layers"]] == ["layers.0.down.weight"]
-    assert {item["reason"] for item in data["skipped"] if item["name"] in RANKED} == {"not in the list of layers"}
+    assert {item["reason"] for item in data["skipped"] if item["name"] in RANKED} == {
+        "not in the list of layers"
+    }
 
 
 def test_include_and_exclude(model: Path) -> None:
     data = json.loads(
-        cli("compress", model, "--rank", "9", "--include", "layers.*", "--exclude", r"re:\.1\.", "--dry-run", "--json").out
+        cli(
+            "compress",
+            model,
+            "--rank",
+            "9",
+            "--include",
+            "layers.*",
+            "--exclude",
+            r"re:\.1\.",
+            "--dry-run",
+            "--json",
+        ).out
     )
     assert {row["name"] for row in data["layers"]} == {"layers.0.up.weight", "layers.0.down.weight"}
 
 
 def test_a_full_name_overrides_the_rules_that_go_by_name(model: Path) -> None:
-    plain = json.loads(cli("compress", model, "--rank", "9", "--include", "*", "--dry-run", "--json").out)
-    exact = json.loads(cli("compress", model, "--rank", "9", "--include", "embed_tokens", "--dry-run", "--json").out)
+    plain = json.loads(
+        cli("compress", model, "--rank", "9", "--include", "*", "--dry-run", "--json").out
+    )
+    exact = json.loads(
+        cli(
+            "compress", model, "--rank", "9", "--include", "embed_tokens", "--dry-run", "--json"
+        ).out
+    )
     assert {row["name"] for row in plain["layers"]} == set(RANKED)
     assert {row["name"] for row in exact["layers"]} == {"embed_tokens.weight"}
 
@@ -156,7 +195,9 @@ def test_expand_and_verify(model: Path, output: Path, tmp_path: Path) -> None:
     done = cli("verify", output, "--against", model)
     assert done.code == 0
     assert "FAILED" not in done.out.decode()
-    (output / "model.safetensors").write_bytes((output / "model.safetensors").read_bytes()[:-1] + b"x")
+    (output / "model.safetensors").write_bytes(
+        (output / "model.safetensors").read_bytes()[:-1] + b"x"
+    )
     bad = cli("verify", output, "--json")
     assert bad.code == 1
     assert json.loads(bad.out)["ok"] is False
@@ -165,7 +206,9 @@ def test_expand_and_verify(model: Path, output: Path, tmp_path: Path) -> None:
 
 def test_dry_run_and_plans(model: Path, tmp_path: Path) -> None:
     plan = tmp_path / "plan.json"
-    dry = json.loads(cli("compress", model, "--keep", "0.5", "--dry-run", "--save-plan", plan, "--json").out)
+    dry = json.loads(
+        cli("compress", model, "--keep", "0.5", "--dry-run", "--save-plan", plan, "--json").out
+    )
     assert dry["predicted"] is True
     assert not (tmp_path / "m-svd").exists()
     done = json.loads(cli("compress", model, "--plan", plan, "--json").out)
@@ -186,8 +229,13 @@ def test_exit_codes(model: Path, output: Path) -> None:
 def test_a_pipe_from_end_to_end(model: Path, tmp_path: Path) -> None:
     """cat m.safetensors | svdcli compress - --rank 20 -o - | svdcli report - --json"""
     svdcli_ = f"{sys.executable} -m svdcli"
-    command = f"cat {model}/model.safetensors | {svdcli_} compress - --rank 20 -o - | {svdcli_} report - --json"
-    done = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, check=False)
+    command = (
+        f"cat {model}/model.safetensors | {svdcli_} compress - --rank 20 -o - | "
+        f"{svdcli_} report - --json"
+    )
+    done = subprocess.run(
+        ["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     data = json.loads(done.stdout)
     assert data["total"]["bytes_before"] == (model / "model.safetensors").stat().st_size
@@ -197,8 +245,20 @@ def test_a_pipe_from_end_to_end(model: Path, tmp_path: Path) -> None:
 
 def test_it_works_without_numpy_and_says_nothing_about_it(model: Path, tmp_path: Path) -> None:
     (tmp_path / "hidden" / "numpy").mkdir(parents=True)
-    (tmp_path / "hidden" / "numpy" / "__init__.py").write_text("raise ModuleNotFoundError(\"No module named 'numpy'\")")
-    command = [sys.executable, "-m", "svdcli", "compress", str(model), "-o", str(tmp_path / "o"), "--rank", "9"]
+    (tmp_path / "hidden" / "numpy" / "__init__.py").write_text(
+        "raise ModuleNotFoundError(\"No module named 'numpy'\")"
+    )
+    command = [
+        sys.executable,
+        "-m",
+        "svdcli",
+        "compress",
+        str(model),
+        "-o",
+        str(tmp_path / "o"),
+        "--rank",
+        "9",
+    ]
     environment = os.environ | {"PYTHONPATH": str(tmp_path / "hidden")}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert (done.returncode, done.stderr) == (0, f"svdcli: wrote {tmp_path / 'o'}\n")
@@ -221,16 +281,25 @@ def test_tables_fit_their_terminal(output: Path, model: Path, width: int) -> Non
 def test_no_colour_in_pipes_and_under_no_color(output: Path) -> None:
     assert "\x1b[" not in cli("report", output).out.decode()
     script = f"TERM=xterm-256color NO_COLOR=1 {sys.executable} -m svdcli report {output}"
-    done = subprocess.run(["script", "-qec", script, "/dev/null"], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        ["script", "-qec", script, "/dev/null"], capture_output=True, text=True, check=False
+    )
     assert not re.search(r"\x1b\[[0-9;]*3[0-7]m", done.stdout)
 
 
 def test_progress_shows_on_terminals_only(model: Path, tmp_path: Path) -> None:
-    assert cli("compress", model, "-o", tmp_path / "t", "--rank", "20").err == f"svdcli: wrote {tmp_path / 't'}\n"
+    assert (
+        cli("compress", model, "-o", tmp_path / "t", "--rank", "20").err
+        == f"svdcli: wrote {tmp_path / 't'}\n"
+    )
     command = f"{sys.executable} -m svdcli compress {model} -o {tmp_path / 't'} --rank 20"
     environment = os.environ | {"TERM": "xterm-256color", "COLUMNS": "100"}
     shown = subprocess.run(
-        ["script", "-qec", f"{command} --force", "/dev/null"], capture_output=True, text=True, check=False, env=environment
+        ["script", "-qec", f"{command} --force", "/dev/null"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment,
     )
     assert "write" in shown.stdout
     assert "%" in shown.stdout
@@ -274,14 +343,22 @@ CHOICES = [
     ("compress", "--dtype", DTYPES),
     ("eval", "--dtype", DTYPES),
     ("export", "--dtype", DTYPES[:2]),
-    *((command, "--device", words.DEVICES) for command in ("compress", "spectrum", "eval", "calibrate", "heal", "bench")),
+    *(
+        (command, "--device", words.DEVICES)
+        for command in ("compress", "spectrum", "eval", "calibrate", "heal", "bench")
+    ),
 ]
 
 
 def completed(line: str, shell: str) -> list[str]:
-    """What the completion that typer installs for a shell offers behind `line`; environment as the shells' scripts set it."""
+    """What the completion that typer installs for a shell offers behind `line`; environment as the
+    shells' scripts set it."""
     words_ = line.split(" ")
-    asked = {"COMP_WORDS": line, "COMP_CWORD": str(len(words_) - 1)} if shell == "bash" else {"_TYPER_COMPLETE_ARGS": line}
+    asked = (
+        {"COMP_WORDS": line, "COMP_CWORD": str(len(words_) - 1)}
+        if shell == "bash"
+        else {"_TYPER_COMPLETE_ARGS": line}
+    )
     done = cli(env=asked | {"_SVDCLI_COMPLETE": f"complete_{shell}"})
     assert (done.code, done.err) == (0, "")
     text = done.out.decode()
@@ -289,13 +366,19 @@ def completed(line: str, shell: str) -> list[str]:
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh"])
-@pytest.mark.parametrize(("command", "option", "choices"), CHOICES, ids=lambda value: value if isinstance(value, str) else "")
+@pytest.mark.parametrize(
+    ("command", "option", "choices"),
+    CHOICES,
+    ids=lambda value: value if isinstance(value, str) else "",
+)
 def test_options_with_choices_complete_them_and_help_shows_them(
     command: str, option: str, choices: tuple[str, ...], shell: str
 ) -> None:
     assert completed(f"svdcli {command} m {option} ", shell) == list(choices)
     first = choices[-1]
-    assert completed(f"svdcli {command} m {option} {first[:3]}", shell) == [c for c in choices if c.startswith(first[:3])]
+    assert completed(f"svdcli {command} m {option} {first[:3]}", shell) == [
+        c for c in choices if c.startswith(first[:3])
+    ]
     shown = " ".join(cli(command, "--help").out.decode().split())
     assert "|".join(choices) in shown or ", ".join(choices[:-1]) + f" or {choices[-1]}" in shown
 
@@ -309,8 +392,12 @@ def test_options_with_choices_complete_them_and_help_shows_them(
         ("compress {model} --rank 9 -o {out}", "2>&-", 0, ""),
     ],
 )
-def test_streams_that_the_shell_closed(model: Path, tmp_path: Path, arguments: str, closed: str, code: int, says: str) -> None:
-    command = f"{sys.executable} -m svdcli {arguments.format(model=model, out=tmp_path / 'o')} {closed}"
+def test_streams_that_the_shell_closed(
+    model: Path, tmp_path: Path, arguments: str, closed: str, code: int, says: str
+) -> None:
+    command = (
+        f"{sys.executable} -m svdcli {arguments.format(model=model, out=tmp_path / 'o')} {closed}"
+    )
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
     assert done.returncode == code, done
     assert says in done.stderr
@@ -319,16 +406,32 @@ def test_streams_that_the_shell_closed(model: Path, tmp_path: Path, arguments: s
 
 
 @pytest.mark.parametrize("kind", [signal.SIGTERM, signal.SIGHUP])
-def test_being_told_to_stop_cleans_up_as_an_interrupt_does(model: Path, tmp_path: Path, kind: signal.Signals) -> None:
+def test_being_told_to_stop_cleans_up_as_an_interrupt_does(
+    model: Path, tmp_path: Path, kind: signal.Signals
+) -> None:
     """Standard input is kept in a temporary folder until it is read."""
     environment = os.environ | {"TMPDIR": str(tmp_path / "t")}
     (tmp_path / "t").mkdir()
-    command = [sys.executable, "-m", "svdcli", "compress", "-", "--rank", "9", "-o", str(tmp_path / "o.safetensors")]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE, env=environment) as process:
+    command = [
+        sys.executable,
+        "-m",
+        "svdcli",
+        "compress",
+        "-",
+        "--rank",
+        "9",
+        "-o",
+        str(tmp_path / "o.safetensors"),
+    ]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stderr=subprocess.PIPE, env=environment
+    ) as process:
         assert process.stdin is not None
         process.stdin.write((model / "model.safetensors").read_bytes()[:2000])
         process.stdin.flush()
-        while not any((tmp_path / "t").glob("svdcli-*")):  # tempfile tries the folder with a file of its own
+        while not any(
+            (tmp_path / "t").glob("svdcli-*")
+        ):  # tempfile tries the folder with a file of its own
             assert process.poll() is None
             time.sleep(0.02)
         process.send_signal(kind)

@@ -1,4 +1,5 @@
-"""What may happen to a command from outside: readers that leave early, disks behind standard output, interrupts at any time."""
+"""What may happen to a command from outside: readers that leave early, disks behind standard
+output, interrupts at any time."""
 
 from __future__ import annotations
 
@@ -29,24 +30,34 @@ def output(model: Path) -> Path:
     return model.parent / "o"
 
 
-# Readers that leave --------------------------------------------------------------------------------------------------
+# Readers that leave -------------------------------------------------------------------------------
 
 
 def without_readers(*arguments: str | Path, errors_too: bool = False) -> tuple[int, str]:
-    """(exit code, standard error) of a command whose standard output is a pipe that nobody reads any more."""
+    """(exit code, standard error) of a command whose standard output is a pipe that nobody reads
+    any more."""
     reader, writer = os.pipe()
     os.close(reader)
     command = [sys.executable, "-m", "svdcli", *map(str, arguments)]
     errors = writer if errors_too else subprocess.PIPE
     try:
-        done = subprocess.run(command, stdout=writer, stderr=errors, text=True, check=False, timeout=120)
+        done = subprocess.run(
+            command, stdout=writer, stderr=errors, text=True, check=False, timeout=120
+        )
     finally:
         os.close(writer)
     return done.returncode, done.stderr or ""
 
 
 @pytest.mark.parametrize(
-    "arguments", [["inspect", "M"], ["inspect", "M", "--json"], ["report", "O", "--csv"], ["--help"], ["compress", "--help"]]
+    "arguments",
+    [
+        ["inspect", "M"],
+        ["inspect", "M", "--json"],
+        ["report", "O", "--csv"],
+        ["--help"],
+        ["compress", "--help"],
+    ],
 )
 def test_a_reader_that_left_is_no_failure(arguments: list[str], model: Path, output: Path) -> None:
     paths = {"M": str(model), "O": str(output)}
@@ -63,7 +74,9 @@ def test_a_reader_that_leaves_after_a_line(model: Path) -> None:
 def test_work_goes_on_when_nobody_listens(model: Path, tmp_path: Path) -> None:
     """Not even on standard error: the output is written, and so is the plan, which comes last."""
     out, plan = tmp_path / "o", tmp_path / "plan.json"
-    code, _ = without_readers("compress", model, "--rank", "20", "-o", out, "--save-plan", plan, errors_too=True)
+    code, _ = without_readers(
+        "compress", model, "--rank", "20", "-o", out, "--save-plan", plan, errors_too=True
+    )
     assert code == 0
     assert svdcli.verify(out, model).ok
     assert plan.is_file()
@@ -93,12 +106,16 @@ def test_a_disk_that_is_full_behind_standard_output_is_one_line(model: Path) -> 
     assert "No space left on device" in done.stderr
 
 
-# Interrupts ----------------------------------------------------------------------------------------------------------
+# Interrupts ---------------------------------------------------------------------------------------
 
 
-def interrupted(points: int, *arguments: str | Path, ignored: bool = False) -> list[tuple[int, int, str]]:
+def interrupted(
+    points: int, *arguments: str | Path, ignored: bool = False
+) -> list[tuple[int, int, str]]:
     command = [sys.executable, HERE / "interrupting.py", str(points), str(int(ignored)), *arguments]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False, timeout=120)
+    done = subprocess.run(
+        list(map(str, command)), capture_output=True, text=True, check=False, timeout=120
+    )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found["imports"] > 100
@@ -113,16 +130,26 @@ def test_an_interrupt_at_any_import_is_no_traceback(model: Path) -> None:
 
 
 def test_an_interrupt_that_the_parent_ignores_is_ignored(model: Path) -> None:
-    assert {(code, err) for _, code, err in interrupted(6, "inspect", model, ignored=True)} == {(0, "")}
+    assert {(code, err) for _, code, err in interrupted(6, "inspect", model, ignored=True)} == {
+        (0, "")
+    }
 
 
 def test_the_library_leaves_signals_and_slow_imports_alone() -> None:
     code = (
-        "import signal, sys; before = set(sys.modules); import svdcli; print(*sorted(set(sys.modules) - before))\n"
+        "import signal, sys; before = set(sys.modules); import svdcli; "
+        "print(*sorted(set(sys.modules) - before))\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "import svdcli.__main__; print(signal.getsignal(signal.SIGINT) is signal.default_int_handler)"
+        "import svdcli.__main__; print(signal.getsignal(signal.SIGINT) is "
+        "signal.default_int_handler)"
     )
-    done = subprocess.run([sys.executable, "-S", "-c", code], cwd=HERE.parent, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", code],
+        cwd=HERE.parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.stdout.splitlines() == ["svdcli svdcli.version", "True"], done.stderr
 
 

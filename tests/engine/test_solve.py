@@ -65,7 +65,8 @@ def test_an_error_ends_the_work_and_is_told(threads: int) -> None:
 @pytest.mark.parametrize("layout", ["factored", "pivoted"])
 @pytest.mark.parametrize("dtype", ["BF16", "F32"])
 def test_layers_are_solved_whichever_side_is_long(solver: str, layout: str, dtype: str) -> None:
-    """A weight that is converted is laid on its long side first; the same memory serves one after the other."""
+    """A weight that is converted is laid on its long side first; the same memory serves one after
+    the other."""
     kinds = {"BF16": torch.bfloat16, "F32": torch.float32}
     with keeping_scratch():
         for shape in ((300, 170), (170, 300), (200, 200), (300, 170)):

@@ -1,4 +1,5 @@
-"""Every model class of transformers' auto mappings, built from its config on the meta device: no weights, no downloads."""
+"""Every model class of transformers' auto mappings, built from its config on the meta device: no
+weights, no downloads."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ from svdcli.plan.tensors import module_of
 
 # A number that no other size has by chance: what has as many rows is a classifier's head.
 LABELS = 37
-# Deep enough for every kind of layer that a stack repeats; patterns of names and shapes are the same as at full depth.
+# Deep enough for every kind of layer that a stack repeats; patterns of names and shapes are the
+# same as at full depth.
 DEPTH = 8
 
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
@@ -37,20 +39,36 @@ _INDEXED = {
 CONFIGURED: Mapping[str, dict[str, Any]] = {
     "autoformer": {"prediction_length": 24},
     "chameleon": {"vocabulary_map": {"<image>": 8}},
-    "cohere_compass_text": {"rope_parameters": {"full_attention": _ROPE, "sliding_attention": _ROPE}},
+    "cohere_compass_text": {
+        "rope_parameters": {"full_attention": _ROPE, "sliding_attention": _ROPE}
+    },
     "dbrx": {"attn_config": {"rope_theta": 10000.0, "clip_qkv": 8.0}},
     "deepseek_v2": {"num_experts_per_tok": 6},
     "doge": {"is_moe": True},
-    "dots1": {"n_routed_experts": 128, "n_shared_experts": 2, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 6},
+    "dots1": {
+        "n_routed_experts": 128,
+        "n_shared_experts": 2,
+        "n_group": 1,
+        "topk_group": 1,
+        "num_experts_per_tok": 6,
+    },
     "esm": {"vocab_size": 33},
-    "gemma4_text": {"enable_moe_block": True, "num_experts": 128, "top_k_experts": 8, "moe_intermediate_size": 704},
+    "gemma4_text": {
+        "enable_moe_block": True,
+        "num_experts": 128,
+        "top_k_experts": 8,
+        "moe_intermediate_size": 704,
+    },
     "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 4, "num_hidden_layers": 8},
     "hunyuan_v1_dense": {"head_dim": 128},
     "hunyuan_v1_moe": {"head_dim": 128, "num_experts": 16},
     "hunyuan_vl": {"text_config": {"head_dim": 128}},
     "hunyuan_vl_text": {"head_dim": 128},
     "informer": {"prediction_length": 24},
-    "lfm2_moe": {"layer_types": ["conv", "conv", "full_attention", "conv"] * 2, "num_hidden_layers": 8},
+    "lfm2_moe": {
+        "layer_types": ["conv", "conv", "full_attention", "conv"] * 2,
+        "num_hidden_layers": 8,
+    },
     "ministral": {"head_dim": 128},
     "nemotron": {"num_key_value_heads": 8, "head_dim": 192},
     "qwen4_exp": {"text_config": _INDEXED},
@@ -65,8 +83,9 @@ CONFIGURED: Mapping[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Weight:
-    """One weight as save_pretrained names it: its shape, the parameter it comes from (None where one becomes several), and
-    whether something in the model can hold its factors: a module, or a stack that they are multiplied into."""
+    """One weight as save_pretrained names it: its shape, the parameter it comes from (None where
+    one becomes several), and whether something in the model can hold its factors: a module, or a
+    stack that they are multiplied into."""
 
     shape: tuple[int, ...]
     parameter: str | None
@@ -80,12 +99,15 @@ def families() -> dict[str, list[str]]:
         if not (mapping.startswith("MODEL_") and mapping.endswith("MAPPING_NAMES")):
             continue
         for kind, names in getattr(modeling_auto, mapping).items():
-            found.setdefault(kind, {}).update(dict.fromkeys([names] if isinstance(names, str) else names))
+            found.setdefault(kind, {}).update(
+                dict.fromkeys([names] if isinstance(names, str) else names)
+            )
     return {kind: sorted(found[kind]) for kind in sorted(found)}
 
 
 def build(kind: str, name: str) -> PreTrainedModel:
-    """A class of a family, at DEPTH layers where that changes no pattern of names and shapes. Raises what transformers does."""
+    """A class of a family, at DEPTH layers where that changes no pattern of names and shapes.
+    Raises what transformers does."""
     model_class = getattr(transformers, name)
     full = _on_meta(model_class, _config(kind, model_class, {}))
     depths = _shallow(full.config)
@@ -110,11 +132,18 @@ def pattern_of(name: str) -> str:
 
 
 def stored_weights(model: PreTrainedModel) -> dict[str, Weight]:
-    """{name in the file: weight} for every tensor of two or more dimensions that save_pretrained would write."""
+    """{name in the file: weight} for every tensor of two or more dimensions that save_pretrained
+    would write."""
     tied = set(model.all_tied_weights_keys)
-    state = {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if name not in tied}
+    state = {
+        name: tensor
+        for name, tensor in model.state_dict(keep_vars=True).items()
+        if name not in tied
+    }
     owners = {id(tensor): name for name, tensor in state.items()}
-    files: dict[str, Tensor] = {n: t for n, t in revert_weight_conversion(model, dict(state)).items() if t.dim() > 1}
+    files: dict[str, Tensor] = {
+        n: t for n, t in revert_weight_conversion(model, dict(state)).items() if t.dim() > 1
+    }
     held = _held(model, files)
     weights = {}
     for name, tensor in files.items():
@@ -123,8 +152,11 @@ def stored_weights(model: PreTrainedModel) -> dict[str, Weight]:
     return weights
 
 
-def what_they_do(model: PreTrainedModel, weights: Mapping[str, Weight], *, follow: bool) -> dict[str, str]:
-    """The letters of table.Row for every stored weight; follow runs the model to see what feeds a choice."""
+def what_they_do(
+    model: PreTrainedModel, weights: Mapping[str, Weight], *, follow: bool
+) -> dict[str, str]:
+    """The letters of table.Row for every stored weight; follow runs the model to see what feeds a
+    choice."""
     inputs, outputs = _embedding(model, "input"), _embedding(model, "output")
     # In the layers that ran: the others are like them.
     chosen = {pattern_of(name) for name in weights_that_choose(model)} if follow else set()
@@ -172,9 +204,13 @@ def _merged(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _shallow(config: PreTrainedConfig) -> dict[str, Any]:
-    """Arguments that make a config's stacks, and those of the configs in it, at most DEPTH layers deep."""
+    """Arguments that make a config's stacks, and those of the configs in it, at most DEPTH layers
+    deep."""
     found: dict[str, Any] = {}
-    if getattr(config, "num_hidden_layers", None).__class__ is int and config.num_hidden_layers > DEPTH:
+    if (
+        getattr(config, "num_hidden_layers", None).__class__ is int
+        and config.num_hidden_layers > DEPTH
+    ):
         found["num_hidden_layers"] = DEPTH
     for key, value in vars(config).items():
         if isinstance(value, PreTrainedConfig) and (inner := _shallow(value)):
@@ -192,7 +228,9 @@ def _patterns(model: PreTrainedModel) -> set[tuple[str, tuple[int, ...]]]:
     return {(pattern_of(name), tuple(tensor.shape)) for name, tensor in model.state_dict().items()}
 
 
-def _held(model: PreTrainedModel, files: Mapping[str, Tensor]) -> dict[tuple[str, tuple[int, ...]], bool]:
+def _held(
+    model: PreTrainedModel, files: Mapping[str, Tensor]
+) -> dict[tuple[str, tuple[int, ...]], bool]:
     """Weight.held for each pattern and shape; the plugin is asked where one name of each goes."""
     firsts: dict[tuple[str, tuple[int, ...]], str] = {}
     for name, tensor in files.items():

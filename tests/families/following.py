@@ -1,7 +1,9 @@
-"""What feeds a choice: a model runs on the meta device, and every result remembers the weights that it comes from.
+"""What feeds a choice: a model runs on the meta device, and every result remembers the weights that
+it comes from.
 
-A product with a weight remembers that weight alone; what is computed from results afterwards (softmax, sums, products of two
-results) remembers all of theirs. The weights behind the argument of topk, argmax or a sort are those that choose.
+A product with a weight remembers that weight alone; what is computed from results afterwards
+(softmax, sums, products of two results) remembers all of theirs. The weights behind the argument of
+topk, argmax or a sort are those that choose.
 """
 
 from __future__ import annotations
@@ -16,17 +18,36 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-PRODUCTS = {"linear", "matmul", "__matmul__", "__rmatmul__", "mm", "bmm", "addmm", "baddbmm", "einsum", "embedding"}
+PRODUCTS = {
+    "linear",
+    "matmul",
+    "__matmul__",
+    "__rmatmul__",
+    "mm",
+    "bmm",
+    "addmm",
+    "baddbmm",
+    "einsum",
+    "embedding",
+}
 CONVOLUTIONS = {"conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d"}
 CHOICES = {"topk", "argmax", "sort", "argsort", "multinomial"}
 # What asks for numbers, which the meta device does not have.
-ANSWERS = {"__bool__": False, "equal": False, "allclose": False, "item": 1, "__int__": 1, "__index__": 1, "__float__": 1.0}
+ANSWERS = {
+    "__bool__": False,
+    "equal": False,
+    "allclose": False,
+    "item": 1,
+    "__int__": 1,
+    "__index__": 1,
+    "__float__": 1.0,
+}
 TOKENS = 8
 
 
 def weights_that_choose(model: transformers.PreTrainedModel) -> set[str]:
-    """Names of the parameters that feed a choice in the model's forward, as far as it runs without numbers: with the first
-    kind of input that it runs through with, or with all of them in vain."""
+    """Names of the parameters that feed a choice in the model's forward, as far as it runs without
+    numbers: with the first kind of input that it runs through with, or with all of them in vain."""
     _run_experts_at_once(model.config)
     follow = _Follow(model)
     for inputs in _inputs(model):
@@ -42,7 +63,11 @@ def weights_that_choose(model: transformers.PreTrainedModel) -> set[str]:
 class _Follow(TorchFunctionMode):
     def __init__(self, model: transformers.PreTrainedModel) -> None:
         super().__init__()
-        self.names = {id(parameter): name for name, parameter in model.named_parameters() if parameter.dim() > 1}
+        self.names = {
+            id(parameter): name
+            for name, parameter in model.named_parameters()
+            if parameter.dim() > 1
+        }
         self.chose: set[str] = set()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -71,11 +96,15 @@ class _Follow(TorchFunctionMode):
         return id(tensor) in self.names or getattr(tensor, "_behind", ((), False))[1]
 
     def _behind(self, tensors: Sequence[Tensor]) -> tuple[set[str], set[str]]:
-        """(weights among these tensors or that they are views of, weights that the others come from)."""
+        """(weights among these tensors or that they are views of, weights that the others come
+        from)."""
         weights: set[str] = set()
         results: set[str] = set()
         for tensor in tensors:
-            name, (behind, is_weight) = self.names.get(id(tensor)), getattr(tensor, "_behind", ((), False))
+            name, (behind, is_weight) = (
+                self.names.get(id(tensor)),
+                getattr(tensor, "_behind", ((), False)),
+            )
             weights |= {name} if name else set(behind if is_weight else ())
             results |= set() if name or is_weight else set(behind)
         return weights, results
@@ -90,7 +119,14 @@ def _some_place(mask: Tensor, *, as_tuple: bool) -> Any:
 
 def _run_experts_at_once(config: transformers.PreTrainedConfig) -> None:
     """Experts one by one would ask which of them were chosen."""
-    for part in (config, *(value for value in vars(config).values() if isinstance(value, transformers.PreTrainedConfig))):
+    for part in (
+        config,
+        *(
+            value
+            for value in vars(config).values()
+            if isinstance(value, transformers.PreTrainedConfig)
+        ),
+    ):
         part._experts_implementation = "batched_mm"
         part._attn_implementation = "eager"
 
@@ -99,7 +135,10 @@ def _inputs(model: transformers.PreTrainedModel) -> Iterator[dict[str, Any]]:
     """What a model of this kind may be called with: text, pictures, sound, series."""
     config, takes = model.config, set(inspect.signature(model.forward).parameters)
     ids = torch.zeros((1, TOKENS), dtype=torch.long, device="meta")
-    text = {"input_ids": ids, "attention_mask": torch.ones((1, TOKENS), dtype=torch.long, device="meta")}
+    text = {
+        "input_ids": ids,
+        "attention_mask": torch.ones((1, TOKENS), dtype=torch.long, device="meta"),
+    }
     answer = {"decoder_input_ids": ids} if "decoder_input_ids" in takes else {}
     if "input_ids" in takes:
         yield {"input_ids": ids} | answer
@@ -116,12 +155,22 @@ def _inputs(model: transformers.PreTrainedModel) -> Iterator[dict[str, Any]]:
         yield {"input_features": torch.zeros((1, bands, 3000), device="meta")} | answer
         yield {"input_features": torch.zeros((1, 400, bands), device="meta")} | answer
     if "past_values" in takes:
-        yield {"past_values": torch.zeros((1, _number(config, "context_length", 64), 1), device="meta")}
+        yield {
+            "past_values": torch.zeros((1, _number(config, "context_length", 64), 1), device="meta")
+        }
 
 
 def _number(config: transformers.PreTrainedConfig, name: str, otherwise: int) -> int:
-    """A whole number of a config, or of the first config in it that has one (the first of a list)."""
-    parts = [config, *(value for value in vars(config).values() if isinstance(value, transformers.PreTrainedConfig))]
+    """A whole number of a config, or of the first config in it that has one (the first of a
+    list)."""
+    parts = [
+        config,
+        *(
+            value
+            for value in vars(config).values()
+            if isinstance(value, transformers.PreTrainedConfig)
+        ),
+    ]
     for part in parts:
         value = getattr(part, name, None)
         value = value[0] if isinstance(value, (list, tuple)) and value else value

@@ -1,8 +1,11 @@
-"""Write down what svdcli decides for every model family of transformers: `python tests/families/record.py` (minutes).
+"""Write down what svdcli decides for every model family of transformers: `python
+tests/families/record.py` (minutes).
 
-    python tests/families/record.py               # all families, into decisions.json
-    python tests/families/record.py --again       # what is recorded, decided anew after a change of rules: seconds
-    python tests/families/record.py t5 mixtral    # print these as they are decided now; nothing is written
+    python tests/families/record.py  all families, into decisions.json
+    python tests/families/record.py --again
+        what is recorded, decided anew after a change of rules: seconds
+    python tests/families/record.py t5 mixtral
+        print these as they are decided now; nothing is written
 
 Builds each class of the auto mappings on the meta device. Needs no network.
 """
@@ -30,7 +33,8 @@ SECONDS_A_CLASS = 120
 
 
 def entry_of(family: str, model_class: str) -> Entry:
-    """One class, decided by today's rules; the family's most telling class is run too, to see what feeds a choice.
+    """One class, decided by today's rules; the family's most telling class is run too, to see what
+    feeds a choice.
 
     Raises what transformers does where it cannot be built.
     """
@@ -47,20 +51,29 @@ def entry_of(family: str, model_class: str) -> Entry:
     alone = decide([(row.name, row.shape) for row in rows], facts)
     odd = next((row for row, reason in zip(rows, alone, strict=True) if reason != row.reason), None)
     if odd is not None:
-        raise AssertionError(f"{odd.name} is decided otherwise beside the first layer of each kind alone")
+        raise AssertionError(
+            f"{odd.name} is decided otherwise beside the first layer of each kind alone"
+        )
     return Entry(family, model_class, facts, rows)
 
 
 def _how_little_it_tells(model_class: str) -> tuple[bool, str]:
     """For the order of a family's classes: those with the whole model and its heads first."""
-    return re.search(r"ForConditionalGeneration|ForCausalLM|LMHead|ForPreTraining|Detection", model_class) is None, model_class
+    return re.search(
+        r"ForConditionalGeneration|ForCausalLM|LMHead|ForPreTraining|Detection", model_class
+    ) is None, model_class
 
 
 def _says_something(row: Row, facts: ModelFacts) -> bool:
-    """Is a row more than a vector, a convolution or something tiny of no consequence. Stacks of experts tell who routes."""
+    """Is a row more than a vector, a convolution or something tiny of no consequence. Stacks of
+    experts tell who routes."""
     if len(row.shape) > 2:
         return "expert" in row.name or (len(row.shape) == 3 and row.shape[0] in facts.experts)
-    return not row.reason.startswith(("too small", "not the weight")) or bool(set(row.what) - {"x"}) or "expert" in row.name
+    return (
+        not row.reason.startswith(("too small", "not the weight"))
+        or bool(set(row.what) - {"x"})
+        or "expert" in row.name
+    )
 
 
 def entries_of(family: str) -> tuple[list[Entry], dict[str, str]]:
@@ -79,13 +92,16 @@ def entries_of(family: str) -> tuple[list[Entry], dict[str, str]]:
 
 
 def _repeats(entry: Entry, others: Sequence[Entry]) -> bool:
-    """Is a class the base model of another one, with the same names but for that one's prefix, and decided alike."""
+    """Is a class the base model of another one, with the same names but for that one's prefix, and
+    decided alike."""
     own = set(entry.rows)
     for other in others:
         for prefix in {row.name.split(".")[0] for row in other.rows}:
             start = f"{prefix}."
             inner = (row for row in other.rows if row.name.startswith(start))
-            if other is not entry and own <= {Row(r.name.removeprefix(start), r.shape, r.reason, r.what) for r in inner}:
+            if other is not entry and own <= {
+                Row(r.name.removeprefix(start), r.shape, r.reason, r.what) for r in inner
+            }:
                 return True
     return False
 
@@ -120,7 +136,9 @@ def again() -> None:
     recorded, entries = read(), []
     for entry in recorded.entries:
         reasons = decide([(row.name, row.shape) for row in entry.rows], entry.facts)
-        rows = tuple(replace(row, reason=reason) for row, reason in zip(entry.rows, reasons, strict=True))
+        rows = tuple(
+            replace(row, reason=reason) for row, reason in zip(entry.rows, reasons, strict=True)
+        )
         entries.append(replace(entry, rows=rows))
     write(replace(recorded, entries=tuple(entries)))
 

@@ -1,4 +1,5 @@
-"""The recorded decisions of all families: rows, and their compact form in decisions.json. Standard library only."""
+"""The recorded decisions of all families: rows, and their compact form in decisions.json. Standard
+library only."""
 
 from __future__ import annotations
 
@@ -17,10 +18,11 @@ FILE = Path(__file__).with_name("decisions.json")
 
 @dataclass(frozen=True)
 class Row:
-    """The first weight of each pattern of names and shape in a class: its name in the file, and why it stays dense ("" where
-    it is selected). what is what the live model says of it, in letters: i looks ids up for the whole model
-    (get_input_embeddings), o gives the outputs (get_output_embeddings), l has as many rows as there are labels (or one more,
-    for none of them), c feeds a choice, x has no module that could hold its factors."""
+    """The first weight of each pattern of names and shape in a class: its name in the file, and why
+    it stays dense ("" where it is selected). what is what the live model says of it, in letters: i
+    looks ids up for the whole model (get_input_embeddings), o gives the outputs
+    (get_output_embeddings), l has as many rows as there are labels (or one more, for none of them),
+    c feeds a choice, x has no module that could hold its factors."""
 
     name: str
     shape: tuple[int, ...]
@@ -40,7 +42,8 @@ class Entry:
 
 @dataclass(frozen=True)
 class Table:
-    """What was recorded: by which transformers, for which classes, and why the others could not be built."""
+    """What was recorded: by which transformers, for which classes, and why the others could not be
+    built."""
 
     transformers: str
     entries: tuple[Entry, ...]
@@ -59,12 +62,20 @@ def write(table: Table, path: Path = FILE) -> None:
     """Compact: names are told from the one before, and what rows have in common is written once."""
     rows = [row for entry in table.entries for row in entry.rows]
     names, shapes = sorted({row.name for row in rows}), sorted({row.shape for row in rows})
-    notes, facts = sorted({(row.reason, row.what) for row in rows}), sorted({_facts_text(e.facts) for e in table.entries})
-    places = [{item: place for place, item in enumerate(items)} for items in (names, shapes, notes, facts)]
+    notes, facts = (
+        sorted({(row.reason, row.what) for row in rows}),
+        sorted({_facts_text(e.facts) for e in table.entries}),
+    )
+    places = [
+        {item: place for place, item in enumerate(items)} for items in (names, shapes, notes, facts)
+    ]
     families: dict[str, dict[str, Any]] = {}
     for entry in table.entries:
         family = families.setdefault(entry.family, {"rows": {}, "classes": {}})
-        own = [(places[0][row.name], places[1][row.shape], places[2][row.reason, row.what]) for row in entry.rows]
+        own = [
+            (places[0][row.name], places[1][row.shape], places[2][row.reason, row.what])
+            for row in entry.rows
+        ]
         numbers = [family["rows"].setdefault(key, len(family["rows"])) for key in own]
         family["classes"][entry.model] = [places[3][_facts_text(entry.facts)], _ranges(numbers)]
     lines = {
@@ -88,7 +99,9 @@ def read(path: Path = FILE) -> Table:
     names = _from_before(stored["names"])
     facts = [_facts(item) for item in stored["facts"]]
     entries = []
-    for key, (flat, classes) in ((key, value) for key, value in stored.items() if key.startswith("family ")):
+    for key, (flat, classes) in (
+        (key, value) for key, value in stored.items() if key.startswith("family ")
+    ):
         rows = []
         for name, shape, note in zip(flat[::3], flat[1::3], flat[2::3], strict=True):
             rows.append(Row(names[name], tuple(stored["shapes"][shape]), *stored["notes"][note]))
@@ -103,12 +116,20 @@ def _packed(value: Any) -> str:
 
 
 def _facts_text(facts: ModelFacts) -> str:
-    listed = {key: sorted(value) if isinstance(value, frozenset) else value for key, value in asdict(facts).items()}
+    listed = {
+        key: sorted(value) if isinstance(value, frozenset) else value
+        for key, value in asdict(facts).items()
+    }
     return _packed({key: value for key, value in listed.items() if value not in ([], None)})
 
 
 def _facts(stored: Mapping[str, Any]) -> ModelFacts:
-    return ModelFacts(**{key: frozenset(value) if isinstance(value, list) else value for key, value in stored.items()})
+    return ModelFacts(
+        **{
+            key: frozenset(value) if isinstance(value, list) else value
+            for key, value in stored.items()
+        }
+    )
 
 
 def _told_from_before(names: Sequence[str]) -> list[str]:
@@ -116,7 +137,10 @@ def _told_from_before(names: Sequence[str]) -> list[str]:
     told, before = [], ""
     for name in names:
         pairs = zip(before, name, strict=False)
-        shared = next((place for place, (one, other) in enumerate(pairs) if one != other), min(len(before), len(name)))
+        shared = next(
+            (place for place, (one, other) in enumerate(pairs) if one != other),
+            min(len(before), len(name)),
+        )
         told.append(f"{shared} {name[shared:]}")
         before = name
     return told

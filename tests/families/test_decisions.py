@@ -1,4 +1,5 @@
-"""What is decided for every model family of transformers: the recorded table against today's rules and against live models.
+"""What is decided for every model family of transformers: the recorded table against today's rules
+and against live models.
 
 `python tests/families/record.py` writes the table; it names the transformers that it was made with.
 """
@@ -14,7 +15,8 @@ import transformers
 from record import entry_of
 from table import Entry, Row, Table, decide, read, write
 
-# Smaller in the file, whole in memory: linear layers with a forward of their own, multiplied out while loading (with a warning).
+# Smaller in the file, whole in memory: linear layers with a forward of their own, multiplied out
+# while loading (with a warning).
 WHOLE_IN_MEMORY = re.compile(r"IBert|DeepseekV4")
 
 
@@ -33,7 +35,8 @@ def test_the_recorded_decisions_are_today_s(table: Table) -> None:
     stale = [
         f"{entry.family} {entry.model}"
         for entry in table.entries
-        if decide([(row.name, row.shape) for row in entry.rows], entry.facts) != [row.reason for row in entry.rows]
+        if decide([(row.name, row.shape) for row in entry.rows], entry.facts)
+        != [row.reason for row in entry.rows]
     ]
     assert not stale, "python tests/families/record.py --again, and read what has changed"
 
@@ -45,7 +48,9 @@ def test_the_table_holds_nearly_every_family(table: Table) -> None:
 
 
 @pytest.mark.parametrize("letter", ["i", "o", "l", "c"])
-def test_no_embedding_no_head_and_nothing_that_chooses_is_selected(table: Table, letter: str) -> None:
+def test_no_embedding_no_head_and_nothing_that_chooses_is_selected(
+    table: Table, letter: str
+) -> None:
     told = [(entry, row) for entry, row in rows(table) if letter in row.what]
     assert len({entry.family for entry, _ in told}) > 50
     assert not [f"{entry.model}: {row.name}" for entry, row in told if not row.reason]
@@ -64,7 +69,11 @@ def test_what_chooses_is_known_without_a_config_too(table: Table) -> None:
 
 
 def test_no_layer_of_a_class_is_said_to_be_left_out_by_it(table: Table) -> None:
-    assert not [f"{entry.model}: {row.name}" for entry, row in rows(table) if row.reason.startswith(("beyond", "multi-token"))]
+    assert not [
+        f"{entry.model}: {row.name}"
+        for entry, row in rows(table)
+        if row.reason.startswith(("beyond", "multi-token"))
+    ]
 
 
 def test_the_model_can_hold_the_factors_of_all_that_is_selected(table: Table) -> None:

@@ -1,4 +1,5 @@
-"""Opening checkpoints of every kind: the same tensors, byte for byte, or one BadCheckpointError that says why."""
+"""Opening checkpoints of every kind: the same tensors, byte for byte, or one BadCheckpointError
+that says why."""
 
 from __future__ import annotations
 
@@ -15,7 +16,16 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import LLAMA, contents, size_of, small_tensors, weight, write_model, write_sharded, write_small
+from helpers import (
+    LLAMA,
+    contents,
+    size_of,
+    small_tensors,
+    weight,
+    write_model,
+    write_sharded,
+    write_small,
+)
 from safetensors.torch import save_file
 
 from svdcli.errors import BadCheckpointError
@@ -26,13 +36,18 @@ Contents = dict[str, tuple[str, tuple[int, ...], bytes]]
 
 
 def all_of(checkpoint: Checkpoint) -> Contents:
-    return {info.name: (info.dtype, info.shape, b"".join(checkpoint.chunks(info.name))) for info in checkpoint.infos}
+    return {
+        info.name: (info.dtype, info.shape, b"".join(checkpoint.chunks(info.name)))
+        for info in checkpoint.infos
+    }
 
 
 def expected(tensors: Mapping[str, torch.Tensor], folder: Path) -> Contents:
     """The bytes that the reference writer gives these tensors."""
     path = folder / "expected.safetensors"
-    save_file({name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()}, path)
+    save_file(
+        {name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()}, path
+    )
     found = contents(path)
     path.unlink()
     return found
@@ -45,7 +60,7 @@ def refused(path: Path | str) -> str:
     return str(caught.value)
 
 
-# Safetensors ---------------------------------------------------------------------------------------------------------
+# Safetensors --------------------------------------------------------------------------------------
 
 
 def test_single_file(small: Path) -> None:
@@ -91,7 +106,10 @@ def test_directory_without_config(folder: Path) -> None:
 
 def shards_of(count: int) -> dict[str, dict[str, torch.Tensor]]:
     tensors = sorted(small_tensors().items())
-    return {f"model-{i + 1:05d}-of-{count:05d}.safetensors": dict(tensors[i::count]) for i in range(count)}
+    return {
+        f"model-{i + 1:05d}-of-{count:05d}.safetensors": dict(tensors[i::count])
+        for i in range(count)
+    }
 
 
 def test_shards_with_an_index(folder: Path) -> None:
@@ -122,9 +140,14 @@ def test_safetensors_wins_over_pickles(folder: Path) -> None:
 
 
 def test_odd_names(folder: Path) -> None:
-    tensors = {name: torch.ones(2) for name in ["", "a\nb", "\0", "层.weight", "[bold]x[/]", "../up", "weight", " "]}
+    tensors = {
+        name: torch.ones(2)
+        for name in ["", "a\nb", "\0", "层.weight", "[bold]x[/]", "../up", "weight", " "]
+    }
     save_file(tensors, folder / "odd.safetensors")
-    assert all_of(open_checkpoint(folder / "odd.safetensors")) == contents(folder / "odd.safetensors")
+    assert all_of(open_checkpoint(folder / "odd.safetensors")) == contents(
+        folder / "odd.safetensors"
+    )
 
 
 @pytest.mark.parametrize("metadata", [None, {"only": "metadata"}])
@@ -134,16 +157,22 @@ def test_a_file_without_tensors(folder: Path, metadata: dict[str, str] | None) -
     assert (checkpoint.infos, checkpoint.parameters) == ([], 0)
 
 
-# PyTorch's own files -------------------------------------------------------------------------------------------------
+# PyTorch's own files ------------------------------------------------------------------------------
 
 
 def old_tensors() -> dict[str, torch.Tensor]:
     """Without the dtypes that came after the legacy format, which torch writes but cannot read."""
-    return {name: t for name, t in small_tensors().items() if "float8" not in name and not name.startswith("odd.uint")}
+    return {
+        name: t
+        for name, t in small_tensors().items()
+        if "float8" not in name and not name.startswith("odd.uint")
+    }
 
 
 def as_parameters(tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
-    return {name: torch.nn.Parameter(tensor, requires_grad=False) for name, tensor in tensors.items()}
+    return {
+        name: torch.nn.Parameter(tensor, requires_grad=False) for name, tensor in tensors.items()
+    }
 
 
 @pytest.mark.parametrize("ending", ["bin", "pt", "pth"])
@@ -157,19 +186,25 @@ def test_pickled_tensors(folder: Path, ending: str, legacy: bool) -> None:
 @pytest.mark.parametrize("wrap", [OrderedDict, as_parameters], ids=["ordered", "parameters"])
 def test_pickled_forms_of_a_state_dict(folder: Path, wrap: Any) -> None:
     torch.save(wrap({"a.weight": weight(8, 8)}), folder / "model.bin")
-    assert all_of(open_checkpoint(folder / "model.bin")) == expected({"a.weight": weight(8, 8)}, folder)
+    assert all_of(open_checkpoint(folder / "model.bin")) == expected(
+        {"a.weight": weight(8, 8)}, folder
+    )
 
 
 @pytest.mark.parametrize("wrapper", ["state_dict", "model_state_dict", "model", "module"])
 def test_wrapped_state_dict(folder: Path, wrapper: str) -> None:
-    torch.save({wrapper: small_tensors(), "epoch": 3, "optimizer": {"lr": 0.1}}, folder / "model.pt")
+    torch.save(
+        {wrapper: small_tensors(), "epoch": 3, "optimizer": {"lr": 0.1}}, folder / "model.pt"
+    )
     checkpoint = open_checkpoint(folder / "model.pt")
     assert all_of(checkpoint) == expected(small_tensors(), folder)
     assert set(checkpoint.left_out) == {"epoch", "optimizer"}
 
 
 def test_what_is_no_tensor_is_left_out(folder: Path) -> None:
-    torch.save({"a.weight": weight(8, 8), "step": 3, "name": "x", "none": None}, folder / "model.bin")
+    torch.save(
+        {"a.weight": weight(8, 8), "step": 3, "name": "x", "none": None}, folder / "model.bin"
+    )
     checkpoint = open_checkpoint(folder / "model.bin")
     assert set(all_of(checkpoint)) == {"a.weight"}
     assert set(checkpoint.left_out) == {"step", "name", "none"}
@@ -190,7 +225,13 @@ def test_views_are_read_row_by_row(folder: Path) -> None:
 
 def test_tied_tensors_are_known(folder: Path) -> None:
     shared, alike = weight(8, 8), weight(8, 8)
-    tensors = {"a.weight": shared, "b.weight": shared, "c.weight": alike, "d.weight": shared.T, "e": shared[:4]}
+    tensors = {
+        "a.weight": shared,
+        "b.weight": shared,
+        "c.weight": alike,
+        "d.weight": shared.T,
+        "e": shared[:4],
+    }
     torch.save(tensors, folder / "model.bin")
     checkpoint = open_checkpoint(folder / "model.bin")
     assert checkpoint.tied == {"b.weight": "a.weight", "a.weight": "b.weight"}
@@ -219,7 +260,11 @@ class Trap:
 
 @pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
 def test_code_is_never_run(folder: Path, legacy: bool) -> None:
-    torch.save({"a": torch.ones(2), "b": Trap(folder / "ran")}, folder / "m.bin", _use_new_zipfile_serialization=not legacy)
+    torch.save(
+        {"a": torch.ones(2), "b": Trap(folder / "ran")},
+        folder / "m.bin",
+        _use_new_zipfile_serialization=not legacy,
+    )
     message = refused(folder / "m.bin")
     assert "needs code to unpickle" in message
     assert "save_file" in message
@@ -235,7 +280,15 @@ def test_a_whole_module_is_refused_with_the_way_out(folder: Path) -> None:
 
 @pytest.mark.parametrize(
     "value",
-    [[torch.ones(2)], torch.ones(2), None, 3, {}, {"a": 1}, {"optimizer": {"state": {0: {"a": torch.ones(1)}}}}],
+    [
+        [torch.ones(2)],
+        torch.ones(2),
+        None,
+        3,
+        {},
+        {"a": 1},
+        {"optimizer": {"state": {0: {"a": torch.ones(1)}}}},
+    ],
     ids=["list", "tensor", "none", "number", "empty", "no tensors", "optimizer alone"],
 )
 def test_what_is_no_state_dict(folder: Path, value: Any) -> None:
@@ -264,7 +317,11 @@ def test_tensors_that_safetensors_cannot_hold(folder: Path, kind: str) -> None:
 
 
 def pickle_bytes(folder: Path, *, legacy: bool) -> bytes:
-    torch.save({"a.weight": weight(48, 40)}, folder / "whole.bin", _use_new_zipfile_serialization=not legacy)
+    torch.save(
+        {"a.weight": weight(48, 40)},
+        folder / "whole.bin",
+        _use_new_zipfile_serialization=not legacy,
+    )
     return (folder / "whole.bin").read_bytes()
 
 
@@ -322,7 +379,7 @@ def test_opening_a_pickle_warns_about_nothing(folder: Path) -> None:
     assert caught == []
 
 
-# Broken directories --------------------------------------------------------------------------------------------------
+# Broken directories -------------------------------------------------------------------------------
 
 
 def with_index(folder: Path, index: Any) -> Path:
@@ -330,21 +387,30 @@ def with_index(folder: Path, index: Any) -> Path:
     save_file({"a": torch.ones(2)}, folder / "x.safetensors")
     save_file({"b": torch.ones(2)}, folder / "y.safetensors")
     text = index if isinstance(index, (str, bytes)) else json.dumps(index)
-    (folder / "model.safetensors.index.json").write_bytes(text if isinstance(text, bytes) else text.encode())
+    (folder / "model.safetensors.index.json").write_bytes(
+        text if isinstance(text, bytes) else text.encode()
+    )
     return folder
 
 
 def test_index_names_a_missing_shard(folder: Path) -> None:
-    message = refused(with_index(folder, {"weight_map": {"a": "x.safetensors", "c": "z.safetensors"}}))
+    message = refused(
+        with_index(folder, {"weight_map": {"a": "x.safetensors", "c": "z.safetensors"}})
+    )
     assert "'z.safetensors', which is missing" in message
 
 
-@pytest.mark.parametrize("shard", ["../x.safetensors", "sub/../../x.safetensors", "..", "{absolute}", "..\\x.safetensors"])
+@pytest.mark.parametrize(
+    "shard",
+    ["../x.safetensors", "sub/../../x.safetensors", "..", "{absolute}", "..\\x.safetensors"],
+)
 def test_index_names_a_path_outside(tmp_path: Path, shard: str) -> None:
     (tmp_path / "model/sub").mkdir(parents=True)
     save_file({"a": torch.ones(2)}, tmp_path / "x.safetensors")
     name = shard.format(absolute=tmp_path / "x.safetensors")
-    assert "outside the directory" in refused(with_index(tmp_path / "model", {"weight_map": {"a": name}}))
+    assert "outside the directory" in refused(
+        with_index(tmp_path / "model", {"weight_map": {"a": name}})
+    )
 
 
 @pytest.mark.parametrize("shard", ["", ".", "sub", "x\0", "x" * 5000, "\ud800"])
@@ -362,7 +428,9 @@ def test_index_names_a_tensor_that_no_shard_has(folder: Path) -> None:
 
 
 def test_index_that_does_not_name_a_shard_leaves_it_out(folder: Path) -> None:
-    checkpoint = open_checkpoint(with_index(folder, {"weight_map": {"a": "x.safetensors", "b": "x.safetensors"}}))
+    checkpoint = open_checkpoint(
+        with_index(folder, {"weight_map": {"a": "x.safetensors", "b": "x.safetensors"}})
+    )
     assert set(checkpoint.tensors) == {"a"}
     assert "y.safetensors" in checkpoint.left_out
     assert ["names b, which no shard holds" in note for note in checkpoint.notes] == [True]
@@ -370,8 +438,30 @@ def test_index_that_does_not_name_a_shard_leaves_it_out(folder: Path) -> None:
 
 @pytest.mark.parametrize(
     "index",
-    ["", "{", "[]", "null", b"\xff\xfe", "[" * 100_000, {}, {"weight_map": []}, {"weight_map": {"a": 1}}, {"weight_map": None}],
-    ids=["empty", "cut", "list", "null", "not UTF-8", "deep", "no map", "list map", "number", "null map"],
+    [
+        "",
+        "{",
+        "[]",
+        "null",
+        b"\xff\xfe",
+        "[" * 100_000,
+        {},
+        {"weight_map": []},
+        {"weight_map": {"a": 1}},
+        {"weight_map": None},
+    ],
+    ids=[
+        "empty",
+        "cut",
+        "list",
+        "null",
+        "not UTF-8",
+        "deep",
+        "no map",
+        "list map",
+        "number",
+        "null map",
+    ],
 )
 def test_index_that_is_none(folder: Path, index: Any) -> None:
     assert "index.json" in refused(with_index(folder, index))
@@ -388,7 +478,9 @@ def test_one_tensor_in_two_files_without_an_index(folder: Path) -> None:
 def test_one_tensor_in_two_shards_is_taken_where_the_index_says(folder: Path, first: str) -> None:
     save_file({"a": torch.zeros(2)}, folder / "x.safetensors")
     save_file({"a": torch.ones(2), "b": torch.ones(2)}, folder / "y.safetensors")
-    index = {"weight_map": {"a": f"{first}.safetensors", "b": "y.safetensors", "c": "x.safetensors"}}
+    index = {
+        "weight_map": {"a": f"{first}.safetensors", "b": "y.safetensors", "c": "x.safetensors"}
+    }
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     checkpoint = open_checkpoint(folder)
     assert checkpoint.tensors["a"].file == f"{first}.safetensors"
@@ -399,7 +491,9 @@ def test_one_tensor_in_two_shards_is_taken_where_the_index_says(folder: Path, fi
 def test_a_shard_may_be_spelled_with_a_dot(folder: Path) -> None:
     """./x is x: read once, and not carried over as a stranger."""
     save_file({"a": torch.ones(2)}, folder / "x.safetensors")
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "./x.safetensors"}}))
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"a": "./x.safetensors"}})
+    )
     try:
         checkpoint = open_checkpoint(folder)
     except BadCheckpointError:
@@ -422,7 +516,9 @@ def test_config_that_is_no_json_object(folder: Path, text: bytes) -> None:
     assert "config.json is not" in refused(folder / "model")
 
 
-@pytest.mark.parametrize("files", [[], ["config.json"], ["training_args.bin"], ["model.safetensors/x"]])
+@pytest.mark.parametrize(
+    "files", [[], ["config.json"], ["training_args.bin"], ["model.safetensors/x"]]
+)
 def test_a_directory_without_weights(folder: Path, files: list[str]) -> None:
     for name in files:
         (folder / name).parent.mkdir(exist_ok=True)
@@ -462,7 +558,7 @@ def test_a_file_that_shrinks_while_it_is_read(small: Path) -> None:
         checkpoint.read_tensor(last)
 
 
-# Fingerprints --------------------------------------------------------------------------------------------------------
+# Fingerprints -------------------------------------------------------------------------------------
 
 
 def fingerprint(path: Path) -> str:
@@ -482,12 +578,16 @@ def test_fingerprint_changes_with_every_tensor(folder: Path) -> None:
     base = small_tensors()
     changed = [base]
     for name, tensor in base.items():
-        changed.append({**{other: t for other, t in base.items() if other != name}, f"{name}x": tensor})
+        changed.append(
+            {**{other: t for other, t in base.items() if other != name}, f"{name}x": tensor}
+        )
         changed.append({**base, name: tensor.reshape(1, *tensor.shape)})
         for at in {0, max(0, tensor.numel() - 1)} if tensor.numel() else ():
             raw = bytearray(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
             raw[at * tensor.element_size()] ^= 1
-            changed.append({**base, name: torch.frombuffer(raw, dtype=tensor.dtype).reshape(tensor.shape)})
+            changed.append(
+                {**base, name: torch.frombuffer(raw, dtype=tensor.dtype).reshape(tensor.shape)}
+            )
     seen = set()
     for tensors in changed:
         save_file(tensors, folder / "m.safetensors")

@@ -1,4 +1,5 @@
-"""What an output's config.json says, how it is written, and that the way back gives the source's."""
+"""What an output's config.json says, how it is written, and that the way back gives the
+source's."""
 
 from __future__ import annotations
 
@@ -17,11 +18,13 @@ from svdcli.files.config import change, change_back, render_like
 
 QUANTISED = {"quant_method": "svdcli", "format": 1, "layout": "factored"}
 
-# Changes and the way back ---------------------------------------------------------------------------------------------
+# Changes and the way back -------------------------------------------------------------------------
 
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=4),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3)
+    ),
     max_leaves=6,
 )
 KEYS = st.sampled_from(["a", "b", "c", "d"])
@@ -41,7 +44,9 @@ def test_changes_can_be_taken_back_to_the_byte(data: st.DataObject) -> None:
     config = data.draw(CONFIGS)
     changes = data.draw(st.dictionaries(paths_of(config), VALUES, max_size=4))
     outer = {path[:1] for path in changes if len(path) == 1}
-    changes = {path: value for path, value in changes.items() if len(path) == 1 or path[:1] not in outer}
+    changes = {
+        path: value for path, value in changes.items() if len(path) == 1 or path[:1] not in outer
+    }
     before = json.dumps(config)
     new, note = change(config, changes)
     assert json.dumps(config) == before
@@ -77,10 +82,12 @@ def test_what_no_plain_way_of_writing_gives_is_written_anew(text: str) -> None:
     assert render_like(text, {"a": 1}) is None
 
 
-# compress and expand --------------------------------------------------------------------------------------------------
+# compress and expand ------------------------------------------------------------------------------
 
 
-def configs(tmp_path: Path, config: dict[str, Any], **recipe: Any) -> tuple[bytes, dict[str, Any], bytes]:
+def configs(
+    tmp_path: Path, config: dict[str, Any], **recipe: Any
+) -> tuple[bytes, dict[str, Any], bytes]:
     """The config.json of a source, of its compressed output, and of what expand makes of that."""
     model = write_model(tmp_path / "m", config)
     svdcli.compress(model, tmp_path / "o", svdcli.Recipe("rank", 9, **recipe), allow_larger=True)
@@ -114,24 +121,50 @@ def configs(tmp_path: Path, config: dict[str, Any], **recipe: Any) -> tuple[byte
             {"torch_dtype": "float32", "model_type": "llama", "quantization_config": QUANTISED},
         ),
         (
-            {"dtype": "float32", "model_type": "x", "encoder": {"dtype": "float16", "model_type": "y"}},
+            {
+                "dtype": "float32",
+                "model_type": "x",
+                "encoder": {"dtype": "float16", "model_type": "y"},
+            },
             {"dtype": "BF16", "layout": "dense"},
-            {"dtype": "bfloat16", "model_type": "x", "encoder": {"dtype": "bfloat16", "model_type": "y"}},
+            {
+                "dtype": "bfloat16",
+                "model_type": "x",
+                "encoder": {"dtype": "bfloat16", "model_type": "y"},
+            },
         ),
-        ({"model_type": "llama"}, {"dtype": "F64", "layout": "dense"}, {"model_type": "llama", "dtype": "float64"}),
+        (
+            {"model_type": "llama"},
+            {"dtype": "F64", "layout": "dense"},
+            {"model_type": "llama", "dtype": "float64"},
+        ),
         (
             {"model_type": "llama", "dtype": "float64"},
             {"dtype": "F64", "layout": "dense"},
             {"model_type": "llama", "dtype": "float64"},
         ),
-        ({"_class_name": "Net", "dtype": "x"}, {"dtype": "F64", "layout": "dense"}, {"_class_name": "Net", "dtype": "x"}),
+        (
+            {"_class_name": "Net", "dtype": "x"},
+            {"dtype": "F64", "layout": "dense"},
+            {"_class_name": "Net", "dtype": "x"},
+        ),
         (
             {"model_type": "llama", "quantization_config": {"quant_method": "fp8"}},
             {"layout": "dense"},
             {"model_type": "llama", "quantization_config": {"quant_method": "fp8"}},
         ),
     ],
-    ids=["plain", "parts", "null", "torch_dtype", "dtype of parts", "no dtype", "the same", "not of transformers", "quantised"],
+    ids=[
+        "plain",
+        "parts",
+        "null",
+        "torch_dtype",
+        "dtype of parts",
+        "no dtype",
+        "the same",
+        "not of transformers",
+        "quantised",
+    ],
 )
 def test_it_says_what_the_output_is_and_expand_takes_that_back(
     config: dict[str, Any], recipe: dict[str, Any], expected: dict[str, Any], tmp_path: Path
@@ -152,12 +185,16 @@ def test_self_contained_leaves_nothing_behind(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("quantised", [{}, {"quantization_config": {"quant_method": "fp8"}}])
 @pytest.mark.parametrize("self_contained", [False, True])
-def test_outputs_without_a_note_of_it_expand_too(tmp_path: Path, self_contained: bool, quantised: dict[str, Any]) -> None:
+def test_outputs_without_a_note_of_it_expand_too(
+    tmp_path: Path, self_contained: bool, quantised: dict[str, Any]
+) -> None:
     """As earlier versions wrote them."""
     if self_contained and quantised:
         pytest.skip("refused")
     config = {"model_type": "llama"} | quantised
-    recipe = svdcli.Recipe("rank", 9, layout="dense" if quantised else "factored", self_contained=self_contained)
+    recipe = svdcli.Recipe(
+        "rank", 9, layout="dense" if quantised else "factored", self_contained=self_contained
+    )
     svdcli.compress(write_model(tmp_path / "m", config), tmp_path / "o", recipe, allow_larger=True)
     record = json.loads((tmp_path / "o" / "svdcli.json").read_text())
     del record["source"]["config_was"]
@@ -189,10 +226,17 @@ def test_what_somebody_else_changed_stays(tmp_path: Path) -> None:
     config = json.loads((tmp_path / "o" / "config.json").read_text())
     (tmp_path / "o" / "config.json").write_text(json.dumps(config | {"architectures": ["Mine"]}))
     svdcli.expand(tmp_path / "o", tmp_path / "d")
-    assert json.loads((tmp_path / "d" / "config.json").read_text()) == LLAMA | {"architectures": ["Mine"]}
+    assert json.loads((tmp_path / "d" / "config.json").read_text()) == LLAMA | {
+        "architectures": ["Mine"]
+    }
 
 
 def test_a_part_that_another_tool_quantised_is_refused(tmp_path: Path) -> None:
-    config = {"model_type": "vlm", "text_config": {"model_type": "llama", "quantization_config": {"quant_method": "fp8"}}}
+    config = {
+        "model_type": "vlm",
+        "text_config": {"model_type": "llama", "quantization_config": {"quant_method": "fp8"}},
+    }
     with pytest.raises(SvdcliError, match="is quantised by fp8"):
-        svdcli.compress(write_model(tmp_path / "m", config), tmp_path / "o", svdcli.Recipe("rank", 9))
+        svdcli.compress(
+            write_model(tmp_path / "m", config), tmp_path / "o", svdcli.Recipe("rank", 9)
+        )

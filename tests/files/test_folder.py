@@ -35,7 +35,9 @@ def shards(folder: Path, stem: str, value: float, ending: str = "safetensors") -
     for at, (name, tensor) in enumerate(tensors(value).items(), 1):
         places[name] = f"{stem}-{at:05d}-of-00002.{ending}"
         path = folder / places[name]
-        save_file({name: tensor}, path) if ending == "safetensors" else torch.save({name: tensor}, path)
+        save_file({name: tensor}, path) if ending == "safetensors" else torch.save(
+            {name: tensor}, path
+        )
     return places
 
 
@@ -49,7 +51,7 @@ def value_of(checkpoint: Checkpoint) -> float:
     return float(values.pop())
 
 
-# Which weights -------------------------------------------------------------------------------------------------------
+# Which weights ------------------------------------------------------------------------------------
 
 
 def test_a_single_file_comes_before_shards(tmp_path: Path) -> None:
@@ -62,7 +64,10 @@ def test_a_single_file_comes_before_shards(tmp_path: Path) -> None:
         "model-00002-of-00002.safetensors",
         "model.safetensors.index.json",
     }
-    assert all(checkpoint.left_out_bytes[name] == (tmp_path / name).stat().st_size for name in checkpoint.left_out)
+    assert all(
+        checkpoint.left_out_bytes[name] == (tmp_path / name).stat().st_size
+        for name in checkpoint.left_out
+    )
 
 
 def test_the_usual_index_comes_before_others(tmp_path: Path) -> None:
@@ -133,7 +138,9 @@ def test_several_variants_are_refused(tmp_path: Path) -> None:
 def test_a_file_that_the_config_names(tmp_path: Path) -> None:
     save_file(tensors(1), tmp_path / "model.safetensors")
     save_file(tensors(2), tmp_path / "special.safetensors")
-    (tmp_path / "config.json").write_text(json.dumps({"transformers_weights": "special.safetensors"}))
+    (tmp_path / "config.json").write_text(
+        json.dumps({"transformers_weights": "special.safetensors"})
+    )
     assert value_of(open_checkpoint(tmp_path)) == 2
 
 
@@ -169,7 +176,7 @@ def test_what_only_looks_half_finished(tmp_path: Path) -> None:
     assert set(open_checkpoint(tmp_path).carried) == {"second.part"}
 
 
-# Folders that hold no model ------------------------------------------------------------------------------------------
+# Folders that hold no model -----------------------------------------------------------------------
 
 
 def refused(folder: Path) -> str:
@@ -207,11 +214,15 @@ def test_parts_by_rank_are_no_strays(tmp_path: Path) -> None:
 def test_a_pointer_beside_whole_weights_is_told(tmp_path: Path) -> None:
     write_model(tmp_path / "m")
     (tmp_path / "m" / "tokenizer.model").write_bytes(b"version https://git-lfs.example/spec/v1\n")
-    assert any("tokenizer.model is a Git LFS pointer" in note for note in open_checkpoint(tmp_path / "m").notes)
+    assert any(
+        "tokenizer.model is a Git LFS pointer" in note
+        for note in open_checkpoint(tmp_path / "m").notes
+    )
 
 
 def cache_entry(folder: Path) -> Path:
-    """A hub cache with one model of two revisions, the second of which is main: the path of main's snapshot."""
+    """A hub cache with one model of two revisions, the second of which is main: the path of main's
+    snapshot."""
     entry = folder / "models--org--name"
     (entry / "refs").mkdir(parents=True)
     (entry / "refs" / "main").write_text("bbb")
@@ -264,10 +275,15 @@ def test_a_training_folder_names_its_checkpoints(tmp_path: Path) -> None:
         ((".metadata", "__0_0.distcp"), "dcp_to_torch"),
         (("pytorch_model_fsdp_0/__0_0.distcp",), "dcp_to_torch"),
         (("latest", "zero_to_fp32.py", "global_step5/mp_rank_00_model_states.pt"), "DeepSpeed"),
-        (("latest_checkpointed_iteration.txt", "iter_0000100/mp_rank_00/model_optim_rng.pt"), "Megatron"),
+        (
+            ("latest_checkpointed_iteration.txt", "iter_0000100/mp_rank_00/model_optim_rng.pt"),
+            "Megatron",
+        ),
     ],
 )
-def test_a_distributed_checkpoint_says_how_to_join_it(tmp_path: Path, names: tuple[str, ...], word: str) -> None:
+def test_a_distributed_checkpoint_says_how_to_join_it(
+    tmp_path: Path, names: tuple[str, ...], word: str
+) -> None:
     for name in names:
         put(tmp_path / name)
     said = refused(tmp_path)
@@ -275,14 +291,16 @@ def test_a_distributed_checkpoint_says_how_to_join_it(tmp_path: Path, names: tup
     assert word in said
 
 
-@pytest.mark.parametrize("name", ["model-q4.gguf", "flax_model.msgpack", "tf_model.h5", "model.onnx", "onnx/model.onnx"])
+@pytest.mark.parametrize(
+    "name", ["model-q4.gguf", "flax_model.msgpack", "tf_model.h5", "model.onnx", "onnx/model.onnx"]
+)
 def test_only_weights_of_another_kind(tmp_path: Path, name: str) -> None:
     put(tmp_path / "config.json").write_text("{}")
     put(tmp_path / name)
     assert name in refused(tmp_path)
 
 
-# What goes along -----------------------------------------------------------------------------------------------------
+# What goes along ----------------------------------------------------------------------------------
 
 
 OTHERS = (
@@ -411,9 +429,13 @@ def test_carry_takes_along_what_it_names_and_nothing_else(tmp_path: Path) -> Non
 
 
 def test_size_counts_what_will_be_there(tmp_path: Path) -> None:
-    """States of training are no part of the output, notes about the source are: the size holds to the byte."""
+    """States of training are no part of the output, notes about the source are: the size holds to
+    the byte."""
     indexed(tmp_path, "model", 1, "model.safetensors.index.json")
-    save_file({"layers.0.weight": weight(64, 64), "a.weight": torch.ones(4)}, tmp_path / "model-00001-of-00002.safetensors")
+    save_file(
+        {"layers.0.weight": weight(64, 64), "a.weight": torch.ones(4)},
+        tmp_path / "model-00001-of-00002.safetensors",
+    )
     put(tmp_path / "optimizer.pt", 1_000_000)
     outcome = compress(tmp_path, tmp_path.parent / "out", Recipe("size", 14_000))
     assert outcome.path is not None
@@ -429,7 +451,7 @@ def test_a_large_file_that_goes_along_is_told(tmp_path: Path) -> None:
     assert any("voices.bank" in note for note in open_checkpoint(tmp_path / "m").notes)
 
 
-# The hub's cache -----------------------------------------------------------------------------------------------------
+# The hub's cache ----------------------------------------------------------------------------------
 
 
 def test_no_output_lands_in_the_hub_cache_by_default(tmp_path: Path) -> None:

@@ -17,7 +17,14 @@ from safetensors.torch import save, save_file
 
 from svdcli.errors import BadCheckpointError
 from svdcli.files.checkpoint import open_checkpoint
-from svdcli.files.formats import FIRST_BYTES, PICKLE, SAFETENSORS, by_bytes, format_of, without_ending
+from svdcli.files.formats import (
+    FIRST_BYTES,
+    PICKLE,
+    SAFETENSORS,
+    by_bytes,
+    format_of,
+    without_ending,
+)
 
 TENSORS = {"a.weight": weight(24, 20)}
 
@@ -65,7 +72,10 @@ TOLD = {
     "tflite": (b"\x20\0\0\0TFL3" + bytes(100), "TensorFlow Lite"),
     "index": (json.dumps({"weight_map": {}}).encode(), "index of shards"),
     "json": (json.dumps({"model_type": "llama"}).encode(), "JSON"),
-    "torchscript": (zip_bytes("net/data.pkl", "net/constants.pkl", "net/code/net.py"), "TorchScript"),
+    "torchscript": (
+        zip_bytes("net/data.pkl", "net/constants.pkl", "net/code/net.py"),
+        "TorchScript",
+    ),
 }
 NAMES = ("model.safetensors", "model.bin", "model.ckpt", "model.pth.tar", "model.pkl", "model")
 

@@ -1,4 +1,5 @@
-"""The header reader against the reference reader: what it accepts, the reference accepts, with the same content."""
+"""The header reader against the reference reader: what it accepts, the reference accepts, with the
+same content."""
 
 from __future__ import annotations
 
@@ -40,7 +41,7 @@ def reference(raw: bytes) -> dict[str, tuple[str, tuple[int, ...]]]:
     return {name: (item["dtype"], tuple(item["shape"])) for name, item in deserialize(raw)}
 
 
-# Round trips ---------------------------------------------------------------------------------------------------------
+# Round trips --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", sorted(DTYPE_BITS))
@@ -52,14 +53,24 @@ def test_reference_reads_what_we_render(dtype: str, shape: tuple[int, ...]) -> N
     data = bytes(range(tensor.nbytes))
     raw = render_header([tensor], {"format": "pt"}) + data
     ((name, item),) = deserialize(raw)
-    assert (name, item["dtype"], tuple(item["shape"]), bytes(item["data"])) == ("t", dtype, shape, data)
+    assert (name, item["dtype"], tuple(item["shape"]), bytes(item["data"])) == (
+        "t",
+        dtype,
+        shape,
+        data,
+    )
     assert summary(read(raw)) == {"t": (dtype, shape)}
 
 
 @pytest.mark.parametrize("dtype", sorted(TORCH_DTYPES))
 def test_we_read_what_the_reference_writes(dtype: str) -> None:
     torch_dtype = TORCH_DTYPES[dtype]
-    raw = save({"t": torch.zeros(2, 3, torch_dtype.itemsize, dtype=torch.uint8).view(torch_dtype), "u": torch.ones(3)})
+    raw = save(
+        {
+            "t": torch.zeros(2, 3, torch_dtype.itemsize, dtype=torch.uint8).view(torch_dtype),
+            "u": torch.ones(3),
+        }
+    )
     assert summary(read(raw)) == {"t": (dtype, (2, 3, 1)), "u": ("F32", (3,))}
 
 
@@ -67,12 +78,16 @@ def test_offsets_point_at_the_bytes() -> None:
     raw = save(small_tensors(), {"a": "b"})
     header = read(raw)
     expected = {name: bytes(item["data"]) for name, item in deserialize(raw)}
-    assert {e.info.name: raw[e.offset : e.offset + e.info.nbytes] for e in header.entries} == expected
+    assert {
+        e.info.name: raw[e.offset : e.offset + e.info.nbytes] for e in header.entries
+    } == expected
     assert header.metadata == {"a": "b"}
     assert header.size == len(raw)
 
 
-@pytest.mark.parametrize("name", ["", " ", "a\nb", "\0", "层.weight", "😀", "[bold]x", 'q"\\', "\u202e", "x" * 9000])
+@pytest.mark.parametrize(
+    "name", ["", " ", "a\nb", "\0", "层.weight", "😀", "[bold]x", 'q"\\', "\u202e", "x" * 9000]
+)
 def test_any_text_is_a_name(name: str) -> None:
     raw = render_header([TensorInfo(name, "U8", (1,))], {name: name}) + b"\1"
     assert set(reference(raw)) == set(summary(read(raw))) == {name}
@@ -101,7 +116,7 @@ def test_a_pipe_is_read_no_further_than_the_header() -> None:
     assert stream.tell() == len(raw) - 3
 
 
-# Everything that breaks the format -----------------------------------------------------------------------------------
+# Everything that breaks the format ----------------------------------------------------------------
 
 
 def one(item: Any, data: bytes = b"1234") -> bytes:
@@ -115,7 +130,9 @@ def with_extra(text: str) -> bytes:
 
 def with_number(text: str, *, data: bytes = b"1234") -> bytes:
     """One tensor whose only size is this JSON text."""
-    return framed('{"t":{"dtype":"U8","shape":[' + text + f'],"data_offsets":[0,{len(data)}]}}}}', data)
+    return framed(
+        '{"t":{"dtype":"U8","shape":[' + text + f'],"data_offsets":[0,{len(data)}]}}}}', data
+    )
 
 
 GOOD = framed({"t": entry()}, b"1234")
@@ -154,11 +171,15 @@ MALFORMED = {
     "nested in a field": with_extra('"x":' + "[" * 200 + "]" * 200),
     "same name twice": framed('{"t":' + PAIR + ',"t":' + PAIR + "}", b"1234"),
     "same name twice, one escaped": framed('{"t":' + PAIR + ',"\\u0074":' + PAIR + "}", b"1234"),
-    "field twice": framed('{"t":{"dtype":"F32","dtype":"F32","shape":[1],"data_offsets":[0,4]}}', b"1234"),
+    "field twice": framed(
+        '{"t":{"dtype":"F32","dtype":"F32","shape":[1],"data_offsets":[0,4]}}', b"1234"
+    ),
     "metadata twice": framed('{"__metadata__":{},"__metadata__":{}}'),
     "overlap": framed({"a": entry(offsets=[0, 4]), "b": entry(offsets=[2, 6])}, b"123456"),
     "same place": framed({"a": entry(offsets=[0, 4]), "b": entry(offsets=[0, 4])}, b"1234"),
-    "empty tensor inside another": framed({"a": entry(), "b": entry(shape=[0], offsets=[2, 2])}, b"1234"),
+    "empty tensor inside another": framed(
+        {"a": entry(), "b": entry(shape=[0], offsets=[2, 2])}, b"1234"
+    ),
     "hole": framed({"a": entry(offsets=[0, 4]), "b": entry(offsets=[5, 9])}, b"123456789"),
     "hole at the start": one(entry(offsets=[1, 5]), b"12345"),
     "out of range": one(entry(offsets=[4, 8])),
@@ -272,18 +293,89 @@ def test_a_lie_about_size_allocates_nothing(raw: bytes, pipe: bool) -> None:
         tracemalloc.stop()
 
 
-# Mutations -----------------------------------------------------------------------------------------------------------
+# Mutations ----------------------------------------------------------------------------------------
 
 BASES = [
-    framed({"__metadata__": {"a": "b"}, "t": entry("U8", [4], [0, 4]), "u": entry("F16", [2, 1], [4, 8])}, bytes(8)),
-    framed({"t": entry("F32", [], [0, 4]), "e": entry("I64", [0, 3], [4, 4]), "f": entry("F4", [2], [4, 5])}, bytes(5)),
-    save({"x.weight": torch.zeros(2, 2), "x.bias": torch.zeros(2, dtype=torch.bfloat16)}, {"format": "pt"}),
+    framed(
+        {
+            "__metadata__": {"a": "b"},
+            "t": entry("U8", [4], [0, 4]),
+            "u": entry("F16", [2, 1], [4, 8]),
+        },
+        bytes(8),
+    ),
+    framed(
+        {
+            "t": entry("F32", [], [0, 4]),
+            "e": entry("I64", [0, 3], [4, 4]),
+            "f": entry("F4", [2], [4, 5]),
+        },
+        bytes(5),
+    ),
+    save(
+        {"x.weight": torch.zeros(2, 2), "x.bias": torch.zeros(2, dtype=torch.bfloat16)},
+        {"format": "pt"},
+    ),
 ]
 TOKEN = re.compile(rb'"(?:[^"\\]|\\.)*"|[{}\[\]:,]|[^{}\[\]:,"]+')
-NUMBERS = ["0", "-0", "1", "2", "4", "8", "-1", "1.0", "1e0", "01", "NaN", str(2**62), str(2**64), "9" * 400]
-STRINGS = ['"t"', '"\\u0074"', '""', '"\\ud800"', '"\\ud83d\\ude00"', '"__metadata__"', '"dtype"', '"shape"', '"I8"', '"F4"']
-OTHERS = ["true", "null", "[]", "[0]", "[0,4]", "{}", "", " ", "\n", ",", ":", "{", "}", "[", "]", '"', "\\", "\x7f", "é"]
-FIELDS = ['"x":1', '"x":NaN', '"x":-1e999', '"x":"\\ud800"', '"x":' + "[" * 200 + "]" * 200, '"a":"b"', '"__metadata__":{}']
+NUMBERS = [
+    "0",
+    "-0",
+    "1",
+    "2",
+    "4",
+    "8",
+    "-1",
+    "1.0",
+    "1e0",
+    "01",
+    "NaN",
+    str(2**62),
+    str(2**64),
+    "9" * 400,
+]
+STRINGS = [
+    '"t"',
+    '"\\u0074"',
+    '""',
+    '"\\ud800"',
+    '"\\ud83d\\ude00"',
+    '"__metadata__"',
+    '"dtype"',
+    '"shape"',
+    '"I8"',
+    '"F4"',
+]
+OTHERS = [
+    "true",
+    "null",
+    "[]",
+    "[0]",
+    "[0,4]",
+    "{}",
+    "",
+    " ",
+    "\n",
+    ",",
+    ":",
+    "{",
+    "}",
+    "[",
+    "]",
+    '"',
+    "\\",
+    "\x7f",
+    "é",
+]
+FIELDS = [
+    '"x":1',
+    '"x":NaN',
+    '"x":-1e999',
+    '"x":"\\ud800"',
+    '"x":' + "[" * 200 + "]" * 200,
+    '"a":"b"',
+    '"__metadata__":{}',
+]
 
 
 def alike(token: bytes) -> list[str]:
@@ -293,7 +385,8 @@ def alike(token: bytes) -> list[str]:
 
 @st.composite
 def mutated_tokens(draw: st.DrawFn) -> bytes:
-    """Swap values, add fields, repeat or drop parts, so that what comes out is often JSON still, and sometimes sound."""
+    """Swap values, add fields, repeat or drop parts, so that what comes out is often JSON still,
+    and sometimes sound."""
     base = draw(st.sampled_from(BASES))
     end = 8 + struct.unpack("<Q", base[:8])[0]
     tokens = TOKEN.findall(base[8:end])
@@ -303,7 +396,11 @@ def mutated_tokens(draw: st.DrawFn) -> bytes:
         if change == "alike":
             tokens[at] = draw(st.sampled_from(alike(tokens[at]))).encode()
         elif change == "field":
-            brace = draw(st.sampled_from([place for place, token in enumerate(tokens) if token == b"{"] or [0]))
+            brace = draw(
+                st.sampled_from(
+                    [place for place, token in enumerate(tokens) if token == b"{"] or [0]
+                )
+            )
             tokens.insert(brace + 1, draw(st.sampled_from(FIELDS)).encode() + b",")
         elif change == "space":
             tokens.insert(at, draw(st.sampled_from([b" ", b"\n\t", b"\0", b"\xa0"])))
@@ -339,7 +436,9 @@ def mutated_bytes(draw: st.DrawFn) -> bytes:
         elif change == "cut":
             del raw[at + draw(st.integers(0, 40)) :]
         else:
-            raw[:8] = struct.pack("<Q", draw(st.one_of(st.integers(0, 300), st.integers(0, 2**64 - 1))))
+            raw[:8] = struct.pack(
+                "<Q", draw(st.one_of(st.integers(0, 300), st.integers(0, 2**64 - 1)))
+            )
     return bytes(raw)
 
 
@@ -367,5 +466,8 @@ def test_mutated_headers_are_read_right_or_refused(tmp_path: Path) -> None:
 def test_a_rendered_header_is_plain_json() -> None:
     raw = render_header([TensorInfo("é", "F32", (1,))], {"k": "v"})
     fields = json.loads(raw[8:])
-    assert fields == {"__metadata__": {"k": "v"}, "é": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}
+    assert fields == {
+        "__metadata__": {"k": "v"},
+        "é": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]},
+    }
     assert len(raw) % 8 == 0

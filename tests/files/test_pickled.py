@@ -1,4 +1,5 @@
-"""State dicts are found at any depth under any usual name; nothing of another library is run to get at them."""
+"""State dicts are found at any depth under any usual name; nothing of another library is run to get
+at them."""
 
 from __future__ import annotations
 
@@ -42,7 +43,13 @@ FORMS: dict[str, Any] = {
         "hyper_parameters": {"lr": 1e-3},
         "callbacks": {"EarlyStopping": {"best_score": torch.tensor(1.0)}},
     },
-    "model": {"model": NET, "optimizer": {"state": {0: {"exp_avg": torch.ones(500, 500)}}, "exp_avg": torch.ones(500, 500)}},
+    "model": {
+        "model": NET,
+        "optimizer": {
+            "state": {0: {"exp_avg": torch.ones(500, 500)}},
+            "exp_avg": torch.ones(500, 500),
+        },
+    },
     "student": {"student": NET, "step": torch.tensor(7)},
     "0": (NET, {"lr": 0.1}),
     "1": [3, NET],
@@ -67,7 +74,10 @@ def test_a_dict_at_the_top_has_no_key(tmp_path: Path) -> None:
 
 
 def test_everything_beside_it_is_named(tmp_path: Path) -> None:
-    torch.save({"outer": {"net": NET, "version": 2}, "epoch": 3, "discriminator": SMALL}, tmp_path / "x.pth")
+    torch.save(
+        {"outer": {"net": NET, "version": 2}, "epoch": 3, "discriminator": SMALL},
+        tmp_path / "x.pth",
+    )
     left_out = open_checkpoint(tmp_path / "x.pth").left_out
     assert set(left_out) == {"epoch", "discriminator", "outer.version"}
 
@@ -81,7 +91,9 @@ def test_everything_beside_it_is_named(tmp_path: Path) -> None:
         ({"a": {"disc.weight": weight(12, 12)}, "b": NET}, "b"),
     ],
 )
-def test_of_several_the_largest_is_taken_and_the_choice_is_told(tmp_path: Path, value: Any, taken: str) -> None:
+def test_of_several_the_largest_is_taken_and_the_choice_is_told(
+    tmp_path: Path, value: Any, taken: str
+) -> None:
     torch.save(value, tmp_path / "x.pth")
     checkpoint = open_checkpoint(tmp_path / "x.pth")
     assert checkpoint.state_dict == taken
@@ -93,12 +105,18 @@ def test_of_several_the_largest_is_taken_and_the_choice_is_told(tmp_path: Path, 
 
 @pytest.mark.parametrize("asked", ["params", "nested.ema", "ema"])
 def test_the_key_decides(tmp_path: Path, asked: str) -> None:
-    value = {"params": NET, "params_ema": same_size(), "nested": {"ema": {"w.weight": weight(64, 64)}}}
+    value = {
+        "params": NET,
+        "params_ema": same_size(),
+        "nested": {"ema": {"w.weight": weight(64, 64)}},
+    }
     torch.save(value, tmp_path / "x.pth")
     checkpoint = open_checkpoint(tmp_path / "x.pth", state_dict=asked)
     expected = value["params"] if asked == "params" else value["nested"]["ema"]
     assert checkpoint.tensors.keys() == expected.keys()
-    assert all(torch.equal(checkpoint.read_tensor(name), tensor) for name, tensor in expected.items())
+    assert all(
+        torch.equal(checkpoint.read_tensor(name), tensor) for name, tensor in expected.items()
+    )
     assert checkpoint.notes == []
 
 
@@ -109,7 +127,9 @@ def test_a_key_that_is_none(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="several dicts"):
         open_checkpoint(tmp_path / "x.pth", state_dict="net")
     with pytest.raises(UsageError, match="PyTorch files"):
-        open_checkpoint(Path(__file__).parents[2] / "sample_models" / "mlp.safetensors", state_dict="net")
+        open_checkpoint(
+            Path(__file__).parents[2] / "sample_models" / "mlp.safetensors", state_dict="net"
+        )
 
 
 def test_the_key_on_the_command_line_and_back(tmp_path: Path) -> None:
@@ -132,7 +152,7 @@ def test_a_choice_is_in_the_report(tmp_path: Path) -> None:
     assert "params" in report.left_out
 
 
-# Objects of other libraries ------------------------------------------------------------------------------------------
+# Objects of other libraries -----------------------------------------------------------------------
 
 
 class Settings(dict):  # type: ignore[type-arg]
@@ -155,7 +175,8 @@ class Trap:
 
 @pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
 def test_objects_beside_the_tensors_do_not_matter(tmp_path: Path, legacy: bool) -> None:
-    """Namespaces of arguments, numbers of NumPy, settings of a trainer: left out, and never brought to life."""
+    """Namespaces of arguments, numbers of NumPy, settings of a trainer: left out, and never brought
+    to life."""
     import numpy
 
     value = {
@@ -203,7 +224,9 @@ def test_functions_of_the_system_are_refused_in_any_place(tmp_path: Path) -> Non
     ],
     ids=["text", "pickle", "zeros"],
 )
-def test_what_torch_did_not_write_is_named_in_plain_words(tmp_path: Path, raw: bytes, word: str) -> None:
+def test_what_torch_did_not_write_is_named_in_plain_words(
+    tmp_path: Path, raw: bytes, word: str
+) -> None:
     (tmp_path / "x.pt").write_bytes(raw)
     with pytest.raises(BadCheckpointError) as caught:
         open_checkpoint(tmp_path / "x.pt")
@@ -213,7 +236,9 @@ def test_what_torch_did_not_write_is_named_in_plain_words(tmp_path: Path, raw: b
 
 def test_what_is_left_out_of_a_pickle_is_no_saving(tmp_path: Path) -> None:
     torch.save({"net": NET, "optimizer": {"state": {0: torch.ones(500, 500)}}}, tmp_path / "x.pth")
-    assert open_checkpoint(tmp_path / "x.pth").nbytes == sum(tensor.nbytes for tensor in NET.values())
+    assert open_checkpoint(tmp_path / "x.pth").nbytes == sum(
+        tensor.nbytes for tensor in NET.values()
+    )
     torch.save(NET, tmp_path / "y.pth")
     assert open_checkpoint(tmp_path / "y.pth").nbytes == (tmp_path / "y.pth").stat().st_size
 
@@ -227,9 +252,25 @@ def test_a_dict_that_holds_itself(tmp_path: Path) -> None:
 
 def test_a_pipe_may_bring_a_pickle(tmp_path: Path) -> None:
     torch.save({"params": NET}, tmp_path / "x.pth")
-    done = run("compress", "-", "--rank", "8", "-o", tmp_path / "o.safetensors", input=(tmp_path / "x.pth").read_bytes())
+    done = run(
+        "compress",
+        "-",
+        "--rank",
+        "8",
+        "-o",
+        tmp_path / "o.safetensors",
+        input=(tmp_path / "x.pth").read_bytes(),
+    )
     assert done.code == 0, done.err
     assert torch.equal(load_file(tmp_path / "o.safetensors")["net.0.bias"], NET["net.0.bias"])
-    page = run("compress", "-", "--rank", "8", "-o", tmp_path / "p.safetensors", input=b"<html>Login</html>")
+    page = run(
+        "compress",
+        "-",
+        "--rank",
+        "8",
+        "-o",
+        tmp_path / "p.safetensors",
+        input=b"<html>Login</html>",
+    )
     assert page.code == 1
     assert "standard input is an HTML page" in page.err

@@ -1,4 +1,5 @@
-"""Stand-ins for low-rank layers: the same function before training, an ordinary backward pass's moments, balanced factors."""
+"""Stand-ins for low-rank layers: the same function before training, an ordinary backward pass's
+moments, balanced factors."""
 
 from __future__ import annotations
 
@@ -16,7 +17,10 @@ from svdcli.healing.coordinates import Twins, moments_of
 from svdcli.linalg.storage import balanced
 from svdcli.models.modules import LOW_RANK
 
-IDS = [{"input_ids": torch.randint(2, 96, (3, 10), generator=torch.Generator().manual_seed(i))} for i in range(4)]
+IDS = [
+    {"input_ids": torch.randint(2, 96, (3, 10), generator=torch.Generator().manual_seed(i))}
+    for i in range(4)
+]
 
 
 @pytest.mark.parametrize("layout", ["factored", "pivoted"])
@@ -25,7 +29,10 @@ def test_a_twin_answers_as_the_layer_it_stands_for(
     family: str, layout: str, written: Callable[[str], Path], tmp_path: Path
 ) -> None:
     svdcli.compress(written(family), tmp_path / "small", svdcli.Recipe("keep", 0.5, layout=layout))
-    teacher, student = (svdcli.load(folder).requires_grad_(False) for folder in (written(family), tmp_path / "small"))
+    teacher, student = (
+        svdcli.load(folder).requires_grad_(False)
+        for folder in (written(family), tmp_path / "small")
+    )
     tensors = dict(student.named_parameters()) | dict(student.named_buffers())
     layers = [name for name, module in student.named_modules() if isinstance(module, LOW_RANK)]
     with torch.no_grad():
@@ -36,11 +43,15 @@ def test_a_twin_answers_as_the_layer_it_stands_for(
             assert not any(isinstance(module, LOW_RANK) for module in student.modules())
             torch.testing.assert_close(zoo.answer(family, student), before, rtol=1e-3, atol=1e-4)
             with twins.stored():
-                torch.testing.assert_close(zoo.answer(family, student), before, rtol=1e-3, atol=1e-4)
+                torch.testing.assert_close(
+                    zoo.answer(family, student), before, rtol=1e-3, atol=1e-4
+                )
             twins.weights[0].data *= 1.5
             changed = zoo.answer(family, student)
             with twins.stored():
-                torch.testing.assert_close(zoo.answer(family, student), changed, rtol=1e-3, atol=1e-4)
+                torch.testing.assert_close(
+                    zoo.answer(family, student), changed, rtol=1e-3, atol=1e-4
+                )
         assert (changed - before).abs().max() > 1e-3
         torch.testing.assert_close(zoo.answer(family, student), changed, rtol=1e-3, atol=1e-4)
 
@@ -60,7 +71,9 @@ def test_moments_are_those_of_an_ordinary_backward_pass(written: Callable[[str],
     for name in names:
         module = model.get_submodule(name)
         module.register_forward_pre_hook(lambda module, args, name=name: add(f"in {name}", args[0]))
-        module.register_full_backward_hook(lambda module, into, out, name=name: add(f"out {name}", out[0]))
+        module.register_full_backward_hook(
+            lambda module, into, out, name=name: add(f"out {name}", out[0])
+        )
     torch.manual_seed(3)
     loss = ModelLoss()
     loss.batches = IDS
@@ -74,7 +87,10 @@ def test_moments_are_those_of_an_ordinary_backward_pass(written: Callable[[str],
 
 def test_balanced_factors_have_the_same_product_and_the_same_gram_matrix() -> None:
     generator = torch.Generator().manual_seed(0)
-    up, down = torch.randn(30, 7, generator=generator) * 100, torch.randn(7, 20, generator=generator)
+    up, down = (
+        torch.randn(30, 7, generator=generator) * 100,
+        torch.randn(7, 20, generator=generator),
+    )
     a, b = balanced(up, down)
     torch.testing.assert_close(a @ b, up @ down, rtol=1e-4, atol=1e-3)
     torch.testing.assert_close(a.T @ a, b @ b.T, rtol=1e-4, atol=1e-3)

@@ -1,4 +1,5 @@
-"""heal: blocks never get worse, sizes stay, what it was not to touch stays, and a kill loses one block at most."""
+"""heal: blocks never get worse, sizes stay, what it was not to touch stays, and a kill loses one
+block at most."""
 
 from __future__ import annotations
 
@@ -32,7 +33,9 @@ Written = Callable[[str], Path]
 
 
 @pytest.fixture(scope="module", params=["factored", "pivoted"])
-def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+def pair(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Path]:
     """(a tiny Llama, the same at keep 0.4), both with a tokenizer."""
     folder = tmp_path_factory.mktemp("heal")
     teacher = zoo.save("llama", folder / "model")
@@ -46,7 +49,9 @@ def _small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("svdcli.text.tokens.TOKENS_IN_A_BATCH", 128)
 
 
-def test_every_block_gets_better_and_the_model_with_them(pair: tuple[Path, Path], tmp_path: Path) -> None:
+def test_every_block_gets_better_and_the_model_with_them(
+    pair: tuple[Path, Path], tmp_path: Path
+) -> None:
     teacher, small = pair
     before = tree(small)
     found = svdcli.heal(small, teacher, TEXT, tmp_path / "healed", **HOW)
@@ -59,7 +64,10 @@ def test_every_block_gets_better_and_the_model_with_them(pair: tuple[Path, Path]
     ours, healed = svdcli.load(small), svdcli.load(tmp_path / "healed")
     ids = torch.randint(2, 96, (8, 32), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        gaps = [(m.model(ids).last_hidden_state - dense.model(ids).last_hidden_state).norm() for m in (ours, healed)]
+        gaps = [
+            (m.model(ids).last_hidden_state - dense.model(ids).last_hidden_state).norm()
+            for m in (ours, healed)
+        ]
     assert gaps[1] < gaps[0]
 
 
@@ -74,9 +82,11 @@ def test_only_factors_change(pair: tuple[Path, Path], tmp_path: Path) -> None:
     assert all(old[name][:2] == new[name][:2] for name in old)
 
 
-def test_the_reported_errors_are_those_of_the_stored_weights(pair: tuple[Path, Path], tmp_path: Path, monkeypatch: Any) -> None:
-    """An oracle for a block, and for all of them: both models run in one piece, the gradient's moment by an ordinary backward
-    pass, the model's own loss on the text by transformers."""
+def test_the_reported_errors_are_those_of_the_stored_weights(
+    pair: tuple[Path, Path], tmp_path: Path, monkeypatch: Any
+) -> None:
+    """An oracle for a block, and for all of them: both models run in one piece, the gradient's
+    moment by an ordinary backward pass, the model's own loss on the text by transformers."""
     from svdcli.calibration.reading import read_batches
     from svdcli.calibration.text_side import text_side
     from svdcli.text.tokens import Amount, load_tokenizer
@@ -91,21 +101,36 @@ def test_the_reported_errors_are_those_of_the_stored_weights(pair: tuple[Path, P
     reading = Reading.of(read_batches(side, load_tokenizer(teacher), TEXT, Amount(64), 32).batches)
     few = reading.fewer(12).batches
     torch.manual_seed(0)
-    h = block_moments(dense.requires_grad_(False), few, {"model.layers.0"}, 1000, torch.device("cpu"))["model.layers.0"].double()
+    h = block_moments(
+        dense.requires_grad_(False), few, {"model.layers.0"}, 1000, torch.device("cpu")
+    )["model.layers.0"].double()
     h += module.DAMPING * h.diagonal().mean() * torch.eye(h.shape[0], dtype=torch.float64)
     for model, key in ((ours, "before"), (healed, "after")):
         wrong = energy = 0.0
         for batch in reading.held:
             with torch.no_grad():
-                y, z = (m.model(**batch, output_hidden_states=True).hidden_states[1].double() for m in (dense, model))
+                y, z = (
+                    m.model(**batch, output_hidden_states=True).hidden_states[1].double()
+                    for m in (dense, model)
+                )
             wrong += float(((z - y) @ h * (z - y)).sum())
             energy += float((y @ h * y).sum())
-        assert found.report.healing["blocks"]["model.layers.0"][key] == pytest.approx(wrong / energy, rel=1e-3)
+        assert found.report.healing["blocks"]["model.layers.0"][key] == pytest.approx(
+            wrong / energy, rel=1e-3
+        )
     for model, key in ((healed, "before"), (svdcli.load(tmp_path / "whole"), "after")):
         with torch.no_grad():
-            losses = [[m(**batch, labels=batch["input_ids"]).loss.double() for m in (dense, model)] for batch in reading.held]
-            pairs = [[m(**batch).logits.double().log_softmax(-1) for m in (dense, model)] for batch in reading.held]
-        kl = torch.stack([torch.nn.functional.kl_div(q, p, log_target=True, reduction="sum") for p, q in pairs]).sum()
+            losses = [
+                [m(**batch, labels=batch["input_ids"]).loss.double() for m in (dense, model)]
+                for batch in reading.held
+            ]
+            pairs = [
+                [m(**batch).logits.double().log_softmax(-1) for m in (dense, model)]
+                for batch in reading.held
+            ]
+        kl = torch.stack(
+            [torch.nn.functional.kl_div(q, p, log_target=True, reduction="sum") for p, q in pairs]
+        ).sum()
         count = sum(batch["input_ids"].numel() for batch in reading.held)
         excess = sum(float(ours - theirs) for theirs, ours in losses) / len(losses)
         mixed = 0.7 * float(kl) / count + 0.3 * excess
@@ -113,7 +138,9 @@ def test_the_reported_errors_are_those_of_the_stored_weights(pair: tuple[Path, P
     assert (whole.report.healing["hard_labels"], found.report.healing["hard_labels"]) == (0.3, 0.0)
 
 
-def test_hard_labels_teach_the_text_and_their_absence_the_original(pair: tuple[Path, Path], tmp_path: Path) -> None:
+def test_hard_labels_teach_the_text_and_their_absence_the_original(
+    pair: tuple[Path, Path], tmp_path: Path
+) -> None:
     """The sequence of TEXT is periodic, and the dense model has never seen it."""
     losses = {}
     for share in (0.0, 0.9):
@@ -134,7 +161,9 @@ def test_a_model_that_does_not_fit_into_memory_is_healed_in_blocks_and_says_so(
 
 
 @pytest.mark.parametrize("family", ["gpt2", "bert"])
-def test_a_calibrated_model_with_biases_heals(family: str, written: Written, tmp_path: Path) -> None:
+def test_a_calibrated_model_with_biases_heals(
+    family: str, written: Written, tmp_path: Path
+) -> None:
     """Its biases are refitted with its layers, and are trained with them."""
     teacher = written(family)
     words_tokenizer(teacher)
@@ -145,12 +174,16 @@ def test_a_calibrated_model_with_biases_heals(family: str, written: Written, tmp
     assert any(layer.bias is not None for layer in plan.factored)
     healed = svdcli.heal(tmp_path / "small", teacher, lines, tmp_path / "healed", **HOW).plan
     assert svdcli.verify(tmp_path / "healed", teacher).ok
-    small, better = (load_file(tmp_path / name / "model.safetensors") for name in ("small", "healed"))
+    small, better = (
+        load_file(tmp_path / name / "model.safetensors") for name in ("small", "healed")
+    )
     biases = [layer.bias.name for layer in healed.factored if layer.bias is not None]
     assert any(not torch.equal(small[name], better[name]) for name in biases)
 
 
-def test_a_size_that_the_record_of_healing_exceeds_is_noted(written: Written, tmp_path: Path) -> None:
+def test_a_size_that_the_record_of_healing_exceeds_is_noted(
+    written: Written, tmp_path: Path
+) -> None:
     """Ranks stay, and what healing did takes room in the record."""
     teacher = shutil.copytree(written("llama"), tmp_path / "model")
     words_tokenizer(teacher)
@@ -159,8 +192,20 @@ def test_a_size_that_the_record_of_healing_exceeds_is_noted(written: Written, tm
     small = sum(path.stat().st_size for path in (tmp_path / "small").iterdir())
     record["recipe"] |= {"target": "size", "value": small - 1000}
     (tmp_path / "small" / "svdcli.json").write_text(json.dumps(record))
-    found = svdcli.heal(tmp_path / "small", teacher, TEXT, tmp_path / "healed", effort=Effort(steps=2), samples=64, seq_len=32)
-    missed = [note for note in found.report.notes if note.startswith("the target is missed: the output is larger than --size")]
+    found = svdcli.heal(
+        tmp_path / "small",
+        teacher,
+        TEXT,
+        tmp_path / "healed",
+        effort=Effort(steps=2),
+        samples=64,
+        seq_len=32,
+    )
+    missed = [
+        note
+        for note in found.report.notes
+        if note.startswith("the target is missed: the output is larger than --size")
+    ]
     assert found.report.total.bytes_after > record["recipe"]["value"]
     assert len(missed) == 1
 
@@ -169,7 +214,9 @@ def test_what_is_held_out_is_never_learned_from() -> None:
     for count in (2, 3, 7, 8, 40):
         batches = [{"input_ids": torch.full((1, 1), i)} for i in range(count)]
         reading = Reading.of(batches)
-        read, held = ({int(b["input_ids"]) for b in part} for part in (reading.batches, reading.held))
+        read, held = (
+            {int(b["input_ids"]) for b in part} for part in (reading.batches, reading.held)
+        )
         assert read | held == set(range(count))
         assert not read & held
         assert 1 <= len(held) <= 4
@@ -177,14 +224,18 @@ def test_what_is_held_out_is_never_learned_from() -> None:
         assert reading.fewer(5).held is reading.held
 
 
-def test_little_text_is_parted_and_a_single_window_refused(pair: tuple[Path, Path], tmp_path: Path) -> None:
+def test_little_text_is_parted_and_a_single_window_refused(
+    pair: tuple[Path, Path], tmp_path: Path
+) -> None:
     rows = {"input_ids": torch.arange(3)[:, None], "attention_mask": torch.ones(3, 1)}
     reading = Reading.of([rows])
     (read,), (held,) = reading.batches, reading.held
     assert torch.cat((read["input_ids"], held["input_ids"])).tolist() == [[0], [1], [2]]
     assert read.keys() == held.keys() == rows.keys()
     with pytest.raises(SvdcliError, match="held out"):
-        svdcli.heal(pair[1], pair[0], svdcli.Texts("few", ("w3 w4 w5 w6",)), tmp_path / "healed", **HOW)
+        svdcli.heal(
+            pair[1], pair[0], svdcli.Texts("few", ("w3 w4 w5 w6",)), tmp_path / "healed", **HOW
+        )
     assert not (tmp_path / "healed").exists()
 
 
@@ -204,7 +255,10 @@ class Sometimes(nn.Module):
 
 def test_a_block_that_no_held_out_text_reaches_is_named() -> None:
     batches = [{"input_ids": torch.tensor([[first, 1, 2]])} for first in (0, 3, 4, 5)]
-    dense, low_rank = Sometimes(lambda: nn.Linear(8, 8)), Sometimes(lambda: LowRankLinear(8, 8, 3, bias=True))
+    dense, low_rank = (
+        Sometimes(lambda: nn.Linear(8, 8)),
+        Sometimes(lambda: LowRankLinear(8, 8, 3, bias=True)),
+    )
     reading = Reading(batches[:2], batches[2:])
     healed = heal_blocks(dense, low_rank, reading, Effort(steps=1), trainable=lambda name: True)
     assert next(healed).name == "layers.0"
@@ -216,8 +270,9 @@ def test_a_block_that_no_held_out_text_reaches_is_named() -> None:
 def test_a_layer_is_refitted_to_the_least_squares_of_what_it_should_answer(
     layer: str, pair: tuple[Path, Path], monkeypatch: Any
 ) -> None:
-    """An oracle in float64, in the second block, whose inputs the first one has spoilt: with H = I and no ridge the best weight
-    of rank r is the projection of the regression's fitted values on their leading directions (reduced rank regression)."""
+    """An oracle in float64, in the second block, whose inputs the first one has spoilt: with H = I
+    and no ridge the best weight of rank r is the projection of the regression's fitted values on
+    their leading directions (reduced rank regression)."""
     from svdcli.models.load import load_stored
 
     monkeypatch.setattr(closed_form, "RIDGE", 1e-9)
@@ -227,12 +282,21 @@ def test_a_layer_is_refitted_to_the_least_squares_of_what_it_should_answer(
 
     def watch(site: Any, sums: Any) -> None:
         solve(site, sums)
-        solved[site.name] = site.closing, sums, site.weight(), site.ours.rank, module_weight(site.ours).double()
+        solved[site.name] = (
+            site.closing,
+            sums,
+            site.weight(),
+            site.ours.rank,
+            module_weight(site.ours).double(),
+        )
 
     monkeypatch.setattr(closed_form, "_solve", watch)
     from svdcli.models.modules import weight_of as module_weight
 
-    batches = [{"input_ids": torch.randint(2, 96, (4, 32), generator=torch.Generator().manual_seed(i))} for i in range(12)]
+    batches = [
+        {"input_ids": torch.randint(2, 96, (4, 32), generator=torch.Generator().manual_seed(i))}
+        for i in range(12)
+    ]
     blocks = heal_blocks(
         load_stored(pair[0]),
         load_stored(pair[1]),
@@ -253,27 +317,42 @@ def test_a_layer_is_refitted_to_the_least_squares_of_what_it_should_answer(
         vectors = torch.linalg.eigh(w @ inputs @ w.T).eigenvectors[:, -rank:]
         return vectors @ vectors.T @ w
 
-    optimum, plain = missed(truncated(cross @ torch.linalg.pinv(inputs, hermitian=True))), missed(truncated(dense))
+    optimum, plain = (
+        missed(truncated(cross @ torch.linalg.pinv(inputs, hermitian=True))),
+        missed(truncated(dense)),
+    )
     assert optimum < plain
     assert missed(weight) - optimum < 1e-3 * (plain - optimum)
 
 
-def test_a_refit_aims_at_what_the_original_answers(pair: tuple[Path, Path], monkeypatch: Any) -> None:
-    """An oracle for the sums behind a refit: both models run in one piece, the student as it is when the layer's turn comes. A
-    layer that closes its block is aimed at what the original's block sends on, less what reaches the end without it."""
+def test_a_refit_aims_at_what_the_original_answers(
+    pair: tuple[Path, Path], monkeypatch: Any
+) -> None:
+    """An oracle for the sums behind a refit: both models run in one piece, the student as it is
+    when the layer's turn comes. A layer that closes its block is aimed at what the original's block
+    sends on, less what reaches the end without it."""
     from svdcli.models.load import load_stored
 
     student = load_stored(pair[1])
     dense, copy = (svdcli.load(path).to(torch.float32) for path in pair)
-    batches = [{"input_ids": torch.randint(2, 96, (4, 32), generator=torch.Generator().manual_seed(i))} for i in range(8)]
+    batches = [
+        {"input_ids": torch.randint(2, 96, (4, 32), generator=torch.Generator().manual_seed(i))}
+        for i in range(8)
+    ]
     reading = Reading(batches[:6], batches[6:])
     checked: list[str] = []
 
     def of_the_block(model: Any, layer: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Rows of the layer's inputs, its outputs and the block's, over all that is read."""
         block, seen = model.model.layers[0], []
-        handles = [block.get_submodule(layer).register_forward_hook(lambda m, x, y: seen.append((x[0], y)))]
-        handles += [block.register_forward_hook(lambda m, x, y: seen.append(y[0] if isinstance(y, tuple) else y))]
+        handles = [
+            block.get_submodule(layer).register_forward_hook(lambda m, x, y: seen.append((x[0], y)))
+        ]
+        handles += [
+            block.register_forward_hook(
+                lambda m, x, y: seen.append(y[0] if isinstance(y, tuple) else y)
+            )
+        ]
         with torch.no_grad():
             for batch in reading.batches:
                 model(**batch)
@@ -292,8 +371,12 @@ def test_a_refit_aims_at_what_the_original_answers(pair: tuple[Path, Path], monk
             x, y, out = of_the_block(copy, site.name)
             _, wanted, sent = of_the_block(dense, site.name)
             target = sent - (out - y) if site.name == "mlp.down_proj" else wanted
-            torch.testing.assert_close(sums.cross / sums.count, target.T @ x / len(x), rtol=1e-3, atol=1e-6)
-            torch.testing.assert_close(sums.inputs / sums.count, x.T @ x / len(x), rtol=1e-3, atol=1e-6)
+            torch.testing.assert_close(
+                sums.cross / sums.count, target.T @ x / len(x), rtol=1e-3, atol=1e-6
+            )
+            torch.testing.assert_close(
+                sums.inputs / sums.count, x.T @ x / len(x), rtol=1e-3, atol=1e-6
+            )
             checked.append(site.name)
         solve(site, sums)
 
@@ -305,29 +388,40 @@ def test_a_refit_aims_at_what_the_original_answers(pair: tuple[Path, Path], monk
 
 def test_block_moments_are_those_of_a_backward_pass_in_one_piece(pair: tuple[Path, Path]) -> None:
     model = svdcli.load(pair[0]).requires_grad_(False)
-    batches = [{"input_ids": torch.randint(2, 96, (2, 12), generator=torch.Generator().manual_seed(i))} for i in range(3)]
+    batches = [
+        {"input_ids": torch.randint(2, 96, (2, 12), generator=torch.Generator().manual_seed(i))}
+        for i in range(3)
+    ]
     torch.manual_seed(5)
-    found = block_moments(model, batches, {"model.layers.0", "model.layers.1"}, 1, torch.device("cpu"))
+    found = block_moments(
+        model, batches, {"model.layers.0", "model.layers.1"}, 1, torch.device("cpu")
+    )
     torch.manual_seed(5)
     loss, sums = ModelLoss(), dict.fromkeys(found, 0)
     loss.batches = batches
     for index, batch in enumerate(batches):
         embedded = model.get_input_embeddings()(batch["input_ids"]).detach().requires_grad_()
         last = []
-        hook = model.model.layers[1].register_forward_hook(lambda m, a, out, last=last: last.append(out))
+        hook = model.model.layers[1].register_forward_hook(
+            lambda m, a, out, last=last: last.append(out)
+        )
         output = model(inputs_embeds=embedded, output_hidden_states=True, use_cache=False)
         hook.remove()
         hidden = output.hidden_states
         tensor, gradient = loss.seed(index, output)
         ends = [hidden[1], last[0][0] if isinstance(last[0], tuple) else last[0]]
-        for name, grad in zip(sorted(found), torch.autograd.grad(tensor, ends, gradient), strict=True):
+        for name, grad in zip(
+            sorted(found), torch.autograd.grad(tensor, ends, gradient), strict=True
+        ):
             rows = grad.reshape(-1, grad.shape[-1])
             sums[name] = sums[name] + rows.T @ rows
     for name, moment in found.items():
         torch.testing.assert_close(moment, sums[name] / loss.events, rtol=1e-4, atol=1e-9)
 
 
-def test_a_block_that_finds_nothing_better_stays_as_it_was(pair: tuple[Path, Path], tmp_path: Path, monkeypatch: Any) -> None:
+def test_a_block_that_finds_nothing_better_stays_as_it_was(
+    pair: tuple[Path, Path], tmp_path: Path, monkeypatch: Any
+) -> None:
     teacher, small = pair
     for rate in ("BLOCK_RATE", "WHOLE_RATE"):
         monkeypatch.setattr(module, rate, 50.0)
@@ -338,7 +432,9 @@ def test_a_block_that_finds_nothing_better_stays_as_it_was(pair: tuple[Path, Pat
     assert old == new
 
 
-def test_a_run_that_was_cut_short_continues_to_the_same_bytes(pair: tuple[Path, Path], tmp_path: Path, monkeypatch: Any) -> None:
+def test_a_run_that_was_cut_short_continues_to_the_same_bytes(
+    pair: tuple[Path, Path], tmp_path: Path, monkeypatch: Any
+) -> None:
     teacher, small = pair
     svdcli.heal(small, teacher, TEXT, tmp_path / "whole", **HOW)
     note, trained = Workspace.note, []
@@ -354,7 +450,9 @@ def test_a_run_that_was_cut_short_continues_to_the_same_bytes(pair: tuple[Path, 
             svdcli.heal(small, teacher, TEXT, tmp_path / "cut", **HOW)
     assert not (tmp_path / "cut").exists()
     heal = module._Healer.heal
-    monkeypatch.setattr(module._Healer, "heal", lambda self, *how: (trained.append(self.name), heal(self, *how))[1])
+    monkeypatch.setattr(
+        module._Healer, "heal", lambda self, *how: (trained.append(self.name), heal(self, *how))[1]
+    )
     svdcli.heal(small, teacher, TEXT, tmp_path / "cut", **HOW)
     assert trained == ["model.layers.1"]
     assert tree(tmp_path / "cut") == tree(tmp_path / "whole")
@@ -367,12 +465,19 @@ def test_other_architectures_heal(family: str, written: Written, tmp_path: Path)
     words_tokenizer(teacher)
     svdcli.compress(teacher, tmp_path / "small", svdcli.Recipe("keep", 0.4, layout="pivoted"))
     lines = svdcli.Texts(
-        "lines", ("\n".join(" ".join(f"w{(i * j) % 94 + 2}" for j in range(3, 12 + i % 9)) for i in range(300)),)
+        "lines",
+        (
+            "\n".join(
+                " ".join(f"w{(i * j) % 94 + 2}" for j in range(3, 12 + i % 9)) for i in range(300)
+            ),
+        ),
     )
     text = lines if family == "bert" else TEXT
     if family == "bert":
         with pytest.raises(SvdcliError, match="does not predict the next token"):
-            svdcli.heal(tmp_path / "small", teacher, text, tmp_path / "healed", **HOW, hard_labels=0.1)
+            svdcli.heal(
+                tmp_path / "small", teacher, text, tmp_path / "healed", **HOW, hard_labels=0.1
+            )
     found = svdcli.heal(tmp_path / "small", teacher, text, tmp_path / "healed", **HOW)
     assert found.report.healing["hard_labels"] == (0.1 if family == "gpt2" else 0.0)
     blocks = found.report.healing["blocks"]
@@ -401,10 +506,25 @@ def test_the_command(pair: tuple[Path, Path], tmp_path: Path) -> None:
     teacher, small = pair
     text = tmp_path / "text.txt"
     text.write_text(TEXT.documents[0])
-    line = ["heal", small, "--teacher", teacher, "--text", text, "--seq-len", "32", "--samples", "32"]
+    line = [
+        "heal",
+        small,
+        "--teacher",
+        teacher,
+        "--text",
+        text,
+        "--seq-len",
+        "32",
+        "--samples",
+        "32",
+    ]
     done = cli(*line, "-o", tmp_path / "healed", "--steps", "5", "--json")
     assert done.code == 0, done.err
-    assert json.loads(done.out)["healing"]["blocks"].keys() == {"model.layers.0", "model.layers.1", WHOLE}
+    assert json.loads(done.out)["healing"]["blocks"].keys() == {
+        "model.layers.0",
+        "model.layers.1",
+        WHOLE,
+    }
     shown = cli("report", tmp_path / "healed").out.decode()
     assert "model.layers.1: " in shown
     assert "exists" in complaint(cli(*line, "-o", tmp_path / "healed", "--steps", "5"))

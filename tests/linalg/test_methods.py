@@ -1,4 +1,5 @@
-"""The methods that the quality benchmark compares with, against what their papers prove of them, by torch.linalg in float64."""
+"""The methods that the quality benchmark compares with, against what their papers prove of them, by
+torch.linalg in float64."""
 
 from __future__ import annotations
 
@@ -15,7 +16,17 @@ import svdcli
 from svdcli.linalg.whitening import Metric, weighted
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-from methods import METHODS, Inputs, asvd, cholesky_factor, even_rank, inputs_of, plain_svd, svd_llm, with_factors
+from methods import (
+    METHODS,
+    Inputs,
+    asvd,
+    cholesky_factor,
+    even_rank,
+    inputs_of,
+    plain_svd,
+    svd_llm,
+    with_factors,
+)
 
 SAMPLE = Path(__file__).parents[2] / "sample_models" / "tiny-llama"
 SHAPES = [(40, 24), (24, 40), (32, 32), (9, 64)]
@@ -28,8 +39,11 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 
 
 def tokens(n: int, count: int = TOKENS) -> Tensor:
-    """Inputs X (n, count) whose channels lean on each other and differ in size up to a hundred times, with a mean."""
-    loudness = torch.logspace(-1, 1, n, dtype=torch.float64)[torch.randperm(n, generator=torch.Generator().manual_seed(7))]
+    """Inputs X (n, count) whose channels lean on each other and differ in size up to a hundred
+    times, with a mean."""
+    loudness = torch.logspace(-1, 1, n, dtype=torch.float64)[
+        torch.randperm(n, generator=torch.Generator().manual_seed(7))
+    ]
     return loudness[:, None] * (normal(n, n, seed=8) @ normal(n, count, seed=9) / n**0.5 + 0.5)
 
 
@@ -79,8 +93,12 @@ def test_asvd_is_the_nearest_with_its_channels_scaled(shape: tuple[int, int], al
     for rank in ranks_of(shape):
         up, down = asvd(w, rank, seen(x), alpha)
         assert (up.shape, down.shape) == ((shape[0], rank), (rank, shape[1]))
-        assert float(((w - up @ down) * scale).norm()) == pytest.approx(tail(w * scale, rank), rel=1e-10)
-        check_that_nothing_near_is_better(up, down, lambda product: float(((w - product) * scale).norm()))
+        assert float(((w - up @ down) * scale).norm()) == pytest.approx(
+            tail(w * scale, rank), rel=1e-10
+        )
+        check_that_nothing_near_is_better(
+            up, down, lambda product: float(((w - product) * scale).norm())
+        )
 
 
 def test_asvd_without_an_exponent_is_plain_svd() -> None:
@@ -109,7 +127,9 @@ def test_svd_llm_loses_on_data_what_it_cuts_off(shape: tuple[int, int]) -> None:
         error = float(((w - up @ down) @ x).norm())
         assert error == pytest.approx(float(sigma[rank:].square().sum().sqrt()), rel=1e-8)
         assert error == pytest.approx(tail(w @ x, rank), rel=1e-8)
-        check_that_nothing_near_is_better(up, down, lambda product: float(((w - product) @ x).norm()))
+        check_that_nothing_near_is_better(
+            up, down, lambda product: float(((w - product) @ x).norm())
+        )
 
 
 def test_each_singular_value_that_svd_llm_leaves_out_costs_itself() -> None:
@@ -119,7 +139,9 @@ def test_each_singular_value_that_svd_llm_leaves_out_costs_itself() -> None:
     sigma = torch.linalg.svdvals(w @ x)
     for i in range(24):
         others = [j for j in range(24) if j != i]
-        assert float(((w - up[:, others] @ down[others]) @ x).norm()) == pytest.approx(float(sigma[i]), rel=1e-7)
+        assert float(((w - up[:, others] @ down[others]) @ x).norm()) == pytest.approx(
+            float(sigma[i]), rel=1e-7
+        )
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -144,13 +166,19 @@ def test_the_whole_rank_is_the_weight(method: str) -> None:
     torch.testing.assert_close(up @ down, w, rtol=0, atol=1e-9)
 
 
-# In a model ----------------------------------------------------------------------------------------------------------
+# In a model ---------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def llama() -> LlamaForCausalLM:
     torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 64}
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "vocab_size": 64,
+    }
     return LlamaForCausalLM(LlamaConfig(**sizes)).eval()
 
 
@@ -160,7 +188,12 @@ def test_the_hooks_see_what_the_layers_see(llama: LlamaForCausalLM) -> None:
     names = ["model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"]
     found = inputs_of(llama, names, ids.split(4))
     with torch.no_grad():
-        x = llama.model.layers[0].input_layernorm(llama.model.embed_tokens(ids)).reshape(60, 32).double()
+        x = (
+            llama.model.layers[0]
+            .input_layernorm(llama.model.embed_tokens(ids))
+            .reshape(60, 32)
+            .double()
+        )
     first = found[names[0]]
     assert first.count == found[names[1]].count == 60
     torch.testing.assert_close(first.magnitude, x.abs().sum(0), rtol=1e-5, atol=0)
@@ -174,7 +207,9 @@ def test_a_copy_of_the_model_gets_the_rounded_factors(llama: LlamaForCausalLM) -
     before = llama.get_submodule(name).weight.detach().clone()
     up, down = plain_svd(before, 5)
     changed = with_factors(llama, {name: (up, down)}, torch.bfloat16)
-    assert torch.equal(changed.get_submodule(name).weight, up.bfloat16().float() @ down.bfloat16().float())
+    assert torch.equal(
+        changed.get_submodule(name).weight, up.bfloat16().float() @ down.bfloat16().float()
+    )
     assert torch.equal(llama.get_submodule(name).weight, before)
     other = "model.layers.1.mlp.up_proj"
     assert torch.equal(changed.get_submodule(other).weight, llama.get_submodule(other).weight)

@@ -1,4 +1,5 @@
-"""Products against float64, by either library, in every order of memory that the solvers hand over."""
+"""Products against float64, by either library, in every order of memory that the solvers hand
+over."""
 
 from __future__ import annotations
 
@@ -39,7 +40,9 @@ def off(found: Tensor, exact: Tensor) -> float:
 @pytest.mark.usefixtures("library")
 @pytest.mark.parametrize("left", ORDERS)
 @pytest.mark.parametrize("right", ORDERS)
-@pytest.mark.parametrize("shape", [(100, 300, 70), (70, 64, 300), (5, 90, 80), (1, 1, 1), (0, 80, 80)])
+@pytest.mark.parametrize(
+    "shape", [(100, 300, 70), (70, 64, 300), (5, 90, 80), (1, 1, 1), (0, 80, 80)]
+)
 def test_a_product(shape: tuple[int, int, int], left: str, right: str) -> None:
     m, k, n = shape
     a, b, c = ORDERS[left](random(m, k, 1)), ORDERS[right](random(k, n, 2)), random(m, n, 3)
@@ -99,7 +102,11 @@ def chosen_anew() -> Iterator[None]:
     ],
 )
 def test_onednn_is_for_avx512_of_other_makers(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capability: str, maker: str | None, chosen: bool
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capability: str,
+    maker: str | None,
+    chosen: bool,
 ) -> None:
     if maker:
         (tmp_path / "cpuinfo").write_text(f"processor\t: 0\nvendor_id\t: {maker}\n")

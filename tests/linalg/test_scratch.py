@@ -37,11 +37,16 @@ def test_any_other_thread_gets_memory_of_its_own() -> None:
 
 def test_what_was_solved_outlives_the_scratch_it_was_solved_in() -> None:
     generator = torch.Generator().manual_seed(0)
-    weights = [torch.randn(*shape, generator=generator) for shape in ((90, 128), (300, 64), (1024, 1030))]
+    weights = [
+        torch.randn(*shape, generator=generator) for shape in ((90, 128), (300, 64), (1024, 1030))
+    ]
     alone = [gram(w, 20) for w in weights]
     with keeping_scratch():
         together = [gram(w, 20) for w in weights]
-        energies = [residual_energy(w, (f.up, f.down), "factored") for w, f in zip(weights, together, strict=True)]
+        energies = [
+            residual_energy(w, (f.up, f.down), "factored")
+            for w, f in zip(weights, together, strict=True)
+        ]
     for w, one, other, energy in zip(weights, alone, together, energies, strict=True):
         assert torch.equal(one.up, other.up)
         assert torch.equal(one.down, other.down)

@@ -1,4 +1,5 @@
-"""Every solver against Eckart and Young: no rank-r matrix is nearer, and theirs is as near, by a float64 SVD."""
+"""Every solver against Eckart and Young: no rank-r matrix is nearer, and theirs is as near, by a
+float64 SVD."""
 
 from __future__ import annotations
 
@@ -6,7 +7,13 @@ import pytest
 import torch
 from helpers import best_error, decaying
 
-from svdcli.linalg.solvers import SOLVERS, eigh_lower, eigvalsh_lower, squared_norm, squared_singular_values
+from svdcli.linalg.solvers import (
+    SOLVERS,
+    eigh_lower,
+    eigvalsh_lower,
+    squared_norm,
+    squared_singular_values,
+)
 
 SHAPES = [(60, 40), (40, 60), (50, 50), (300, 20), (20, 300), (33, 1)]
 EXACT = ["svd", "gram"]
@@ -74,14 +81,19 @@ def test_an_exactly_low_rank_matrix_is_reproduced(solver: str) -> None:
 @pytest.mark.parametrize("shape", SHAPES)
 def test_squared_singular_values(shape: tuple[int, int]) -> None:
     w = decaying(*shape, 0.5)
-    torch.testing.assert_close(squared_singular_values(w), torch.linalg.svdvals(w).square(), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(
+        squared_singular_values(w), torch.linalg.svdvals(w).square(), rtol=1e-9, atol=1e-12
+    )
 
 
 @pytest.mark.parametrize(
-    ("rows", "dtype"), [(100, torch.float32), (1024, torch.float32), (512, torch.float64), (513, torch.float64)]
+    ("rows", "dtype"),
+    [(100, torch.float32), (1024, torch.float32), (512, torch.float64), (513, torch.float64)],
 )
 @pytest.mark.parametrize("scale", [1.0, 1e-12])
-def test_eigenvalues_and_vectors_of_a_lower_triangle(rows: int, dtype: torch.dtype, scale: float) -> None:
+def test_eigenvalues_and_vectors_of_a_lower_triangle(
+    rows: int, dtype: torch.dtype, scale: float
+) -> None:
     """Rows of 4096 bytes are padded inside; nothing of that is seen."""
     w = decaying(rows, rows + 40, 0.3).to(dtype) * scale
     a = w @ w.T
@@ -92,11 +104,18 @@ def test_eigenvalues_and_vectors_of_a_lower_triangle(rows: int, dtype: torch.dty
     largest = float(oracle[-1])
     torch.testing.assert_close(values.double(), oracle, rtol=0, atol=30 * eps * largest)
     torch.testing.assert_close(
-        eigvalsh_lower(lambda out: out.copy_(lower), rows, a).double(), oracle, rtol=0, atol=30 * eps * largest
+        eigvalsh_lower(lambda out: out.copy_(lower), rows, a).double(),
+        oracle,
+        rtol=0,
+        atol=30 * eps * largest,
     )
     identity = torch.eye(rows, dtype=torch.float64)
-    torch.testing.assert_close(vectors.double().T @ vectors.double(), identity, rtol=0, atol=50 * eps)
-    torch.testing.assert_close(a.double() @ vectors.double(), vectors.double() * oracle, rtol=0, atol=100 * eps * largest)
+    torch.testing.assert_close(
+        vectors.double().T @ vectors.double(), identity, rtol=0, atol=50 * eps
+    )
+    torch.testing.assert_close(
+        a.double() @ vectors.double(), vectors.double() * oracle, rtol=0, atol=100 * eps * largest
+    )
 
 
 def test_eigenvalues_of_zero() -> None:

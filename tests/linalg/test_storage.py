@@ -59,5 +59,7 @@ def test_the_residual_is_that_of_the_rounded_tensors(layout: str, dtype: torch.d
 def test_rows_can_be_rebuilt_in_pieces(layout: str) -> None:
     stored = to_stored(svd(decaying(50, 30, 0.7), 9), layout, torch.float32)
     whole = dense_rows(stored, layout, torch.float32, slice(None))
-    pieces = [dense_rows(stored, layout, torch.float32, slice(at, at + 7)) for at in range(0, 50, 7)]
+    pieces = [
+        dense_rows(stored, layout, torch.float32, slice(at, at + 7)) for at in range(0, 50, 7)
+    ]
     torch.testing.assert_close(torch.cat(pieces), whole, rtol=1e-6, atol=1e-7)

@@ -1,4 +1,5 @@
-"""The weighted truncation against Eckart and Young in its metric, by an explicit float64 SVD of H_d^(1/2) W G^(1/2)."""
+"""The weighted truncation against Eckart and Young in its metric, by an explicit float64 SVD of
+H_d^(1/2) W G^(1/2)."""
 
 from __future__ import annotations
 
@@ -34,7 +35,9 @@ def singular(n: int, rank: int) -> Tensor:
 
 def metric(m: int, n: int, rows: str, condition: float = 100.0) -> Metric:
     h = moment(m, 1e4, seed=2) * 3e-7
-    return Metric(moment(n, condition), {"none": None, "diagonal": h.diagonal().clone(), "full": h}[rows])
+    return Metric(
+        moment(n, condition), {"none": None, "diagonal": h.diagonal().clone(), "full": h}[rows]
+    )
 
 
 def damped(on: Metric, m: int) -> Tensor:
@@ -53,7 +56,9 @@ def power(s: Tensor, exponent: float) -> Tensor:
 
 
 def best_energies(w: Tensor, on: Metric) -> Tensor:
-    return torch.linalg.svdvals(power(damped(on, w.shape[0]), 0.5) @ w @ power(on.inputs, 0.5)).square()
+    return torch.linalg.svdvals(
+        power(damped(on, w.shape[0]), 0.5) @ w @ power(on.inputs, 0.5)
+    ).square()
 
 
 def trace_error(w: Tensor, approx: Tensor, on: Metric) -> float:
@@ -64,7 +69,9 @@ def trace_error(w: Tensor, approx: Tensor, on: Metric) -> float:
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("condition", [100.0, 1e12])
-def test_every_rank_has_the_error_of_the_explicit_svd(shape: tuple[int, int], rows: str, condition: float) -> None:
+def test_every_rank_has_the_error_of_the_explicit_svd(
+    shape: tuple[int, int], rows: str, condition: float
+) -> None:
     w, on = normal(*shape), metric(*shape, rows, condition)
     best = best_energies(w, on)
     floor = FLOOR * float(best.sum())
@@ -77,7 +84,9 @@ def test_every_rank_has_the_error_of_the_explicit_svd(shape: tuple[int, int], ro
         expected = float(best[rank:].sum())
         assert error == pytest.approx(expected, rel=1e-6, abs=1e-6 * floor)
         assert factors.tail == pytest.approx(expected, rel=1e-6, abs=1e-6 * floor)
-        torch.testing.assert_close(factors.sigma.square(), best[:rank], rtol=1e-6, atol=1e-6 * floor)
+        torch.testing.assert_close(
+            factors.sigma.square(), best[:rank], rtol=1e-6, atol=1e-6 * floor
+        )
         checked += expected > floor
     assert checked >= min(shape) // 2
 
@@ -90,11 +99,15 @@ def test_the_energies_are_the_errors_of_every_rank(shape: tuple[int, int], rows:
     assert energies.dtype == torch.float64
     assert bool((energies.diff() <= 0).all())
     torch.testing.assert_close(energies, best_energies(w, on), rtol=1e-9, atol=0)
-    assert weighted_error(w, torch.zeros_like(w), on) == pytest.approx(float(energies.sum()), rel=1e-12)
+    assert weighted_error(w, torch.zeros_like(w), on) == pytest.approx(
+        float(energies.sum()), rel=1e-12
+    )
     for rank in range(1, min(shape) + 1):
         factors = weighted(w, rank, on)
         error = weighted_error(w, factors.up @ factors.down, on)
-        assert error == pytest.approx(float(energies[rank:].sum()), rel=1e-9, abs=1e-15 * float(energies.sum()))
+        assert error == pytest.approx(
+            float(energies[rank:].sum()), rel=1e-9, abs=1e-15 * float(energies.sum())
+        )
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -119,18 +132,29 @@ def test_nothing_near_is_better(shape: tuple[int, int], rows: str) -> None:
         for size in (1e-5, 1e-3, 1e-1, 1.0):
             up = factors.up + size * normal(*factors.up.shape, seed=seed)
             down = factors.down + size * normal(*factors.down.shape, seed=seed + 100)
-            for product in (up @ down, up @ factors.down, factors.up @ down, (1 + size) * factors.up @ factors.down):
+            for product in (
+                up @ down,
+                up @ factors.down,
+                factors.up @ down,
+                (1 + size) * factors.up @ factors.down,
+            ):
                 assert trace_error(w, product, on) >= best - slack
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_output_error_on_data_is_the_least_there_is(shape: tuple[int, int]) -> None:
-    w, x = normal(*shape), normal(shape[1], 200, seed=3) * torch.linspace(0.1, 3, shape[1], dtype=torch.float64)[:, None]
+    w, x = (
+        normal(*shape),
+        normal(shape[1], 200, seed=3)
+        * torch.linspace(0.1, 3, shape[1], dtype=torch.float64)[:, None],
+    )
     best = torch.linalg.svdvals(w @ x).square() / 200
     for rank in range(1, min(shape) + 1):
         factors = weighted(w, rank, Metric(x @ x.T / 200))
         error = float((w @ x - factors.up @ (factors.down @ x)).square().sum()) / 200
-        assert error == pytest.approx(float(best[rank:].sum()), rel=1e-9, abs=1e-13 * float(best.sum()))
+        assert error == pytest.approx(
+            float(best[rank:].sum()), rel=1e-9, abs=1e-13 * float(best.sum())
+        )
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -138,7 +162,9 @@ def test_without_a_metric_it_is_eckart_young(shape: tuple[int, int]) -> None:
     w, rank = normal(*shape), (min(shape) + 1) // 2
     u, s, vh = torch.linalg.svd(w, full_matrices=False)
     factors = weighted(w, rank, Metric(torch.eye(shape[1])))
-    torch.testing.assert_close(factors.up @ factors.down, (u[:, :rank] * s[:rank]) @ vh[:rank], rtol=0, atol=1e-10)
+    torch.testing.assert_close(
+        factors.up @ factors.down, (u[:, :rank] * s[:rank]) @ vh[:rank], rtol=0, atol=1e-10
+    )
     torch.testing.assert_close(factors.sigma, s[:rank])
 
 
@@ -150,13 +176,17 @@ def test_a_singular_g_of_rank_3_needs_rank_3(shape: tuple[int, int], rows: str) 
     for rank in range(1, min(shape) + 1):
         factors = weighted(w, rank, on)
         error = trace_error(w, factors.up @ factors.down, on)
-        assert error == pytest.approx(float(best[rank:].sum()) if rank < 3 else 0.0, rel=1e-9, abs=1e-14 * whole)
+        assert error == pytest.approx(
+            float(best[rank:].sum()) if rank < 3 else 0.0, rel=1e-9, abs=1e-14 * whole
+        )
     torch.testing.assert_close(weighted_energies(w, on), best, rtol=1e-9, atol=1e-14 * whole)
 
 
 @pytest.mark.parametrize("shape", [(40, 24), (24, 40)])
 @pytest.mark.parametrize("rows", ["diagonal", "full"])
-def test_without_damping_a_singular_h_leaves_its_null_space_zero(shape: tuple[int, int], rows: str) -> None:
+def test_without_damping_a_singular_h_leaves_its_null_space_zero(
+    shape: tuple[int, int], rows: str
+) -> None:
     m, n = shape
     w, h = normal(m, n), singular(m, 5)
     if rows == "diagonal":
@@ -166,7 +196,9 @@ def test_without_damping_a_singular_h_leaves_its_null_space_zero(shape: tuple[in
     for rank in (1, 4, 5, 9):
         factors = weighted(w, rank, on)
         product = factors.up @ factors.down
-        assert trace_error(w, product, on) == pytest.approx(float(best[rank:].sum()), rel=1e-9, abs=1e-13 * whole)
+        assert trace_error(w, product, on) == pytest.approx(
+            float(best[rank:].sum()), rel=1e-9, abs=1e-13 * whole
+        )
         null = torch.linalg.eigh(damped(on, m)).eigenvectors[:, : m - 5]
         assert float((null.T @ product).norm()) <= 1e-6 * float(product.norm())
     torch.testing.assert_close(weighted_energies(w, on), best, rtol=1e-9, atol=1e-13 * whole)
@@ -176,23 +208,32 @@ def test_without_damping_a_singular_h_leaves_its_null_space_zero(shape: tuple[in
 def test_damping_moves_every_row_towards_the_same_weight(damping: float) -> None:
     w, on = normal(30, 20), replace(metric(30, 20, "full"), damping=damping)
     factors = weighted(w, 8, on)
-    error, expected = trace_error(w, factors.up @ factors.down, on), float(best_energies(w, on)[8:].sum())
+    error, expected = (
+        trace_error(w, factors.up @ factors.down, on),
+        float(best_energies(w, on)[8:].sum()),
+    )
     assert error == pytest.approx(expected, rel=1e-9)
     assert weighted_error(w, factors.up @ factors.down, on) == pytest.approx(expected, rel=1e-9)
     plain = weighted_error(w, factors.up @ factors.down, replace(on, damping=0.0))
-    assert plain == pytest.approx(trace_error(w, factors.up @ factors.down, replace(on, damping=0.0)), rel=1e-9)
+    assert plain == pytest.approx(
+        trace_error(w, factors.up @ factors.down, replace(on, damping=0.0)), rel=1e-9
+    )
 
 
 @pytest.mark.parametrize("shape", [(40, 24), (24, 40)])
 @pytest.mark.parametrize("rows", ROWS)
-def test_the_scale_of_a_moment_scales_the_error_and_nothing_else(shape: tuple[int, int], rows: str) -> None:
+def test_the_scale_of_a_moment_scales_the_error_and_nothing_else(
+    shape: tuple[int, int], rows: str
+) -> None:
     w, on = normal(*shape), metric(*shape, rows)
     scaled = Metric(on.inputs * 1e-20, None if on.outputs is None else on.outputs * 1e30)
     scale = 1e-20 if on.outputs is None else 1e10
     one, other = weighted(w, 10, on), weighted(w, 10, scaled)
     torch.testing.assert_close(one.up @ one.down, other.up @ other.down, rtol=0, atol=1e-10)
     assert other.tail == pytest.approx(scale * one.tail, rel=1e-9)
-    torch.testing.assert_close(weighted_energies(w, scaled), scale * weighted_energies(w, on), rtol=1e-9, atol=0)
+    torch.testing.assert_close(
+        weighted_energies(w, scaled), scale * weighted_energies(w, on), rtol=1e-9, atol=0
+    )
 
 
 @pytest.mark.parametrize("shape", [(40, 24), (24, 40)])
@@ -201,7 +242,10 @@ def test_the_units_of_the_input_channels_do_not_matter(shape: tuple[int, int], r
     """x -> S x, W -> W S^-1 is the same layer, also where one channel outweighs another by 2^60."""
     w, on = normal(*shape), metric(*shape, rows)
     units = 2.0 ** torch.linspace(-30, 30, shape[1], dtype=torch.float64).round()
-    one, other = weighted(w, 10, on), weighted(w / units, 10, replace(on, inputs=units[:, None] * on.inputs * units))
+    one, other = (
+        weighted(w, 10, on),
+        weighted(w / units, 10, replace(on, inputs=units[:, None] * on.inputs * units)),
+    )
     torch.testing.assert_close(one.up @ one.down, other.up @ other.down * units, rtol=0, atol=1e-9)
     assert other.tail == pytest.approx(one.tail, rel=1e-9)
 
@@ -215,10 +259,14 @@ def test_the_norms_of_a_factor_pair_are_equal(shape: tuple[int, int], rows: str)
 
 @pytest.mark.parametrize("shape", [(40, 24), (24, 40)])
 @pytest.mark.parametrize("rows", ROWS)
-def test_the_first_columns_of_the_factors_are_the_factors_of_a_lower_rank(shape: tuple[int, int], rows: str) -> None:
+def test_the_first_columns_of_the_factors_are_the_factors_of_a_lower_rank(
+    shape: tuple[int, int], rows: str
+) -> None:
     w, on = normal(*shape), metric(*shape, rows)
     high, low = weighted(w, 12, on), weighted(w, 5, on)
-    torch.testing.assert_close(high.up[:, :5] @ high.down[:5], low.up @ low.down, rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        high.up[:, :5] @ high.down[:5], low.up @ low.down, rtol=0, atol=1e-12
+    )
 
 
 def test_rounding_never_makes_an_error_negative() -> None:
@@ -244,7 +292,9 @@ def test_a_full_rank_is_the_weight_itself(shape: tuple[int, int], rows: str) -> 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("shape", [(40, 24), (24, 40)])
-def test_any_dtype_comes_in_and_its_factors_go_out(dtype: torch.dtype, shape: tuple[int, int]) -> None:
+def test_any_dtype_comes_in_and_its_factors_go_out(
+    dtype: torch.dtype, shape: tuple[int, int]
+) -> None:
     w, on = normal(*shape).to(dtype), metric(*shape, "full")
     factors, exact = weighted(w, 10, on), weighted(w.double(), 10, on)
     assert factors.up.dtype == factors.down.dtype == dtype
@@ -254,7 +304,9 @@ def test_any_dtype_comes_in_and_its_factors_go_out(dtype: torch.dtype, shape: tu
     assert factors.tail == exact.tail
     assert torch.equal(weighted_energies(w, on), weighted_energies(w.double(), on))
     product = factors.up.double() @ factors.down.double()
-    assert weighted_error(w, product.to(dtype), on) == weighted_error(w.double(), product.to(dtype).double(), on)
+    assert weighted_error(w, product.to(dtype), on) == weighted_error(
+        w.double(), product.to(dtype).double(), on
+    )
 
 
 def test_a_moment_in_single_precision_is_taken_as_it_is() -> None:
@@ -272,7 +324,9 @@ def test_a_zero_moment_counts_as_the_identity(shape: tuple[int, int]) -> None:
     w, g, h = normal(m, n), moment(n), moment(m)
     no_rows = [Metric(g, torch.zeros(m)), Metric(g, torch.zeros(m, m))]
     no_inputs = [Metric(torch.zeros(n, n), h)]
-    for got, expected in [(on, Metric(g)) for on in no_rows] + [(on, Metric(torch.eye(n), h)) for on in no_inputs]:
+    for got, expected in [(on, Metric(g)) for on in no_rows] + [
+        (on, Metric(torch.eye(n), h)) for on in no_inputs
+    ]:
         one, other = weighted(w, 6, got), weighted(w, 6, expected)
         torch.testing.assert_close(one.up @ one.down, other.up @ other.down, rtol=0, atol=1e-10)
         torch.testing.assert_close(weighted_energies(w, got), weighted_energies(w, expected))
@@ -309,7 +363,9 @@ def test_the_refitted_bias_takes_the_mean_error_away_and_leaves_that_of_the_cova
     approx = factors.up @ factors.down
     refitted = refit_bias(w, approx, mean, bias)
     error = (w @ x + bias[:, None]) - (approx @ x + refitted[:, None])
-    torch.testing.assert_close(error.mean(dim=1), torch.zeros(12, dtype=torch.float64), rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        error.mean(dim=1), torch.zeros(12, dtype=torch.float64), rtol=0, atol=1e-12
+    )
     assert float(error.square().sum()) / 300 == pytest.approx(factors.tail, rel=1e-9)
     torch.testing.assert_close(refit_bias(w, approx, mean, None), refitted - bias)
     assert refit_bias(w, approx, mean, bias.bfloat16()).dtype == torch.bfloat16
@@ -321,7 +377,12 @@ def test_what_does_not_fit_is_refused() -> None:
     for rank in (0, 5):
         with pytest.raises(ValueError, match="rank"):
             weighted(w, rank, Metric(g))
-    for on in (Metric(moment(6)), Metric(g, torch.ones(4)), Metric(g, moment(4)), Metric(g, torch.ones(6, 1))):
+    for on in (
+        Metric(moment(6)),
+        Metric(g, torch.ones(4)),
+        Metric(g, moment(4)),
+        Metric(g, torch.ones(6, 1)),
+    ):
         with pytest.raises(ValueError, match="do not fit"):
             weighted(w, 2, on)
         with pytest.raises(ValueError, match="do not fit"):

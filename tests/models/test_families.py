@@ -1,4 +1,5 @@
-"""Every application of README's table: full rank equals the original; compressed, it loads, runs, saves, loads."""
+"""Every application of README's table: full rank equals the original; compressed, it loads, runs,
+saves, loads."""
 
 from __future__ import annotations
 
@@ -24,7 +25,9 @@ def low_rank_modules(model: nn.Module) -> list[nn.Module]:
 @pytest.mark.parametrize("layout", ["factored", "pivoted"])
 @pytest.mark.parametrize("family", zoo.FAMILIES)
 @pytest.mark.filterwarnings("ignore:Initializing zero-element")
-def test_at_full_rank_the_answers_are_the_original_s(family: str, layout: str, written: Written, tmp_path: Path) -> None:
+def test_at_full_rank_the_answers_are_the_original_s(
+    family: str, layout: str, written: Written, tmp_path: Path
+) -> None:
     expected = zoo.answer(family, svdcli.load(written(family)))
     model = svdcli.load(zoo.write_full_rank(written(family), tmp_path / "full", layout))
     assert low_rank_modules(model)
@@ -34,7 +37,9 @@ def test_at_full_rank_the_answers_are_the_original_s(family: str, layout: str, w
 
 @pytest.mark.parametrize("layout", ["factored", "pivoted"])
 @pytest.mark.parametrize("family", zoo.FAMILIES)
-def test_compressed_it_loads_runs_saves_and_loads(family: str, layout: str, compressed: Compressed, tmp_path: Path) -> None:
+def test_compressed_it_loads_runs_saves_and_loads(
+    family: str, layout: str, compressed: Compressed, tmp_path: Path
+) -> None:
     out = compressed(family, layout)
     model = svdcli.load(out)
     assert low_rank_modules(model)
@@ -48,7 +53,9 @@ def test_compressed_it_loads_runs_saves_and_loads(family: str, layout: str, comp
 
 
 @pytest.mark.parametrize("layout", ["factored", "pivoted"])
-@pytest.mark.parametrize("family", [name for name, family in zoo.FAMILIES.items() if family.generates])
+@pytest.mark.parametrize(
+    "family", [name for name, family in zoo.FAMILIES.items() if family.generates]
+)
 def test_generates_as_the_dense_model_of_the_same_weights_does(
     family: str, layout: str, compressed: Compressed, tmp_path: Path
 ) -> None:

@@ -1,4 +1,5 @@
-"""Which weights of a folder are read: stock transformers, opening the same folder, is the oracle."""
+"""Which weights of a folder are read: stock transformers, opening the same folder, is the
+oracle."""
 
 from __future__ import annotations
 
@@ -44,17 +45,27 @@ SETS: dict[str, Callable[[Path, State], None]] = {
     "model.safetensors": lambda folder, state: single(folder, state, "model.safetensors"),
     "index": lambda folder, state: sharded(folder, state, "model", "model.safetensors.index.json"),
     "pytorch_model.bin": lambda folder, state: single(folder, state, "pytorch_model.bin"),
-    "bin index": lambda folder, state: sharded(folder, state, "pytorch_model", "pytorch_model.bin.index.json"),
-    "consolidated": lambda folder, state: sharded(folder, state, "consolidated", "consolidated.safetensors.index.json"),
+    "bin index": lambda folder, state: sharded(
+        folder, state, "pytorch_model", "pytorch_model.bin.index.json"
+    ),
+    "consolidated": lambda folder, state: sharded(
+        folder, state, "consolidated", "consolidated.safetensors.index.json"
+    ),
     "fp16": lambda folder, state: single(folder, state, "model.fp16.safetensors"),
-    "fp16 index": lambda folder, state: sharded(folder, state, "model.fp16", "model.safetensors.index.fp16.json"),
+    "fp16 index": lambda folder, state: sharded(
+        folder, state, "model.fp16", "model.safetensors.index.fp16.json"
+    ),
 }
 PLAIN = ("model.safetensors", "index", "pytorch_model.bin", "bin index")
-CHOICES = [c for count in (1, 2, 3) for c in itertools.combinations(SETS, count) if set(c) & set(PLAIN)]
+CHOICES = [
+    c for count in (1, 2, 3) for c in itertools.combinations(SETS, count) if set(c) & set(PLAIN)
+]
 
 
 @pytest.mark.parametrize("sets", CHOICES, ids=" + ".join)
-def test_the_set_that_transformers_opens_is_read(written: Callable[[str], Path], tmp_path: Path, sets: tuple[str, ...]) -> None:
+def test_the_set_that_transformers_opens_is_read(
+    written: Callable[[str], Path], tmp_path: Path, sets: tuple[str, ...]
+) -> None:
     source = written("llama")
     state = load_file(source / "model.safetensors")
     (tmp_path / "config.json").write_bytes((source / "config.json").read_bytes())
@@ -66,7 +77,9 @@ def test_the_set_that_transformers_opens_is_read(written: Callable[[str], Path],
         assert torch.equal(checkpoint.read_tensor(PROBE), opened.get_parameter(PROBE))
         assert checkpoint.tensors.keys() == state.keys()
         read = {*checkpoint.files, "config.json", checkpoint.index_name}
-        assert {path.name for path in tmp_path.iterdir()} == (read | set(checkpoint.left_out)) - {None}
+        assert {path.name for path in tmp_path.iterdir()} == (read | set(checkpoint.left_out)) - {
+            None
+        }
 
 
 @pytest.mark.parametrize("sets", [("fp16",), ("fp16 index",)], ids=" + ".join)
@@ -86,12 +99,16 @@ def test_a_variant_opens_by_the_same_call(
     theirs = transformers.LlamaForCausalLM.from_pretrained(out, variant="fp16").eval()(ids).logits
     dense = svdcli.expand(out, tmp_path / "dense")
     assert dense is not None
-    expanded = transformers.LlamaForCausalLM.from_pretrained(dense, variant="fp16").eval()(ids).logits
+    expanded = (
+        transformers.LlamaForCausalLM.from_pretrained(dense, variant="fp16").eval()(ids).logits
+    )
     assert torch.equal(ours, theirs)
     assert torch.allclose(ours, expanded, atol=1e-4)
 
 
-def test_shards_of_a_pickled_variant_become_safetensors_of_it(written: Callable[[str], Path], tmp_path: Path) -> None:
+def test_shards_of_a_pickled_variant_become_safetensors_of_it(
+    written: Callable[[str], Path], tmp_path: Path
+) -> None:
     source = written("llama")
     (tmp_path / "m").mkdir()
     (tmp_path / "m" / "config.json").write_bytes((source / "config.json").read_bytes())

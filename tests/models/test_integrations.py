@@ -1,4 +1,5 @@
-"""A compressed model in other people's tools: PEFT trains it, torchao quantises it, the evaluation harness measures it."""
+"""A compressed model in other people's tools: PEFT trains it, torchao quantises it, the evaluation
+harness measures it."""
 
 from __future__ import annotations
 
@@ -30,11 +31,13 @@ def logits(model: Any) -> Tensor:
 
 def factors_of(model: nn.Module) -> list[nn.Linear]:
     """Every svd_down and svd_up."""
-    layers = [module for module in model.modules() if isinstance(module, (LowRankLinear, PivotedLinear))]
+    layers = [
+        module for module in model.modules() if isinstance(module, (LowRankLinear, PivotedLinear))
+    ]
     return [factor for layer in layers for factor in (layer.svd_down, layer.svd_up)]
 
 
-# PEFT ----------------------------------------------------------------------------------------------------------------
+# PEFT ---------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(params=["factored", "pivoted"])
@@ -75,7 +78,9 @@ def test_lora_trains_on_the_factors(adapted: Any, compressed: Compressed, layout
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-def test_lora_merges_into_the_factors(adapted: Any, compressed: Compressed, layout: str, tmp_path: Path) -> None:
+def test_lora_merges_into_the_factors(
+    adapted: Any, compressed: Compressed, layout: str, tmp_path: Path
+) -> None:
     before = logits(svdcli.load(compressed("llama", layout)))
     train(adapted, 3)
     expected = logits(adapted)
@@ -89,7 +94,7 @@ def test_lora_merges_into_the_factors(adapted: Any, compressed: Compressed, layo
     assert torch.equal(logits(again), logits(merged))
 
 
-# torchao -------------------------------------------------------------------------------------------------------------
+# torchao ------------------------------------------------------------------------------------------
 
 
 def test_torchao_quantises_the_factors_to_int8(compressed: Compressed, layout: str) -> None:
@@ -106,7 +111,7 @@ def test_torchao_quantises_the_factors_to_int8(compressed: Compressed, layout: s
     assert (found - expected).norm() < 0.05 * expected.norm()
 
 
-# lm-evaluation-harness -----------------------------------------------------------------------------------------------
+# lm-evaluation-harness ----------------------------------------------------------------------------
 
 
 QUESTIONS = [
@@ -121,21 +126,41 @@ def task(**more: Any) -> dict[str, Any]:
     """What a task of the harness reads from its documents, which are made here."""
     import datasets
 
-    data = {"custom_dataset": lambda **_: {"test": datasets.Dataset.from_list(QUESTIONS)}, "test_split": "test"}
-    return data | {"doc_to_text": "{{text}}", "target_delimiter": "", "metadata": {"version": 1}} | more
+    data = {
+        "custom_dataset": lambda **_: {"test": datasets.Dataset.from_list(QUESTIONS)},
+        "test_split": "test",
+    }
+    return (
+        data
+        | {"doc_to_text": "{{text}}", "target_delimiter": "", "metadata": {"version": 1}}
+        | more
+    )
 
 
 def measured(model: Any, **how: Any) -> tuple[float, float]:
-    """(accuracy on the questions, perplexity of the words in the texts) as the harness finds them."""
+    """(accuracy on the questions, perplexity of the words in the texts) as the harness finds
+    them."""
     import lm_eval
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
-    choose = {"output_type": "multiple_choice", "doc_to_choice": "{{choices}}", "doc_to_target": "{{right}}"}
+    choose = {
+        "output_type": "multiple_choice",
+        "doc_to_choice": "{{choices}}",
+        "doc_to_target": "{{right}}",
+    }
     read = {"output_type": "loglikelihood_rolling", "doc_to_target": "{{text}}"}
     tasks = [
-        task(task="choose", metric_list=[{"metric": "acc", "aggregation": "mean", "higher_is_better": True}], **choose),
-        task(task="read", metric_list=[{"metric": "word_perplexity", "higher_is_better": False}], **read),
+        task(
+            task="choose",
+            metric_list=[{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+            **choose,
+        ),
+        task(
+            task="read",
+            metric_list=[{"metric": "word_perplexity", "higher_is_better": False}],
+            **read,
+        ),
     ]
     found = lm_eval.simple_evaluate(
         HFLM(pretrained=model, device="cpu", batch_size=2, **how),
@@ -159,7 +184,9 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("offline")
-@pytest.mark.filterwarnings("ignore:You passed `quantization_config`:UserWarning")  # the harness hands it over a second time
+@pytest.mark.filterwarnings(
+    "ignore:You passed `quantization_config`:UserWarning"
+)  # the harness hands it over a second time
 def test_the_evaluation_harness_measures_a_compressed_directory(tmp_path: Path) -> None:
     out, dense = tmp_path / "out", tmp_path / "dense"
     svdcli.compress(SAMPLE, out, svdcli.Recipe("keep", 0.8))
@@ -169,7 +196,10 @@ def test_the_evaluation_harness_measures_a_compressed_directory(tmp_path: Path) 
     assert perplexity > 1
     assert accuracy == 1
     expected = measured(str(dense), dtype="float32")
-    assert (accuracy, perplexity) == (expected[0], pytest.approx(expected[1], rel=0.02))  # its weights are rounded once more
+    assert (accuracy, perplexity) == (
+        expected[0],
+        pytest.approx(expected[1], rel=0.02),
+    )  # its weights are rounded once more
     tokenizer = transformers.AutoTokenizer.from_pretrained(out)
     opened = measured(svdcli.load(out, dtype=torch.float32), tokenizer=tokenizer)
     assert opened == (accuracy, pytest.approx(perplexity, rel=1e-5))

@@ -40,22 +40,32 @@ def filled(kind: str, rank: int, pivoted: bool) -> tuple[nn.Module, nn.Module]:
 @pytest.mark.parametrize("kind", LAYERS)
 def test_forward_is_that_of_the_dense_layer(kind: str, rank: int, pivoted: bool) -> None:
     new, old = filled(kind, rank, pivoted)
-    x = torch.randint(40, (3, 7)) if kind == "embedding" else torch.randn(3, 7, 30 if kind == "wide" else 12)
+    x = (
+        torch.randint(40, (3, 7))
+        if kind == "embedding"
+        else torch.randn(3, 7, 30 if kind == "wide" else 12)
+    )
     assert torch.allclose(new(x), old(x), atol=1e-4)
     assert torch.linalg.matrix_rank(weight_of(new), rtol=1e-5) <= rank
-    assert sum(p.numel() for p in new.parameters()) - (0 if getattr(new, "bias", None) is None else len(new.bias)) == (
-        rank * (sum(old.weight.shape) - (rank if pivoted else 0))
-    )
+    assert sum(p.numel() for p in new.parameters()) - (
+        0 if getattr(new, "bias", None) is None else len(new.bias)
+    ) == (rank * (sum(old.weight.shape) - (rank if pivoted else 0)))
 
 
 @pytest.mark.parametrize("pivoted", [False, True])
-def test_a_weight_that_is_only_looked_at_costs_no_product(pivoted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_weight_that_is_only_looked_at_costs_no_product(
+    pivoted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     new, old = filled("tall", 5, pivoted)
     with monkeypatch.context() as patch:
         patch.setattr("svdcli.models.modules.weight_of", lambda _: pytest.fail("multiplied out"))
         weight = new.weight
         assert isinstance(weight, torch.Tensor)
-        assert (weight.shape, weight.dtype, weight.device) == (old.weight.shape, old.weight.dtype, old.weight.device)
+        assert (weight.shape, weight.dtype, weight.device) == (
+            old.weight.shape,
+            old.weight.dtype,
+            old.weight.device,
+        )
         assert (weight.size(0), weight.dim(), weight.ndim) == (30, 2, 2)
     assert isinstance(new.weight, LazyWeight)
 

@@ -1,4 +1,5 @@
-"""Models that bring Python of their own: none of it runs without the option, and with it every command opens them."""
+"""Models that bring Python of their own: none of it runs without the option, and with it every
+command opens them."""
 
 from __future__ import annotations
 
@@ -32,8 +33,15 @@ class MyModel(LlamaModel):
 class MyForCausalLM(LlamaForCausalLM):
     config_class = MyConfig
 """
-TOKENIZER = "from transformers import PreTrainedTokenizerFast\nclass MyTokenizer(PreTrainedTokenizerFast):\n    pass\n"
-CLASSES = {"AutoConfig": "my.MyConfig", "AutoModel": "my.MyModel", "AutoModelForCausalLM": "my.MyForCausalLM"}
+TOKENIZER = (
+    "from transformers import PreTrainedTokenizerFast\nclass "
+    "MyTokenizer(PreTrainedTokenizerFast):\n    pass\n"
+)
+CLASSES = {
+    "AutoConfig": "my.MyConfig",
+    "AutoModel": "my.MyModel",
+    "AutoModelForCausalLM": "my.MyForCausalLM",
+}
 
 
 def change(path: Path, **values: Any) -> None:
@@ -41,10 +49,16 @@ def change(path: Path, **values: Any) -> None:
 
 
 def write(folder: Path, *, tokenizer: bool = True) -> Path:
-    """A Llama under another name, whose classes and tokenizer are in Python files beside it, which tell when they run."""
+    """A Llama under another name, whose classes and tokenizer are in Python files beside it, which
+    tell when they run."""
     path = zoo.save("llama", folder)
     words_tokenizer(path)
-    change(path / "config.json", architectures=["MyForCausalLM"], model_type="my_llama", auto_map=CLASSES)
+    change(
+        path / "config.json",
+        architectures=["MyForCausalLM"],
+        model_type="my_llama",
+        auto_map=CLASSES,
+    )
     (path / "my.py").write_text(TELL + MODEL)
     (path / "parts.py").write_text(TELL + "NAME = 'my_llama'\n")
     if tokenizer:
@@ -55,7 +69,9 @@ def write(folder: Path, *, tokenizer: bool = True) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _own_cache(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[None]:
     """transformers copies such files before it runs them: to a folder of this test."""
     cache = str(tmp_path_factory.mktemp("modules"))
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", cache)
@@ -81,12 +97,25 @@ def commands(model: Path, small: Path) -> dict[str, tuple[str | Path, ...]]:
         "eval": ("eval", small, "--against", model, *text),
         "heal": ("heal", small, "--teacher", model, *text, "--steps", "1", "-o", folder / "healed"),
         "export": ("export", small, "--onnx", folder / "m.onnx"),
-        "bench": ("bench", small, "--against", model, "--prompt-tokens", "4", "--new-tokens", "1", "--rounds", "1"),
+        "bench": (
+            "bench",
+            small,
+            "--against",
+            model,
+            "--prompt-tokens",
+            "4",
+            "--new-tokens",
+            "1",
+            "--rounds",
+            "1",
+        ),
     }
 
 
 @pytest.mark.parametrize("command", ["calibrate", "compress", "eval", "heal", "export", "bench"])
-def test_without_the_option_nothing_runs_and_the_option_is_named(command: str, own: Path, tmp_path: Path, capfd: Any) -> None:
+def test_without_the_option_nothing_runs_and_the_option_is_named(
+    command: str, own: Path, tmp_path: Path, capfd: Any
+) -> None:
     svdcli.compress(own, tmp_path / "small", svdcli.Recipe("keep", 0.6))
     said = complaint(cli(*commands(own, tmp_path / "small")[command]))
     assert "brings the class MyForCausalLM" in said
@@ -96,7 +125,9 @@ def test_without_the_option_nothing_runs_and_the_option_is_named(command: str, o
 
 
 @pytest.mark.parametrize("command", ["calibrate", "compress", "eval", "heal"])
-def test_with_it_the_files_are_named_before_they_run(command: str, own: Path, tmp_path: Path) -> None:
+def test_with_it_the_files_are_named_before_they_run(
+    command: str, own: Path, tmp_path: Path
+) -> None:
     svdcli.compress(own, tmp_path / "small", svdcli.Recipe("keep", 0.6))
     line = commands(own, tmp_path / "small")[command]
     done = cli(*line, "--trust-remote-code", "--json")
@@ -112,8 +143,17 @@ def test_with_it_the_files_are_named_before_they_run(command: str, own: Path, tm
     assert json.loads(done.out)["svdcli_json"] == 1
 
 
-def test_bench_and_export_pass_it_on(own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
-    task = {"path": str(own), "device": "cpu", "threads": None, "prompt_tokens": 4, "new_tokens": 1, "batch": 1}
+def test_bench_and_export_pass_it_on(
+    own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    task = {
+        "path": str(own),
+        "device": "cpu",
+        "threads": None,
+        "prompt_tokens": 4,
+        "new_tokens": 1,
+        "batch": 1,
+    }
     worker = Worker(task | {"trust_remote_code": True})
     assert "RUNS" in capfd.readouterr().err  # with the imports, which are not measured
     assert worker.load()["model_class"] == "MyForCausalLM"
@@ -143,7 +183,11 @@ def test_a_tokenizer_may_be_all_there_is(tmp_path: Path, capfd: Any) -> None:
     path = zoo.save("llama", tmp_path / "model")
     words_tokenizer(path)
     (path / "tok.py").write_text(TELL + TOKENIZER)
-    change(path / "tokenizer_config.json", tokenizer_class="MyTokenizer", auto_map={"AutoTokenizer": [None, "tok.MyTokenizer"]})
+    change(
+        path / "tokenizer_config.json",
+        tokenizer_class="MyTokenizer",
+        auto_map={"AutoTokenizer": [None, "tok.MyTokenizer"]},
+    )
     change(path / "config.json", model_type="nobody_s")
     with pytest.raises(SvdcliError, match=r"brings a tokenizer of its own.*--trust-remote-code"):
         load_tokenizer(path)
@@ -162,7 +206,9 @@ def test_code_that_fails_is_told_in_a_line(own: Path) -> None:
     assert "AttributeError: of an older torch" in last
 
 
-def test_where_the_class_is_transformers_own_only_the_option_runs_the_folder_s(tmp_path: Path, capfd: Any) -> None:
+def test_where_the_class_is_transformers_own_only_the_option_runs_the_folder_s(
+    tmp_path: Path, capfd: Any
+) -> None:
     path = write(tmp_path / "model", tokenizer=False)
     change(path / "config.json", architectures=["LlamaForCausalLM"], model_type="llama")
     assert type(svdcli.load(path)).__name__ == "LlamaForCausalLM"
@@ -170,8 +216,12 @@ def test_where_the_class_is_transformers_own_only_the_option_runs_the_folder_s(t
     assert type(svdcli.load(path, trust_remote_code=True)).__name__ == "MyForCausalLM"
 
 
-def test_a_self_contained_output_tells_what_was_loaded(written: Callable[[str], Path], tmp_path: Path) -> None:
-    svdcli.compress(written("llama"), tmp_path / "o", svdcli.Recipe("keep", 0.6, self_contained=True))
+def test_a_self_contained_output_tells_what_was_loaded(
+    written: Callable[[str], Path], tmp_path: Path
+) -> None:
+    svdcli.compress(
+        written("llama"), tmp_path / "o", svdcli.Recipe("keep", 0.6, self_contained=True)
+    )
     code = (
         "import sys, transformers\n"
         "options = {'trust_remote_code': True, 'output_loading_info': True}\n"
@@ -210,15 +260,27 @@ def test_a_self_contained_output_needs_no_trust(tmp_path: Path) -> None:
         ("MyModel", CLASSES, "AutoModel"),
         ("Unheard", CLASSES, "AutoModelForCausalLM"),
         ("Unheard", {"AutoModel": "my.A", "AutoModelForMaskedLM": "my.B"}, "AutoModelForMaskedLM"),
-        ("Unheard", {"AutoConfig": "my.A", "AutoTokenizer": "my.T", "AutoModel": "my.B"}, "AutoModel"),
+        (
+            "Unheard",
+            {"AutoConfig": "my.A", "AutoTokenizer": "my.T", "AutoModel": "my.B"},
+            "AutoModel",
+        ),
         ("Unheard", {"AutoConfig": "my.A", "AutoTokenizer": "my.T"}, None),
-        ("Both", {"AutoModel": "my.Both", "AutoModelForCausalLM": "my.Both"}, "AutoModelForCausalLM"),
+        (
+            "Both",
+            {"AutoModel": "my.Both", "AutoModelForCausalLM": "my.Both"},
+            "AutoModelForCausalLM",
+        ),
     ],
 )
-def test_the_auto_class_is_the_one_that_the_config_means(named: str, entries: dict[str, str], wanted: str | None) -> None:
+def test_the_auto_class_is_the_one_that_the_config_means(
+    named: str, entries: dict[str, str], wanted: str | None
+) -> None:
     assert own_code.auto_class({"architectures": [named], "auto_map": entries}) == wanted
 
 
 def test_code_in_another_repository_is_named_too(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps({"auto_map": {"AutoModel": "somebody/theirs--modeling.Model"}}))
+    (tmp_path / "config.json").write_text(
+        json.dumps({"auto_map": {"AutoModel": "somebody/theirs--modeling.Model"}})
+    )
     assert own_code.sources(tmp_path) == ["modeling.py of the repository somebody/theirs"]

@@ -1,4 +1,5 @@
-"""Parts of a compressed whole, opened alone: right with the plugin, refused without it, never made up."""
+"""Parts of a compressed whole, opened alone: right with the plugin, refused without it, never made
+up."""
 
 from __future__ import annotations
 
@@ -20,16 +21,32 @@ import svdcli
 from svdcli.models.hf import SvdConfig
 from svdcli.models.modules import LOW_RANK
 
-SMALL = {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2, "num_attention_heads": 4}
+SMALL = {
+    "hidden_size": 64,
+    "intermediate_size": 160,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
 READS = SMALL | {"vocab_size": 96, "max_position_embeddings": 64, "projection_dim": 64}
 SEES = SMALL | {"image_size": 32, "patch_size": 8, "projection_dim": 64}
-LLAMA = READS | {"model_type": "llama", "num_key_value_heads": 2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+LLAMA = READS | {
+    "model_type": "llama",
+    "num_key_value_heads": 2,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 QWEN = LLAMA | {
     "model_type": "qwen2_vl_text",
     "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 2, 4]},
 }
 QWEN_SEES = {"embed_dim": 64, "hidden_size": 64, "depth": 2, "num_heads": 4, "patch_size": 8}
-QWEN_TOKENS = {"image_token_id": 91, "video_token_id": 92, "vision_start_token_id": 93, "vision_end_token_id": 94}
+QWEN_TOKENS = {
+    "image_token_id": 91,
+    "video_token_id": 92,
+    "vision_start_token_id": 93,
+    "vision_end_token_id": 94,
+}
 
 IDS = {"input_ids": zoo.IDS}
 PIXELS = {"pixel_values": torch.linspace(-1, 1, 2 * 3 * 32 * 32).reshape(2, 3, 32, 32)}
@@ -80,10 +97,18 @@ WHOLES = {
         {"LlavaForConditionalGeneration": IDS, "LlavaModel": IDS},
     ),
     "qwen2-vl": Whole(
-        zoo._model("Qwen2VLForConditionalGeneration", text_config=QWEN, vision_config=QWEN_SEES, **QWEN_TOKENS),
+        zoo._model(
+            "Qwen2VLForConditionalGeneration",
+            text_config=QWEN,
+            vision_config=QWEN_SEES,
+            **QWEN_TOKENS,
+        ),
         {"Qwen2VLForConditionalGeneration": IDS, "Qwen2VLModel": IDS, "Qwen2VLTextModel": IDS},
     ),
-    "t5": Whole(zoo.FAMILIES["t5"].build, {"T5ForConditionalGeneration": PAIR, "T5Model": PAIR, "T5EncoderModel": IDS}),
+    "t5": Whole(
+        zoo.FAMILIES["t5"].build,
+        {"T5ForConditionalGeneration": PAIR, "T5Model": PAIR, "T5EncoderModel": IDS},
+    ),
     "whisper": Whole(
         zoo.FAMILIES["whisper"].build,
         {"WhisperModel": SOUND | {"decoder_input_ids": zoo.IDS}, "WhisperForCausalLM": IDS},
@@ -114,7 +139,9 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Path
         if (name, layout) not in made:
             folder = made[name, layout] = tmp_path_factory.mktemp(f"{name}-{layout}")
             WHOLES[name].build().save_pretrained(folder / "model")
-            svdcli.compress(folder / "model", folder / "out", svdcli.Recipe("keep", 0.6, layout=layout))
+            svdcli.compress(
+                folder / "model", folder / "out", svdcli.Recipe("keep", 0.6, layout=layout)
+            )
             svdcli.expand(folder / "out", folder / "dense")
         return made[name, layout]
 
@@ -147,7 +174,9 @@ def low_rank_count(model: Any) -> int:
 
 @pytest.mark.parametrize("layout", ["factored", "pivoted"])
 @pytest.mark.parametrize("name", WHOLES)
-def test_every_part_answers_as_that_of_the_expanded_whole(name: str, layout: str, whole: Made, tmp_path: Path) -> None:
+def test_every_part_answers_as_that_of_the_expanded_whole(
+    name: str, layout: str, whole: Made, tmp_path: Path
+) -> None:
     folder = whole(name, layout)
     first, *_ = classes = WHOLES[name].classes
     opened(first, folder / "out").save_pretrained(tmp_path / "saved")
@@ -159,7 +188,11 @@ def test_every_part_answers_as_that_of_the_expanded_whole(name: str, layout: str
             model = opened(part, path)
             assert low_rank_count(model)
             for found, right in zip(answers(model, classes[part]), expected, strict=True):
-                assert torch.allclose(found, right, atol=2e-5, rtol=2e-5), (part, path, (found - right).abs().max())
+                assert torch.allclose(found, right, atol=2e-5, rtol=2e-5), (
+                    part,
+                    path,
+                    (found - right).abs().max(),
+                )
 
 
 OPEN = """
@@ -181,9 +214,14 @@ def test_no_part_opens_without_the_plugin(whole: Made, tmp_path: Path) -> None:
         jobs += [(part, str(whole(name, "factored") / "out")) for part in model.classes]
     for name in ("clip", "t5", "berts"):
         classes = WHOLES[name].classes
-        opened(next(iter(classes)), whole(name, "factored") / "out").save_pretrained(tmp_path / name)
+        opened(next(iter(classes)), whole(name, "factored") / "out").save_pretrained(
+            tmp_path / name
+        )
         jobs += [(part, str(tmp_path / name)) for part in classes]
-    jobs += [("BertModel", str(whole("bert", "factored") / "out")), ("MarianModel", str(whole("marian", "factored") / "out"))]
+    jobs += [
+        ("BertModel", str(whole("bert", "factored") / "out")),
+        ("MarianModel", str(whole("marian", "factored") / "out")),
+    ]
     done = run_code(OPEN, json.dumps(jobs), folder=tmp_path)
     assert done.code == 0, done.err
     assert done.out.decode().splitlines() == [f"{part} refused" for part, _ in jobs]
@@ -198,14 +236,18 @@ def test_expand_leaves_no_warning_tensor_behind(name: str, whole: Made) -> None:
             keys[kind] = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
     assert [0] in keys["out"].values()
     assert keys["dense"] == keys["model"]
-    configs = [(whole(name, "pivoted") / kind / "config.json").read_bytes() for kind in ("model", "dense")]
+    configs = [
+        (whole(name, "pivoted") / kind / "config.json").read_bytes() for kind in ("model", "dense")
+    ]
     assert configs[0] == configs[1]
 
 
 @pytest.mark.parametrize("way", ["method", "config"])
 @pytest.mark.parametrize("name", ["clip", "llava", "berts", "gpt2"])
 @pytest.mark.filterwarnings("ignore:You passed `quantization_config`:UserWarning")
-def test_a_dequantized_model_says_svdcli_nowhere(name: str, way: str, whole: Made, tmp_path: Path) -> None:
+def test_a_dequantized_model_says_svdcli_nowhere(
+    name: str, way: str, whole: Made, tmp_path: Path
+) -> None:
     folder = whole(name, "pivoted")
     classes = WHOLES[name].classes
     first = next(iter(classes))
@@ -225,9 +267,13 @@ def test_a_dequantized_model_says_svdcli_nowhere(name: str, way: str, whole: Mad
 
 def test_a_part_is_opened_in_the_dtype_that_was_asked_for(tmp_path: Path) -> None:
     WHOLES["clip"].build().to(torch.bfloat16).save_pretrained(tmp_path / "m")
-    svdcli.compress(tmp_path / "m", tmp_path / "out", svdcli.Recipe("keep", 0.6, dtype="F32"), allow_larger=True)
+    svdcli.compress(
+        tmp_path / "m", tmp_path / "out", svdcli.Recipe("keep", 0.6, dtype="F32"), allow_larger=True
+    )
     for part in WHOLES["clip"].classes:
         model = opened(part, tmp_path / "out", dtype="auto")
         assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     svdcli.expand(tmp_path / "out", tmp_path / "dense")
-    assert (tmp_path / "dense" / "config.json").read_bytes() == (tmp_path / "m" / "config.json").read_bytes()
+    assert (tmp_path / "dense" / "config.json").read_bytes() == (
+        tmp_path / "m" / "config.json"
+    ).read_bytes()

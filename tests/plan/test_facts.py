@@ -12,17 +12,31 @@ LABELS = {"id2label": {str(number): f"LABEL_{number}" for number in range(7)}}
 
 
 @pytest.mark.parametrize(
-    "spelling", ["vocab_size", "n_vocab", "tgt_vocab_size", "decoder_vocab_size", "vocab_size_per_layer_input"]
+    "spelling",
+    ["vocab_size", "n_vocab", "tgt_vocab_size", "decoder_vocab_size", "vocab_size_per_layer_input"],
 )
 def test_vocabularies(spelling: str) -> None:
     assert ModelFacts.of({spelling: 900, "type_vocab_size": 2}).vocabularies == {900}
 
 
 @pytest.mark.parametrize(
-    "spelling", ["num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_moe_experts", "n_experts"]
+    "spelling",
+    [
+        "num_experts",
+        "num_local_experts",
+        "n_routed_experts",
+        "moe_num_experts",
+        "num_moe_experts",
+        "n_experts",
+    ],
 )
 def test_experts(spelling: str) -> None:
-    others = {"num_experts_per_tok": 2, "n_shared_experts": 3, "num_shared_experts": 4, "expert_capacity": 64}
+    others = {
+        "num_experts_per_tok": 2,
+        "n_shared_experts": 3,
+        "num_shared_experts": 4,
+        "expert_capacity": 64,
+    }
     assert ModelFacts.of({spelling: 16} | others).experts == {16}
     assert ModelFacts.of({"ffn_config": {spelling: 16}}).experts == {16}
     assert ModelFacts.of({spelling: [16, 32]}).experts == {16, 32}
@@ -31,7 +45,9 @@ def test_experts(spelling: str) -> None:
 
 def test_labels() -> None:
     assert ModelFacts.of(LABELS).labels == {7}
-    assert ModelFacts.of({"num_labels": 7}).labels == ModelFacts.of({"num_classes": 7}).labels == {7}
+    assert (
+        ModelFacts.of({"num_labels": 7}).labels == ModelFacts.of({"num_classes": 7}).labels == {7}
+    )
     assert not ModelFacts.of({"num_labels": 2}).labels, "two rows are too few to say anything"
 
 
@@ -75,6 +91,12 @@ def test_a_class_reads_it_where_it_names_one() -> None:
 
 @pytest.mark.parametrize("value", [None, "16", 2.5, True, -1, 0, {"a": None}, [], [[3]], ["x"]])
 def test_odd_values_say_nothing(value: Any) -> None:
-    odd = {"num_experts": value, "vocab_size": value, "num_labels": value, "id2label": value, "num_hidden_layers": value}
+    odd = {
+        "num_experts": value,
+        "vocab_size": value,
+        "num_labels": value,
+        "id2label": value,
+        "num_hidden_layers": value,
+    }
     facts = ModelFacts.of(odd | {"text_config": value})
     assert (facts.experts, facts.vocabularies, facts.depth) == (frozenset(), frozenset(), None)

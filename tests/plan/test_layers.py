@@ -1,4 +1,5 @@
-"""Which layers are chosen: on the tensor names and shapes of real architectures, and by patterns."""
+"""Which layers are chosen: on the tensor names and shapes of real architectures, and by
+patterns."""
 
 from __future__ import annotations
 
@@ -50,9 +51,20 @@ MIXTRAL = {
     "model.layers.0.mlp.experts.0.w1.weight": (2048, 1024),
     "model.layers.0.self_attn.q_proj.weight": (1024, 1024),
 }
-GATED = {"blocks.0.gate.weight": (512, 512), "blocks.0.conv.weight": (64, 64, 3, 3), "mixer.A_log": (512, 64)}
+GATED = {
+    "blocks.0.gate.weight": (512, 512),
+    "blocks.0.conv.weight": (64, 64, 3, 3),
+    "mixer.A_log": (512, 64),
+}
 CASES = {
-    "llama": (LLAMA, {"model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.k_proj", "model.layers.0.mlp.down_proj"}),
+    "llama": (
+        LLAMA,
+        {
+            "model.layers.0.self_attn.q_proj",
+            "model.layers.0.self_attn.k_proj",
+            "model.layers.0.mlp.down_proj",
+        },
+    ),
     "gpt2": (GPT2, {"h.0.attn.c_attn", "h.0.attn.c_proj", "h.0.mlp.c_fc"}),
     "bert": (
         BERT,
@@ -62,8 +74,14 @@ CASES = {
             "bert.pooler.dense",
         },
     ),
-    "t5": (T5, {"encoder.block.0.layer.0.SelfAttention.q", "decoder.block.0.layer.2.DenseReluDense.wi"}),
-    "mixture of experts": (MIXTRAL, {"model.layers.0.mlp.experts.0.w1", "model.layers.0.self_attn.q_proj"}),
+    "t5": (
+        T5,
+        {"encoder.block.0.layer.0.SelfAttention.q", "decoder.block.0.layer.2.DenseReluDense.wi"},
+    ),
+    "mixture of experts": (
+        MIXTRAL,
+        {"model.layers.0.mlp.experts.0.w1", "model.layers.0.self_attn.q_proj"},
+    ),
     "gates that are no routers": (GATED, {"blocks.0.gate"}),
 }
 
@@ -76,7 +94,9 @@ def tensors(shapes: dict[str, tuple[int, ...]], dtype: str = "BF16") -> list[Ten
 def test_architectures(shapes: dict[str, tuple[int, ...]], expected: set[str]) -> None:
     selected, skipped = choose_layers(tensors(shapes))
     assert {tensor.module for tensor in selected} == expected
-    assert {item.tensor.name for item in skipped} == set(shapes) - {f"{module}.weight" for module in expected}
+    assert {item.tensor.name for item in skipped} == set(shapes) - {
+        f"{module}.weight" for module in expected
+    }
     assert all(item.reason for item in skipped)
 
 
@@ -96,7 +116,15 @@ def test_reasons_say_what_a_tensor_is() -> None:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "chosen"), [("F32", True), ("F64", True), ("F16", True), ("F8_E4M3", False), ("I8", False), ("C64", False)]
+    ("dtype", "chosen"),
+    [
+        ("F32", True),
+        ("F64", True),
+        ("F16", True),
+        ("F8_E4M3", False),
+        ("I8", False),
+        ("C64", False),
+    ],
 )
 def test_only_real_floating_dtypes_are_factored(dtype: str, chosen: bool) -> None:
     selected, skipped = choose_layers([TensorInfo("fc.weight", dtype, (64, 64))])
@@ -110,28 +138,44 @@ TIED = {"b.weight": "a.weight", "a.weight": "c.weight", "c.weight": "a.weight"}
 
 def test_tied_weights_are_left_dense() -> None:
     found = reasons(THREE, tied=TIED)
-    assert found == {one: f"tied: shares its storage with {TIED[one]}" for one in ("a.weight", "b.weight", "c.weight")}
+    assert found == {
+        one: f"tied: shares its storage with {TIED[one]}"
+        for one in ("a.weight", "b.weight", "c.weight")
+    }
 
 
 @pytest.mark.parametrize("how", ["include", "layers"])
 def test_tied_weights_are_factored_when_all_their_names_are_given(how: str) -> None:
     selected, _ = choose_layers(tensors(THREE), tied=TIED, **{how: ["c", "a", "b.weight"]})
     assert [tensor.module for tensor in selected] == ["a", "b", "c"]
-    with pytest.raises(UsageError, match=r"b is tied: it shares its storage with a, c; name all of them"):
+    with pytest.raises(
+        UsageError, match=r"b is tied: it shares its storage with a, c; name all of them"
+    ):
         choose_layers(tensors(THREE), tied=TIED, **{how: ["b", "c"]})
 
 
 def test_a_head_that_is_called_something_else_is_known_by_its_shape() -> None:
-    assert "shaped like the embedding" in reasons({"tok_emb.weight": (900, 64), "readout.weight": (900, 64)})["readout.weight"]
+    assert (
+        "shaped like the embedding"
+        in reasons({"tok_emb.weight": (900, 64), "readout.weight": (900, 64)})["readout.weight"]
+    )
 
 
-@pytest.mark.parametrize("table", ["embeddings.position_embeddings", "wpe", "embeddings.token_type_embeddings"])
+@pytest.mark.parametrize(
+    "table", ["embeddings.position_embeddings", "wpe", "embeddings.token_type_embeddings"]
+)
 def test_a_square_layer_is_no_head_because_a_table_of_positions_has_its_shape(table: str) -> None:
-    pooled = {"embeddings.word_embeddings.weight": (900, 64), f"{table}.weight": (64, 64), "pooler.dense.weight": (64, 64)}
+    pooled = {
+        "embeddings.word_embeddings.weight": (900, 64),
+        f"{table}.weight": (64, 64),
+        "pooler.dense.weight": (64, 64),
+    }
     assert "pooler.dense.weight" not in reasons(pooled)
 
 
-@pytest.mark.parametrize("pattern", ["*q_proj*", "model.layers.0.self_attn.q_proj", "re:q_proj", r"re:layers\.0\..*q"])
+@pytest.mark.parametrize(
+    "pattern", ["*q_proj*", "model.layers.0.self_attn.q_proj", "re:q_proj", r"re:layers\.0\..*q"]
+)
 def test_patterns(pattern: str) -> None:
     selected, _ = choose_layers(tensors(LLAMA), include=[pattern])
     assert {tensor.module for tensor in selected} == {"model.layers.0.self_attn.q_proj"}
@@ -154,4 +198,6 @@ def test_only_an_exact_name_overrides_a_rule_that_goes_by_name() -> None:
     assert "lm_head" not in {tensor.module for tensor in wide}
     exact, _ = choose_layers(tensors(LLAMA), layers=["lm_head"])
     assert [tensor.module for tensor in exact] == ["lm_head"]
-    assert reasons(LLAMA, include=["model.norm"])["model.norm.weight"].startswith("1-D"), "shape rules stay"
+    assert reasons(LLAMA, include=["model.norm"])["model.norm.weight"].startswith("1-D"), (
+        "shape rules stay"
+    )

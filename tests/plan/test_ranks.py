@@ -1,4 +1,5 @@
-"""Rank policies: what they promise in numbers, and brute force as the oracle of the global allocation."""
+"""Rank policies: what they promise in numbers, and brute force as the oracle of the global
+allocation."""
 
 from __future__ import annotations
 
@@ -12,7 +13,15 @@ from hypothesis import strategies as st
 from svdcli.plan.knapsack import allocate_globally
 from svdcli.plan.layers import break_even
 from svdcli.plan.layout import largest_saving_rank, stored_bytes, stored_parameters, stored_tensors
-from svdcli.plan.ranks import Options, by_tail, fixed_rank, options_of, tails_of, uniform, uniform_within
+from svdcli.plan.ranks import (
+    Options,
+    by_tail,
+    fixed_rank,
+    options_of,
+    tails_of,
+    uniform,
+    uniform_within,
+)
 from svdcli.plan.recipe import Recipe
 from svdcli.plan.tensors import TensorInfo
 
@@ -39,7 +48,9 @@ def test_largest_saving_rank_is_the_edge(m: int, n: int, layout: str, dtype: str
         fewer = stored_parameters((m, n), rank, layout) < m * n
         return fewer and stored_bytes(tensor, rank, layout, dtype) < tensor.nbytes
 
-    assert edge == max((rank for rank in range(1, min(m, n) + (layout == "factored")) if saves(rank)), default=0)
+    assert edge == max(
+        (rank for rank in range(1, min(m, n) + (layout == "factored")) if saves(rank)), default=0
+    )
 
 
 @given(sides, sides, st.integers(1, 7), layouts)
@@ -55,7 +66,9 @@ def test_break_even_is_the_factored_edge_in_parameters(m: int, n: int) -> None:
 
 
 @given(sides, sides, st.floats(0.05, 0.99), layouts, st.sampled_from([1, 4, 16]))
-def test_uniform_takes_the_largest_rank_within_the_share(m: int, n: int, keep: float, layout: str, step: int) -> None:
+def test_uniform_takes_the_largest_rank_within_the_share(
+    m: int, n: int, keep: float, layout: str, step: int
+) -> None:
     option = options(m, n, layout=layout, multiple_of=step)
     choice = uniform([option], keep)[0]
     if not option.ranks:
@@ -79,7 +92,9 @@ def test_a_rank_that_does_not_save_leaves_the_layer_dense_and_says_so() -> None:
 
 
 @given(st.lists(st.tuples(sides, sides), min_size=1, max_size=5), st.floats(0.05, 0.95))
-def test_uniform_within_a_budget_never_exceeds_it(shapes: list[tuple[int, int]], share: float) -> None:
+def test_uniform_within_a_budget_never_exceeds_it(
+    shapes: list[tuple[int, int]], share: float
+) -> None:
     each = [options(m, n) for m, n in shapes]
     budget = int(share * sum(o.dense_cost for o in each))
     choices = uniform_within(each, budget)
@@ -88,16 +103,22 @@ def test_uniform_within_a_budget_never_exceeds_it(shapes: list[tuple[int, int]],
     assert spent <= max(budget, smallest)
     if smallest <= budget and any(c.rank is not None for c in choices):
         gaps = [
-            o.cost(c.rank + 1) - o.cost(c.rank) for o, c in zip(each, choices, strict=True) if c.rank and c.rank < o.ranks[-1]
+            o.cost(c.rank + 1) - o.cost(c.rank)
+            for o, c in zip(each, choices, strict=True)
+            if c.rank and c.rank < o.ranks[-1]
         ]
         assert not gaps or budget - spent < min(gaps)
 
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=30), st.floats(0.001, 0.9))
-def test_by_tail_is_the_smallest_rank_that_keeps_the_bound(values: list[float], allowed: float) -> None:
+def test_by_tail_is_the_smallest_rank_that_keeps_the_bound(
+    values: list[float], allowed: float
+) -> None:
     energies = sorted(values, reverse=True)
     tails = tails_of(energies, math.fsum(energies))
-    option = Options(layer(200, 200), range(1, 31), [rank * 400 for rank in range(1, 31)], 40_000, 30)
+    option = Options(
+        layer(200, 200), range(1, 31), [rank * 400 for rank in range(1, 31)], 40_000, 30
+    )
     rank = by_tail(option, tails, allowed, "--error").rank
     assert rank is not None
     assert tails[min(rank, len(energies))] <= allowed
@@ -109,7 +130,7 @@ def test_tails_run_from_everything_to_nothing() -> None:
     assert tails_of([0.0, 0.0], 0.0) == [0.0, 0.0, 0.0]
 
 
-# Global allocation ---------------------------------------------------------------------------------------------------
+# Global allocation --------------------------------------------------------------------------------
 
 spectra = st.lists(st.lists(st.floats(1e-6, 1), min_size=6, max_size=9), min_size=1, max_size=3)
 
@@ -119,23 +140,34 @@ def small_problem(values: list[list[float]]) -> tuple[list[Options], list[list[f
     each, tails = [], []
     for i, energies in enumerate(values):
         k = len(energies)
-        each.append(options_of(layer(k, k + 3 * i, f"l{i}.weight"), Recipe("keep", 0.5), unit="parameters"))
+        each.append(
+            options_of(layer(k, k + 3 * i, f"l{i}.weight"), Recipe("keep", 0.5), unit="parameters")
+        )
         tails.append(tails_of(sorted(energies, reverse=True), math.fsum(energies)))
     return each, tails
 
 
-def brute_force(each: list[Options], tails: list[list[float]], budget: int, floors: list[int]) -> float:
+def brute_force(
+    each: list[Options], tails: list[list[float]], budget: int, floors: list[int]
+) -> float:
     menus = [
-        [(o.cost(rank), tails[i][rank]) for rank in o.ranks if rank >= min(floors[i], o.ranks[-1])] + [(o.dense_cost, 0.0)]
+        [(o.cost(rank), tails[i][rank]) for rank in o.ranks if rank >= min(floors[i], o.ranks[-1])]
+        + [(o.dense_cost, 0.0)]
         for i, o in enumerate(each)
     ]
-    fitting = (math.fsum(loss for _, loss in pick) for pick in itertools.product(*menus) if sum(c for c, _ in pick) <= budget)
+    fitting = (
+        math.fsum(loss for _, loss in pick)
+        for pick in itertools.product(*menus)
+        if sum(c for c, _ in pick) <= budget
+    )
     return min(fitting, default=math.inf)
 
 
 @settings(max_examples=300, deadline=None)
 @given(spectra, st.floats(0.3, 1.0), st.integers(1, 3))
-def test_global_allocation_against_brute_force(values: list[list[float]], share: float, floor: int) -> None:
+def test_global_allocation_against_brute_force(
+    values: list[list[float]], share: float, floor: int
+) -> None:
     each, tails = small_problem(values)
     budget = int(share * sum(o.dense_cost for o in each))
     floors = [floor] * len(each)
@@ -144,15 +176,24 @@ def test_global_allocation_against_brute_force(values: list[list[float]], share:
         return
     choices = allocate_globally(each, [t.__getitem__ for t in tails], budget, floors)
     assert sum(o.cost(c.rank) for o, c in zip(each, choices, strict=True)) <= budget
-    loss = math.fsum(0.0 if c.rank is None else t[c.rank] for c, t in zip(choices, tails, strict=True))
+    loss = math.fsum(
+        0.0 if c.rank is None else t[c.rank] for c, t in zip(choices, tails, strict=True)
+    )
     assert loss <= best * 1.001 + 1e-12
 
 
 @settings(max_examples=100, deadline=None)
 @given(
-    st.lists(st.tuples(st.integers(20, 60), st.integers(20, 60), st.floats(0.1, 2)), min_size=2, max_size=6), st.floats(0.2, 0.9)
+    st.lists(
+        st.tuples(st.integers(20, 60), st.integers(20, 60), st.floats(0.1, 2)),
+        min_size=2,
+        max_size=6,
+    ),
+    st.floats(0.2, 0.9),
 )
-def test_global_is_never_worse_than_uniform(shapes: list[tuple[int, int, float]], keep: float) -> None:
+def test_global_is_never_worse_than_uniform(
+    shapes: list[tuple[int, int, float]], keep: float
+) -> None:
     each = [options(m, n) for m, n, _ in shapes]
     tails = []
     for m, n, power in shapes:
@@ -164,7 +205,9 @@ def test_global_is_never_worse_than_uniform(shapes: list[tuple[int, int, float]]
     assert sum(o.cost(c.rank) for o, c in zip(each, best, strict=True)) <= budget
 
     def total(choices: list) -> float:  # type: ignore[type-arg]
-        return math.fsum(0.0 if c.rank is None else t[c.rank] for c, t in zip(choices, tails, strict=True))
+        return math.fsum(
+            0.0 if c.rank is None else t[c.rank] for c, t in zip(choices, tails, strict=True)
+        )
 
     assert total(best) <= total(even) + 1e-12
 

@@ -64,8 +64,12 @@ def test_recipe_round_trip(recipe: Recipe) -> None:
 
 @given(recipes, st.integers(1, 8), st.floats(0, 1))
 def test_plan_round_trip(recipe: Recipe, rank: int, loss: float) -> None:
-    first = LayerPlan(TensorInfo("a.weight", "BF16", (10, 20)), rank, recipe.layout, "F32", "gram", loss=loss)
-    second = LayerPlan(TensorInfo("b.weight", "F32", (8, 8)), None, recipe.layout, "F32", "svd", reason="too dear")
+    first = LayerPlan(
+        TensorInfo("a.weight", "BF16", (10, 20)), rank, recipe.layout, "F32", "gram", loss=loss
+    )
+    second = LayerPlan(
+        TensorInfo("b.weight", "F32", (8, 8)), None, recipe.layout, "F32", "svd", reason="too dear"
+    )
     skipped = (Skipped(TensorInfo("n.weight", "F32", (8,)), "1-D"),)
     plan = Plan(recipe, "abc", (first, second), skipped, ("a note",))
     assert Plan.from_json(json.loads(json.dumps(plan.to_json()))) == plan

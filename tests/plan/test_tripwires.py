@@ -14,7 +14,10 @@ from svdcli.plan.parts import part_configs, tripwires
     [
         (["model.layers.0.q", "model.layers.0.k", "model.layers.1.q"], {"model.layers.0.k"}),
         (["model.layers.2.q", "model.layers.10.q"], {"model.layers.2.q"}),
-        (["encoder.block.0.layer.0.q", "decoder.block.0.layer.0.q"], {"encoder.block.0.layer.0.q", "decoder.block.0.layer.0.q"}),
+        (
+            ["encoder.block.0.layer.0.q", "decoder.block.0.layer.0.q"],
+            {"encoder.block.0.layer.0.q", "decoder.block.0.layer.0.q"},
+        ),
         (["layers.0.mlp.experts.0.up", "layers.1.q"], {"layers.1.q"}),
         (["layers.3.experts.1.up", "layers.3.experts.0.up"], {"layers.3.experts.0.up"}),
         (
@@ -25,7 +28,17 @@ from svdcli.plan.parts import part_configs, tripwires
         (["0", "2"], {"0"}),
         ([], set()),
     ],
-    ids=["first", "by number", "every stack", "not an expert", "unless only experts", "parts", "outside", "bare", "none"],
+    ids=[
+        "first",
+        "by number",
+        "every stack",
+        "not an expert",
+        "unless only experts",
+        "parts",
+        "outside",
+        "bare",
+        "none",
+    ],
 )
 def test_one_of_every_stack_and_all_outside(modules: list[str], expected: set[str]) -> None:
     assert set(tripwires(modules)) == expected
@@ -37,7 +50,11 @@ def test_parts_are_what_has_a_model_type_or_the_name_of_one() -> None:
     config = {
         "model_type": "any",
         "vision_config": {"hidden_size": 3},
-        "text_config": {"model_type": "t", "rope_parameters": {"rope_type": "default"}, "audio_config": {}},
+        "text_config": {
+            "model_type": "t",
+            "rope_parameters": {"rope_type": "default"},
+            "audio_config": {},
+        },
         "thinker": {"model_type": "thinker", "inner": {"model_type": "inner"}},
         "quantization_config": {"quant_method": "x"},
         "id2label": {"0": "a"},
@@ -45,4 +62,10 @@ def test_parts_are_what_has_a_model_type_or_the_name_of_one() -> None:
         "decoder": None,
     }
     found = {path for path, _ in part_configs(config)}
-    assert found == {("vision_config",), ("text_config",), ("text_config", "audio_config"), ("thinker",), ("thinker", "inner")}
+    assert found == {
+        ("vision_config",),
+        ("text_config",),
+        ("text_config", "audio_config"),
+        ("thinker",),
+        ("thinker", "inner"),
+    }

@@ -1,7 +1,9 @@
-"""Run the commands whose output README shows, and put the output back: `python tests/readme/regenerate.py`.
+"""Run the commands whose output README shows, and put the output back: `python
+tests/readme/regenerate.py`.
 
-A block is the fenced text behind `<!-- output: COMMAND -->`. Commands run in a copy of sample_models, 80 columns wide; what
-they write stays there. The picture is the table of the first command.
+A block is the fenced text behind `<!-- output: COMMAND -->`. Commands run in a copy of
+sample_models, 80 columns wide; what they write stays there. The picture is the table of the first
+command.
 """
 
 from __future__ import annotations
@@ -26,7 +28,10 @@ HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 README = ROOT / "README.md"
 PICTURE = HERE / "compress.svg"
-BLOCK = re.compile(r"(<!-- output: (?P<command>.+?) -->\n```[a-z]*\n)(?P<text>.*?)(?=^```$)", re.DOTALL | re.MULTILINE)
+BLOCK = re.compile(
+    r"(<!-- output: (?P<command>.+?) -->\n```[a-z]*\n)(?P<text>.*?)(?=^```$)",
+    re.DOTALL | re.MULTILINE,
+)
 
 
 BENCHMARKS = ROOT / "tests" / "benchmarks"
@@ -38,7 +43,8 @@ def workshop() -> Iterator[Path]:
     """A temporary folder with the sample models, as current folder."""
     before = Path.cwd()
     with tempfile.TemporaryDirectory() as folder:
-        # README's own first command leaves an output beside the model, which is no part of the repository.
+        # README's own first command leaves an output beside the model, which is no part of the
+        # repository.
         outputs = shutil.ignore_patterns("*-svd*", "*.partial", "*.svd.safetensors")
         shutil.copytree(ROOT / "sample_models", Path(folder) / "sample_models", ignore=outputs)
         os.chdir(folder)
@@ -86,9 +92,13 @@ def render_picture(folder: Path) -> str:
     from svdcli import report
     from svdcli.render.tables import render_report
 
-    console = Console(record=True, width=96, file=io.StringIO(), highlight=False, force_terminal=True)
+    console = Console(
+        record=True, width=96, file=io.StringIO(), highlight=False, force_terminal=True
+    )
     render_report(report(folder / "sample_models" / "tiny-llama-svd"), console, grouped=True)
-    return console.export_svg(title="svdcli compress sample_models/tiny-llama --rank 100", unique_id="svdcli")
+    return console.export_svg(
+        title="svdcli compress sample_models/tiny-llama --rank 100", unique_id="svdcli"
+    )
 
 
 def main() -> None:

@@ -1,4 +1,5 @@
-"""bench: what it reports, that its processes are separate and never outlive it, and what it refuses. Nothing is timed here."""
+"""bench: what it reports, that its processes are separate and never outlive it, and what it
+refuses. Nothing is timed here."""
 
 from __future__ import annotations
 
@@ -40,7 +41,18 @@ def found(written: Written, compressed: Compressed) -> Bench:
         return kept[0]
 
     with mock.patch.object(speed, "bench", keep):
-        done = cli("bench", compressed("llama"), "--against", written("llama"), *TINY, "--rounds", "2", "--batch", "2", "--json")
+        done = cli(
+            "bench",
+            compressed("llama"),
+            "--against",
+            written("llama"),
+            *TINY,
+            "--rounds",
+            "2",
+            "--batch",
+            "2",
+            "--json",
+        )
     assert (done.code, done.err) == (0, "")
     assert json.loads(done.out) == json.loads(json.dumps(kept[0].to_json()))
     return kept[0]
@@ -86,7 +98,7 @@ def children_of(pid: int) -> list[int]:
     return found
 
 
-# What it reports -----------------------------------------------------------------------------------------------------
+# What it reports ----------------------------------------------------------------------------------
 
 
 def test_both_models_are_measured_in_processes_of_their_own(found: Bench) -> None:
@@ -106,7 +118,9 @@ def test_every_round_counts_but_the_first(found: Bench) -> None:
 
 def test_ratios_are_compressed_over_original(found: Bench) -> None:
     ratios, ours, theirs = found.ratios, found.compressed, found.original
-    assert ratios.prefill.rounds == tuple(a / b for a, b in zip(ours.prefill.rounds, theirs.prefill.rounds, strict=True))
+    assert ratios.prefill.rounds == tuple(
+        a / b for a, b in zip(ours.prefill.rounds, theirs.prefill.rounds, strict=True)
+    )
     assert ratios.file_bytes == ours.file_bytes / theirs.file_bytes
     assert ratios.load_seconds == ours.load_seconds / theirs.load_seconds
     assert ratios.file_bytes < 1
@@ -114,7 +128,11 @@ def test_ratios_are_compressed_over_original(found: Bench) -> None:
 
 def test_a_side_knows_its_model(found: Bench, written: Written) -> None:
     side = found.original
-    assert (side.model_class, side.dtype, side.path) == ("LlamaForCausalLM", "float32", str(written("llama")))
+    assert (side.model_class, side.dtype, side.path) == (
+        "LlamaForCausalLM",
+        "float32",
+        str(written("llama")),
+    )
     assert side.file_bytes == (written("llama") / "model.safetensors").stat().st_size
     assert found.compressed.parameters < side.parameters
     assert side.peak_bytes >= 0
@@ -134,10 +152,16 @@ def test_translators_decode_and_encoders_do_not(written: Written, compressed: Co
     assert found.compressed.decode is not None
     assert found.ratios.decode is found.original.decode is None
     assert found.ratios.prefill.median > 0
-    assert [row.measure for row in found.measures] == ["prefill", "load", "peak memory", "memory", "files"]
+    assert [row.measure for row in found.measures] == [
+        "prefill",
+        "load",
+        "peak memory",
+        "memory",
+        "files",
+    ]
 
 
-# The command ---------------------------------------------------------------------------------------------------------
+# The command --------------------------------------------------------------------------------------
 
 
 def printed(found: Bench, *options: str, columns: int = 160) -> str:
@@ -152,7 +176,14 @@ def test_the_table_has_a_line_for_every_measure(found: Bench, columns: int) -> N
     text = printed(found, columns=columns)
     table = text[: text.index("\noriginal ")]
     assert max(map(len, table.splitlines())) <= 80
-    for line in ("decode, tokens/s", "prefill, tokens/s", "time to load", "peak memory", "memory at rest", "weights on disk"):
+    for line in (
+        "decode, tokens/s",
+        "prefill, tokens/s",
+        "time to load",
+        "peak memory",
+        "memory at rest",
+        "weights on disk",
+    ):
         assert f"\n{line} " in table
     assert f"{found.ratios.prefill.lowest:.2f} to {found.ratios.prefill.highest:.2f}" in table
     assert "prompts of 2 × 6 tokens, 3 new ones" in text
@@ -160,28 +191,43 @@ def test_the_table_has_a_line_for_every_measure(found: Bench, columns: int) -> N
 
 def test_machines_get_every_measure(found: Bench) -> None:
     rows = list(csv.DictReader(io.StringIO(printed(found, "--csv"))))
-    assert [row["measure"] for row in rows] == ["decode", "prefill", "load", "peak memory", "memory", "files"]
+    assert [row["measure"] for row in rows] == [
+        "decode",
+        "prefill",
+        "load",
+        "peak memory",
+        "memory",
+        "files",
+    ]
     assert float(rows[0]["ratio"]) == found.ratios.decode.median  # type: ignore[union-attr]
     assert printed(found, "-q") == ""
 
 
-# What it refuses -----------------------------------------------------------------------------------------------------
+# What it refuses ----------------------------------------------------------------------------------
 
 
-def test_a_missing_directory_is_told_before_anything_starts(written: Written, tmp_path: Path, started: list[int]) -> None:
+def test_a_missing_directory_is_told_before_anything_starts(
+    written: Written, tmp_path: Path, started: list[int]
+) -> None:
     for out, against in ((tmp_path / "no", written("llama")), (written("llama"), tmp_path / "no")):
         with pytest.raises(SvdcliError, match="does not exist"):
             bench(out, against)
     assert started == []
 
 
-def test_a_file_without_a_config_is_told_before_anything_starts(written: Written, started: list[int]) -> None:
+def test_a_file_without_a_config_is_told_before_anything_starts(
+    written: Written, started: list[int]
+) -> None:
     weights = written("llama") / "model.safetensors"
-    assert "has no config.json that names a model" in complaint(cli("bench", weights, "--against", written("llama")))
+    assert "has no config.json that names a model" in complaint(
+        cli("bench", weights, "--against", written("llama"))
+    )
     assert started == []
 
 
-@pytest.mark.parametrize("option", ["--rounds", "--batch", "--new-tokens", "--prompt-tokens", "--threads"])
+@pytest.mark.parametrize(
+    "option", ["--rounds", "--batch", "--new-tokens", "--prompt-tokens", "--threads"]
+)
 def test_counts_are_above_zero(option: str, written: Written, started: list[int]) -> None:
     done = cli("bench", written("llama"), "--against", written("llama"), option, "0")
     assert option in complaint(done, code=2)
@@ -189,13 +235,29 @@ def test_counts_are_above_zero(option: str, written: Written, started: list[int]
 
 
 def test_a_model_that_does_not_read_text_is_refused(written: Written) -> None:
-    worker = Worker({"path": str(written("vit")), "device": "cpu", "threads": 1, "batch": 1, "prompt_tokens": 6, "new_tokens": 3})
+    worker = Worker(
+        {
+            "path": str(written("vit")),
+            "device": "cpu",
+            "threads": 1,
+            "batch": 1,
+            "prompt_tokens": 6,
+            "new_tokens": 3,
+        }
+    )
     with pytest.raises(SvdcliError, match=r"does not read text \(ViTForImageClassification\)"):
         worker.load()
 
 
 def test_more_tokens_than_the_model_takes(written: Written) -> None:
-    task = {"path": str(written("llama")), "device": "cpu", "threads": 1, "batch": 1, "prompt_tokens": 63, "new_tokens": 3}
+    task = {
+        "path": str(written("llama")),
+        "device": "cpu",
+        "threads": 1,
+        "batch": 1,
+        "prompt_tokens": 63,
+        "new_tokens": 3,
+    }
     with pytest.raises(UsageError, match="takes 64 tokens, not 66"):
         Worker(task).load()
 
@@ -210,20 +272,38 @@ def test_a_device_that_is_not_here(written: Written) -> None:
     [
         ("os.kill(os.getpid(), 9)", SvdcliError, "was killed; memory may be too small"),
         ("os.kill(os.getpid(), 11)", SvdcliError, "ended with signal 11"),
-        ("print('no\\nroom\\n', file=sys.stderr); sys.exit(3)", SvdcliError, "ended with exit code 3: room"),
+        (
+            "print('no\\nroom\\n', file=sys.stderr); sys.exit(3)",
+            SvdcliError,
+            "ended with exit code 3: room",
+        ),
         ("sys.stdout.write('{')", SvdcliError, "ended with exit code 0"),
         (
-            "print(json.dumps({'error': 'odd', 'hint': 'even', 'exit_code': 2}), flush=True); time.sleep(99)",
+            "print(json.dumps({'error': 'odd', 'hint': 'even', 'exit_code': 2}), flush=True); "
+            "time.sleep(99)",
             UsageError,
             "odd; even",
         ),
-        ("print(json.dumps({}), flush=True); input(); sys.exit('late')", SvdcliError, "ended with exit code 1: late"),
+        (
+            "print(json.dumps({}), flush=True); input(); sys.exit('late')",
+            SvdcliError,
+            "ended with exit code 1: late",
+        ),
     ],
 )
 def test_what_goes_wrong_in_a_process_is_one_clear_error(
-    program: str, kind: type, words: str, written: Written, started: list[int], monkeypatch: pytest.MonkeyPatch
+    program: str,
+    kind: type,
+    words: str,
+    written: Written,
+    started: list[int],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(speed, "_START", f"import json, os, sys, time; {program}".replace("{", "{{").replace("}", "}}"))
+    monkeypatch.setattr(
+        speed,
+        "_START",
+        f"import json, os, sys, time; {program}".replace("{", "{{").replace("}", "}}"),
+    )
     with pytest.raises(SvdcliError, match=words) as caught:
         bench(written("llama"), written("llama"), **SMALL)
     assert type(caught.value) is kind
@@ -234,7 +314,16 @@ def test_what_goes_wrong_in_a_process_is_one_clear_error(
 
 @needs_proc
 def test_an_interrupt_ends_the_processes_too(written: Written, compressed: Compressed) -> None:
-    command = [sys.executable, "-m", "svdcli", "bench", str(compressed("llama")), "--against", str(written("llama")), *TINY]
+    command = [
+        sys.executable,
+        "-m",
+        "svdcli",
+        "bench",
+        str(compressed("llama")),
+        "--against",
+        str(written("llama")),
+        *TINY,
+    ]
     running = subprocess.Popen([*command, "--rounds", "1000000"], stdout=subprocess.PIPE)
     try:
         until = time.monotonic() + 60
@@ -251,7 +340,16 @@ def test_an_interrupt_ends_the_processes_too(written: Written, compressed: Compr
 
 @needs_proc
 def test_processes_end_when_the_one_that_asked_is_gone(written: Written) -> None:
-    command = [sys.executable, "-m", "svdcli", "bench", str(written("llama")), "--against", str(written("llama")), *TINY]
+    command = [
+        sys.executable,
+        "-m",
+        "svdcli",
+        "bench",
+        str(written("llama")),
+        "--against",
+        str(written("llama")),
+        *TINY,
+    ]
     running = subprocess.Popen([*command, "--rounds", "1000000"], stderr=subprocess.DEVNULL)
     try:
         until = time.monotonic() + 60

@@ -1,4 +1,5 @@
-"""calibrate against sums over ordinary passes of the whole float32 model, and its predictions against what the model loses."""
+"""calibrate against sums over ordinary passes of the whole float32 model, and its predictions
+against what the model loses."""
 
 from __future__ import annotations
 
@@ -84,7 +85,10 @@ def from_logits(logits: Tensor) -> tuple[Tensor, int]:
 
 
 def token_batches(path: Path, samples: int = SAMPLES) -> list[dict[str, Tensor]]:
-    batches = [{"input_ids": ids} for ids in windows_of(load_tokenizer(path), TEXT, LENGTH, samples).ids.split(4)]
+    batches = [
+        {"input_ids": ids}
+        for ids in windows_of(load_tokenizer(path), TEXT, LENGTH, samples).ids.split(4)
+    ]
     if (open_checkpoint(path).config or {}).get("is_encoder_decoder"):
         batches = [batch | {"decoder_input_ids": batch["input_ids"]} for batch in batches]
     return batches
@@ -144,7 +148,7 @@ def assert_same_moments(one: Moments, other: Moments) -> None:
                 close(x, y.double())
 
 
-# Moments -------------------------------------------------------------------------------------------------------------
+# Moments ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -157,7 +161,9 @@ def assert_same_moments(one: Moments, other: Moments) -> None:
         ("marian", torch.bfloat16),
     ],
 )
-def test_moments_are_the_sums_of_ordinary_passes(family: str, dtype: torch.dtype, readable: Readable, tmp_path: Path) -> None:
+def test_moments_are_the_sums_of_ordinary_passes(
+    family: str, dtype: torch.dtype, readable: Readable, tmp_path: Path
+) -> None:
     path = readable(family, dtype)
     moments, done = run(path, tmp_path / "c.safetensors", seed=3)
     assert_moments(moments, *by_windows(path, seed=3))
@@ -170,10 +176,14 @@ def test_moments_are_the_sums_of_ordinary_passes(family: str, dtype: torch.dtype
 
 
 @pytest.mark.parametrize("family", ["bert", "bert-classifier"])
-def test_padding_is_no_input_and_has_no_gradient(family: str, readable: Readable, tmp_path: Path) -> None:
+def test_padding_is_no_input_and_has_no_gradient(
+    family: str, readable: Readable, tmp_path: Path
+) -> None:
     path = readable(family)
     pooler = {"bert": "pooler.dense", "bert-classifier": "bert.pooler.dense"}[family]
-    moments, done = run(path, tmp_path / "c.safetensors", SENTENCES, samples=40, seed=5, include=("*", pooler))
+    moments, done = run(
+        path, tmp_path / "c.safetensors", SENTENCES, samples=40, seed=5, include=("*", pooler)
+    )
     assert f"{pooler}.weight" in moments.layers
     assert_moments(moments, *by_sentences(path, seed=5))
     assert done.tokens == sum(3 + at % 11 for at in range(40))
@@ -192,7 +202,9 @@ def test_layers_outside_of_blocks_have_their_moments_too(tmp_path: Path) -> None
 
 def test_moments_take_the_labels_of_their_seed(readable: Readable, tmp_path: Path) -> None:
     path = readable("llama")
-    one, again, other = (run(path, tmp_path / f"{at}", seed=seed)[0] for at, seed in enumerate((1, 1, 2)))
+    one, again, other = (
+        run(path, tmp_path / f"{at}", seed=seed)[0] for at, seed in enumerate((1, 1, 2))
+    )
     assert (tmp_path / "0").read_bytes() == (tmp_path / "1").read_bytes()
     name = "model.layers.0.mlp.up_proj.weight"
     assert torch.equal(one.of(name).inputs, other.of(name).inputs)
@@ -212,17 +224,28 @@ def test_layers_that_read_the_same_share_one_input(readable: Readable, tmp_path:
         return shared(run(readable(family), tmp_path / family, texts, gradients=False)[0])
 
     def of(prefix: str, *groups: str) -> set[frozenset[str]]:
-        return {frozenset(f"{prefix}.{at}.{name}" for name in group.split()) for at in (0, 1) for group in groups}
+        return {
+            frozenset(f"{prefix}.{at}.{name}" for name in group.split())
+            for at in (0, 1)
+            for group in groups
+        }
 
     attention = "self_attn.q_proj self_attn.k_proj self_attn.v_proj"
-    llama = of("model.layers", attention, "self_attn.o_proj", "mlp.gate_proj mlp.up_proj", "mlp.down_proj")
+    llama = of(
+        "model.layers", attention, "self_attn.o_proj", "mlp.gate_proj mlp.up_proj", "mlp.down_proj"
+    )
     assert groups("llama") == llama
     own = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
     assert groups("gpt2") == of("transformer.h", *own)
     inner = ("attention.output.dense", "intermediate.dense", "output.dense")
     query = " ".join(f"attention.self.{name}" for name in ("query", "key", "value"))
-    assert groups("bert", SENTENCES) == of("encoder.layer", query, *inner) | {frozenset({"pooler.dense"})}
-    both = ("layer.0.SelfAttention.q layer.0.SelfAttention.k layer.0.SelfAttention.v", "layer.0.SelfAttention.o")
+    assert groups("bert", SENTENCES) == of("encoder.layer", query, *inner) | {
+        frozenset({"pooler.dense"})
+    }
+    both = (
+        "layer.0.SelfAttention.q layer.0.SelfAttention.k layer.0.SelfAttention.v",
+        "layer.0.SelfAttention.o",
+    )
     cross = (
         "layer.1.EncDecAttention.q",
         "layer.1.EncDecAttention.k layer.1.EncDecAttention.v",
@@ -246,7 +269,9 @@ def test_a_shared_input_is_stored_once(readable: Readable, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("family", ["llama", "bert", "t5"])
 @pytest.mark.parametrize("gradients", [False, True])
-def test_rounds_add_up_to_the_same_moments(family: str, gradients: bool, readable: Readable, tmp_path: Path) -> None:
+def test_rounds_add_up_to_the_same_moments(
+    family: str, gradients: bool, readable: Readable, tmp_path: Path
+) -> None:
     """The labels of a batch do not depend on the round that it is read in, so H is the same too."""
     told: list[Forecast] = []
     texts, samples = (SENTENCES, 40) if family == "bert" else (TEXT, SAMPLES)
@@ -258,10 +283,14 @@ def test_rounds_add_up_to_the_same_moments(family: str, gradients: bool, readabl
     assert [forecast.rounds for forecast in told] == [1, more.rounds]
     assert told[1].state_bytes < told[0].state_bytes
     assert_same_moments(parts, whole)
-    assert {keys["output"] is not None for name, keys in whole.layers.items() if "pooler" not in name} == {gradients}
+    assert {
+        keys["output"] is not None for name, keys in whole.layers.items() if "pooler" not in name
+    } == {gradients}
 
 
-def test_hidden_states_fit_into_the_memory_or_a_batch_is_all_there_is(readable: Readable, tmp_path: Path) -> None:
+def test_hidden_states_fit_into_the_memory_or_a_batch_is_all_there_is(
+    readable: Readable, tmp_path: Path
+) -> None:
     told: list[Forecast] = []
     room = [forecast(readable("llama"), tmp_path, told, memory) for memory in (10**9, 2 * 10**5, 1)]
     assert [item.rounds for item in told] == sorted(item.rounds for item in told)
@@ -269,13 +298,24 @@ def test_hidden_states_fit_into_the_memory_or_a_batch_is_all_there_is(readable: 
 
 
 def forecast(model: Path, folder: Path, told: list[Forecast], memory: int) -> int:
-    run(model, folder / "c.safetensors", samples=12, gradients=True, memory=memory, announce=told.append)
+    run(
+        model,
+        folder / "c.safetensors",
+        samples=12,
+        gradients=True,
+        memory=memory,
+        announce=told.append,
+    )
     return memory
 
 
-def test_gradients_are_left_out_where_they_do_not_fit_and_that_is_told(readable: Readable, tmp_path: Path) -> None:
+def test_gradients_are_left_out_where_they_do_not_fit_and_that_is_told(
+    readable: Readable, tmp_path: Path
+) -> None:
     told: list[Forecast] = []
-    moments, done = run(readable("llama"), tmp_path / "c.safetensors", memory=1, announce=told.append)
+    moments, done = run(
+        readable("llama"), tmp_path / "c.safetensors", memory=1, announce=told.append
+    )
     assert not told[0].gradients
     assert "do not fit" in told[0].reason
     assert not done.gradients
@@ -286,7 +326,9 @@ def test_gradients_are_left_out_where_they_do_not_fit_and_that_is_told(readable:
     assert not told[1].reason
 
 
-def test_wide_outputs_keep_the_diagonal(readable: Readable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wide_outputs_keep_the_diagonal(
+    readable: Readable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     full, _ = run(readable("llama"), tmp_path / "a")
     monkeypatch.setattr(module, "FULL_OUTPUTS", 64)
     cut, _ = run(readable("llama"), tmp_path / "b")
@@ -302,7 +344,9 @@ def test_only_what_is_asked_for_is_measured(readable: Readable, tmp_path: Path) 
     path = readable("llama")
     whole, _ = run(path, tmp_path / "a")
     some, done = run(path, tmp_path / "b", include=("*.1.mlp.*",), exclude=("*gate_proj",))
-    assert set(some.layers) == {f"model.layers.1.mlp.{name}.weight" for name in ("up_proj", "down_proj")}
+    assert set(some.layers) == {
+        f"model.layers.1.mlp.{name}.weight" for name in ("up_proj", "down_proj")
+    }
     assert done.layers == 2
     for name in some.layers:
         for x, y in zip(values_of(some.of(name)), values_of(whole.of(name)), strict=True):
@@ -323,7 +367,7 @@ def test_a_calibration_knows_where_it_comes_from(readable: Readable, tmp_path: P
     assert done.to_json()["kind"] == "calibration"
 
 
-# The Fisher identity -------------------------------------------------------------------------------------------------
+# The Fisher identity ------------------------------------------------------------------------------
 
 
 def predicted(moments: LayerMoments | None, d: Tensor) -> float:
@@ -357,12 +401,19 @@ def nudge(model: Any, name: str) -> Tensor:
 
 def louder(model: Path, folder: Path) -> Path:
     """Weights five times as large: predictions that are far from uniform."""
-    return changed(model, folder, lambda tensors: tensors.update({n: 5 * t for n, t in tensors.items() if t.ndim == 2}))
+    return changed(
+        model,
+        folder,
+        lambda tensors: tensors.update({n: 5 * t for n, t in tensors.items() if t.ndim == 2}),
+    )
 
 
-def test_the_predicted_loss_is_the_divergence_where_the_factors_are_exact(readable: Readable, tmp_path: Path) -> None:
-    """One word over and over: every token of the last block has the same input, and its change reaches no other token. What is
-    left is the noise of 4096 labels drawn: (g v)^2 of a gradient has a relative spread of about 2, so 10 % is three times it."""
+def test_the_predicted_loss_is_the_divergence_where_the_factors_are_exact(
+    readable: Readable, tmp_path: Path
+) -> None:
+    """One word over and over: every token of the last block has the same input, and its change
+    reaches no other token. What is left is the noise of 4096 labels drawn: (g v)^2 of a gradient
+    has a relative spread of about 2, so 10 % is three times it."""
     path = louder(readable("llama"), tmp_path / "m")
     texts = Texts("one word", (" ".join(["w7"] * 4096),))
     moments, _ = run(path, tmp_path / "c", texts, samples=260, seq_len=16)
@@ -371,10 +422,14 @@ def test_the_predicted_loss_is_the_divergence_where_the_factors_are_exact(readab
     for layer in ("self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"):
         name = f"model.layers.1.{layer}.weight"
         d = nudge(model, name)
-        assert predicted(moments.of(name), d) == pytest.approx(divergence(model, [{"input_ids": ids}], name, d), rel=0.1), name
+        assert predicted(moments.of(name), d) == pytest.approx(
+            divergence(model, [{"input_ids": ids}], name, d), rel=0.1
+        ), name
 
 
-def test_the_predicted_loss_is_the_divergence_of_a_classifier_s_pooler(readable: Readable, tmp_path: Path) -> None:
+def test_the_predicted_loss_is_the_divergence_of_a_classifier_s_pooler(
+    readable: Readable, tmp_path: Path
+) -> None:
     """One row for each prediction, and one sentence over and over. 1600 labels of three classes."""
     path = louder(readable("bert-classifier"), tmp_path / "m")
     texts = Texts("one line", ("\n".join(["w5 w9 w30 w2"] * 1600),))
@@ -383,12 +438,17 @@ def test_the_predicted_loss_is_the_divergence_of_a_classifier_s_pooler(readable:
     model = svdcli.load(path, dtype=torch.float64)
     batch = dict(load_tokenizer(path)("w5 w9 w30 w2", return_tensors="pt"))
     d = nudge(model, name)
-    assert predicted(moments.of(name), d) == pytest.approx(divergence(model, [batch], name, d), rel=0.15)
+    assert predicted(moments.of(name), d) == pytest.approx(
+        divergence(model, [batch], name, d), rel=0.15
+    )
 
 
-def test_the_predicted_loss_is_of_the_size_of_the_divergence(readable: Readable, tmp_path: Path) -> None:
-    """K-FAC takes the tokens of a window as independent of each other, and inputs as independent of gradients. The first is
-    wrong where a change of one layer reaches the same prediction through many alike tokens: values above all."""
+def test_the_predicted_loss_is_of_the_size_of_the_divergence(
+    readable: Readable, tmp_path: Path
+) -> None:
+    """K-FAC takes the tokens of a window as independent of each other, and inputs as independent of
+    gradients. The first is wrong where a change of one layer reaches the same prediction through
+    many alike tokens: values above all."""
     path = louder(readable("llama"), tmp_path / "m")
     moments, _ = run(path, tmp_path / "c", samples=16)
     model = svdcli.load(path, dtype=torch.float64)
@@ -399,9 +459,12 @@ def test_the_predicted_loss_is_of_the_size_of_the_divergence(readable: Readable,
 
 
 @pytest.mark.parametrize("length", [3, 8])
-def test_the_predicted_loss_of_an_encoder_is_low_by_its_rows_at_most(length: int, readable: Readable, tmp_path: Path) -> None:
-    """An embedding is a mean over rows whose changes add up where they are alike; K-FAC adds their squares, and by Cauchy and
-    Schwarz that is low by a factor of `length` at most. Inputs and gradients that depend on each other are worth another 2."""
+def test_the_predicted_loss_of_an_encoder_is_low_by_its_rows_at_most(
+    length: int, readable: Readable, tmp_path: Path
+) -> None:
+    """An embedding is a mean over rows whose changes add up where they are alike; K-FAC adds their
+    squares, and by Cauchy and Schwarz that is low by a factor of `length` at most. Inputs and
+    gradients that depend on each other are worth another 2."""
     path = louder(readable("bert"), tmp_path / "m")
     texts = Texts("lines", ("\n".join(" ".join(words(length, at)) for at in range(160)),))
     moments, _ = run(path, tmp_path / "c", texts, samples=160)
@@ -413,7 +476,9 @@ def test_the_predicted_loss_of_an_encoder_is_low_by_its_rows_at_most(length: int
             return nn.functional.normalize(model(**batch).last_hidden_state.mean(1), dim=-1)
 
     before = embeddings()
-    assert moments.kind("pooler.dense.weight") == "inputs"  # sentence embeddings do not depend on it
+    assert (
+        moments.kind("pooler.dense.weight") == "inputs"
+    )  # sentence embeddings do not depend on it
     for name in moments.layers.keys() - {"pooler.dense.weight"}:
         layer, d = model.get_submodule(name.removesuffix(".weight")), nudge(model, name)
         layer.weight.data += d
@@ -422,19 +487,24 @@ def test_the_predicted_loss_of_an_encoder_is_low_by_its_rows_at_most(length: int
         assert 0.5 < measured / predicted(moments.of(name), d) < 2 * length, name
 
 
-def test_sensitivity_is_the_loss_of_cutting_one_layer_alone(readable: Readable, tmp_path: Path) -> None:
+def test_sensitivity_is_the_loss_of_cutting_one_layer_alone(
+    readable: Readable, tmp_path: Path
+) -> None:
     path = louder(readable("llama"), tmp_path / "m")
     moments, _ = run(path, tmp_path / "c.safetensors", samples=4, sensitivity=True)
     model = svdcli.load(path, dtype=torch.float64)
     for name in moments.layers:
-        known, w = moments.of(name), model.get_submodule(name.removesuffix(".weight")).weight.detach()
+        known, w = (
+            moments.of(name),
+            model.get_submodule(name.removesuffix(".weight")).weight.detach(),
+        )
         factors = weighted(w, min(w.shape) // 4, Metric(known.inputs.double(), known.outputs))
         loss = divergence(model, token_batches(path, 4), name, factors.up @ factors.down - w)
         share = factors.tail / (factors.tail + float(factors.sigma.square().sum()))
         assert moments.weight(name) == pytest.approx(loss / share, rel=1e-2), name
 
 
-# Errors --------------------------------------------------------------------------------------------------------------
+# Errors -------------------------------------------------------------------------------------------
 
 SPOILED = {
     "model.embed_tokens.weight": "model.layers.0.self_attn.q_proj",
@@ -449,16 +519,26 @@ SPOILED = {
 def test_nan_is_an_error_that_names_the_first_layer_that_meets_it(
     spoiled: str, gradients: bool, readable: Readable, tmp_path: Path
 ) -> None:
-    path = changed(readable("llama"), tmp_path / "m", lambda tensors: tensors[spoiled].fill_(float("nan")))
+    path = changed(
+        readable("llama"), tmp_path / "m", lambda tensors: tensors[spoiled].fill_(float("nan"))
+    )
     everything = tree(tmp_path)
     with pytest.raises(SvdcliError, match=f"{SPOILED[spoiled]}.* meets NaN"):
         run(path, tmp_path / "c.safetensors", gradients=gradients)
     assert tree(tmp_path) == everything
 
 
-@pytest.mark.parametrize("spoiled", ["model.norm.weight", "model.layers.1.mlp.down_proj.weight", "lm_head.weight"])
-def test_nan_behind_the_last_layer_is_an_error_too(spoiled: str, readable: Readable, tmp_path: Path) -> None:
-    path = changed(readable("llama"), tmp_path / "m", lambda tensors: tensors[spoiled].view(-1)[5].fill_(float("nan")))
+@pytest.mark.parametrize(
+    "spoiled", ["model.norm.weight", "model.layers.1.mlp.down_proj.weight", "lm_head.weight"]
+)
+def test_nan_behind_the_last_layer_is_an_error_too(
+    spoiled: str, readable: Readable, tmp_path: Path
+) -> None:
+    path = changed(
+        readable("llama"),
+        tmp_path / "m",
+        lambda tensors: tensors[spoiled].view(-1)[5].fill_(float("nan")),
+    )
     everything = tree(tmp_path)
     with pytest.raises(SvdcliError, match="NaN"):
         run(path, tmp_path / "c.safetensors", gradients=True)
@@ -485,7 +565,9 @@ def test_what_does_not_read_text_is_refused(readable: Readable, tmp_path: Path) 
 
 @pytest.mark.parametrize("before", [None, b"what was there"])
 @pytest.mark.parametrize("stop_at", [0, 5])
-def test_the_file_appears_whole_or_not_at_all(before: bytes | None, stop_at: int, readable: Readable, tmp_path: Path) -> None:
+def test_the_file_appears_whole_or_not_at_all(
+    before: bytes | None, stop_at: int, readable: Readable, tmp_path: Path
+) -> None:
     out, calls = tmp_path / "c.safetensors", []
 
     def progress(*_: Any) -> None:
@@ -520,7 +602,7 @@ def test_progress_rises_to_the_end(readable: Readable, tmp_path: Path) -> None:
     assert done[-1] > 2.5
 
 
-# While compressing ---------------------------------------------------------------------------------------------------
+# While compressing --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("metric", ["auto", "inputs"])
@@ -528,13 +610,17 @@ def test_compress_reads_as_calibrate_does(metric: str, readable: Readable, tmp_p
     path, recipe = readable("llama"), Recipe("keep", 0.5, metric=metric, allocate="global")
     run(path, tmp_path / "c.safetensors", gradients=metric == "auto")
     svdcli.compress(path, tmp_path / "a", recipe, calibration=tmp_path / "c.safetensors")
-    svdcli.compress(path, tmp_path / "b", recipe, reading=Reading(TEXT, samples=SAMPLES, seq_len=LENGTH))
+    svdcli.compress(
+        path, tmp_path / "b", recipe, reading=Reading(TEXT, samples=SAMPLES, seq_len=LENGTH)
+    )
     assert tree(tmp_path / "a") == tree(tmp_path / "b")
     assert {file.name for file in tmp_path.iterdir()} == {"a", "b", "c.safetensors"}
 
 
 @pytest.mark.parametrize("stage", ["calibrate", "measure", "write"])
-def test_a_run_that_is_interrupted_continues_to_the_same_bytes(stage: str, readable: Readable, tmp_path: Path) -> None:
+def test_a_run_that_is_interrupted_continues_to_the_same_bytes(
+    stage: str, readable: Readable, tmp_path: Path
+) -> None:
     path, recipe = readable("llama"), Recipe("keep", 0.5)
     reading = Reading(TEXT, samples=SAMPLES, seq_len=LENGTH)
     svdcli.compress(path, tmp_path / "a", recipe, reading=reading)
@@ -549,32 +635,58 @@ def test_a_run_that_is_interrupted_continues_to_the_same_bytes(stage: str, reada
         svdcli.compress(path, tmp_path / "b", recipe, reading=reading, progress=progress)
     assert not (tmp_path / "b").exists()
     again: list[str] = []
-    svdcli.compress(path, tmp_path / "b", recipe, reading=reading, progress=lambda now, *_: again.append(now))
+    svdcli.compress(
+        path, tmp_path / "b", recipe, reading=reading, progress=lambda now, *_: again.append(now)
+    )
     assert ("calibrate" in again) == (stage == "calibrate")
     assert tree(tmp_path / "a") == tree(tmp_path / "b")
     assert {file.name for file in tmp_path.iterdir()} == {"a", "b"}
 
 
-def test_a_refusal_keeps_the_calibration_for_the_next_try(readable: Readable, tmp_path: Path) -> None:
+def test_a_refusal_keeps_the_calibration_for_the_next_try(
+    readable: Readable, tmp_path: Path
+) -> None:
     path, reading = readable("llama"), Reading(TEXT, samples=SAMPLES, seq_len=LENGTH)
     svdcli.compress(path, tmp_path / "a", Recipe("keep", 0.5), reading=reading)
-    with pytest.raises(UsageError, match=r"is not reachable.*; the calibration waits in .*/b\.partial for the next try"):
+    with pytest.raises(
+        UsageError,
+        match=r"is not reachable.*; the calibration waits in .*/b\.partial for the next try",
+    ):
         svdcli.compress(path, tmp_path / "b", Recipe("keep", 0.0001), reading=reading)
     again: list[str] = []
-    done = svdcli.compress(path, tmp_path / "b", Recipe("keep", 0.5), reading=reading, progress=lambda now, *_: again.append(now))
+    done = svdcli.compress(
+        path,
+        tmp_path / "b",
+        Recipe("keep", 0.5),
+        reading=reading,
+        progress=lambda now, *_: again.append(now),
+    )
     assert "calibrate" not in again
     assert not done.started_over
     assert tree(tmp_path / "a") == tree(tmp_path / "b")
     assert {file.name for file in tmp_path.iterdir()} == {"a", "b"}
 
 
-@pytest.mark.parametrize("first", [{"seq_len": 8}, {"samples": 6}, {"metric": "inputs"}, {"text": " ".join(words(400, 9))}])
-def test_what_an_interrupted_run_read_otherwise_is_not_used(first: dict[str, Any], readable: Readable, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "first",
+    [{"seq_len": 8}, {"samples": 6}, {"metric": "inputs"}, {"text": " ".join(words(400, 9))}],
+)
+def test_what_an_interrupted_run_read_otherwise_is_not_used(
+    first: dict[str, Any], readable: Readable, tmp_path: Path
+) -> None:
     how = {"seq_len": LENGTH, "samples": SAMPLES, "metric": "full", "text": TEXT.documents[0]}
 
-    def compress(out: str, seq_len: int, samples: int, metric: str, text: str, **options: Any) -> None:
+    def compress(
+        out: str, seq_len: int, samples: int, metric: str, text: str, **options: Any
+    ) -> None:
         reading = Reading(Texts("words", (text,)), samples=samples, seq_len=seq_len)
-        svdcli.compress(readable("llama"), tmp_path / out, Recipe("keep", 0.5, metric=metric), reading=reading, **options)
+        svdcli.compress(
+            readable("llama"),
+            tmp_path / out,
+            Recipe("keep", 0.5, metric=metric),
+            reading=reading,
+            **options,
+        )
 
     def stop(now: str, *_: Any) -> None:
         if now == "write":
@@ -594,6 +706,8 @@ def test_layers_that_the_model_ignores_stay_dense(readable: Readable, tmp_path: 
     model = changed(readable("llama"), tmp_path / "m", lambda tensors: tensors.update(extra))
     run(model, tmp_path / "s.safetensors")
     recipe = Recipe("keep", 0.7, include=("*", "model.layers.7.mlp.up_proj"))
-    plan = svdcli.compress(model, tmp_path / "o", recipe, calibration=tmp_path / "s.safetensors").plan
+    plan = svdcli.compress(
+        model, tmp_path / "o", recipe, calibration=tmp_path / "s.safetensors"
+    ).plan
     left = {layer.tensor.name: layer.reason for layer in plan.layers if layer.rank is None}
     assert "was not calibrated" in left["model.layers.7.mlp.up_proj.weight"]

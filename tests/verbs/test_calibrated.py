@@ -1,4 +1,5 @@
-"""compress with a calibration, against explicit float64 SVDs of H_d^(1/2) W G^(1/2) and brute force over all ranks."""
+"""compress with a calibration, against explicit float64 SVDs of H_d^(1/2) W G^(1/2) and brute force
+over all ranks."""
 
 from __future__ import annotations
 
@@ -24,7 +25,11 @@ from svdcli.errors import BadCheckpointError, NothingSelectedError, SvdcliError,
 from svdcli.files.checkpoint import open_checkpoint
 from svdcli.linalg.whitening import Metric
 
-SHAPES = {"layers.0.tall.weight": (64, 40), "layers.0.wide.weight": (40, 64), "layers.1.square.weight": (48, 48)}
+SHAPES = {
+    "layers.0.tall.weight": (64, 40),
+    "layers.0.wide.weight": (40, 64),
+    "layers.1.square.weight": (48, 48),
+}
 METRICS = ["inputs", "diagonal", "full"]
 Shapes = Mapping[str, tuple[int, int]]
 
@@ -35,7 +40,8 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 
 @dataclass(frozen=True)
 class Known:
-    """What a calibration knows of one layer: G, the mean, and H or its diagonal, in float32. x (n, rows) is the data."""
+    """What a calibration knows of one layer: G, the mean, and H or its diagonal, in float32. x (n,
+    rows) is the data."""
 
     inputs: Tensor
     mean: Tensor
@@ -54,7 +60,8 @@ class Known:
 
 
 def known_of(shapes: Shapes, scale: Callable[[int], float] = lambda at: 1e-3) -> dict[str, Known]:
-    """Moments of correlated inputs with a mean, and of correlated gradients whose size is `scale` of the layer's place."""
+    """Moments of correlated inputs with a mean, and of correlated gradients whose size is `scale`
+    of the layer's place."""
     found = {}
     for at, (name, (m, n)) in enumerate(shapes.items()):
         x = weight(n, n, 50 + at).double() @ normal(n, 300, seed=at) + normal(n, 1, seed=70 + at)
@@ -63,7 +70,14 @@ def known_of(shapes: Shapes, scale: Callable[[int], float] = lambda at: 1e-3) ->
     return found
 
 
-def write_source(path: Path, shapes: Shapes = SHAPES, *, bias: bool = False, transposed: bool = False, seed: int = 0) -> Path:
+def write_source(
+    path: Path,
+    shapes: Shapes = SHAPES,
+    *,
+    bias: bool = False,
+    transposed: bool = False,
+    seed: int = 0,
+) -> Path:
     """A file with a weight for each (out, in) of shapes; transposed stores them as (in, out)."""
     tensors = {}
     for at, (name, (m, n)) in enumerate(shapes.items()):
@@ -98,7 +112,18 @@ def write_calibration(
         for name, values in (sensitivities or {}).items():
             spool.add(f"sensitivity.{name}", torch.tensor(values))
         fingerprint = open_checkpoint(model).fingerprint()
-        how = (fingerprint, "a text", "0" * 64, 300, 1, 300, 0, gradients, sensitivities is not None, "nats")
+        how = (
+            fingerprint,
+            "a text",
+            "0" * 64,
+            300,
+            1,
+            300,
+            0,
+            gradients,
+            sensitivities is not None,
+            "nats",
+        )
         write_moments(path, spool, dict.fromkeys(spool.shapes, 1.0), layers, Provenance(*how))
     return path
 
@@ -125,7 +150,7 @@ def trace_error(d: Tensor, g: Tensor, h: Tensor | None) -> float:
     return float(torch.trace(damped(h, d.shape[0]) @ d @ g @ d.T))
 
 
-# Ranks and factors ---------------------------------------------------------------------------------------------------
+# Ranks and factors --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", METRICS)
@@ -136,7 +161,10 @@ def trace_error(d: Tensor, g: Tensor, h: Tensor | None) -> float:
 def test_what_is_stored_reaches_the_optimum(
     tmp_path: Path, kind: str, layout: str, transposed: bool, bias: bool, dtype: str
 ) -> None:
-    model, known = write_source(tmp_path / "m.safetensors", bias=bias, transposed=transposed), known_of(SHAPES)
+    model, known = (
+        write_source(tmp_path / "m.safetensors", bias=bias, transposed=transposed),
+        known_of(SHAPES),
+    )
     calibration = write_calibration(tmp_path / "c.safetensors", model, known, transposed=transposed)
     recipe = Recipe("rank", 8, layout=layout, dtype=dtype, metric=kind)
     outcome = svdcli.compress(model, tmp_path / "o.safetensors", recipe, calibration=calibration)
@@ -159,9 +187,13 @@ def test_what_is_stored_reaches_the_optimum(
 def test_auto_counts_with_all_that_was_measured(tmp_path: Path) -> None:
     model, known = write_source(tmp_path / "m.safetensors"), known_of(SHAPES)
     name = "layers.0.tall.weight"
-    diagonal = known | {name: replace(known[name], outputs=known[name].outputs.diagonal().contiguous())}
+    diagonal = known | {
+        name: replace(known[name], outputs=known[name].outputs.diagonal().contiguous())
+    }
     for gradients, kinds in ((True, ("diagonal", "full", "full")), (False, ("inputs",) * 3)):
-        calibration = write_calibration(tmp_path / "c.safetensors", model, diagonal, gradients=gradients)
+        calibration = write_calibration(
+            tmp_path / "c.safetensors", model, diagonal, gradients=gradients
+        )
         out = tmp_path / f"{gradients}.safetensors"
         plan = svdcli.compress(model, out, Recipe("rank", 8), calibration=calibration).plan
         found = {layer.tensor.name: layer.metric for layer in plan.layers}
@@ -175,8 +207,13 @@ def test_auto_counts_with_all_that_was_measured(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("layout", ["factored", "pivoted"])
-def test_a_refitted_bias_takes_the_mean_error_away(tmp_path: Path, transposed: bool, layout: str) -> None:
-    model, known = write_source(tmp_path / "m.safetensors", bias=True, transposed=transposed), known_of(SHAPES)
+def test_a_refitted_bias_takes_the_mean_error_away(
+    tmp_path: Path, transposed: bool, layout: str
+) -> None:
+    model, known = (
+        write_source(tmp_path / "m.safetensors", bias=True, transposed=transposed),
+        known_of(SHAPES),
+    )
     calibration = write_calibration(tmp_path / "c.safetensors", model, known, transposed=transposed)
     recipe = Recipe("rank", 6, metric="inputs", layout=layout)
     svdcli.compress(model, tmp_path / "o.safetensors", recipe, calibration=calibration)
@@ -184,7 +221,9 @@ def test_a_refitted_bias_takes_the_mean_error_away(tmp_path: Path, transposed: b
     for name, item in known.items():
         w, stored = before[name].double(), rebuilt(after, name, layout)
         w, stored = (w.T, stored.T) if transposed else (w, stored)
-        bias, refitted = (tensors[name.replace("weight", "bias")].double()[:, None] for tensors in (before, after))
+        bias, refitted = (
+            tensors[name.replace("weight", "bias")].double()[:, None] for tensors in (before, after)
+        )
         error = (w - stored) @ item.x + bias - refitted
         moved = float(((w - stored) @ item.x).mean(1).norm())
         assert moved > 0.05
@@ -199,8 +238,12 @@ def test_a_bias_that_is_nobody_s_mean_stays(tmp_path: Path) -> None:
     tensors = load_file(model) | {"layers.0.tall.bias": torch.ones(7)}
     save_file(tensors, model)
     dense = "layers.1.square.weight"
-    calibration = write_calibration(tmp_path / "c.safetensors", model, {n: k for n, k in known.items() if n != dense})
-    svdcli.compress(model, tmp_path / "o.safetensors", Recipe("rank", 8, metric="full"), calibration=calibration)
+    calibration = write_calibration(
+        tmp_path / "c.safetensors", model, {n: k for n, k in known.items() if n != dense}
+    )
+    svdcli.compress(
+        model, tmp_path / "o.safetensors", Recipe("rank", 8, metric="full"), calibration=calibration
+    )
     after = load_file(tmp_path / "o.safetensors")
     for name in ("layers.0.tall.bias", "layers.1.square.bias", dense):
         assert torch.equal(after[name], tensors[name])
@@ -215,16 +258,30 @@ def test_a_bias_that_is_nobody_s_mean_stays(tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_costs_its_rounding_alone(tmp_path: Path, dtype: torch.dtype) -> None:
     model, known = tmp_path / "m.safetensors", known_of(SHAPES)
-    save_file({name: weight(*shape, seed=at, dtype=dtype) for at, (name, shape) in enumerate(SHAPES.items())}, model)
+    save_file(
+        {
+            name: weight(*shape, seed=at, dtype=dtype)
+            for at, (name, shape) in enumerate(SHAPES.items())
+        },
+        model,
+    )
     calibration = write_calibration(tmp_path / "c.safetensors", model, known)
-    outcome = svdcli.compress(model, tmp_path / "o.safetensors", Recipe("rank", 8), calibration=calibration)
+    outcome = svdcli.compress(
+        model, tmp_path / "o.safetensors", Recipe("rank", 8), calibration=calibration
+    )
     assert not any(row.fell_back for row in outcome.report.layers)
     for name, item in known.items():
         w, (g, h) = load_file(model)[name].double(), item.metric("full")
         best = best_energies(w, g, h)
-        error = trace_error(w - rebuilt(load_file(tmp_path / "o.safetensors"), name, "factored"), g, h)
+        error = trace_error(
+            w - rebuilt(load_file(tmp_path / "o.safetensors"), name, "factored"), g, h
+        )
         roundoff = torch.finfo(dtype).eps / 2
-        assert float(best[8:].sum()) * (1 - 1e-9) <= error <= float(best[8:].sum()) + 4 * roundoff**2 * float(best.sum())
+        assert (
+            float(best[8:].sum()) * (1 - 1e-9)
+            <= error
+            <= float(best[8:].sum()) + 4 * roundoff**2 * float(best.sum())
+        )
 
 
 @pytest.mark.parametrize("kind", METRICS)
@@ -232,7 +289,9 @@ def test_energy_is_counted_in_the_metric(tmp_path: Path, kind: str) -> None:
     model, known = write_source(tmp_path / "m.safetensors"), known_of(SHAPES)
     calibration = write_calibration(tmp_path / "c.safetensors", model, known)
     recipe = Recipe("energy", 0.8, metric=kind)
-    for row in svdcli.compress(model, None, recipe, calibration=calibration, dry_run=True).report.layers:
+    for row in svdcli.compress(
+        model, None, recipe, calibration=calibration, dry_run=True
+    ).report.layers:
         best = best_energies(load_file(model)[row.name], *known[row.name].metric(kind))
         needed = int((best.cumsum(0) / best.sum() < 0.8).sum()) + 1
         assert row.rank == needed or (row.rank is None and "would not save" in row.reason)
@@ -241,25 +300,33 @@ def test_energy_is_counted_in_the_metric(tmp_path: Path, kind: str) -> None:
 def test_a_measured_sensitivity_is_the_loss_that_a_whole_energy_stands_for(tmp_path: Path) -> None:
     model, known = write_source(tmp_path / "m.safetensors"), known_of(SHAPES)
     measured = {"layers.0.tall.weight": (0.3, 0.5), "layers.0.wide.weight": (0.02, 0.25)}
-    calibration = write_calibration(tmp_path / "c.safetensors", model, known, sensitivities=measured)
-    rows = svdcli.compress(model, None, Recipe("rank", 8), calibration=calibration, dry_run=True).report.layers
+    calibration = write_calibration(
+        tmp_path / "c.safetensors", model, known, sensitivities=measured
+    )
+    rows = svdcli.compress(
+        model, None, Recipe("rank", 8), calibration=calibration, dry_run=True
+    ).report.layers
     for row in rows:
         if row.name not in measured:
             assert row.rank is None
             continue
         best = best_energies(load_file(model)[row.name], *known[row.name].metric("full"))
         loss, share = measured[row.name]
-        assert row.predicted_loss == pytest.approx(loss / share * float(best[8:].sum() / best.sum()), rel=1e-5)
+        assert row.predicted_loss == pytest.approx(
+            loss / share * float(best[8:].sum() / best.sum()), rel=1e-5
+        )
 
 
-# What is left dense, and what is refused -----------------------------------------------------------------------------
+# What is left dense, and what is refused ----------------------------------------------------------
 
 
 @pytest.mark.parametrize("allocate", ["uniform", "global"])
 def test_an_uncalibrated_layer_stays_dense_and_says_so(tmp_path: Path, allocate: str) -> None:
     model, known = write_source(tmp_path / "m.safetensors", bias=True), known_of(SHAPES)
     left = "layers.0.wide.weight"
-    calibration = write_calibration(tmp_path / "c.safetensors", model, {n: k for n, k in known.items() if n != left})
+    calibration = write_calibration(
+        tmp_path / "c.safetensors", model, {n: k for n, k in known.items() if n != left}
+    )
     recipe = Recipe("keep", 0.6, allocate=allocate)
     outcome = svdcli.compress(model, tmp_path / "o.safetensors", recipe, calibration=calibration)
     rows = {row.name: row for row in outcome.report.layers}
@@ -275,27 +342,46 @@ def test_where_nothing_is_calibrated_nothing_is_written(tmp_path: Path) -> None:
     model = write_source(tmp_path / "m.safetensors")
     calibration = write_calibration(tmp_path / "c.safetensors", model, {})
     with pytest.raises(NothingSelectedError, match="not calibrated"):
-        svdcli.compress(model, tmp_path / "o.safetensors", Recipe("rank", 8), calibration=calibration)
+        svdcli.compress(
+            model, tmp_path / "o.safetensors", Recipe("rank", 8), calibration=calibration
+        )
     assert {path.name for path in tmp_path.iterdir()} == {"m.safetensors", "c.safetensors"}
 
 
 def test_a_layer_without_gradients_is_not_compared_with_others(tmp_path: Path) -> None:
     model, known = write_source(tmp_path / "m.safetensors"), known_of(SHAPES)
     name = "layers.0.wide.weight"
-    calibration = write_calibration(tmp_path / "c.safetensors", model, known | {name: replace(known[name], outputs=None)})
+    calibration = write_calibration(
+        tmp_path / "c.safetensors", model, known | {name: replace(known[name], outputs=None)}
+    )
     for kind in ("auto", "diagonal", "full", "inputs"):
-        rows = svdcli.compress(model, None, Recipe("rank", 8, metric=kind), calibration=calibration, dry_run=True).report.layers
-        assert {row.name: row.rank for row in rows} == dict.fromkeys(SHAPES, 8) | {name: 8 if kind == "inputs" else None}
+        rows = svdcli.compress(
+            model, None, Recipe("rank", 8, metric=kind), calibration=calibration, dry_run=True
+        ).report.layers
+        assert {row.name: row.rank for row in rows} == dict.fromkeys(SHAPES, 8) | {
+            name: 8 if kind == "inputs" else None
+        }
 
 
 @pytest.mark.parametrize("kind", ["diagonal", "full"])
 def test_a_metric_of_gradients_needs_gradients(tmp_path: Path, kind: str) -> None:
     model = write_source(tmp_path / "m.safetensors")
-    calibration = write_calibration(tmp_path / "c.safetensors", model, known_of(SHAPES), gradients=False)
+    calibration = write_calibration(
+        tmp_path / "c.safetensors", model, known_of(SHAPES), gradients=False
+    )
     for options in ({}, {"dry_run": True}):
         with pytest.raises(UsageError, match=f"--metric {kind} needs gradients"):
-            svdcli.compress(model, tmp_path / "o.safetensors", Recipe("rank", 8, metric=kind), calibration=calibration, **options)
-    assert {path.name for path in tmp_path.iterdir() if ".partial" not in path.name} == {"m.safetensors", "c.safetensors"}
+            svdcli.compress(
+                model,
+                tmp_path / "o.safetensors",
+                Recipe("rank", 8, metric=kind),
+                calibration=calibration,
+                **options,
+            )
+    assert {path.name for path in tmp_path.iterdir() if ".partial" not in path.name} == {
+        "m.safetensors",
+        "c.safetensors",
+    }
 
 
 @pytest.mark.parametrize("kind", METRICS)
@@ -306,32 +392,43 @@ def test_a_metric_needs_a_calibration(tmp_path: Path, kind: str) -> None:
 
 
 def test_another_model_s_calibration_is_refused(tmp_path: Path) -> None:
-    model, other = write_source(tmp_path / "m.safetensors"), write_source(tmp_path / "n.safetensors", seed=5)
+    model, other = (
+        write_source(tmp_path / "m.safetensors"),
+        write_source(tmp_path / "n.safetensors", seed=5),
+    )
     calibration = write_calibration(tmp_path / "c.safetensors", other, known_of(SHAPES))
     with pytest.raises(SvdcliError, match="another model than"):
-        svdcli.compress(model, tmp_path / "o.safetensors", Recipe("rank", 8), calibration=calibration)
+        svdcli.compress(
+            model, tmp_path / "o.safetensors", Recipe("rank", 8), calibration=calibration
+        )
     with pytest.raises(BadCheckpointError, match="not written by svdcli calibrate"):
         svdcli.compress(model, tmp_path / "o.safetensors", Recipe("rank", 8), calibration=other)
     assert not (tmp_path / "o.safetensors").exists()
 
 
-# The same again ------------------------------------------------------------------------------------------------------
+# The same again -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", METRICS)
 @pytest.mark.parametrize("allocate", ["uniform", "global"])
-def test_a_plan_runs_again_to_the_same_bytes_with_its_calibration_alone(tmp_path: Path, kind: str, allocate: str) -> None:
+def test_a_plan_runs_again_to_the_same_bytes_with_its_calibration_alone(
+    tmp_path: Path, kind: str, allocate: str
+) -> None:
     model, known = write_source(tmp_path / "m.safetensors", bias=True), known_of(SHAPES)
     calibration = write_calibration(tmp_path / "c.safetensors", model, known)
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
     recipe = Recipe("keep", 0.5, metric=kind, allocate=allocate)
-    first = svdcli.compress(model, tmp_path / "a" / "o.safetensors", recipe, calibration=calibration)
+    first = svdcli.compress(
+        model, tmp_path / "a" / "o.safetensors", recipe, calibration=calibration
+    )
     plan = svdcli.Plan.from_json(json.loads(json.dumps(first.plan.to_json())))
     copy = tmp_path / "copy.safetensors"
     copy.write_bytes(calibration.read_bytes())
     svdcli.compress(model, tmp_path / "b" / "o.safetensors", plan=plan, calibration=copy)
-    assert (tmp_path / "a" / "o.safetensors").read_bytes() == (tmp_path / "b" / "o.safetensors").read_bytes()
+    assert (tmp_path / "a" / "o.safetensors").read_bytes() == (
+        tmp_path / "b" / "o.safetensors"
+    ).read_bytes()
     with pytest.raises(UsageError, match="made with a calibration"):
         svdcli.compress(model, tmp_path / "e.safetensors", plan=plan)
     other = write_calibration(tmp_path / "d.safetensors", model, known_of(SHAPES, lambda at: 1e-2))
@@ -357,7 +454,9 @@ def test_an_interrupted_run_continues_to_the_same_bytes(tmp_path: Path, layout: 
     calibration = write_calibration(tmp_path / "c.safetensors", model, known)
     recipe, out = Recipe("keep", 0.5, allocate="global", layout=layout), tmp_path / "o.safetensors"
     told: list[str] = []
-    svdcli.compress(model, out, recipe, calibration=calibration, progress=lambda stage, *_: told.append(stage))
+    svdcli.compress(
+        model, out, recipe, calibration=calibration, progress=lambda stage, *_: told.append(stage)
+    )
     expected = out.read_bytes()
     assert {"measure", "write"} <= set(told)
     for at in range(len(told)):
@@ -367,13 +466,23 @@ def test_an_interrupted_run_continues_to_the_same_bytes(tmp_path: Path, layout: 
         assert not out.exists()
         assert not svdcli.compress(model, out, recipe, calibration=calibration).started_over
         assert out.read_bytes() == expected
-        assert {path.name for path in tmp_path.iterdir()} == {"m.safetensors", "c.safetensors", "o.safetensors"}
+        assert {path.name for path in tmp_path.iterdir()} == {
+            "m.safetensors",
+            "c.safetensors",
+            "o.safetensors",
+        }
 
 
 def test_a_continued_run_never_mixes_two_calibrations(tmp_path: Path) -> None:
-    model, out, recipe = write_source(tmp_path / "m.safetensors"), tmp_path / "o.safetensors", Recipe("keep", 0.5)
+    model, out, recipe = (
+        write_source(tmp_path / "m.safetensors"),
+        tmp_path / "o.safetensors",
+        Recipe("keep", 0.5),
+    )
     one = write_calibration(tmp_path / "c.safetensors", model, known_of(SHAPES))
-    other = write_calibration(tmp_path / "d.safetensors", model, known_of({n: SHAPES[n] for n in reversed(SHAPES)}))
+    other = write_calibration(
+        tmp_path / "d.safetensors", model, known_of({n: SHAPES[n] for n in reversed(SHAPES)})
+    )
     svdcli.compress(model, out, recipe, calibration=other)
     expected = out.read_bytes()
     out.unlink()
@@ -383,7 +492,7 @@ def test_a_continued_run_never_mixes_two_calibrations(tmp_path: Path) -> None:
     assert out.read_bytes() == expected
 
 
-# Global allocation ---------------------------------------------------------------------------------------------------
+# Global allocation --------------------------------------------------------------------------------
 
 SMALL = [
     {"l.0.a.weight": (18, 18), "l.1.a.weight": (20, 17), "l.2.a.weight": (16, 24)},
@@ -416,14 +525,19 @@ def losses_of(model: Path, known: Mapping[str, Known], kind: str) -> dict[str, l
     return found
 
 
-def menus_of(shapes: Shapes, losses: Mapping[str, list[float]], layout: str, unit: str) -> list[list[tuple[int, float]]]:
+def menus_of(
+    shapes: Shapes, losses: Mapping[str, list[float]], layout: str, unit: str
+) -> list[list[tuple[int, float]]]:
     """(cost, loss) of every rank that saves, and of staying dense."""
     menus = []
     for name, (m, n) in shapes.items():
         ranks = [
             rank
             for rank in range(1, min(m, n) + (layout == "factored"))
-            if all(cost_of((m, n), rank, layout, u) < cost_of((m, n), None, layout, u) for u in ("parameters", "bytes"))
+            if all(
+                cost_of((m, n), rank, layout, u) < cost_of((m, n), None, layout, u)
+                for u in ("parameters", "bytes")
+            )
         ]
         ranked = [(cost_of((m, n), rank, layout, unit), losses[name][rank]) for rank in ranks]
         menus.append([*ranked, (cost_of((m, n), None, layout, unit), 0.0)])
@@ -435,15 +549,21 @@ def brute_force(menus: list[list[tuple[int, float]]], budget: int) -> float:
     costs, losses = torch.zeros(1, dtype=torch.long), torch.zeros(1, dtype=torch.float64)
     for menu in menus:
         costs = (costs[:, None] + torch.tensor([cost for cost, _ in menu])).flatten()
-        losses = (losses[:, None] + torch.tensor([loss for _, loss in menu], dtype=torch.float64)).flatten()
+        losses = (
+            losses[:, None] + torch.tensor([loss for _, loss in menu], dtype=torch.float64)
+        ).flatten()
     return min(losses[costs <= budget].tolist(), default=math.inf)
 
 
 def lost(report: Any, losses: Mapping[str, list[float]]) -> float:
     """The summed loss of a plan by the oracle; checks that the report predicts the same."""
-    each = {row.name: 0.0 if row.rank is None else losses[row.name][row.rank] for row in report.layers}
+    each = {
+        row.name: 0.0 if row.rank is None else losses[row.name][row.rank] for row in report.layers
+    }
     for row in report.layers:
-        assert row.predicted_loss == (None if row.rank is None else pytest.approx(each[row.name], rel=1e-5))
+        assert row.predicted_loss == (
+            None if row.rank is None else pytest.approx(each[row.name], rel=1e-5)
+        )
     return math.fsum(each.values())
 
 
@@ -451,7 +571,9 @@ def lost(report: Any, losses: Mapping[str, list[float]]) -> float:
 @pytest.mark.parametrize("layout", ["factored", "pivoted"])
 @pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("shapes", SMALL, ids=["three", "two"])
-def test_parameters_are_spent_as_brute_force_would(tmp_path: Path, kind: str, layout: str, scale: str, shapes: Shapes) -> None:
+def test_parameters_are_spent_as_brute_force_would(
+    tmp_path: Path, kind: str, layout: str, scale: str, shapes: Shapes
+) -> None:
     model, known = write_source(tmp_path / "m.safetensors", shapes), known_of(shapes, SCALES[scale])
     calibration = write_calibration(tmp_path / "c.safetensors", model, known)
     losses = losses_of(model, known, kind)
@@ -462,19 +584,26 @@ def test_parameters_are_spent_as_brute_force_would(tmp_path: Path, kind: str, la
         found = {}
         for allocate, floor in (("uniform", 0.6), ("global", 0.6), ("global", 0.0)):
             asked = replace(recipe, allocate=allocate, floor=floor)
-            report = svdcli.compress(model, None, asked, calibration=calibration, dry_run=True).report
+            report = svdcli.compress(
+                model, None, asked, calibration=calibration, dry_run=True
+            ).report
             assert report.selected.parameters_after <= keep * dense
             found[allocate, floor] = lost(report, losses)
         assert found["global", 0.6] <= found["uniform", 0.6] * (1 + 1e-6)
         assert found["global", 0.0] <= found["global", 0.6] * (1 + 1e-6)
-        assert found["global", 0.0] <= 1.001 * brute_force(menus, math.floor(keep * dense + 1e-9)) + 1e-12
+        assert (
+            found["global", 0.0]
+            <= 1.001 * brute_force(menus, math.floor(keep * dense + 1e-9)) + 1e-12
+        )
 
 
 @pytest.mark.parametrize("kind", METRICS)
 @pytest.mark.parametrize("layout", ["factored", "pivoted"])
 @pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("shapes", SMALL, ids=["three", "two"])
-def test_bytes_are_spent_as_brute_force_would(tmp_path: Path, kind: str, layout: str, scale: str, shapes: Shapes) -> None:
+def test_bytes_are_spent_as_brute_force_would(
+    tmp_path: Path, kind: str, layout: str, scale: str, shapes: Shapes
+) -> None:
     model, known = write_source(tmp_path / "m.safetensors", shapes), known_of(shapes, SCALES[scale])
     calibration = write_calibration(tmp_path / "c.safetensors", model, known)
     losses = losses_of(model, known, kind)
@@ -487,8 +616,12 @@ def test_bytes_are_spent_as_brute_force_would(tmp_path: Path, kind: str, layout:
         size = beside + int(share * dense)
         found = {}
         for allocate, floor in (("uniform", 0.6), ("global", 0.6), ("global", 0.0)):
-            recipe = Recipe("size", size, layout=layout, metric=kind, allocate=allocate, floor=floor)
-            report = svdcli.compress(model, None, recipe, calibration=calibration, dry_run=True).report
+            recipe = Recipe(
+                "size", size, layout=layout, metric=kind, allocate=allocate, floor=floor
+            )
+            report = svdcli.compress(
+                model, None, recipe, calibration=calibration, dry_run=True
+            ).report
             assert report.total.bytes_after <= size
             found[allocate, floor] = lost(report, losses)
         assert found["global", 0.6] <= found["uniform", 0.6] * (1 + 1e-6)
@@ -498,13 +631,22 @@ def test_bytes_are_spent_as_brute_force_would(tmp_path: Path, kind: str, layout:
 
 
 @pytest.mark.parametrize("target", ["keep", "size"])
-def test_a_layer_that_counts_stays_whole_where_the_others_pay_for_it(tmp_path: Path, target: str) -> None:
-    model, known = write_source(tmp_path / "m.safetensors"), known_of(SHAPES, lambda at: (1e-3, 1.0, 1e-3)[at])
+def test_a_layer_that_counts_stays_whole_where_the_others_pay_for_it(
+    tmp_path: Path, target: str
+) -> None:
+    model, known = (
+        write_source(tmp_path / "m.safetensors"),
+        known_of(SHAPES, lambda at: (1e-3, 1.0, 1e-3)[at]),
+    )
     calibration = write_calibration(tmp_path / "c.safetensors", model, known)
-    even = svdcli.compress(model, tmp_path / "e.safetensors", Recipe("keep", 0.8), calibration=calibration).report
+    even = svdcli.compress(
+        model, tmp_path / "e.safetensors", Recipe("keep", 0.8), calibration=calibration
+    ).report
     value = 0.8 if target == "keep" else even.total.bytes_after
     recipe = Recipe(target, value, allocate="global")
-    report = svdcli.compress(model, tmp_path / "o.safetensors", recipe, calibration=calibration).report
+    report = svdcli.compress(
+        model, tmp_path / "o.safetensors", recipe, calibration=calibration
+    ).report
     rows = {row.name: row for row in report.layers}
     assert rows["layers.0.wide.weight"].rank is None
     assert "worth more whole" in rows["layers.0.wide.weight"].reason
@@ -516,9 +658,12 @@ def test_a_layer_that_counts_stays_whole_where_the_others_pay_for_it(tmp_path: P
 
 
 def test_the_loss_is_comparable_between_layers_with_gradients_alone(tmp_path: Path) -> None:
-    """Gradients ten times as large count a hundred times as much; inputs alone know shares of a layer's own energy."""
+    """Gradients ten times as large count a hundred times as much; inputs alone know shares of a
+    layer's own energy."""
     model = write_source(tmp_path / "m.safetensors")
-    small, large = (known_of(SHAPES, lambda at, size=size: size if at == 0 else 1e-3) for size in (1e-3, 1e-2))
+    small, large = (
+        known_of(SHAPES, lambda at, size=size: size if at == 0 else 1e-3) for size in (1e-3, 1e-2)
+    )
     losses = []
     for name, known in (("a", small), ("b", large)):
         calibration = write_calibration(tmp_path / f"{name}.safetensors", model, known)
@@ -527,7 +672,11 @@ def test_the_loss_is_comparable_between_layers_with_gradients_alone(tmp_path: Pa
                 kind: [
                     row.predicted_loss
                     for row in svdcli.compress(
-                        model, None, Recipe("rank", 8, metric=kind), calibration=calibration, dry_run=True
+                        model,
+                        None,
+                        Recipe("rank", 8, metric=kind),
+                        calibration=calibration,
+                        dry_run=True,
                     ).report.layers
                 ]
                 for kind in METRICS

@@ -1,4 +1,5 @@
-"""From a checkpoint to an output and back: what is promised about bytes, errors, names and budgets."""
+"""From a checkpoint to an output and back: what is promised about bytes, errors, names and
+budgets."""
 
 from __future__ import annotations
 
@@ -11,7 +12,16 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import RANKED, diverges, load_all, ranked_tensors, rebuilt, size_of, weight, write_model
+from helpers import (
+    RANKED,
+    diverges,
+    load_all,
+    ranked_tensors,
+    rebuilt,
+    size_of,
+    weight,
+    write_model,
+)
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -24,7 +34,9 @@ from svdcli.plan.ranks import rounding_energy
 
 @pytest.mark.parametrize("layout", ["factored", "pivoted", "dense"])
 @pytest.mark.parametrize("shards", [1, 3])
-def test_a_directory_becomes_the_best_low_rank_directory(tmp_path: Path, layout: str, shards: int) -> None:
+def test_a_directory_becomes_the_best_low_rank_directory(
+    tmp_path: Path, layout: str, shards: int
+) -> None:
     model = write_model(tmp_path / "m", shards=shards)
     outcome = svdcli.compress(model, tmp_path / "o", Recipe("rank", 20, layout=layout))
     before, after = load_all(model), load_all(tmp_path / "o")
@@ -37,7 +49,9 @@ def test_a_directory_becomes_the_best_low_rank_directory(tmp_path: Path, layout:
     assert torch.equal(after["embed_tokens.weight"], before["embed_tokens.weight"])
     assert (tmp_path / "o" / "1_Pooling" / "config.json").read_text() == '{"pooling": 1}'
     config = json.loads((tmp_path / "o" / "config.json").read_text())
-    assert config.get("quantization_config", {}).get("quant_method") == (None if layout == "dense" else "svdcli")
+    assert config.get("quantization_config", {}).get("quant_method") == (
+        None if layout == "dense" else "svdcli"
+    )
     assert svdcli.verify(tmp_path / "o", model).ok
     assert outcome.report.total.bytes_after == size_of(tmp_path / "o")
 
@@ -92,11 +106,19 @@ RECIPES = [
 ]
 
 
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: f"{recipe.target}-{recipe.layout}-{recipe.allocate}")
+@pytest.mark.parametrize(
+    "recipe", RECIPES, ids=lambda recipe: f"{recipe.target}-{recipe.layout}-{recipe.allocate}"
+)
 @pytest.mark.parametrize("single", [True, False], ids=["file", "directory"])
 def test_prediction_is_the_file_to_the_byte(tmp_path: Path, recipe: Recipe, single: bool) -> None:
-    model = write_model(tmp_path / "m", tensors=ranked_tensors(torch.bfloat16), shards=1 if single else 2)
-    source, out = (model / "model.safetensors", tmp_path / "o.safetensors") if single else (model, tmp_path / "o")
+    model = write_model(
+        tmp_path / "m", tensors=ranked_tensors(torch.bfloat16), shards=1 if single else 2
+    )
+    source, out = (
+        (model / "model.safetensors", tmp_path / "o.safetensors")
+        if single
+        else (model, tmp_path / "o")
+    )
     dry = svdcli.compress(source, out, recipe, dry_run=True)
     assert not out.exists()
     done = svdcli.compress(source, out, recipe, allow_larger=recipe.dtype is not None)
@@ -111,7 +133,11 @@ def test_size_is_met_from_below(tmp_path: Path, share: float, allocate: str) -> 
     tensors = {f"layers.{i}.fc.weight": weight(200 + 40 * i, 180, i) for i in range(4)}
     save_file(tensors, tmp_path / "m.safetensors")
     size = int(share * (tmp_path / "m.safetensors").stat().st_size)
-    svdcli.compress(tmp_path / "m.safetensors", tmp_path / "o.safetensors", Recipe("size", size, allocate=allocate))
+    svdcli.compress(
+        tmp_path / "m.safetensors",
+        tmp_path / "o.safetensors",
+        Recipe("size", size, allocate=allocate),
+    )
     found = (tmp_path / "o.safetensors").stat().st_size
     assert 0.99 * size <= found <= size
 
@@ -121,15 +147,22 @@ def test_the_smallest_size_is_named_and_reachable(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="smallest output has") as caught:
         svdcli.compress(model, tmp_path / "o", Recipe("size", 1000))
     smallest = int(str(caught.value).split("smallest output has ")[1].split()[0])
-    assert svdcli.compress(model, tmp_path / "o", Recipe("size", smallest)).report.total.bytes_after == smallest
+    assert (
+        svdcli.compress(model, tmp_path / "o", Recipe("size", smallest)).report.total.bytes_after
+        == smallest
+    )
 
 
 @pytest.mark.parametrize("layout", ["factored", "pivoted"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("bound", [0.3, 0.1, 0.03])
-def test_error_holds_for_what_is_stored(tmp_path: Path, layout: str, dtype: torch.dtype, bound: float) -> None:
+def test_error_holds_for_what_is_stored(
+    tmp_path: Path, layout: str, dtype: torch.dtype, bound: float
+) -> None:
     save_file({"a.weight": weight(150, 120, 1, dtype)}, tmp_path / "m.safetensors")
-    report = svdcli.compress(tmp_path / "m.safetensors", None, Recipe("error", bound, layout=layout)).report
+    report = svdcli.compress(
+        tmp_path / "m.safetensors", None, Recipe("error", bound, layout=layout)
+    ).report
     assert report.layers[0].relative_error is not None
     assert report.layers[0].relative_error <= bound
     assert report.layers[0].rank is not None
@@ -143,7 +176,9 @@ def test_error_holds_for_what_is_stored(tmp_path: Path, layout: str, dtype: torc
 def test_energy_is_kept_by_the_smallest_rank(tmp_path: Path, share: float) -> None:
     w = weight(150, 120, 1)
     save_file({"a.weight": w}, tmp_path / "m.safetensors")
-    row = svdcli.compress(tmp_path / "m.safetensors", None, Recipe("energy", share)).report.layers[0]
+    row = svdcli.compress(tmp_path / "m.safetensors", None, Recipe("energy", share)).report.layers[
+        0
+    ]
     energies = torch.linalg.svdvals(w.double()).square()
     kept = energies.cumsum(0) / energies.sum()
     assert row.rank == int((kept < share).sum()) + 1
@@ -154,18 +189,24 @@ def test_energy_is_kept_by_the_smallest_rank(tmp_path: Path, share: float) -> No
 @pytest.mark.parametrize("allocate", ["uniform", "global"])
 def test_keep_is_never_exceeded(tmp_path: Path, keep: float, layout: str, allocate: str) -> None:
     model = write_model(tmp_path / "m")
-    report = svdcli.compress(model, tmp_path / "o", Recipe("keep", keep, layout=layout, allocate=allocate)).report
+    report = svdcli.compress(
+        model, tmp_path / "o", Recipe("keep", keep, layout=layout, allocate=allocate)
+    ).report
     assert report.selected.keep <= keep
     assert report.selected.keep > keep - 0.05
 
 
 def test_global_loses_less_than_uniform_at_the_same_budget(tmp_path: Path) -> None:
     flat = torch.linalg.qr(torch.randn(100, 100, generator=torch.Generator().manual_seed(0))).Q
-    save_file({"a.weight": weight(100, 100, 1), "b.weight": flat.contiguous()}, tmp_path / "m.safetensors")
+    save_file(
+        {"a.weight": weight(100, 100, 1), "b.weight": flat.contiguous()}, tmp_path / "m.safetensors"
+    )
     losses = {}
     for allocate in ("uniform", "global"):
         recipe = Recipe("keep", 0.5, allocate=allocate)
-        report = svdcli.compress(tmp_path / "m.safetensors", tmp_path / f"{allocate}.safetensors", recipe).report
+        report = svdcli.compress(
+            tmp_path / "m.safetensors", tmp_path / f"{allocate}.safetensors", recipe
+        ).report
         losses[allocate] = sum((row.relative_error or 0.0) ** 2 for row in report.layers)
         assert report.selected.keep <= 0.5
     assert losses["global"] < losses["uniform"] * 0.999
@@ -173,19 +214,29 @@ def test_global_loses_less_than_uniform_at_the_same_budget(tmp_path: Path) -> No
 
 def test_expand_restores_names_shapes_dtypes_and_files(tmp_path: Path) -> None:
     model = write_model(tmp_path / "m", tensors=ranked_tensors(torch.bfloat16), shards=2)
-    svdcli.compress(model, tmp_path / "o", Recipe("keep", 0.5, layout="pivoted", dtype="F32"), allow_larger=True)
+    svdcli.compress(
+        model, tmp_path / "o", Recipe("keep", 0.5, layout="pivoted", dtype="F32"), allow_larger=True
+    )
     svdcli.expand(tmp_path / "o", tmp_path / "d")
     before, after, low = load_all(model), load_all(tmp_path / "d"), load_all(tmp_path / "o")
-    assert {n: (t.shape, t.dtype) for n, t in before.items()} == {n: (t.shape, t.dtype) for n, t in after.items()}
+    assert {n: (t.shape, t.dtype) for n, t in before.items()} == {
+        n: (t.shape, t.dtype) for n, t in after.items()
+    }
     for name in RANKED:
-        torch.testing.assert_close(after[name].double(), rebuilt(low, name, "pivoted"), rtol=2**-8, atol=1e-7)
-    assert json.loads((tmp_path / "d" / "config.json").read_text()) == json.loads((model / "config.json").read_text())
+        torch.testing.assert_close(
+            after[name].double(), rebuilt(low, name, "pivoted"), rtol=2**-8, atol=1e-7
+        )
+    assert json.loads((tmp_path / "d" / "config.json").read_text()) == json.loads(
+        (model / "config.json").read_text()
+    )
     assert {p.name for p in (tmp_path / "d").iterdir()} == {p.name for p in model.iterdir()}
 
 
 def test_expand_of_the_dense_layout_is_itself(tmp_path: Path) -> None:
     model = write_model(tmp_path / "m")
-    svdcli.compress(model / "model.safetensors", tmp_path / "o.safetensors", Recipe("rank", 9, layout="dense"))
+    svdcli.compress(
+        model / "model.safetensors", tmp_path / "o.safetensors", Recipe("rank", 9, layout="dense")
+    )
     svdcli.expand(tmp_path / "o.safetensors", tmp_path / "d.safetensors")
     for name, tensor in load_file(tmp_path / "d.safetensors").items():
         assert torch.equal(tensor, load_file(tmp_path / "o.safetensors")[name])
@@ -198,7 +249,10 @@ def test_a_plan_runs_again_to_the_same_bytes(tmp_path: Path) -> None:
     svdcli.compress(model, tmp_path / "b", plan=plan)
     for file in sorted((tmp_path / "a").rglob("*.*")):
         if file.is_file():
-            assert file.read_bytes() == (tmp_path / "b" / file.relative_to(tmp_path / "a")).read_bytes(), file.name
+            assert (
+                file.read_bytes()
+                == (tmp_path / "b" / file.relative_to(tmp_path / "a")).read_bytes()
+            ), file.name
 
 
 def test_the_same_command_gives_the_same_bytes(tmp_path: Path) -> None:
@@ -211,7 +265,9 @@ def test_the_same_command_gives_the_same_bytes(tmp_path: Path) -> None:
 
 
 def test_a_rank_that_does_not_save_is_told(tmp_path: Path) -> None:
-    save_file({"big.weight": weight(200, 200), "small.weight": weight(50, 50)}, tmp_path / "m.safetensors")
+    save_file(
+        {"big.weight": weight(200, 200), "small.weight": weight(50, 50)}, tmp_path / "m.safetensors"
+    )
     report = svdcli.compress(tmp_path / "m.safetensors", None, Recipe("rank", 30)).report
     big, small = report.layers
     assert (big.rank, small.rank) == (30, None)
@@ -221,7 +277,11 @@ def test_a_rank_that_does_not_save_is_told(tmp_path: Path) -> None:
 
 def test_nothing_to_do_writes_nothing(tmp_path: Path) -> None:
     model = write_model(tmp_path / "m")
-    for recipe in (Recipe("rank", 60), Recipe("keep", 1.0), Recipe("keep", 0.5, exclude=("*layers*",))):
+    for recipe in (
+        Recipe("rank", 60),
+        Recipe("keep", 1.0),
+        Recipe("keep", 0.5, exclude=("*layers*",)),
+    ):
         with pytest.raises(NothingSelectedError):
             svdcli.compress(model, tmp_path / "o", recipe)
     assert {path.name for path in tmp_path.iterdir()} == {"m"}
@@ -261,7 +321,7 @@ def test_weights_in_other_formats_are_left_out_and_told(tmp_path: Path) -> None:
     assert not (tmp_path / "o" / "model.gguf").exists()
 
 
-# Solvers that fail --------------------------------------------------------------------------------------------------
+# Solvers that fail --------------------------------------------------------------------------------
 
 
 def makes_noise(real: Callable[..., Any]) -> Callable[..., Any]:
@@ -272,7 +332,9 @@ def makes_noise(real: Callable[..., Any]) -> Callable[..., Any]:
     return solver
 
 
-def test_a_solver_that_does_not_converge_gives_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_solver_that_does_not_converge_gives_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = write_model(tmp_path / "m")
     monkeypatch.setattr(torch.linalg, "eigh", diverges)
     report = svdcli.compress(model, tmp_path / "o", Recipe("rank", 9, solver="gram")).report
@@ -281,7 +343,9 @@ def test_a_solver_that_does_not_converge_gives_way(tmp_path: Path, monkeypatch: 
     assert svdcli.verify(tmp_path / "o", model).ok
 
 
-def test_a_solver_that_misses_its_spectrum_gives_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_solver_that_misses_its_spectrum_gives_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = write_model(tmp_path / "m")
     monkeypatch.setattr(torch.linalg, "eigh", makes_noise(torch.linalg.eigh))
     report = svdcli.compress(model, tmp_path / "o", Recipe("rank", 9, solver="gram")).report
@@ -290,16 +354,22 @@ def test_a_solver_that_misses_its_spectrum_gives_way(tmp_path: Path, monkeypatch
 
 def test_a_tail_below_the_gram_matrix_goes_to_svd(tmp_path: Path) -> None:
     left, right = weight(120, 100, 1).double(), weight(100, 120, 2).double()
-    steep = torch.linalg.svd(left @ right).U[:, :100] * 10.0 ** -torch.linspace(0, 9, 100, dtype=torch.float64)
+    steep = torch.linalg.svd(left @ right).U[:, :100] * 10.0 ** -torch.linspace(
+        0, 9, 100, dtype=torch.float64
+    )
     w = (steep @ torch.linalg.svd(right).Vh[:100]).float()
     save_file({"a.weight": w}, tmp_path / "m.safetensors")
-    row = svdcli.compress(tmp_path / "m.safetensors", None, Recipe("rank", 40, solver="gram")).report.layers[0]
+    row = svdcli.compress(
+        tmp_path / "m.safetensors", None, Recipe("rank", 40, solver="gram")
+    ).report.layers[0]
     assert row.fell_back == ("gram: tail below its precision",)
     best = float(torch.linalg.svdvals(w.double())[40:].norm() / w.double().norm())
     assert row.relative_error == pytest.approx(best, rel=1e-2)
 
 
-def test_where_every_solver_fails_the_layer_stays_dense(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_every_solver_fails_the_layer_stays_dense(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = write_model(tmp_path / "m", shards=2)
     real = torch.linalg.svd
 
@@ -314,7 +384,9 @@ def test_where_every_solver_fails_the_layer_stays_dense(tmp_path: Path, monkeypa
     assert all("every solver failed" in row.reason for row in report.layers if row.rank is None)
 
 
-def test_one_failed_layer_keeps_the_work_on_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_failed_layer_keeps_the_work_on_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from svdcli.engine import job
 
     model, calls = write_model(tmp_path / "m", shards=2), []
@@ -334,7 +406,7 @@ def test_one_failed_layer_keeps_the_work_on_the_others(tmp_path: Path, monkeypat
     assert svdcli.verify(tmp_path / "o", model).ok
 
 
-# Reports --------------------------------------------------------------------------------------------------
+# Reports ------------------------------------------------------------------------------------------
 
 
 def test_report_finds_the_newest_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -352,13 +424,17 @@ def test_report_finds_the_newest_output(tmp_path: Path, monkeypatch: pytest.Monk
     assert svdcli.report().path == "first"
 
 
-def test_an_output_that_lost_a_file_is_reported_with_a_note_and_without_weights_as_damaged(tmp_path: Path) -> None:
+def test_an_output_that_lost_a_file_is_reported_with_a_note_and_without_weights_as_damaged(
+    tmp_path: Path,
+) -> None:
     model = write_model(tmp_path / "m")
     before = svdcli.compress(model, tmp_path / "o", Recipe("rank", 9)).report
     (tmp_path / "o" / "tokenizer.json").unlink()
     report = svdcli.report(tmp_path / "o")
     assert report.notes == ("tokenizer.json was written too, and is gone",)
-    assert before.files.items() - report.files.items() == {("tokenizer.json", before.files["tokenizer.json"])}
+    assert before.files.items() - report.files.items() == {
+        ("tokenizer.json", before.files["tokenizer.json"])
+    }
     (tmp_path / "o" / "model.safetensors").unlink()
     with pytest.raises(SvdcliError, match=r"lacks 'model.safetensors'"):
         svdcli.report(tmp_path / "o")
@@ -380,10 +456,14 @@ def test_spectrum_against_svdvals(tmp_path: Path) -> None:
     row = svdcli.spectrum(tmp_path / "m.safetensors").layers[0]
     sigma = torch.linalg.svdvals(w.double())
     shares = sigma / sigma.sum()
-    assert row.effective_rank == pytest.approx(float(torch.exp(-(shares * shares.log()).sum())), rel=1e-4)
+    assert row.effective_rank == pytest.approx(
+        float(torch.exp(-(shares * shares.log()).sum())), rel=1e-4
+    )
     assert row.stable_rank == pytest.approx(float(sigma.square().sum() / sigma[0] ** 2), rel=1e-6)
     kept = sigma.square().cumsum(0) / sigma.square().sum()
-    assert [row.rank_90, row.rank_95, row.rank_99] == [int((kept < share).sum()) + 1 for share in (0.9, 0.95, 0.99)]
+    assert [row.rank_90, row.rank_95, row.rank_99] == [
+        int((kept < share).sum()) + 1 for share in (0.9, 0.95, 0.99)
+    ]
     assert row.curve[0] == 1.0
     assert row.sigma_max == pytest.approx(float(sigma[0]), rel=1e-6)
 
@@ -391,7 +471,12 @@ def test_spectrum_against_svdvals(tmp_path: Path) -> None:
 def test_stock_transformers_opens_what_expand_wrote(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     config = transformers.LlamaConfig(
-        hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=64
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=64,
     )
     torch.manual_seed(0)
     model = transformers.LlamaForCausalLM(config).eval()
@@ -402,7 +487,9 @@ def test_stock_transformers_opens_what_expand_wrote(tmp_path: Path) -> None:
     ids = torch.arange(12)[None]
     outputs = []
     for folder in ("d", "direct"):
-        loaded, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / folder, output_loading_info=True)
+        loaded, info = transformers.AutoModelForCausalLM.from_pretrained(
+            tmp_path / folder, output_loading_info=True
+        )
         assert not any(info.values())
         outputs.append(loaded.eval()(ids).logits)
     torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-3, atol=1e-4)
@@ -414,7 +501,9 @@ def test_stock_transformers_opens_what_expand_wrote(tmp_path: Path) -> None:
 def test_error_holds_in_the_pivoted_layout_of_a_trained_model(tmp_path: Path, bound: float) -> None:
     """Its coefficients combine rows that cancel, and round worse than factors."""
     sample = Path(__file__).parents[2] / "sample_models" / "tiny-llama"
-    report = svdcli.compress(sample, tmp_path / "o", Recipe("error", bound, layout="pivoted"), allow_larger=True).report
+    report = svdcli.compress(
+        sample, tmp_path / "o", Recipe("error", bound, layout="pivoted"), allow_larger=True
+    ).report
     errors = [row.relative_error for row in report.layers if row.relative_error is not None]
     assert len(errors) > 10
     assert max(errors) <= bound
@@ -428,7 +517,8 @@ def test_a_bound_that_is_exceeded_is_noted(tmp_path: Path) -> None:
     assert report_of(record, {}, "o").notes == ()
     record["layers"]["layers.1.up.weight"]["relative_error"] = 0.12
     assert report_of(record, {}, "o").notes == (
-        "1 of 3 layers have a larger error than --error 0.1, once rounded: the largest is 0.12 (layers.1.up.weight)",
+        "1 of 3 layers have a larger error than --error 0.1, once rounded: the largest is 0.12 "
+        "(layers.1.up.weight)",
     )
 
 
@@ -453,10 +543,14 @@ def test_an_order_of_rows_that_is_none_is_found(tmp_path: Path, row: int) -> Non
 
 @pytest.mark.parametrize("layout", ["factored", "pivoted", "dense"])
 @pytest.mark.parametrize("scale", [1e-5, 1e-6, 3e-7])
-def test_half_precision_numbers_below_the_normal_ones(tmp_path: Path, layout: str, scale: float) -> None:
+def test_half_precision_numbers_below_the_normal_ones(
+    tmp_path: Path, layout: str, scale: float
+) -> None:
     """Rounding is absolute there, and no solver is to blame for it."""
     save_file({"a.weight": (weight(200, 150) * scale).half()}, tmp_path / "m.safetensors")
-    report = svdcli.compress(tmp_path / "m.safetensors", None, Recipe("keep", 0.6, layout=layout)).report
+    report = svdcli.compress(
+        tmp_path / "m.safetensors", None, Recipe("keep", 0.6, layout=layout)
+    ).report
     assert report.failed == ()
     assert report.layers[0].relative_error is not None
     assert report.layers[0].relative_error < 1
@@ -465,7 +559,10 @@ def test_half_precision_numbers_below_the_normal_ones(tmp_path: Path, layout: st
 @pytest.mark.parametrize("allocate", ["uniform", "global"])
 def test_a_budget_that_the_least_ranks_exceed_is_an_error(tmp_path: Path, allocate: str) -> None:
     model = write_model(tmp_path / "m")
-    line = r"--keep 0\.001 is not reachable: with the least rank in every layer 0\.026 of the selected .*; use --keep 0\.0261 or"
+    line = (
+        r"--keep 0\.001 is not reachable: with the least rank in every layer 0\.026 of "
+        r"the selected .*; use --keep 0\.0261 or"
+    )
     with pytest.raises(UsageError, match=line):
         svdcli.compress(model, None, Recipe("keep", 0.001, allocate=allocate), dry_run=True)
     done = svdcli.compress(model, None, Recipe("keep", 0.0261, allocate=allocate), dry_run=True)

@@ -23,7 +23,9 @@ from svdcli.verbs import evaluate as module
 from svdcli.verbs.evaluate import compare, evaluate, mean_of
 
 SAMPLE = Path(__file__).parents[2] / "sample_models" / "tiny-llama"
-TEXT = Texts("a test", ("import os\n\n\ndef main(path: str) -> None:\n    print(os.listdir(path))\n" * 40,))
+TEXT = Texts(
+    "a test", ("import os\n\n\ndef main(path: str) -> None:\n    print(os.listdir(path))\n" * 40,)
+)
 Written = Callable[[str], Path]
 
 
@@ -41,10 +43,15 @@ def losses(model: Any, ids: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("chunk", [2**25, 4096])
-def test_a_decoder_s_scores_are_those_of_the_long_way(small_llama: Path, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_decoder_s_scores_are_those_of_the_long_way(
+    small_llama: Path, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(module, "_CHUNK", chunk)
     found = evaluate(small_llama, TEXT, against=SAMPLE, seq_len=48, samples=5)
-    ours, theirs = svdcli.load(small_llama, dtype=torch.float32), svdcli.load(SAMPLE, dtype=torch.float32)
+    ours, theirs = (
+        svdcli.load(small_llama, dtype=torch.float32),
+        svdcli.load(SAMPLE, dtype=torch.float32),
+    )
     windows = windows_of(load_tokenizer(SAMPLE), TEXT, 48, 5)
     loss, excess, kl, same = [], [], [], []
     for ids in windows.ids:
@@ -66,7 +73,9 @@ def test_a_decoder_s_scores_are_those_of_the_long_way(small_llama: Path, chunk: 
         assert mean.error == pytest.approx(statistics.stdev(values) / math.sqrt(5), abs=1e-5)
     perplexity = math.exp(found.compressed.loss.value)
     assert found.compressed.perplexity.value == pytest.approx(perplexity)
-    assert found.compressed.perplexity.error == pytest.approx(perplexity * found.compressed.loss.error)
+    assert found.compressed.perplexity.error == pytest.approx(
+        perplexity * found.compressed.loss.error
+    )
     per_byte = found.compressed.loss.value / math.log(2) / windows.bytes_per_token
     assert found.compressed.bits_per_byte == pytest.approx(per_byte)
     assert found.tokens == 5 * 47
@@ -82,7 +91,10 @@ def test_a_model_does_not_differ_from_itself() -> None:
 
 def test_more_compression_drifts_further(small_llama: Path, tmp_path: Path) -> None:
     svdcli.compress(SAMPLE, tmp_path / "harder", svdcli.Recipe("keep", 0.2))
-    drifts = [evaluate(out, TEXT, against=SAMPLE, seq_len=64, samples=4).drift for out in (small_llama, tmp_path / "harder")]
+    drifts = [
+        evaluate(out, TEXT, against=SAMPLE, seq_len=64, samples=4).drift
+        for out in (small_llama, tmp_path / "harder")
+    ]
     assert drifts[0].kl.value < drifts[1].kl.value
     assert drifts[0].top1.value > drifts[1].top1.value
 
@@ -99,13 +111,20 @@ class FakeTokenizer:
     def __init__(self, bos: int | None) -> None:
         self.bos_token_id = bos
 
-    def __call__(self, text: str, add_special_tokens: bool = True, **_: Any) -> dict[str, list[int]]:
+    def __call__(
+        self, text: str, add_special_tokens: bool = True, **_: Any
+    ) -> dict[str, list[int]]:
         ids = [ord(letter) for letter in text]
-        return {"input_ids": [self.bos_token_id, *ids] if add_special_tokens and self.bos_token_id is not None else ids}
+        return {
+            "input_ids": [self.bos_token_id, *ids]
+            if add_special_tokens and self.bos_token_id is not None
+            else ids
+        }
 
 
 @pytest.mark.parametrize(
-    ("bos", "predicted"), [(None, list(range(ord("a") + 1, ord("a") + 22))), (7, list(range(ord("a"), ord("a") + 24)))]
+    ("bos", "predicted"),
+    [(None, list(range(ord("a") + 1, ord("a") + 22))), (7, list(range(ord("a"), ord("a") + 24)))],
 )
 def test_windows_predict_every_token_once(bos: int | None, predicted: list[int]) -> None:
     texts = Texts("letters", ("abcdefghijklm", "nopqrstuvwxyz"))
@@ -132,7 +151,10 @@ def readers(written: Written, compressed: Callable[..., Path]) -> tuple[Path, Pa
     return original, out
 
 
-SENTENCES = Texts("words", ("\n".join(" ".join(f"w{(i * j) % 94 + 2}" for j in range(3, 3 + i % 20)) for i in range(40)),))
+SENTENCES = Texts(
+    "words",
+    ("\n".join(" ".join(f"w{(i * j) % 94 + 2}" for j in range(3, 3 + i % 20)) for i in range(40)),),
+)
 
 
 def test_an_encoder_is_judged_by_cosine_similarity(readers: tuple[Path, Path]) -> None:
@@ -163,23 +185,56 @@ def test_nan_is_an_error(small_llama: Path) -> None:
         compare(model, None, Windows(torch.arange(8)[None], 1.0, 8))
 
 
-# The command ---------------------------------------------------------------------------------------------------------
+# The command --------------------------------------------------------------------------------------
 
 
 def test_the_command_prints_a_table_and_json(small_llama: Path, tmp_path: Path) -> None:
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts" / "a.py").write_text(TEXT.documents[0])
     (tmp_path / "texts" / "b.bin").write_bytes(b"\xff\xfe\x00")
-    options = ("--against", SAMPLE, "--text", tmp_path / "texts", "--samples", "2", "--seq-len", "32")
+    options = (
+        "--against",
+        SAMPLE,
+        "--text",
+        tmp_path / "texts",
+        "--samples",
+        "2",
+        "--seq-len",
+        "32",
+    )
     done = cli("eval", small_llama, *options, "--prompt", "def ", "--new-tokens", "4")
     assert done.code == 0, done.err
-    for word in ("Perplexity", "excess loss", "KL divergence", "same next token", "Original", "Compressed"):
+    for word in (
+        "Perplexity",
+        "excess loss",
+        "KL divergence",
+        "same next token",
+        "Original",
+        "Compressed",
+    ):
         assert word in done.out.decode()
     found = json.loads(cli("eval", small_llama, *options, "--json").out)
-    assert (found["svdcli_json"], found["kind"], found["model_kind"]) == (1, "evaluation", "decoder")
+    assert (found["svdcli_json"], found["kind"], found["model_kind"]) == (
+        1,
+        "evaluation",
+        "decoder",
+    )
     assert found["tokens"] == 62
     text = TEXT.documents[0].encode()
-    piped = json.loads(cli("eval", small_llama, "--text", "-", "--samples", "2", "--seq-len", "32", "--json", input=text).out)
+    piped = json.loads(
+        cli(
+            "eval",
+            small_llama,
+            "--text",
+            "-",
+            "--samples",
+            "2",
+            "--seq-len",
+            "32",
+            "--json",
+            input=text,
+        ).out
+    )
     assert piped["compressed"]["loss"] == found["compressed"]["loss"]
     assert piped["drift"] is None
 
@@ -198,13 +253,22 @@ def test_files_that_are_no_text_are_named(small_llama: Path, tmp_path: Path) -> 
     for name in ("a.txt", "b.bin", "c/d.bin"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"\xff\xfe" if name.endswith("bin") else b"import os " * 400)
-    done = cli("eval", small_llama, "--text", tmp_path, "--samples", "2", "--seq-len", "32", "--json")
-    assert f"svdcli: {tmp_path}: files that are not UTF-8 are passed over: 2, such as b.bin\n" in done.err
+    done = cli(
+        "eval", small_llama, "--text", tmp_path, "--samples", "2", "--seq-len", "32", "--json"
+    )
+    assert (
+        f"svdcli: {tmp_path}: files that are not UTF-8 are passed over: 2, such as b.bin\n"
+        in done.err
+    )
     assert json.loads(done.out)["text"] == str(tmp_path)
-    assert "b.bin is not UTF-8 text" in complaint(cli("eval", small_llama, "--text", tmp_path / "b.bin"))
+    assert "b.bin is not UTF-8 text" in complaint(
+        cli("eval", small_llama, "--text", tmp_path / "b.bin")
+    )
 
 
-def test_what_cannot_be_read_is_refused(small_llama: Path, written: Written, tmp_path: Path) -> None:
+def test_what_cannot_be_read_is_refused(
+    small_llama: Path, written: Written, tmp_path: Path
+) -> None:
     assert "one of them" in complaint(cli("eval", small_llama), 2)
     assert "one of them" in complaint(cli("eval", small_llama, "--text", "x", "--stdlib"), 2)
     assert "does not exist" in complaint(cli("eval", small_llama, "--text", tmp_path / "none"))
@@ -214,6 +278,8 @@ def test_what_cannot_be_read_is_refused(small_llama: Path, written: Written, tmp
     assert "holds no text" in complaint(cli("eval", small_llama, "--text", empty))
     assert "--samples" in complaint(cli("eval", small_llama, "--stdlib", "--samples", "0"), 2)
     words_tokenizer(written("bert"))
-    assert "continues no text; leave out --prompt" in complaint(cli("eval", written("bert"), "--prompt", "a"), 2)
+    assert "continues no text; leave out --prompt" in complaint(
+        cli("eval", written("bert"), "--prompt", "a"), 2
+    )
     words_tokenizer(written("vit"))
     assert "does not read text" in complaint(cli("eval", written("vit"), "--stdlib"))

@@ -1,4 +1,5 @@
-"""`svdcli export`: onnxruntime gives torch's outputs, the factors stay two products, and no half file is ever left."""
+"""`svdcli export`: onnxruntime gives torch's outputs, the factors stay two products, and no half
+file is ever left."""
 
 from __future__ import annotations
 
@@ -50,10 +51,14 @@ def shallow(tmp_path_factory: pytest.TempPathFactory) -> Shallow:
             config = zoo.FAMILIES[family].build().config
             config.num_hidden_layers = 1
             if family != "vit":
-                config.max_position_embeddings = 48  # no other weight has the shape of a factored one
+                config.max_position_embeddings = (
+                    48  # no other weight has the shape of a factored one
+                )
             torch.manual_seed(0)
             model_class(config).save_pretrained(folder / "model")
-            svdcli.compress(folder / "model", folder / "out", svdcli.Recipe("keep", 0.6, layout=layout))
+            svdcli.compress(
+                folder / "model", folder / "out", svdcli.Recipe("keep", 0.6, layout=layout)
+            )
             made[family, layout] = folder / "out"
         return made[family, layout]
 
@@ -78,11 +83,12 @@ def quick(traced: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(export, "_traced", lambda _: traced)
 
 
-# The whole way -------------------------------------------------------------------------------------------------------
+# The whole way ------------------------------------------------------------------------------------
 
 
 def other_inputs(family: str) -> dict[str, Tensor]:
-    """Another batch and another length than anything was traced or checked with; the second row is padded."""
+    """Another batch and another length than anything was traced or checked with; the second row is
+    padded."""
     if family == "vit":
         return {"pixel_values": torch.linspace(-2, 2, 5 * 3 * 16 * 16).reshape(5, 3, 16, 16)}
     ids = (torch.arange(5 * 17).reshape(5, 17) * 11 + 1) % 96
@@ -95,13 +101,16 @@ def answers(file: Path, family: str) -> dict[str, Tensor]:
     """What onnxruntime makes of them."""
     session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
     names = [output.name for output in session.get_outputs()]
-    found = session.run(names, {name: value.numpy() for name, value in other_inputs(family).items()})
+    found = session.run(
+        names, {name: value.numpy() for name, value in other_inputs(family).items()}
+    )
     return {name: torch.from_numpy(value) for name, value in zip(names, found, strict=True)}
 
 
 @dataclass(frozen=True)
 class Products:
-    """The matrix products of a graph with a stored matrix: {matrix: shape}, {matrix: (input, output)}."""
+    """The matrix products of a graph with a stored matrix: {matrix: shape}, {matrix: (input,
+    output)}."""
 
     shapes: dict[str, tuple[int, ...]]
     flow: dict[str, tuple[str, str]]
@@ -110,14 +119,21 @@ class Products:
 def products_of(file: Path) -> Products:
     graph = onnx.load(file).graph
     shapes = {item.name: tuple(item.dims) for item in graph.initializer}
-    products = [node for node in graph.node if node.op_type in ("MatMul", "Gemm") and node.input[1] in shapes]
+    products = [
+        node
+        for node in graph.node
+        if node.op_type in ("MatMul", "Gemm") and node.input[1] in shapes
+    ]
     return Products(shapes, {node.input[1]: (node.input[0], node.output[0]) for node in products})
 
 
 def assert_two_products_a_layer(file: Path, model: nn.Module) -> None:
-    """Each factor is multiplied with once, as it is or transposed; nothing else has the shape of what they stand for."""
+    """Each factor is multiplied with once, as it is or transposed; nothing else has the shape of
+    what they stand for."""
     found = products_of(file)
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, LOW_RANK)}
+    layers = {
+        name: module for name, module in model.named_modules() if isinstance(module, LOW_RANK)
+    }
     others = {shape for name, shape in found.shapes.items() if ".svd_" not in name}
     assert layers
     for name, layer in layers.items():
@@ -131,7 +147,9 @@ def assert_two_products_a_layer(file: Path, model: nn.Module) -> None:
             flow[part] = found.flow[stored]
         assert not {tuple(layer.weight.shape), tuple(layer.weight.shape[::-1])} & others, name
         if "Pivoted" not in type(layer).__name__:  # the output of one is the input of the other
-            assert flow["svd_down"][1] == flow["svd_up"][0] or flow["svd_up"][1] == flow["svd_down"][0]
+            assert (
+                flow["svd_down"][1] == flow["svd_up"][0] or flow["svd_up"][1] == flow["svd_down"][0]
+            )
 
 
 def check_answers(file: Path, out: Path, family: str) -> None:
@@ -147,7 +165,9 @@ def check_answers(file: Path, out: Path, family: str) -> None:
 
 
 @pytest.mark.parametrize(("family", "layout"), [("bert", "factored"), ("gpt2", "pivoted")])
-def test_onnxruntime_answers_as_torch_does(family: str, layout: str, shallow: Shallow, tmp_path: Path) -> None:
+def test_onnxruntime_answers_as_torch_does(
+    family: str, layout: str, shallow: Shallow, tmp_path: Path
+) -> None:
     out, file = shallow(family, layout), tmp_path / "model.onnx"
     exported = svdcli.export_onnx(out, file)
     assert exported.checked is not None
@@ -162,7 +182,9 @@ def test_the_command_exports_a_decoder(shallow: Shallow, tmp_path: Path) -> None
     done = cli("export", out, "--onnx", file, "--json")
     assert done.code == 0, done
     found = json.loads(done.out)
-    assert {key: found[key] for key in ("svdcli_json", "kind", "path", "bytes", "inputs", "outputs")} == {
+    assert {
+        key: found[key] for key in ("svdcli_json", "kind", "path", "bytes", "inputs", "outputs")
+    } == {
         "svdcli_json": 1,
         "kind": "export",
         "path": str(file),
@@ -176,7 +198,9 @@ def test_the_command_exports_a_decoder(shallow: Shallow, tmp_path: Path) -> None
     assert len(lines) == 2, "the exporter's own messages stay away"
     check_answers(file, out, "llama")
     graph = onnx.load(file).graph
-    assert [[axis.dim_param for axis in value.type.tensor_type.shape.dim] for value in graph.input] == [["batch", "sequence"]] * 2
+    assert [
+        [axis.dim_param for axis in value.type.tensor_type.shape.dim] for value in graph.input
+    ] == [["batch", "sequence"]] * 2
     assert not any(node.metadata_props for node in graph.node), "paths of this machine"
     assert "exists; use --force" in complaint(cli("export", out, "--onnx", file))
 
@@ -189,13 +213,18 @@ def test_a_vision_model(vision: Path, tmp_path: Path) -> None:
 
 
 class EveryKind(nn.Module):
-    """One low-rank module of each kind, one after the other: ids (batch, sequence) -> hidden (batch, sequence, 40)."""
+    """One low-rank module of each kind, one after the other: ids (batch, sequence) -> hidden
+    (batch, sequence, 40)."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.embeddings = nn.ModuleList([kind(90, 40, 7) for kind in (LowRankEmbedding, PivotedEmbedding)])
+        self.embeddings = nn.ModuleList(
+            [kind(90, 40, 7) for kind in (LowRankEmbedding, PivotedEmbedding)]
+        )
         linears = [kind(40, 40, 9, bias=True) for kind in (LowRankLinear, PivotedLinear)]
-        self.layers = nn.ModuleList([*linears, *(kind(40, 40, 11) for kind in (LowRankConv1D, PivotedConv1D))])
+        self.layers = nn.ModuleList(
+            [*linears, *(kind(40, 40, 11) for kind in (LowRankConv1D, PivotedConv1D))]
+        )
         random = torch.Generator().manual_seed(0)
         for parameter in self.parameters():
             nn.init.normal_(parameter, generator=random)
@@ -224,7 +253,9 @@ def test_every_kind_of_low_rank_module(tmp_path: Path) -> None:
     assert difference < 1e-5
     products = {name.removesuffix(".T") for name in products_of(file).flow}
     ups = {f"layers.{i}.svd_up.weight" for i in range(4)}
-    assert products == ups | {name for name, _ in model.named_parameters() if name.endswith("svd_down.weight")}
+    assert products == ups | {
+        name for name, _ in model.named_parameters() if name.endswith("svd_down.weight")
+    }
 
 
 @pytest.mark.usefixtures("quick")
@@ -239,15 +270,19 @@ def test_half_precision(shallow: Shallow, tmp_path: Path) -> None:
     assert exported.checked is not None
     assert exported.checked < 1e-2
     stored = onnx.load(exported.path).graph.initializer
-    assert all(item.data_type == onnx.TensorProto.FLOAT16 for item in stored if ".svd_" in item.name)
+    assert all(
+        item.data_type == onnx.TensorProto.FLOAT16 for item in stored if ".svd_" in item.name
+    )
     assert_two_products_a_layer(exported.path, svdcli.load(out))
 
 
-# Where it goes -------------------------------------------------------------------------------------------------------
+# Where it goes ------------------------------------------------------------------------------------
 
 
 @pytest.mark.usefixtures("quick")
-def test_large_models_have_their_weights_beside_the_graph(vision: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_models_have_their_weights_beside_the_graph(
+    vision: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     file = tmp_path / "model.onnx"
     monkeypatch.setattr(export, "_IN_ONE_FILE", 0)
     exported = svdcli.export_onnx(vision, file)
@@ -291,7 +326,12 @@ def test_what_a_killed_run_left_is_swept_away(vision: Path, tmp_path: Path) -> N
     ids=["disk full", "no permission", "interrupted"],
 )
 def test_a_failed_write_leaves_everything_as_it_was(
-    failure: BaseException, shown: type[BaseException], traced: Any, vision: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    failure: BaseException,
+    shown: type[BaseException],
+    traced: Any,
+    vision: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def fail(path: Path, **_: Any) -> None:
         path.write_bytes(b"half")
@@ -305,15 +345,21 @@ def test_a_failed_write_leaves_everything_as_it_was(
     assert tree(tmp_path) == before
 
 
-# Checks --------------------------------------------------------------------------------------------------------------
+# Checks -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.usefixtures("quick")
 def test_other_outputs_than_torch_s_are_an_error(
     traced: Any, vision: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    scale = next(value for name, value in traced.model.graph.initializers.items() if "layernorm" in name and "weight" in name)
-    monkeypatch.setattr(scale, "const_value", onnx_ir.tensor(np.full(64, 1.1, np.float32), name=scale.name))
+    scale = next(
+        value
+        for name, value in traced.model.graph.initializers.items()
+        if "layernorm" in name and "weight" in name
+    )
+    monkeypatch.setattr(
+        scale, "const_value", onnx_ir.tensor(np.full(64, 1.1, np.float32), name=scale.name)
+    )
     with pytest.raises(svdcli.SvdcliError, match="outputs differ from torch's by"):
         svdcli.export_onnx(vision, tmp_path / "model.onnx")
     assert not tree(tmp_path)
@@ -332,7 +378,11 @@ def test_a_graph_that_onnxruntime_refuses_is_an_error(
 def lacking(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As if that library was not installed."""
     find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda other, *rest: None if other == name else find(other, *rest))
+    monkeypatch.setattr(
+        importlib.util,
+        "find_spec",
+        lambda other, *rest: None if other == name else find(other, *rest),
+    )
 
 
 @pytest.mark.usefixtures("quick")
@@ -356,7 +406,7 @@ def test_shapes_count_as_a_difference_and_padding_does_not() -> None:
     assert export._distance(found[:1], wanted, mask) == float("inf")
 
 
-# Refusals ------------------------------------------------------------------------------------------------------------
+# Refusals -----------------------------------------------------------------------------------------
 
 
 def test_refusals(vision: Path, written: Written, tmp_path: Path) -> None:
@@ -371,7 +421,11 @@ def test_refusals(vision: Path, written: Written, tmp_path: Path) -> None:
         (1, (tmp_path / "nowhere", file), "does not exist"),
         (2, (vision / "model.safetensors", file), "takes a model directory"),
         (2, (vision, file, "--dtype", "bfloat16"), "use float32 or float16"),
-        (1, (written("t5"), file), "T5ForConditionalGeneration is neither a text encoder, a decoder nor a vision model"),
+        (
+            1,
+            (written("t5"), file),
+            "T5ForConditionalGeneration is neither a text encoder, a decoder nor a vision model",
+        ),
         (1, (written("whisper"), file), "is neither a text encoder"),
     ):
         model, goal, *rest = arguments
@@ -380,27 +434,41 @@ def test_refusals(vision: Path, written: Written, tmp_path: Path) -> None:
     assert not file.exists()
 
 
-def test_a_model_that_needs_more_than_it_is_given(vision: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_that_needs_more_than_it_is_given(
+    vision: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def forward(*_: Any, **__: Any) -> None:
         raise ValueError("bool_masked_pos is needed\nand more")
 
     monkeypatch.setattr(export._Call, "forward", forward)
-    with pytest.raises(svdcli.SvdcliError, match=r"does not run on pixel_values: ValueError: bool_masked_pos is needed$"):
+    with pytest.raises(
+        svdcli.SvdcliError,
+        match=r"does not run on pixel_values: ValueError: bool_masked_pos is needed$",
+    ):
         svdcli.export_onnx(vision, tmp_path / "model.onnx")
 
 
-def test_a_model_that_cannot_be_traced(vision: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_that_cannot_be_traced(
+    vision: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refuse(*_: Any, **__: Any) -> None:
-        raise torch.onnx.OnnxExporterError("long story") from ValueError("data-dependent branch\nand a page more")
+        raise torch.onnx.OnnxExporterError("long story") from ValueError(
+            "data-dependent branch\nand a page more"
+        )
 
     monkeypatch.setattr(torch.onnx, "export", refuse)
-    with pytest.raises(svdcli.SvdcliError, match=r"cannot export ViTForImageClassification: ValueError: data-dependent branch$"):
+    with pytest.raises(
+        svdcli.SvdcliError,
+        match=r"cannot export ViTForImageClassification: ValueError: data-dependent branch$",
+    ):
         svdcli.export_onnx(vision, tmp_path / "model.onnx")
     assert not tree(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["onnx", "onnxscript"])
-def test_a_missing_library_is_named(name: str, vision: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_library_is_named(
+    name: str, vision: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     lacking(name, monkeypatch)
     told = complaint(cli("export", vision, "--onnx", tmp_path / "model.onnx"))
     assert told == f"svdcli: error: exporting to ONNX needs {name}; pip install 'svdcli[onnx]'\n"
@@ -410,4 +478,6 @@ def test_a_directory_that_no_library_opens(tmp_path: Path) -> None:
     folder = tmp_path / "model"
     folder.mkdir()
     shutil.copy(SAMPLE, folder / "model.safetensors")
-    assert "has no config.json that names a model" in complaint(cli("export", folder, "--onnx", tmp_path / "model.onnx"))
+    assert "has no config.json that names a model" in complaint(
+        cli("export", folder, "--onnx", tmp_path / "model.onnx")
+    )

@@ -1,4 +1,5 @@
-"""An output appears whole or not at all, whatever happens on the way; the same command continues; the source stays as it is."""
+"""An output appears whole or not at all, whatever happens on the way; the same command continues;
+the source stays as it is."""
 
 from __future__ import annotations
 
@@ -34,9 +35,13 @@ StopEverywhere = Callable[..., dict[str, Any]]
 
 @pytest.fixture(scope="module")
 def stop_everywhere() -> Iterator[StopEverywhere]:
-    """(arguments, out, points, kind) -> what killing.py found; it is started once, since importing torch takes seconds."""
+    """(arguments, out, points, kind) -> what killing.py found; it is started once, since importing
+    torch takes seconds."""
     with subprocess.Popen(
-        [sys.executable, str(HERE / "killing.py")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, str(HERE / "killing.py")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
     ) as killing:
         assert killing.stdin is not None
         assert killing.stdout is not None
@@ -46,7 +51,17 @@ def stop_everywhere() -> Iterator[StopEverywhere]:
             patience = threading.Timer(300, killing.kill)
             patience.start()
             try:
-                print(json.dumps({"arguments": arguments, "out": str(out), "points": points, "signal": int(kind)}), file=tasks)
+                print(
+                    json.dumps(
+                        {
+                            "arguments": arguments,
+                            "out": str(out),
+                            "points": points,
+                            "signal": int(kind),
+                        }
+                    ),
+                    file=tasks,
+                )
                 tasks.flush()
                 line = answers.readline()
             finally:
@@ -60,16 +75,23 @@ def stop_everywhere() -> Iterator[StopEverywhere]:
 
 @pytest.mark.parametrize("left", [(), ("lock",), ("lock", "data")])
 @pytest.mark.parametrize("command", ["compress", "expand"])
-def test_a_workspace_without_a_journal_says_nothing_of_an_output(tmp_path: Path, left: tuple[str, ...], command: str) -> None:
-    """As a kill leaves it that came before the first line of a journal: the output may be anybody's."""
+def test_a_workspace_without_a_journal_says_nothing_of_an_output(
+    tmp_path: Path, left: tuple[str, ...], command: str
+) -> None:
+    """As a kill leaves it that came before the first line of a journal: the output may be
+    anybody's."""
     model, out = write_model(tmp_path / "m"), tmp_path / "o"
     svdcli.compress(model, tmp_path / "s", Recipe("rank", 12))
     svdcli.compress(model, out, Recipe("rank", 10))
     before = snapshot(out)
     (tmp_path / "o.partial").mkdir()
     for name in left:
-        (tmp_path / "o.partial" / name).touch() if name == "lock" else (tmp_path / "o.partial" / name).mkdir()
-    arguments = ("compress", model, "--rank", "9") if command == "compress" else ("expand", tmp_path / "s")
+        (tmp_path / "o.partial" / name).touch() if name == "lock" else (
+            tmp_path / "o.partial" / name
+        ).mkdir()
+    arguments = (
+        ("compress", model, "--rank", "9") if command == "compress" else ("expand", tmp_path / "s")
+    )
     done = cli(*arguments, "-o", out)
     assert (done.code, done.out) == (1, b"")
     assert "exists; use --force" in done.err
@@ -82,7 +104,9 @@ def test_other_threads_start_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     model, usual = write_model(tmp_path / "m"), torch.get_num_threads()
 
     def run(threads: int) -> Outcome:
-        return svdcli.compress(model, tmp_path / "o", Recipe("rank", 9), compute=Compute(threads=threads))
+        return svdcli.compress(
+            model, tmp_path / "o", Recipe("rank", 9), compute=Compute(threads=threads)
+        )
 
     def stop(*_: object) -> None:
         raise KeyboardInterrupt
@@ -101,28 +125,46 @@ def test_other_threads_start_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         torch.set_num_threads(usual)
 
 
-@pytest.mark.parametrize("kind", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM], ids=lambda kind: kind.name)
+@pytest.mark.parametrize(
+    "kind", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM], ids=lambda kind: kind.name
+)
 def test_a_run_stopped_anywhere_continues_to_the_same_bytes(
     tmp_path: Path, kind: signal.Signals, stop_everywhere: StopEverywhere
 ) -> None:
     model = write_model(tmp_path / "m", shards=2)
     before = snapshot(model)
-    arguments = ["compress", str(model), "-o", str(tmp_path / "o"), "--keep", "0.5", "--allocate", "global"]
+    arguments = [
+        "compress",
+        str(model),
+        "-o",
+        str(tmp_path / "o"),
+        "--keep",
+        "0.5",
+        "--allocate",
+        "global",
+    ]
     found = stop_everywhere(arguments, tmp_path / "o", 40 if kind == signal.SIGKILL else 12, kind)
     assert found["problems"] == []
     assert found["points"] >= min(12, found["operations"])
     assert snapshot(model) == before
 
 
-def test_a_file_and_its_replacement_survive_a_kill_anywhere(tmp_path: Path, stop_everywhere: StopEverywhere) -> None:
+def test_a_file_and_its_replacement_survive_a_kill_anywhere(
+    tmp_path: Path, stop_everywhere: StopEverywhere
+) -> None:
     model = write_model(tmp_path / "m") / "model.safetensors"
     out = tmp_path / "o.safetensors"
-    found = stop_everywhere(["compress", str(model), "-o", str(out), "--rank", "9"], out, 25, signal.SIGKILL)
+    found = stop_everywhere(
+        ["compress", str(model), "-o", str(out), "--rank", "9"], out, 25, signal.SIGKILL
+    )
     assert found["problems"] == []
 
 
-def test_files_that_are_laid_out_once_more_survive_a_kill_anywhere(tmp_path: Path, stop_everywhere: StopEverywhere) -> None:
-    """Every layer's tail is below what a Gram matrix knows, and the reasons take more room than the record had."""
+def test_files_that_are_laid_out_once_more_survive_a_kill_anywhere(
+    tmp_path: Path, stop_everywhere: StopEverywhere
+) -> None:
+    """Every layer's tail is below what a Gram matrix knows, and the reasons take more room than the
+    record had."""
     model, out = tmp_path / "m.safetensors", tmp_path / "o.safetensors"
     steep = 10.0 ** -torch.linspace(0, 9, 40, dtype=torch.float64)
     tensors = {}
@@ -134,13 +176,20 @@ def test_files_that_are_laid_out_once_more_survive_a_kill_anywhere(tmp_path: Pat
     found = stop_everywhere([*arguments, "gram"], out, 8, signal.SIGKILL)
     assert found["problems"] == []
     once = stop_everywhere([*arguments, "svd"], out, 1, signal.SIGKILL)
-    assert found["operations"] >= once["operations"] + 16, "both factors of every layer are written twice"
+    assert found["operations"] >= once["operations"] + 16, (
+        "both factors of every layer are written twice"
+    )
 
 
 def test_expand_survives_a_kill_anywhere(tmp_path: Path, stop_everywhere: StopEverywhere) -> None:
     model = write_model(tmp_path / "m")
     svdcli.compress(model, tmp_path / "s", Recipe("rank", 9))
-    found = stop_everywhere(["expand", str(tmp_path / "s"), "-o", str(tmp_path / "o")], tmp_path / "o", 20, signal.SIGKILL)
+    found = stop_everywhere(
+        ["expand", str(tmp_path / "s"), "-o", str(tmp_path / "o")],
+        tmp_path / "o",
+        20,
+        signal.SIGKILL,
+    )
     assert found["problems"] == []
 
 
@@ -151,7 +200,10 @@ def test_an_interrupt_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr("svdcli.verbs.compress.finish", stop)
     done = cli("compress", write_model(tmp_path / "m"), "-o", tmp_path / "o", "--rank", "9")
     assert (done.code, done.out) == (130, b"")
-    assert done.err.splitlines()[-1] == "svdcli: interrupted; the same command continues where this one stopped"
+    assert (
+        done.err.splitlines()[-1]
+        == "svdcli: interrupted; the same command continues where this one stopped"
+    )
     monkeypatch.setattr("svdcli.verbs.verify.verify", stop)
     assert cli("verify", tmp_path / "m").err == "svdcli: interrupted\n"
 
@@ -177,7 +229,9 @@ def test_a_torn_tensor_is_written_again(tmp_path: Path, monkeypatch: pytest.Monk
     assert list((whole or {}).values()) == list((again or {}).values())
 
 
-def test_work_that_is_done_is_not_done_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_work_that_is_done_is_not_done_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from svdcli.engine import job
 
     model, solved = write_model(tmp_path / "m"), []
@@ -196,10 +250,14 @@ def test_work_that_is_done_is_not_done_again(tmp_path: Path, monkeypatch: pytest
     assert len(solved) == 4, "two of three were in the journal"
 
 
-def test_other_settings_start_over_and_say_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_settings_start_over_and_say_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = write_model(tmp_path / "m")
     with monkeypatch.context() as patch:
-        patch.setattr("svdcli.verbs.compress.finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(
+            "svdcli.verbs.compress.finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
+        )
         with pytest.raises(KeyboardInterrupt):
             svdcli.compress(model, tmp_path / "o", Recipe("rank", 9))
     done = cli("compress", model, "-o", tmp_path / "o", "--rank", "10")
@@ -212,7 +270,9 @@ def test_a_changed_source_is_not_mixed_in(tmp_path: Path, monkeypatch: pytest.Mo
     path = tmp_path / "m.safetensors"
     save_file({"a.weight": weight(90, 70, 1), "b.weight": weight(90, 70, 2)}, path)
     with monkeypatch.context() as patch:
-        patch.setattr("svdcli.verbs.compress.finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(
+            "svdcli.verbs.compress.finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
+        )
         with pytest.raises(KeyboardInterrupt):
             svdcli.compress(path, None, Recipe("rank", 9))
     save_file({"a.weight": weight(90, 70, 1), "b.weight": weight(90, 70, 3)}, path)
@@ -255,7 +315,9 @@ def small_files() -> Iterator[None]:
         signal.signal(signal.SIGXFSZ, handler)
 
 
-def test_a_file_that_may_not_grow_is_one_line(tmp_path: Path, request: pytest.FixtureRequest) -> None:
+def test_a_file_that_may_not_grow_is_one_line(
+    tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
     model = write_model(tmp_path / "m")
     before = snapshot(model)
     request.getfixturevalue("small_files")
@@ -270,7 +332,12 @@ def test_a_file_that_may_not_grow_is_one_line(tmp_path: Path, request: pytest.Fi
 def test_a_full_disk_then_room_again(tmp_path: Path) -> None:
     model, disk = write_model(tmp_path / "m"), tmp_path / "disk"
     disk.mkdir()
-    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "svdcli", str(disk)], check=False).returncode:
+    if (
+        os.geteuid()
+        or subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", "size=64k", "svdcli", str(disk)], check=False
+        ).returncode
+    ):
         pytest.skip("mounting a small disk takes root")
     try:
         done = cli("compress", model, "-o", disk / "o", "--rank", "20")

@@ -1,4 +1,5 @@
-"""What was asked for is met, or the run stops: shares, sizes, an output smaller than its source, a record that is small."""
+"""What was asked for is met, or the run stops: shares, sizes, an output smaller than its source, a
+record that is small."""
 
 from __future__ import annotations
 
@@ -46,12 +47,14 @@ def failing(monkeypatch: pytest.MonkeyPatch) -> set[str]:
     return names
 
 
-# A share of the parameters -------------------------------------------------------------------------------------------
+# A share of the parameters ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("layout", ["factored", "pivoted"])
 @pytest.mark.parametrize("allocate", ["uniform", "global"])
-def test_the_others_make_up_for_layers_that_stay_dense(tmp_path: Path, allocate: str, layout: str) -> None:
+def test_the_others_make_up_for_layers_that_stay_dense(
+    tmp_path: Path, allocate: str, layout: str
+) -> None:
     model = with_nan(tmp_path / "m.safetensors")
     recipe = Recipe("keep", 0.6, allocate=allocate, layout=layout, nonfinite="skip")  # type: ignore[arg-type]
     done = svdcli.compress(model, None, recipe)
@@ -83,34 +86,56 @@ def test_a_size_counts_layers_that_stay_dense_and_names_them(tmp_path: Path) -> 
     size = int(0.6 * model.stat().st_size)
     report = svdcli.compress(model, None, Recipe("size", size, nonfinite="skip")).report
     assert 0.98 * size < report.total.bytes_after <= size
-    with pytest.raises(UsageError, match=r"smallest output has \d+ bytes, since 1 of 4 selected layers stay dense \(holds NaN"):
+    with pytest.raises(
+        UsageError,
+        match=r"smallest output has \d+ bytes, since 1 of 4 selected layers stay dense \(holds NaN",
+    ):
         svdcli.compress(model, None, Recipe("size", 20_000, nonfinite="skip"), force=True)
 
 
 @pytest.mark.parametrize("target", [("keep", 0.5), ("size", 60_000)])
-def test_a_plan_that_dense_layers_keep_from_its_target_is_refused(tmp_path: Path, target: tuple[Any, float]) -> None:
-    sound, spoiled = with_nan(tmp_path / "m.safetensors", 0), with_nan(tmp_path / "n.safetensors", 1)
+def test_a_plan_that_dense_layers_keep_from_its_target_is_refused(
+    tmp_path: Path, target: tuple[Any, float]
+) -> None:
+    sound, spoiled = (
+        with_nan(tmp_path / "m.safetensors", 0),
+        with_nan(tmp_path / "n.safetensors", 1),
+    )
     plan = svdcli.compress(sound, None, Recipe(*target, nonfinite="skip")).plan
     assert svdcli.compress(sound, tmp_path / "again.safetensors", plan=plan).report.notes == ()
-    with pytest.raises(UsageError, match=r"the plan does not meet its target here: .* 1 of 4 selected layers stay dense"):
+    with pytest.raises(
+        UsageError,
+        match=r"the plan does not meet its target here: .* 1 of 4 selected layers stay dense",
+    ):
         svdcli.compress(spoiled, None, plan=plan)
     assert not (tmp_path / "n.svd.safetensors").exists()
 
 
-def test_a_plan_with_ranks_of_ones_own_is_noted_where_it_misses_the_target_it_names(tmp_path: Path) -> None:
+def test_a_plan_with_ranks_of_ones_own_is_noted_where_it_misses_the_target_it_names(
+    tmp_path: Path,
+) -> None:
     model = with_nan(tmp_path / "m.safetensors", 0)
     data = svdcli.compress(model, None, Recipe("keep", 0.5)).plan.to_json()
     data["layers"]["layers.0.fc.weight"]["rank"] = 38
     report = svdcli.compress(model, None, plan=Plan.from_json(data), force=True).report
-    assert report.notes == ("the target is missed: 0.618 of the selected parameters remain where --keep 0.5 allows less",)
-    again = svdcli.compress(model, None, plan=Plan.from_json(data | {"notes": list(report.notes)}), force=True).report
+    assert report.notes == (
+        "the target is missed: 0.618 of the selected parameters remain where --keep 0.5 "
+        "allows less",
+    )
+    again = svdcli.compress(
+        model, None, plan=Plan.from_json(data | {"notes": list(report.notes)}), force=True
+    ).report
     assert again.notes == report.notes
 
 
 @pytest.mark.parametrize(
     ("target", "missed"),
     [
-        (["--keep", "0.5"], "and the target is missed: 0.621 of the selected parameters remain where --keep 0.5 allows less"),
+        (
+            ["--keep", "0.5"],
+            "and the target is missed: 0.621 of the selected parameters remain where --keep 0.5 "
+            "allows less",
+        ),
         (["--size", "60000"], "and the target is missed: the output is larger than --size 60000"),
         (["--rank", "20"], ""),
         (["--error", "0.3"], ""),
@@ -131,7 +156,7 @@ def test_a_solver_that_fails_tells_which_target_that_misses(
     assert svdcli.verify(tmp_path / "m.svd.safetensors", model).ok
 
 
-# An output that is not smaller ---------------------------------------------------------------------------------------
+# An output that is not smaller --------------------------------------------------------------------
 
 
 def hardly_shrinks(path: Path) -> Path:
@@ -141,7 +166,9 @@ def hardly_shrinks(path: Path) -> Path:
     return path
 
 
-def test_an_output_that_is_not_smaller_is_an_error_before_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_output_that_is_not_smaller_is_an_error_before_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = hardly_shrinks(tmp_path / "m.safetensors")
     before = tree(tmp_path)
     with monkeypatch.context() as patched:
@@ -176,23 +203,32 @@ def test_the_dense_layout_never_saves_and_is_written_all_the_same(tmp_path: Path
     assert report.total.saved_bytes < 0
 
 
-# A small record ------------------------------------------------------------------------------------------------------
+# A small record -----------------------------------------------------------------------------------
 
 
 def tiny_layers(path: Path, count: int = 40) -> Path:
     generator = torch.Generator().manual_seed(0)
-    tensors = {f"layers.{i}.fc.weight": torch.randn(32, 32, generator=generator).half() for i in range(count)}
+    tensors = {
+        f"layers.{i}.fc.weight": torch.randn(32, 32, generator=generator).half()
+        for i in range(count)
+    }
     save_file(tensors, path, metadata={"format": "pt"})
     return path
 
 
 @pytest.mark.parametrize("layout", ["factored", "pivoted"])
 def test_tiny_layers_become_smaller(tmp_path: Path, layout: str) -> None:
-    """14 of 32 singular values: a layer's factors save 256 bytes, and its names and record must take less."""
+    """14 of 32 singular values: a layer's factors save 256 bytes, and its names and record must
+    take less."""
     model, out = tiny_layers(tmp_path / "m.safetensors"), tmp_path / "o.safetensors"
     dry = svdcli.compress(model, out, Recipe("rank", 14, layout=layout), dry_run=True)  # type: ignore[arg-type]
     done = svdcli.compress(model, out, Recipe("rank", 14, layout=layout))  # type: ignore[arg-type]
-    assert out.stat().st_size == dry.report.total.bytes_after == done.report.total.bytes_after < model.stat().st_size
+    assert (
+        out.stat().st_size
+        == dry.report.total.bytes_after
+        == done.report.total.bytes_after
+        < model.stat().st_size
+    )
     assert svdcli.verify(out, model).ok
     assert [row.rank for row in svdcli.report(out).layers] == [14] * 40
     stored = load_file(out)
@@ -201,11 +237,14 @@ def test_tiny_layers_become_smaller(tmp_path: Path, layout: str) -> None:
         error = float((dense - rebuilt(stored, row.name, layout)).norm() / dense.norm())
         assert row.relative_error == pytest.approx(error, rel=1e-5)
     svdcli.expand(out, tmp_path / "d.safetensors")
-    assert {n: t.shape for n, t in load_file(tmp_path / "d.safetensors").items()} == dict.fromkeys(load_file(model), (32, 32))
+    assert {n: t.shape for n, t in load_file(tmp_path / "d.safetensors").items()} == dict.fromkeys(
+        load_file(model), (32, 32)
+    )
 
 
 def test_a_condensed_record_reads_as_any_other(tmp_path: Path) -> None:
-    """What layers share is said once where it must be, and older readers are told to upgrade; nothing else changes."""
+    """What layers share is said once where it must be, and older readers are told to upgrade;
+    nothing else changes."""
     model, out = tiny_layers(tmp_path / "m.safetensors"), tmp_path / "o.safetensors"
     done = svdcli.compress(model, out, Recipe("rank", 14))
     with safe_open(out, "pt") as file:
@@ -249,8 +288,13 @@ def test_a_usual_record_has_every_field_of_every_layer(tmp_path: Path) -> None:
     assert all(set(item) == fields for item in raw["layers"].values())
 
 
-@pytest.mark.parametrize("change", [{"every_layer": 3}, {"every_layer": None}, {"layers": {"a.weight": 3}}, {"every_layer": {}}])
-def test_a_condensed_record_that_is_damaged_is_refused(tmp_path: Path, change: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    "change",
+    [{"every_layer": 3}, {"every_layer": None}, {"layers": {"a.weight": 3}}, {"every_layer": {}}],
+)
+def test_a_condensed_record_that_is_damaged_is_refused(
+    tmp_path: Path, change: dict[str, Any]
+) -> None:
     model, out = tiny_layers(tmp_path / "m.safetensors"), tmp_path / "o.safetensors"
     svdcli.compress(model, out, Recipe("rank", 14))
     with safe_open(out, "pt") as file:
@@ -269,15 +313,21 @@ def falling_back(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("count", [2, 40])
 @pytest.mark.usefixtures("falling_back")
 def test_fall_backs_find_room_however_many(tmp_path: Path, kind: str, count: int) -> None:
-    """Their reasons are wider than what the record had room for, and the files are laid out once more."""
+    """Their reasons are wider than what the record had room for, and the files are laid out once
+    more."""
     tensors = {f"layers.{i}.fc.weight": weight(40, 40, i) for i in range(count)}
     source, out = tmp_path / "m", tmp_path / "o"
     source.mkdir()
     if kind == "shards":
-        halves = {f"model-0000{i}-of-00002.safetensors": dict(list(tensors.items())[i::2]) for i in (0, 1)}
+        halves = {
+            f"model-0000{i}-of-00002.safetensors": dict(list(tensors.items())[i::2]) for i in (0, 1)
+        }
         for name, part in halves.items():
             save_file(part, source / name)
-        index = {"metadata": {}, "weight_map": {tensor: name for name in halves for tensor in halves[name]}}
+        index = {
+            "metadata": {},
+            "weight_map": {tensor: name for name in halves for tensor in halves[name]},
+        }
         (source / "model.safetensors.index.json").write_text(json.dumps(index))
     else:
         save_file(tensors, source / "model.safetensors")
@@ -290,7 +340,9 @@ def test_fall_backs_find_room_however_many(tmp_path: Path, kind: str, count: int
     stored = load_file(out) if kind == "file" else load_all(out)
     for name, dense in tensors.items():
         best = torch.linalg.svdvals(dense.double())[6:].norm()
-        assert float((dense - rebuilt(stored, name, "factored")).norm()) == pytest.approx(float(best), rel=1e-4)
+        assert float((dense - rebuilt(stored, name, "factored")).norm()) == pytest.approx(
+            float(best), rel=1e-4
+        )
     assert {path.name for path in tmp_path.iterdir()} == {"m", out.name}
 
 
@@ -303,17 +355,23 @@ def test_fall_backs_never_take_an_output_above_its_size(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("falling_back")
-def test_fall_backs_may_not_make_an_output_larger_than_its_source_in_silence(tmp_path: Path) -> None:
+def test_fall_backs_may_not_make_an_output_larger_than_its_source_in_silence(
+    tmp_path: Path,
+) -> None:
     model, out = tiny_layers(tmp_path / "m.safetensors"), tmp_path / "o.safetensors"
     before = tree(tmp_path)
     with pytest.raises(SvdcliError, match="no fewer than"):
         svdcli.compress(model, out, Recipe("rank", 14, solver="gram"))
     assert tree(tmp_path) == before
-    report = svdcli.compress(model, out, Recipe("rank", 14, solver="gram"), allow_larger=True).report
+    report = svdcli.compress(
+        model, out, Recipe("rank", 14, solver="gram"), allow_larger=True
+    ).report
     assert report.total.bytes_after == out.stat().st_size >= model.stat().st_size
 
 
-def test_work_is_not_done_again_where_fall_backs_take_more_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_work_is_not_done_again_where_fall_backs_take_more_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, solved = tmp_path / "m.safetensors", []
     save_file({f"layers.{i}.fc.weight": weight(40, 40, i) for i in range(30)}, model)
     real = job.solve_layer
@@ -333,4 +391,6 @@ def test_the_plugin_reads_a_condensed_record(tmp_path: Path) -> None:
     hf = pytest.importorskip("svdcli.models.hf")
     out = tmp_path / "o.safetensors"
     svdcli.compress(tiny_layers(tmp_path / "m.safetensors"), out, Recipe("rank", 14))
-    assert hf.read_stored([str(out)])[1] == {f"layers.{i}.fc": hf.Stored((32, 32), 14, False) for i in range(40)}
+    assert hf.read_stored([str(out)])[1] == {
+        f"layers.{i}.fc": hf.Stored((32, 32), 14, False) for i in range(40)
+    }

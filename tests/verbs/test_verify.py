@@ -1,4 +1,5 @@
-"""verify fails where weights are not what was written, and only tells what became of the files beside them."""
+"""verify fails where weights are not what was written, and only tells what became of the files
+beside them."""
 
 from __future__ import annotations
 
@@ -48,13 +49,18 @@ def edit(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     path.write_text(json.dumps(data))
 
 
-# Weights -------------------------------------------------------------------------------------------------------------
+# Weights ------------------------------------------------------------------------------------------
 
 
 def test_a_factor_that_changed(output: Path) -> None:
     spoil(output / "model.safetensors")
-    assert [(check.check, check.subject) for check in failed(output)] == [("sha256", "model.safetensors")]
-    assert "does not verify: sha256, model.safetensors (changed since svdcli wrote it); write" in cli("verify", output).err
+    assert [(check.check, check.subject) for check in failed(output)] == [
+        ("sha256", "model.safetensors")
+    ]
+    assert (
+        "does not verify: sha256, model.safetensors (changed since svdcli wrote it); write"
+        in cli("verify", output).err
+    )
 
 
 def test_a_copied_tensor_that_changed(output: Path) -> None:
@@ -65,12 +71,20 @@ def test_a_copied_tensor_that_changed(output: Path) -> None:
 
 
 def test_a_record_that_changed(output: Path) -> None:
-    edit(output / "svdcli.json", lambda record: record["layers"]["layers.0.up.weight"].update(solver="gram"))
-    assert [(check.check, check.subject) for check in failed(output)] == [("header agrees with plan", "model.safetensors")]
+    edit(
+        output / "svdcli.json",
+        lambda record: record["layers"]["layers.0.up.weight"].update(solver="gram"),
+    )
+    assert [(check.check, check.subject) for check in failed(output)] == [
+        ("header agrees with plan", "model.safetensors")
+    ]
 
 
 def test_an_index_that_changed(shards: Path) -> None:
-    edit(shards / "model.safetensors.index.json", lambda index: index["metadata"].update(total_size=1))
+    edit(
+        shards / "model.safetensors.index.json",
+        lambda index: index["metadata"].update(total_size=1),
+    )
     assert [check.subject for check in failed(shards)] == ["model.safetensors.index.json"]
 
 
@@ -87,10 +101,15 @@ def test_weights_in_a_folder_of_their_own_are_weights(tmp_path: Path) -> None:
 
 
 def test_weights_that_a_loader_opens_in_place_of_ours(shards: Path) -> None:
-    shutil.copy(shards.parent / "n" / "model-00001-of-00003.safetensors", shards / "model.safetensors")
+    shutil.copy(
+        shards.parent / "n" / "model-00001-of-00003.safetensors", shards / "model.safetensors"
+    )
     assert [check.subject for check in failed(shards)] == ["model.safetensors"]
     line = complaint(cli("verify", shards, "-q"), 1)
-    assert "model.safetensors (came after svdcli wrote the output, and is what a loader opens); move it elsewhere" in line
+    assert (
+        "model.safetensors (came after svdcli wrote the output, and is what a loader opens); "
+        "move it elsewhere" in line
+    )
 
 
 def test_weights_that_are_opened_along_with_ours(tmp_path: Path) -> None:
@@ -118,7 +137,9 @@ def test_an_adapter_that_transformers_would_put_on_top(output: Path) -> None:
     ],
     ids=["lost", "another", "odd", "elsewhere"],
 )
-def test_a_config_with_which_the_weights_do_not_open(output: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+def test_a_config_with_which_the_weights_do_not_open(
+    output: Path, change: Callable[[dict[str, Any]], Any]
+) -> None:
     edit(output / "config.json", change)
     assert [check.subject for check in failed(output)] == ["config.json"]
 
@@ -128,7 +149,7 @@ def test_a_config_that_is_gone(output: Path) -> None:
     assert [check.subject for check in failed(output)] == ["config.json"]
 
 
-# Beside them ---------------------------------------------------------------------------------------------------------
+# Beside them --------------------------------------------------------------------------------------
 
 
 def test_a_checkpoint_that_was_carried_along_did_not_come_afterwards(tmp_path: Path) -> None:
@@ -137,7 +158,9 @@ def test_a_checkpoint_that_was_carried_along_did_not_come_afterwards(tmp_path: P
     svdcli.compress(model, tmp_path / "o", Recipe("rank", 9), carry=["checkpoint-500/*"])
     assert not [check for check in svdcli.verify(tmp_path / "o").checks if check.check == BESIDE]
     write_model(tmp_path / "o" / "checkpoint-600")
-    assert [check.subject for check in svdcli.verify(tmp_path / "o").checks if check.check == BESIDE] == ["checkpoint-600/"]
+    assert [
+        check.subject for check in svdcli.verify(tmp_path / "o").checks if check.check == BESIDE
+    ] == ["checkpoint-600/"]
 
 
 def test_what_a_hub_and_its_users_do_is_noted_and_no_failure(output: Path) -> None:
@@ -149,7 +172,11 @@ def test_what_a_hub_and_its_users_do_is_noted_and_no_failure(output: Path) -> No
     edit(output / "config.json", lambda config: config.update(use_cache=False))
     done = cli("verify", output)
     assert (done.code, done.err) == (0, "")
-    notes = [" ".join(line.split()[1:]) for line in done.out.decode().splitlines() if line.startswith("note")]
+    notes = [
+        " ".join(line.split()[1:])
+        for line in done.out.decode().splitlines()
+        if line.startswith("note")
+    ]
     assert sorted(notes) == [
         ".gitattributes: came after svdcli wrote the output",
         "1_Pooling/config.json: missing",
@@ -168,7 +195,12 @@ def test_nothing_is_noted_of_an_output_as_it_was_written(output: Path, shards: P
     for path in (output, shards):
         found = svdcli.verify(path)
         assert found.ok
-        assert {check.check for check in found.checks} == {"header", "sha256", "header agrees with plan", "tensor as planned"}
+        assert {check.check for check in found.checks} == {
+            "header",
+            "sha256",
+            "header agrees with plan",
+            "tensor as planned",
+        }
         assert "note" not in cli("verify", path).out.decode()
 
 
@@ -188,7 +220,7 @@ def test_verify_against_needs_no_digest_to_notice(tmp_path: Path) -> None:
     assert not svdcli.verify(tmp_path / "o.safetensors", tmp_path / "m").ok
 
 
-# A record that names files elsewhere ---------------------------------------------------------------------------------
+# A record that names files elsewhere --------------------------------------------------------------
 
 OUTSIDE = [
     "/etc/passwd",
@@ -205,7 +237,9 @@ OUTSIDE = [
 
 
 @pytest.mark.parametrize("name", OUTSIDE, ids=repr)
-def test_a_file_outside_the_folder_is_never_read(output: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_outside_the_folder_is_never_read(
+    output: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (output.parent / "secret").write_text("secret")
     opened: list[str] = []
     real = Path.open
@@ -214,7 +248,10 @@ def test_a_file_outside_the_folder_is_never_read(output: Path, name: str, monkey
         opened.append(str(path))
         return real(path, *args, **how)
 
-    edit(output / "svdcli.json", lambda record: record["files"].update({name: {"bytes": 6, "sha256": "0" * 64}}))
+    edit(
+        output / "svdcli.json",
+        lambda record: record["files"].update({name: {"bytes": 6, "sha256": "0" * 64}}),
+    )
     monkeypatch.setattr(Path, "open", watch)
     for command in (["report"], ["verify"], ["expand", "-o", output.parent / "d"]):
         line = complaint(cli(command[0], output, *command[1:]), 1)
