@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
 from svdcli.files.checkpoint import open_checkpoint
+from svdcli.linalg.layouts import CODECS
 from svdcli.linalg.solvers import svd
-from svdcli.linalg.storage import to_stored
 from svdcli.plan.layers import choose_layers
-from svdcli.plan.layout import stored_tensors
+from svdcli.plan.layouts import LAYOUTS
 
 IDS = (torch.arange(24).reshape(2, 12) * 7 + 3) % 96
 TEXT = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}
@@ -197,10 +197,10 @@ def write_full_rank(source: Path, out: Path, layout: str) -> Path:
     for info in selected:
         rank = min(info.shape)
         factors = svd(tensors.pop(info.name).double(), rank)
-        parts = to_stored(factors, layout, torch.float32)
+        parts = CODECS[layout].encode(factors, torch.float32)
         tensors |= {
             part.name: tensor
-            for part, tensor in zip(stored_tensors(info, rank, layout, "F32"), parts, strict=True)
+            for part, tensor in zip(LAYOUTS[layout].tensors(info, rank, "F32"), parts, strict=True)
         }
     tensors[selected[0].name] = torch.empty(0)
     save_file(tensors, out / "model.safetensors", {"format": "pt"})

@@ -16,7 +16,7 @@ from svdcli.files.dtypes import TORCH_DTYPES, bytes_of
 from svdcli.files.record import Result
 from svdcli.files.workspace import Workspace
 from svdcli.files.writer import Unit, WeightWriter, checksum_at, chunks_at
-from svdcli.linalg.storage import dense_rows
+from svdcli.linalg.layouts import CODECS
 from svdcli.plan.plan import LayerPlan
 from svdcli.plan.tensors import TensorInfo
 from svdcli.progress import Progress
@@ -145,7 +145,7 @@ def _expanded(
     compute = torch.float64 if "F64" in (layer.stored_dtype, target.dtype) else torch.float32
     step = max(1, 2**22 // max(1, target.shape[1]))
     for start in range(0, target.shape[0], step):
-        rows = dense_rows(stored, layer.layout, compute, slice(start, start + step))
+        rows = CODECS[layer.layout].rows(stored, compute, slice(start, start + step))
         yield bytes_of(rows.to(TORCH_DTYPES[target.dtype]))
 
 

@@ -64,7 +64,7 @@ def check_source(checkpoint: Checkpoint, recipe: Recipe) -> None:
     quantised = next(
         (part["quantization_config"] for part in parts if part.get("quantization_config")), None
     )
-    if quantised and recipe.layout != "dense":
+    if quantised and recipe.keeps_factors:
         method = (
             quantised.get("quant_method", "another tool")
             if isinstance(quantised, dict)
@@ -310,7 +310,7 @@ def check_smaller(design: Design, allow_larger: bool) -> None:
 def not_smaller(design: Design) -> str:
     """What is wrong with an output that is no smaller than its source; empty where it is, or in a
     layout that never is."""
-    if isinstance(design, ExpandDesign) or design.plan.recipe.layout == "dense":
+    if isinstance(design, ExpandDesign) or not design.plan.recipe.keeps_factors:
         return ""
     size, source = design.blueprint().total, design.source_bytes
     if size < source:

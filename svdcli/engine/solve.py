@@ -14,11 +14,12 @@ from svdcli.calibration.moments import LayerMoments, metric_of
 from svdcli.files.checkpoint import Checkpoint
 from svdcli.files.dtypes import TORCH_DTYPES
 from svdcli.files.record import Result
+from svdcli.linalg.layouts import CODECS
 from svdcli.linalg.scratch import scratch
 from svdcli.linalg.solvers import SOLVERS, Factors, squared_norm, transposed
-from svdcli.linalg.storage import dense_rows, residual_energy, to_stored
 from svdcli.linalg.whitening import refit_bias, weighted, weighted_error
 from svdcli.models.modules import is_row_order
+from svdcli.plan.layouts import LAYOUTS
 from svdcli.plan.plan import LayerPlan
 from svdcli.plan.tensors import FACTORED_DTYPES, TensorInfo
 from svdcli.plan.words import WEIGHTED
@@ -83,24 +84,25 @@ def solve_layer(
     """
     if layer.rank is None:
         raise ValueError(f"{layer.tensor.name} is dense")
+    codec, stored_dtype = CODECS[layer.layout], TORCH_DTYPES[layer.stored_dtype]
+    attempts = _attempts(layer, device)
     fell_back: list[str] = []
-    for solver, dtype in _attempts(layer, device):
+    for solver, dtype in attempts:
+        # solve, in the dtype of this attempt
         work = _in_dtype(w, device, dtype)
-        label = (
-            solver
-            if dtype == _attempts(layer, device)[0][1]
-            else f"{solver} {str(dtype).removeprefix('torch.')}"
-        )
+        label = solver
+        if dtype != attempts[0][1]:
+            label += f" {str(dtype).removeprefix('torch.')}"
         try:
             factors = _factor(work, layer, solver, seed, moments)
-            stored = tuple(
-                t.cpu() for t in to_stored(factors, layer.layout, TORCH_DTYPES[layer.stored_dtype])
-            )
+            stored = tuple(part.cpu() for part in codec.encode(factors, stored_dtype))
         except _NoConvergence:
             fell_back.append(f"{label}: no convergence")
             continue
+
+        # is what will be stored as near as the spectrum promised
         total = squared_norm(work)
-        error = residual_energy(work, tuple(t.to(device) for t in stored), layer.layout)
+        error = codec.residual(work, tuple(part.to(device) for part in stored))
         if solver == WEIGHTED and moments is not None:
             problem = _weighted_problem(work, stored, layer, factors, moments)
         else:
@@ -142,9 +144,8 @@ def _dense(
     stored: tuple[Tensor, ...], layer: LayerPlan, moments: LayerMoments, device: torch.device
 ) -> Tensor:
     """What the stored factors stand for, (out, in) in float64."""
-    dense = dense_rows(
-        tuple(part.to(device) for part in stored), layer.layout, torch.float64, slice(None)
-    )
+    parts = tuple(part.to(device) for part in stored)
+    dense = CODECS[layer.layout].rows(parts, torch.float64, slice(None))
     return dense.T if moments.transposed else dense
 
 
@@ -166,7 +167,7 @@ def _weighted_problem(
     if not math.isfinite(error):
         return "not finite"
     total = factors.tail + float(factors.sigma.square().sum())
-    rounding = FACTORED_DTYPES[layer.stored_dtype] ** 2 * (8 if layer.layout == "factored" else 256)
+    rounding = FACTORED_DTYPES[layer.stored_dtype] ** 2 * LAYOUTS[layer.layout].most_rounding
     return "missed its spectrum" if error > 1.01 * factors.tail + (rounding + 1e-9) * total else ""
 
 
@@ -188,10 +189,10 @@ def refitted(
 
 
 def has_row_order(compressed: Checkpoint, layer: LayerPlan) -> bool:
-    """Is the stored order of a pivoted layer's rows one; other layouts need none."""
-    return layer.layout != "pivoted" or is_row_order(
-        compressed.read_tensor(layer.stored()[-1].name)
-    )
+    """Is the stored order of a layer's rows one; not every layout has one."""
+    if not LAYOUTS[layer.layout].ends_in_rows:
+        return True
+    return is_row_order(compressed.read_tensor(layer.stored()[-1].name))
 
 
 def stored_error(original: Checkpoint, compressed: Checkpoint, layer: LayerPlan) -> float:
@@ -206,7 +207,7 @@ def _relative_error(weight: Tensor, stored: tuple[Tensor, ...], layer: LayerPlan
         torch.float64 if "F64" in (layer.tensor.dtype, layer.stored_dtype) else torch.float32
     )
     total = squared_norm(work)
-    return math.sqrt(residual_energy(work, stored, layer.layout) / total) if total > 0 else 0.0
+    return math.sqrt(CODECS[layer.layout].residual(work, stored) / total) if total > 0 else 0.0
 
 
 def _attempts(layer: LayerPlan, device: torch.device) -> list[tuple[str, torch.dtype]]:
@@ -236,7 +237,7 @@ def _problem(
         and FACTORED_DTYPES[layer.stored_dtype] < 1e-6
     ):
         return "tail below its precision"
-    growth = 8 if layer.layout == "factored" else 256
+    growth = LAYOUTS[layer.layout].most_rounding
     rounding = growth * FACTORED_DTYPES[layer.stored_dtype] ** 2
     noise = max(layer.tensor.shape) * torch.finfo(dtype).eps ** 2
     subnormal = growth * layer.tensor.parameters * _finest(layer.stored_dtype) ** 2

@@ -121,7 +121,7 @@ class CompressDesign:
         that makes the output smaller than its source, which it is not with a record that has every
         layer's own fields."""
         full, source = self._draw({}), self.source_bytes
-        if self.plan.recipe.layout == "dense" or full.total < source:
+        if not self.plan.recipe.keeps_factors or full.total < source:
             return {}, full
         shared = shared_fields(self._record(self._usual))
         short = self._draw(shared)
@@ -305,11 +305,7 @@ def compress_units(checkpoint: Checkpoint, plan: Plan) -> list[Unit]:
     layers = {layer.tensor.name: layer for layer in plan.factored}
     refitted = {layer.bias.name for layer in plan.factored if layer.bias is not None}
     warned: set[str] = set()
-    if (
-        checkpoint.is_directory
-        and checkpoint.transformers_opens_it
-        and plan.recipe.layout != "dense"
-    ):
+    if checkpoint.is_directory and checkpoint.transformers_opens_it and plan.recipe.keeps_factors:
         warned.update(tripwires(layer.tensor.module for layer in plan.factored))
     units = []
     for name, ref in checkpoint.tensors.items():
@@ -336,7 +332,7 @@ def compress_units(checkpoint: Checkpoint, plan: Plan) -> list[Unit]:
 
 def expand_units(checkpoint: Checkpoint, layers: Sequence[LayerPlan]) -> list[Unit]:
     owner = {tensor.name: layer for layer in layers for tensor in layer.stored()}
-    tripwires = {layer.tensor.name for layer in layers if layer.layout != "dense"}
+    tripwires = {layer.tensor.name for layer in layers if layer.keeps_factors}
     units, seen = [], set()
     for name, ref in checkpoint.tensors.items():
         layer = owner.get(name)

@@ -28,7 +28,7 @@ def changes_of(
     That the plugin is to be asked; where transformers reads it the dtype that was asked for, since
     it casts to the one that it reads; and the classes of `--self-contained`.
     """
-    factored = plan.recipe.layout != "dense" and bool(plan.factored)
+    factored = plan.recipe.keeps_factors and bool(plan.factored)
     changes: dict[Path, Any] = {}
     for path, part in (((), config), *part_configs(config)):
         if factored:

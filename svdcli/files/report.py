@@ -11,7 +11,7 @@ from typing import Any
 from svdcli.errors import BadCheckpointError
 from svdcli.files.checkpoint import RECORD, read_file_header
 from svdcli.files.record import read_record
-from svdcli.plan.layout import stored_tensors
+from svdcli.plan.layouts import LAYOUTS
 from svdcli.plan.loss import expected_loss
 from svdcli.plan.plan import Healing, TextRead
 from svdcli.plan.tensors import TensorInfo
@@ -237,7 +237,7 @@ def _row(name: str, item: Mapping[str, Any], predicted: bool) -> LayerRow:
     rank, error = item["rank"], None
     after: Sequence[TensorInfo] = (tensor,)
     if rank is not None:
-        after = stored_tensors(tensor, rank, item["layout"], item["stored_dtype"])
+        after = LAYOUTS[item["layout"]].tensors(tensor, rank, item["stored_dtype"])
         error = None if predicted else float(item["relative_error"])
     nbytes = sum(t.nbytes for t in after)
     return LayerRow(

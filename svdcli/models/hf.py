@@ -43,6 +43,8 @@ logger = logging.get_logger(f"transformers.{__name__}")
 
 METHOD, FORMAT = "svdcli", 1
 UP, DOWN, ROWS = "svd_up.weight", "svd_down.weight", "svd_rows"
+# By layout, what a layer has in a weight file.
+PARTS = {"factored": (UP, DOWN), "pivoted": (UP, DOWN, ROWS)}
 
 # A second registration raises: the installed plugin and a copy shipped with a model may meet in one
 # process.
@@ -57,7 +59,15 @@ class Stored:
 
     shape: tuple[int, int]
     rank: int
-    pivoted: bool
+    layout: str
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        return PARTS[self.layout]
+
+    @property
+    def has_rows(self) -> bool:
+        return ROWS in self.parts
 
 
 @register_quantization_config(METHOD)
@@ -307,9 +317,7 @@ class SvdQuantizer(HfQuantizer):  # type: ignore[misc]
         # what this class should have got, and what nobody took though the class lacks just that
         wanted = set(self.merged.values())
         for name, layer in self.replaced.items():
-            wanted |= {
-                f"{name}.{part}" for part in ((UP, DOWN, ROWS) if layer.pivoted else (UP, DOWN))
-            }
+            wanted |= {f"{name}.{part}" for part in layer.parts}
         for key in (key for key in info.unexpected_keys if key.endswith(UP)):
             weight = f"{key.removesuffix(UP)}weight"
             wanted |= {weight, prefix + weight, weight.removeprefix(prefix)}
@@ -343,7 +351,7 @@ class SvdQuantizer(HfQuantizer):  # type: ignore[misc]
         for target, source in self.same_rows.items():
             model.get_submodule(target).svd_rows = model.get_submodule(source).svd_rows
         for target, layer in self.replaced.items():
-            if layer.pivoted:
+            if layer.has_rows:
                 _check_rows(target, model.get_submodule(target).svd_rows)
         if self.quantization_config.dequantize:
             _forget_method(model.config)
@@ -521,16 +529,14 @@ def _stored(layer: str, shapes: dict[str, tuple[int, ...]]) -> Stored:
             f"{layer}.{UP if up is None else DOWN} is missing from the weight files; write or "
             f"download them again"
         )
-    if (
-        len(up) != 2
-        or len(down) != 2
-        or up[1] != down[0]
-        or (rows is not None and rows != (up[0] + down[0],))
-    ):
+    matrices = len(up) == len(down) == 2 and up[1] == down[0]
+    if not matrices or (rows is not None and rows != (up[0] + down[0],)):
         raise ValueError(
             f"the factors of {layer} disagree: up {up}, down {down}, rows {rows}; write them again"
         )
-    return Stored((up[0] if rows is None else rows[0], down[1]), down[0], rows is not None)
+    if rows is None:
+        return Stored((up[0], down[1]), down[0], "factored")
+    return Stored((rows[0], down[1]), down[0], "pivoted")
 
 
 def _low_rank(name: str, old: nn.Module, layer: Stored) -> nn.Module | None:
@@ -543,7 +549,7 @@ def _low_rank(name: str, old: nn.Module, layer: Stored) -> nn.Module | None:
             f"the factors of {name} stand for a weight {list(layer.shape)}, the model has "
             f"{list(expected)}"
         )
-    return low_rank_like(old, layer.rank, pivoted=layer.pivoted)
+    return low_rank_like(old, layer.rank, layout=layer.layout)
 
 
 def _unspoken(model: Any, homes: dict[str, Home], shapes: dict[str, tuple[int, ...]]) -> set[str]:
@@ -635,7 +641,7 @@ def _tie_factors(
             if replaced[name] == replaced[root]:
                 tied.add(name)
                 new |= {f"{name}.{part}": f"{root}.{part}" for part in (UP, DOWN)}
-                same_rows |= {name: root} if replaced[root].pivoted else {}
+                same_rows |= {name: root} if replaced[root].has_rows else {}
     model.all_tied_weights_keys = new
     if model._tied_weights_keys:
         model._tied_weights_keys = dict(new)

@@ -135,7 +135,7 @@ def _check(checkpoint: Checkpoint) -> None:
             raise BadCheckpointError(
                 f"{checkpoint.path / name} was changed after svdcli wrote it", "see `svdcli verify`"
             )
-    factored = any(layer.layout != "dense" for layer in layers)
+    factored = any(layer.keeps_factors for layer in layers)
     if factored and checkpoint.transformers_opens_it and method != METHOD:
         raise BadCheckpointError(
             f"{checkpoint.path / checkpoint.config_name} lost its quantization_config",
@@ -280,7 +280,7 @@ def _load_into(module: nn.Module, checkpoint: Checkpoint) -> nn.Module:
     """Replace what is factored, then assign every tensor of the checkpoint, one at a time."""
     record = record_of(checkpoint)
     layers = (
-        [layer for layer in stored_layers(checkpoint, record) if layer.layout != "dense"]
+        [layer for layer in stored_layers(checkpoint, record) if layer.keeps_factors]
         if record is not None
         else []
     )
@@ -398,7 +398,7 @@ def _tied(module: nn.Module, missing: Set[str], names: Set[str]) -> dict[str, st
 def _low_rank(old: nn.Module, layer: LayerPlan, shown: str) -> nn.Module:
     """The module that will hold one layer's factors in place of `old`, on the meta device."""
     name, shape = layer.tensor.module, layer.tensor.shape
-    new = low_rank_like(old, int(layer.rank or 0), pivoted=layer.layout == "pivoted")
+    new = low_rank_like(old, int(layer.rank or 0), layout=layer.layout)
     weight = getattr(old, "weight", None)
     if new is None or not isinstance(weight, Tensor):
         raise SvdcliError(

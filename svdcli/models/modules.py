@@ -6,7 +6,7 @@ Torch only, and nothing of svdcli: `compress --self-contained` ships this file b
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -192,32 +192,38 @@ class PivotedEmbedding(nn.Module):
 # Classes of transformers with a `forward` of their own that computes what nn.Linear does.
 _ALIKE = frozenset({"FalconLinear"})
 
-LOW_RANK = (
-    LowRankLinear,
-    PivotedLinear,
-    LowRankConv1D,
-    PivotedConv1D,
-    LowRankEmbedding,
-    PivotedEmbedding,
-)
+
+class Holders(NamedTuple):
+    """The modules that hold the factors of one layout, by what they stand for."""
+
+    linear: type[nn.Module]
+    table: type[nn.Module]
+    conv: type[nn.Module]
 
 
-def low_rank_like(old: nn.Module, rank: int, *, pivoted: bool) -> nn.Module | None:
+# The layouts of `plan.layouts` that keep factors.
+HOLDERS = {
+    "factored": Holders(LowRankLinear, LowRankEmbedding, LowRankConv1D),
+    "pivoted": Holders(PivotedLinear, PivotedEmbedding, PivotedConv1D),
+}
+LOW_RANK = tuple(kind for holders in HOLDERS.values() for kind in holders)
+
+
+def low_rank_like(old: nn.Module, rank: int, *, layout: str) -> nn.Module | None:
     """An empty low-rank module on the meta device that can stand for `old`, or None where no such
     module exists."""
+    holders = HOLDERS[layout]
     weight = getattr(old, "weight", None)
     how: dict[str, Any] = {"device": "meta", "dtype": getattr(weight, "dtype", None)}
     if isinstance(old, nn.Linear) and _computes_like(old, nn.Linear):
-        linear = PivotedLinear if pivoted else LowRankLinear
-        return linear(old.in_features, old.out_features, rank, bias=old.bias is not None, **how)
+        sizes = (old.in_features, old.out_features, rank)
+        return holders.linear(*sizes, bias=old.bias is not None, **how)
     if isinstance(old, nn.Embedding) and _computes_like(old, nn.Embedding):
-        table = PivotedEmbedding if pivoted else LowRankEmbedding
-        return table(old.num_embeddings, old.embedding_dim, rank, old.padding_idx, **how)
-    if type(old).__name__ == "Conv1D" and isinstance(
-        weight, Tensor
-    ):  # of transformers, which this file must not import
-        conv = PivotedConv1D if pivoted else LowRankConv1D
-        return conv(weight.shape[0], weight.shape[1], rank, **how)
+        sizes = (old.num_embeddings, old.embedding_dim, rank)
+        return holders.table(*sizes, old.padding_idx, **how)
+    # of transformers, which this file must not import
+    if type(old).__name__ == "Conv1D" and isinstance(weight, Tensor):
+        return holders.conv(*weight.shape, rank, **how)
     return None
 
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 
 from svdcli.errors import UsageError
-from svdcli.plan.layout import stored_parameters
+from svdcli.plan.layouts import LAYOUTS
 from svdcli.plan.plan import Plan
 from svdcli.plan.ranks import Choice, Options, uniform, uniform_within
 from svdcli.plan.recipe import Recipe
@@ -101,7 +101,7 @@ def _share_of(plan: Plan) -> float:
         after += (
             parameters
             if layer.rank is None
-            else stored_parameters(layer.tensor.shape, layer.rank, layer.layout)
+            else LAYOUTS[layer.layout].parameters(layer.tensor.shape, layer.rank)
         )
     return after / before if before else 1.0
 

@@ -6,11 +6,10 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from svdcli.errors import UsageError
-from svdcli.plan.layout import stored_tensors
+from svdcli.plan.layouts import LAYOUTS
 from svdcli.plan.recipe import Recipe, recipe_from_json, recipe_to_json
 from svdcli.plan.tensors import FACTORED_DTYPES, TensorInfo
 from svdcli.plan.words import (
-    LAYOUTS,
     METRICS,
     SOLVERS,
     WEIGHTED,
@@ -39,10 +38,16 @@ class LayerPlan:
     metric: str = ""
     bias: TensorInfo | None = None
 
+    @property
+    def keeps_factors(self) -> bool:
+        """Would factors be stored, rather than their product."""
+        return LAYOUTS[self.layout].keeps_factors
+
     def stored(self) -> tuple[TensorInfo, ...]:
+        """The tensors that are written for this layer."""
         if self.rank is None:
             return (self.tensor,)
-        return stored_tensors(self.tensor, self.rank, self.layout, self.stored_dtype)
+        return LAYOUTS[self.layout].tensors(self.tensor, self.rank, self.stored_dtype)
 
     def left_dense(self, reason: str) -> LayerPlan:
         return replace(self, rank=None, reason=reason, loss=None, bias=None)

@@ -13,7 +13,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from svdcli.plan.layout import largest_saving_rank, stored_bytes, stored_parameters
+from svdcli.plan.layouts import LAYOUTS
 from svdcli.plan.recipe import Recipe
 from svdcli.plan.tensors import FACTORED_DTYPES, TensorInfo
 
@@ -60,13 +60,14 @@ class Choice:
 def options_of(tensor: TensorInfo, recipe: Recipe, *, unit: str) -> Options:
     """Every rank of this layer that saves, with its cost in `unit` ("parameters" or "bytes")."""
     dtype = recipe.dtype or tensor.dtype
-    largest = largest_saving_rank(tensor, recipe.layout, dtype)
+    layout = LAYOUTS[recipe.layout]
+    largest = layout.largest_saving_rank(tensor, dtype)
     ranks = range(recipe.multiple_of, largest + 1, recipe.multiple_of)
     costs: list[int]
     if unit == "bytes":
-        costs = [stored_bytes(tensor, rank, recipe.layout, dtype) for rank in ranks]
+        costs = [layout.nbytes(tensor, rank, dtype) for rank in ranks]
         return Options(tensor, ranks, costs, tensor.nbytes, largest)
-    costs = [stored_parameters(tensor.shape, rank, recipe.layout) for rank in ranks]
+    costs = [layout.parameters(tensor.shape, rank) for rank in ranks]
     return Options(tensor, ranks, costs, tensor.parameters, largest)
 
 
@@ -147,9 +148,8 @@ def by_tail(options: Options, tails: Sequence[float], allowed: float, target: st
 
 
 def rounding_energy(dtype: str, layout: str) -> float:
-    """An upper estimate of the relative squared error that storing a layer in `dtype` adds: in the
-    pivoted layout, whose coefficients combine rows that cancel, up to 46 units were measured."""
-    return (64.0 if layout == "pivoted" else 2.0) * FACTORED_DTYPES[dtype] ** 2
+    """An upper estimate of the relative squared error that storing a layer in `dtype` adds."""
+    return LAYOUTS[layout].usual_rounding * FACTORED_DTYPES[dtype] ** 2
 
 
 def tails_of(energies: Sequence[float], total: float) -> list[float]:

@@ -7,10 +7,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from svdcli.errors import UsageError
+from svdcli.plan.layouts import LAYOUTS
 from svdcli.plan.tensors import FACTORED_DTYPES
 from svdcli.plan.words import (
     ALLOCATIONS,
-    LAYOUTS,
     METRICS,
     NONFINITE,
     SOLVERS,
@@ -56,7 +56,7 @@ class Recipe:
         for name, value, known in (
             ("target", self.target, TARGETS),
             ("--allocate", self.allocate, ALLOCATIONS),
-            ("--layout", self.layout, LAYOUTS),
+            ("--layout", self.layout, tuple(LAYOUTS)),
             ("--solver", self.solver, SOLVERS),
             ("--nonfinite", self.nonfinite, NONFINITE),
             ("--metric", self.metric, METRICS),
@@ -68,7 +68,7 @@ class Recipe:
                 f"--dtype {self.dtype!r} cannot hold factors",
                 f"use one of {', '.join(FACTORED_DTYPES)}",
             )
-        if self.self_contained and self.layout == "dense":
+        if self.self_contained and not self.keeps_factors:
             raise UsageError(
                 "--self-contained has nothing to add to the dense layout",
                 "any loader opens it as it is",
@@ -76,6 +76,11 @@ class Recipe:
         self._check_numbers()
         if self.target in ("rank", "size"):
             object.__setattr__(self, "value", int(self.value))
+
+    @property
+    def keeps_factors(self) -> bool:
+        """Are factors in the output, rather than their products."""
+        return LAYOUTS[self.layout].keeps_factors
 
     def _check_numbers(self) -> None:
         whole = math.isfinite(self.value) and self.value >= 1 and self.value == int(self.value)
@@ -105,7 +110,7 @@ class Recipe:
                 f"--rank {self.value:g} is below --multiple-of {self.multiple_of}",
                 "no rank is both",
             )
-        if self.target == "size" and self.layout == "dense":
+        if self.target == "size" and not self.keeps_factors:
             raise UsageError(
                 "--size cannot be met in the dense layout, which saves no bytes",
                 "use --layout factored or pivoted",

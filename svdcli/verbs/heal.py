@@ -131,7 +131,7 @@ def _plan_of(compressed: Checkpoint, original: Checkpoint) -> Plan:
             f"{compressed.shown} was not written by svdcli compress", "compress the model first"
         )
     plan = Plan.from_json(record)
-    if plan.recipe.layout == "dense":
+    if not plan.recipe.keeps_factors:
         raise UsageError(
             f"{compressed.shown} has the dense layout, which holds no factors", "compress it again"
         )

@@ -13,7 +13,7 @@ from svdcli.files.checkpoint import (
 from svdcli.files.record import record_of
 from svdcli.files.report import JSON_VERSION
 from svdcli.plan.layers import break_even, choose_layers
-from svdcli.plan.layout import largest_saving_rank
+from svdcli.plan.layouts import LAYOUTS
 from svdcli.plan.tensors import TensorInfo
 
 if TYPE_CHECKING:
@@ -99,6 +99,10 @@ def inspect(
 
 def _inspect_row(info: TensorInfo, reasons: Mapping[str, str]) -> InspectRow:
     selected = info.name not in reasons
+    factored = pivoted = None
+    if selected:
+        factored = break_even(info.shape)
+        pivoted = LAYOUTS["pivoted"].largest_saving_rank(info, info.dtype)
     return InspectRow(
         name=info.name,
         dtype=info.dtype,
@@ -107,6 +111,6 @@ def _inspect_row(info: TensorInfo, reasons: Mapping[str, str]) -> InspectRow:
         bytes=info.nbytes,
         selected=selected,
         reason=reasons.get(info.name, ""),
-        break_even=break_even(info.shape) if selected else None,
-        pivoted_break_even=largest_saving_rank(info, "pivoted", info.dtype) if selected else None,
+        break_even=factored,
+        pivoted_break_even=pivoted,
     )

@@ -20,6 +20,7 @@ from svdcli.files.checkpoint import (
 from svdcli.files.formats import PICKLE_ENDINGS, format_of
 from svdcli.files.record import part_of_record, record_in, record_of, stored_layers
 from svdcli.files.report import JSON_VERSION
+from svdcli.plan.layouts import LAYOUTS
 from svdcli.plan.plan import LayerPlan
 from svdcli.progress import Progress, silent
 
@@ -174,7 +175,9 @@ def _lost_by_config(checkpoint: Checkpoint, record: Mapping[str, Any]) -> str:
         return f"names other weights, {named}"
     quantised = config.get("quantization_config")
     method = quantised.get("quant_method") if isinstance(quantised, dict) else None
-    if record["layers"] and record["recipe"].get("layout") != "dense" and method != METADATA_KEY:
+    layout = LAYOUTS.get(str(record["recipe"].get("layout")))
+    needs_plugin = bool(record["layers"]) and (layout is None or layout.keeps_factors)
+    if needs_plugin and method != METADATA_KEY:
         return "no longer says that svdcli wrote the weights"
     return ""
 
@@ -206,7 +209,7 @@ def _check_plan(
             "tensor as planned", name, same, "" if same else "missing, or of another shape or dtype"
         )
     for layer in layers:
-        if layer.layout == "pivoted":
+        if LAYOUTS[layer.layout].ends_in_rows:
             same = has_row_order(checkpoint, layer)
             yield Check(
                 "row order", layer.tensor.name, same, "" if same else "svd_rows is no permutation"

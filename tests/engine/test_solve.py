@@ -13,8 +13,8 @@ from helpers import weight
 from svdcli.engine.executor import Compute, spread
 from svdcli.engine.solve import solve_layer
 from svdcli.errors import UsageError
+from svdcli.linalg.layouts import CODECS
 from svdcli.linalg.scratch import keeping_scratch
-from svdcli.linalg.storage import dense_rows
 from svdcli.plan.plan import LayerPlan
 from svdcli.plan.tensors import TensorInfo
 
@@ -73,7 +73,7 @@ def test_layers_are_solved_whichever_side_is_long(solver: str, layout: str, dtyp
             w = weight(*shape, dtype=kinds[dtype])
             layer = LayerPlan(TensorInfo("a.weight", dtype, shape), 40, layout, dtype, solver)
             stored, result = solve_layer(w, layer, 0, CPU)
-            rebuilt = dense_rows(stored, layout, torch.float64, slice(None))
+            rebuilt = CODECS[layout].rows(stored, torch.float64, slice(None))
             measured = float((w.double() - rebuilt).norm() / w.double().norm())
             best = float(torch.linalg.svdvals(w.double())[40:].norm() / w.double().norm())
             rounding = {"BF16": 0.02 if layout == "pivoted" else 0.003, "F32": 1e-6}[dtype]

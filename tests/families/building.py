@@ -242,4 +242,4 @@ def _held(
 def _holds(place: str | None, modules: Mapping[str, nn.Module]) -> bool:
     if place is None:
         return True
-    return place in modules and low_rank_like(modules[place], 1, pivoted=False) is not None
+    return place in modules and low_rank_like(modules[place], 1, layout="factored") is not None

@@ -2,9 +2,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
+from svdcli.linalg.layouts import CODECS
 from svdcli.linalg.scratch import keep_scratch, keeping_scratch, scratch
 from svdcli.linalg.solvers import gram
-from svdcli.linalg.storage import residual_energy
 
 LIKE = torch.empty(0)
 
@@ -44,10 +44,10 @@ def test_what_was_solved_outlives_the_scratch_it_was_solved_in() -> None:
     with keeping_scratch():
         together = [gram(w, 20) for w in weights]
         energies = [
-            residual_energy(w, (f.up, f.down), "factored")
+            CODECS["factored"].residual(w, (f.up, f.down))
             for w, f in zip(weights, together, strict=True)
         ]
     for w, one, other, energy in zip(weights, alone, together, energies, strict=True):
         assert torch.equal(one.up, other.up)
         assert torch.equal(one.down, other.down)
-        assert energy == residual_energy(w, (one.up, one.down), "factored")
+        assert energy == CODECS["factored"].residual(w, (one.up, one.down))

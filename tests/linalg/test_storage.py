@@ -6,9 +6,10 @@ import pytest
 import torch
 from helpers import best_error, decaying
 
+from svdcli.linalg.layouts import CODECS
+from svdcli.linalg.layouts.pivoted import pivot
 from svdcli.linalg.solvers import svd
-from svdcli.linalg.storage import dense_rows, pivot, residual_energy, to_stored
-from svdcli.plan.words import LAYOUTS
+from svdcli.plan.layouts import LAYOUTS
 
 SHAPES = [(60, 40), (40, 60), (50, 50)]
 
@@ -37,29 +38,29 @@ def test_pivoting_keeps_rows_as_they_are_and_coefficients_small() -> None:
 @pytest.mark.parametrize("shape", SHAPES)
 def test_every_layout_reaches_the_optimum(layout: str, shape: tuple[int, int]) -> None:
     w = decaying(*shape, 0.7)
-    stored = to_stored(svd(w, 17), layout, torch.float64)
-    assert residual_energy(w, stored, layout) == pytest.approx(best_error(w, 17), rel=1e-9)
+    stored = CODECS[layout].encode(svd(w, 17), torch.float64)
+    assert CODECS[layout].residual(w, stored) == pytest.approx(best_error(w, 17), rel=1e-9)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_the_residual_is_that_of_the_rounded_tensors(layout: str, dtype: torch.dtype) -> None:
     w = decaying(90, 70, 0.7)
-    stored = to_stored(svd(w, 20), layout, dtype)
+    stored = CODECS[layout].encode(svd(w, 20), dtype)
     assert all(t.dtype == dtype for t in stored if t.dtype.is_floating_point)
-    rebuilt = dense_rows(stored, layout, torch.float64, slice(None))
+    rebuilt = CODECS[layout].rows(stored, torch.float64, slice(None))
     oracle = float((w - rebuilt).square().sum())
-    assert residual_energy(w, stored, layout) == pytest.approx(oracle, rel=1e-12)
-    assert residual_energy(w.T.contiguous().T, stored, layout) == pytest.approx(oracle, rel=1e-12)
+    assert CODECS[layout].residual(w, stored) == pytest.approx(oracle, rel=1e-12)
+    assert CODECS[layout].residual(w.T.contiguous().T, stored) == pytest.approx(oracle, rel=1e-12)
     if layout != "dense":  # a rounded dense matrix has full rank again
         assert oracle >= best_error(w, 20) * (1 - 1e-12)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_rows_can_be_rebuilt_in_pieces(layout: str) -> None:
-    stored = to_stored(svd(decaying(50, 30, 0.7), 9), layout, torch.float32)
-    whole = dense_rows(stored, layout, torch.float32, slice(None))
+    stored = CODECS[layout].encode(svd(decaying(50, 30, 0.7), 9), torch.float32)
+    whole = CODECS[layout].rows(stored, torch.float32, slice(None))
     pieces = [
-        dense_rows(stored, layout, torch.float32, slice(at, at + 7)) for at in range(0, 50, 7)
+        CODECS[layout].rows(stored, torch.float32, slice(at, at + 7)) for at in range(0, 50, 7)
     ]
     torch.testing.assert_close(torch.cat(pieces), whole, rtol=1e-6, atol=1e-7)

@@ -22,7 +22,7 @@ def filled(kind: str, rank: int, pivoted: bool) -> tuple[nn.Module, nn.Module]:
     """(a low-rank module with random factors, the dense layer of the same weight)."""
     torch.manual_seed(0)
     old = LAYERS[kind]()
-    new = low_rank_like(old, rank, pivoted=pivoted)
+    new = low_rank_like(old, rank, layout="pivoted" if pivoted else "factored")
     assert isinstance(new, LOW_RANK)
     new = new.to_empty(device="cpu")
     for parameter in new.parameters():
@@ -84,5 +84,5 @@ def test_a_weight_that_is_used_is_the_dense_one(pivoted: bool) -> None:
 
 
 def test_other_layers_are_left_to_their_owners() -> None:
-    assert low_rank_like(nn.Conv2d(3, 4, 1), 2, pivoted=False) is None
-    assert low_rank_like(nn.LayerNorm(4), 2, pivoted=True) is None
+    assert low_rank_like(nn.Conv2d(3, 4, 1), 2, layout="factored") is None
+    assert low_rank_like(nn.LayerNorm(4), 2, layout="pivoted") is None

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from svdcli.plan.knapsack import allocate_globally
 from svdcli.plan.layers import break_even
-from svdcli.plan.layout import largest_saving_rank, stored_bytes, stored_parameters, stored_tensors
+from svdcli.plan.layouts import LAYOUTS
 from svdcli.plan.ranks import (
     Options,
     by_tail,
@@ -42,11 +42,11 @@ def options(m: int, n: int, **recipe: object) -> Options:
 @given(sides, sides, layouts, dtypes)
 def test_largest_saving_rank_is_the_edge(m: int, n: int, layout: str, dtype: str) -> None:
     tensor = layer(m, n, dtype=dtype)
-    edge = largest_saving_rank(tensor, layout, dtype)
+    edge = LAYOUTS[layout].largest_saving_rank(tensor, dtype)
 
     def saves(rank: int) -> bool:
-        fewer = stored_parameters((m, n), rank, layout) < m * n
-        return fewer and stored_bytes(tensor, rank, layout, dtype) < tensor.nbytes
+        fewer = LAYOUTS[layout].parameters((m, n), rank) < m * n
+        return fewer and LAYOUTS[layout].nbytes(tensor, rank, dtype) < tensor.nbytes
 
     assert edge == max(
         (rank for rank in range(1, min(m, n) + (layout == "factored")) if saves(rank)), default=0
@@ -55,8 +55,8 @@ def test_largest_saving_rank_is_the_edge(m: int, n: int, layout: str, dtype: str
 
 @given(sides, sides, st.integers(1, 7), layouts)
 def test_parameters_are_those_of_the_tensors(m: int, n: int, rank: int, layout: str) -> None:
-    parts = [t for t in stored_tensors(layer(m, n), rank, layout, "F32") if t.dtype == "F32"]
-    assert sum(t.parameters for t in parts) == stored_parameters((m, n), rank, layout)
+    parts = [t for t in LAYOUTS[layout].tensors(layer(m, n), rank, "F32") if t.dtype == "F32"]
+    assert sum(t.parameters for t in parts) == LAYOUTS[layout].parameters((m, n), rank)
 
 
 @given(sides, sides)
@@ -78,9 +78,11 @@ def test_uniform_takes_the_largest_rank_within_the_share(
     assert choice.rank is not None
     assert choice.rank % step == 0
     smallest = choice.rank == step
-    assert smallest or stored_parameters((m, n), choice.rank, layout) <= keep * m * n
+    assert smallest or LAYOUTS[layout].parameters((m, n), choice.rank) <= keep * m * n
     following = choice.rank + step
-    assert following > option.largest or stored_parameters((m, n), following, layout) > keep * m * n
+    assert (
+        following > option.largest or LAYOUTS[layout].parameters((m, n), following) > keep * m * n
+    )
 
 
 def test_a_rank_that_does_not_save_leaves_the_layer_dense_and_says_so() -> None:

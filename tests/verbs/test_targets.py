@@ -392,5 +392,5 @@ def test_the_plugin_reads_a_condensed_record(tmp_path: Path) -> None:
     out = tmp_path / "o.safetensors"
     svdcli.compress(tiny_layers(tmp_path / "m.safetensors"), out, Recipe("rank", 14))
     assert hf.read_stored([str(out)])[1] == {
-        f"layers.{i}.fc": hf.Stored((32, 32), 14, False) for i in range(40)
+        f"layers.{i}.fc": hf.Stored((32, 32), 14, "factored") for i in range(40)
     }

@@ -1,0 +1,74 @@
+"""What a layout has to say: its tensors, what they cost, and how much rounding them may add."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import ClassVar
+
+from svdcli.plan.tensors import TensorInfo, module_of
+
+# Names of parts below a layer's own name. The dense weight keeps the name that it had.
+UP, DOWN, ROWS, WEIGHT = "svd_up.weight", "svd_down.weight", "svd_rows", "weight"
+# Row numbers are counted in bytes, not as parameters.
+ROW_NUMBERS = "I32"
+
+
+class Layout(ABC):
+    """How one layer (m, n) of rank r is stored.
+
+    keeps_factors says whether factors, rather than their product, are in the file and in memory.
+    ends_in_rows says whether the last tensor is an order of rows. usual_rounding and most_rounding
+    are by how many squared units of the stored dtype the relative squared error grows when factors
+    are rounded to it: an upper estimate for choosing ranks, and what no sound result exceeds.
+    """
+
+    name: ClassVar[str]
+    keeps_factors: ClassVar[bool] = True
+    ends_in_rows: ClassVar[bool] = False
+    usual_rounding: ClassVar[float]
+    most_rounding: ClassVar[float]
+
+    @abstractmethod
+    def parts(self, m: int, n: int, rank: int) -> Mapping[str, tuple[int, ...]]:
+        """The shape of every stored part, in the order in which they are written."""
+
+    @abstractmethod
+    def parameters(self, shape: tuple[int, ...], rank: int) -> int:
+        """Parameters of a layer of this shape at `rank`."""
+
+    def largest_rank(self, shape: tuple[int, ...]) -> int:
+        """The largest rank that can be stored."""
+        return min(shape)
+
+    def tensors(self, layer: TensorInfo, rank: int, dtype: str) -> tuple[TensorInfo, ...]:
+        """The tensors that stand for `layer` at `rank`, in the order in which they are written."""
+        m, n = layer.shape
+        stored = []
+        for part, shape in self.parts(m, n, rank).items():
+            kind = ROW_NUMBERS if part == ROWS else dtype
+            stored.append(TensorInfo(_part_name(layer.name, part), kind, shape))
+        return tuple(stored)
+
+    def nbytes(self, layer: TensorInfo, rank: int, dtype: str) -> int:
+        """Bytes of the stored tensors at `rank`."""
+        return sum(tensor.nbytes for tensor in self.tensors(layer, rank, dtype))
+
+    def largest_saving_rank(self, layer: TensorInfo, dtype: str) -> int:
+        """The largest rank whose stored bytes and parameters are both below those of the dense
+        weight; 0 if there is none."""
+        low, high = 0, self.largest_rank(layer.shape)
+        while low < high:
+            rank = (low + high + 1) // 2
+            fewer_bytes = self.nbytes(layer, rank, dtype) < layer.nbytes
+            if fewer_bytes and self.parameters(layer.shape, rank) < layer.parameters:
+                low = rank
+            else:
+                high = rank - 1
+        return low
+
+
+def _part_name(name: str, part: str) -> str:
+    """The name under which one part of the layer `name` is stored."""
+    module = module_of(name)
+    return part if module == name else f"{module}.{part}"

@@ -1,0 +1,26 @@
+"""The dense layout: the low-rank matrix itself, for loaders that know nothing of factors."""
+
+from __future__ import annotations
+
+from svdcli.plan.layouts.base import WEIGHT, Layout
+from svdcli.plan.layouts.factored import Factored
+from svdcli.plan.tensors import TensorInfo
+
+
+class Dense(Layout):
+    """W ~ the matrix of rank r, (m, n). It saves nothing, and is weighed as its factors would be:
+    ranks are chosen by what they could save."""
+
+    name = "dense"
+    keeps_factors = False
+    usual_rounding = 2.0
+    most_rounding = 256.0
+
+    def parts(self, m: int, n: int, rank: int) -> dict[str, tuple[int, ...]]:
+        return {WEIGHT: (m, n)}
+
+    def parameters(self, shape: tuple[int, ...], rank: int) -> int:
+        return Factored().parameters(shape, rank)
+
+    def nbytes(self, layer: TensorInfo, rank: int, dtype: str) -> int:
+        return Factored().nbytes(layer, rank, dtype)
