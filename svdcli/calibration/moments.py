@@ -128,6 +128,11 @@ class Moments:
         )
         self.layers: Mapping[str, Mapping[str, Any]] = data["layers"]
 
+    @property
+    def path(self) -> Path:
+        """The file itself."""
+        return self._checkpoint.path
+
     def of(self, name: str) -> LayerMoments | None:
         """The moments of the weight `name`, None where it was not calibrated. Raises
         BadCheckpointError where they are not finite."""

@@ -6,10 +6,11 @@ import ctypes
 import itertools
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import TypeVar
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 
@@ -74,33 +75,74 @@ def _give_memory_back() -> None:
             ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, 2**20)
 
 
-def spread(
-    work: Callable[[Item], Answer], items: Iterable[Item], device: torch.device
-) -> Iterator[Answer]:
-    """Do `work` on every item, two at a time on a CPU with two threads or more, and yield the
-    answers as they come.
+class Inline(Executor):
+    """Does what is submitted at once, in this thread: for accelerators, and for one thread."""
 
-    Each worker gets its share of the threads: reading and writing one layer then hides behind the
-    mathematics of the other. Two, so that memory still follows the largest layer. An error, or an
-    interrupt, lets the work under way end first.
+    def __init__(self) -> None:
+        self._scratch = keeping_scratch()
+        self._scratch.__enter__()
+
+    def submit(self, fn: Callable[..., Answer], /, *args: Any, **kwargs: Any) -> Future[Answer]:
+        future: Future[Answer] = Future()
+        try:
+            future.set_result(fn(*args, **kwargs))
+        except Exception as error:
+            future.set_exception(error)
+        return future
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        self._scratch.__exit__(None, None, None)
+
+
+def executor_for(device: torch.device) -> tuple[Executor, int]:
+    """(who does the jobs, how many at a time): two workers on a CPU with two threads or more.
+
+    Each gets its share of the threads: reading and writing one layer then hides behind the
+    mathematics of the other. Two, so that memory still follows the largest layer.
     """
     _give_memory_back()
-    threads = torch.get_num_threads()
-    if device.type != "cpu" or threads < 2:
-        with keeping_scratch():
-            yield from map(work, items)
-        return
+    if device.type != "cpu" or torch.get_num_threads() < 2:
+        return Inline(), 1
+    share = (threads_each(device),)
+    return ThreadPoolExecutor(_WORKERS, initializer=_start_worker, initargs=share), _WORKERS
+
+
+def spread(
+    work: Callable[[Item], Answer],
+    items: Iterable[Item],
+    device: torch.device,
+    done: Callable[[Answer], None] | None = None,
+) -> Iterator[Answer]:
+    """Do `work` on every item and yield the answers as they come.
+
+    done is told each answer even where nobody takes it any more: an error, or an interrupt, lets
+    the work under way end first. Any `concurrent.futures.Executor` would do, since what is
+    submitted is a function and a value.
+    """
+    executor, at_once = executor_for(device)
     queue, running = iter(items), set[Future[Answer]]()
-    pool = ThreadPoolExecutor(_WORKERS, initializer=_start_worker, initargs=(threads_each(device),))
+
+    def submit(count: int) -> set[Future[Answer]]:
+        futures = {executor.submit(work, item) for item in itertools.islice(queue, count)}
+        if done is not None:
+            for future in futures:
+                future.add_done_callback(partial(_tell, done))
+        return futures
+
     try:
-        running = {pool.submit(work, item) for item in itertools.islice(queue, _WORKERS)}
+        running = submit(at_once)
         while running:
-            done, running = wait(running, return_when=FIRST_COMPLETED)
-            running |= {pool.submit(work, item) for item in itertools.islice(queue, len(done))}
-            for future in done:
+            ended, running = wait(running, return_when=FIRST_COMPLETED)
+            running |= submit(len(ended))
+            for future in ended:
                 yield future.result()
     finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+        executor.shutdown(wait=True, cancel_futures=True)
+
+
+def _tell(done: Callable[[Answer], None], future: Future[Answer]) -> None:
+    if not future.cancelled() and future.exception() is None:
+        done(future.result())
 
 
 def threads_each(device: torch.device) -> int:

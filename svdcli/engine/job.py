@@ -1,79 +1,234 @@
-"""One unit of the output: read, solve, write at its offset, note it in the journal."""
+"""One unit of the output as a value, and the driver that has all of them done.
+
+A job holds paths, a plan and small numbers, and its answer is a line of the journal, so that it can
+be done in this process or in another one that sees the same files. The driver alone writes the
+journal.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from svdcli.engine.calibrated import Calibration
+from svdcli.calibration.moments import LayerMoments
 from svdcli.engine.executor import spread
-from svdcli.engine.solve import LayerFailedError, Ready, refitted, solve_layer
+from svdcli.engine.inputs import Inputs, Opened, shared
+from svdcli.engine.solve import LayerFailedError, refitted, solve_layer
 from svdcli.files.checkpoint import Checkpoint
 from svdcli.files.dtypes import TORCH_DTYPES, bytes_of
 from svdcli.files.record import Result
 from svdcli.files.workspace import Workspace
-from svdcli.files.writer import Unit, WeightWriter, checksum_at, chunks_at
+from svdcli.files.writer import Unit, WeightWriter, checksum_at, chunks_at, write_at
 from svdcli.linalg.layouts import CODECS
 from svdcli.plan.plan import LayerPlan
 from svdcli.plan.tensors import TensorInfo
 from svdcli.progress import Progress
 
+# A line of the journal: what unit it is of, where its tensors are and their checksums.
+Line = dict[str, Any]
+Chunks = Iterable[bytes | bytearray | memoryview]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One unit of an output.
+
+    folder holds the files to be, files and offsets say where in them each tensor that the unit
+    writes belongs. earlier is the line that a run before this one left, if any.
+    """
+
+    unit: Unit
+    layer: LayerPlan | None
+    inputs: Inputs
+    folder: Path
+    files: tuple[str, ...]
+    offsets: tuple[int, ...]
+    seed: int
+    device: str
+    earlier: Line | None = None
+
+    def places(self) -> Iterator[tuple[Path, int]]:
+        """The file and the offset of every tensor that is written."""
+        for file, offset in zip(self.files, self.offsets, strict=True):
+            yield self.folder / file, offset
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What a factored layer is solved from."""
+
+    weight: Tensor
+    moments: LayerMoments | None
+
+
+@dataclass(frozen=True)
+class Solved:
+    """The bytes of every tensor that is written, and how a factored layer was solved."""
+
+    chunks: Sequence[Chunks]
+    result: Result | None = None
+
+
+def run(job: Job) -> Line:
+    """Do one job, unless what an earlier run left is still there: load, solve, store.
+
+    The line says `failed`, and why, where every solver failed on a layer.
+    """
+    if job.earlier is not None and _still_there(job, job.earlier):
+        return job.earlier
+    opened = job.inputs.open()
+    try:
+        solved = solve(job, load(job, opened), opened)
+    except LayerFailedError as error:
+        return {"unit": job.unit.name, "failed": str(error)}
+    return store(job, solved)
+
+
+def load(job: Job, opened: Opened) -> Loaded | None:
+    """The weight of a layer that is to be factored, and its moments; None for what is streamed."""
+    if job.unit.kind != "factor" or job.layer is None:
+        return None
+    moments = None if opened.calibration is None else opened.calibration.of(job.layer)
+    return Loaded(opened.checkpoint.read_tensor(job.unit.name), moments)
+
+
+def solve(job: Job, loaded: Loaded | None, opened: Opened) -> Solved:
+    """The bytes that take the unit's place. Raises LayerFailedError."""
+    layer, checkpoint = job.layer, opened.checkpoint
+    if loaded is not None and layer is not None:
+        stored, result = _factors(job, layer, loaded, opened)
+        return Solved([[bytes_of(tensor)] for tensor in stored], result)
+    if job.unit.kind == "expand" and layer is not None:
+        return Solved([_expanded(checkpoint, layer, job.unit.writes[0])])
+    if job.unit.kind == "warn":
+        return Solved([()])
+    return Solved([checkpoint.chunks(job.unit.name)])
+
+
+def store(job: Job, solved: Solved) -> Line:
+    """Write every tensor at its place."""
+    line: Line = {"unit": job.unit.name}
+    if solved.result is not None:
+        line["error"] = solved.result.relative_error
+        line["solver"] = solved.result.solver
+        line["fell_back"] = list(solved.result.fell_back)
+    places = zip(job.places(), solved.chunks, strict=True)
+    line["crc"] = [write_at(path, offset, chunks) for (path, offset), chunks in places]
+    return line | _where(job)
+
+
+def _factors(
+    job: Job, layer: LayerPlan, loaded: Loaded, opened: Opened
+) -> tuple[tuple[Tensor, ...], Result]:
+    """The tensors of a factored layer, its refitted bias among them where it has one."""
+    if opened.ready is not None:
+        return opened.ready.take(loaded.weight, layer)
+    device = torch.device(job.device)
+    stored, result = solve_layer(loaded.weight, layer, job.seed, device, loaded.moments)
+    if layer.bias is None:
+        return stored, result
+    bias = refitted(opened.checkpoint, loaded.weight, stored, layer, loaded.moments)
+    return (*stored, bias), result
+
+
+def _expanded(checkpoint: Checkpoint, layer: LayerPlan, target: TensorInfo) -> Iterator[memoryview]:
+    """The dense weight of a factored layer in its original dtype, a block of rows at a time."""
+    stored = tuple(checkpoint.read_tensor(tensor.name) for tensor in layer.stored())
+    compute = torch.float64 if "F64" in (layer.stored_dtype, target.dtype) else torch.float32
+    step = max(1, 2**22 // max(1, target.shape[1]))
+    for start in range(0, target.shape[0], step):
+        rows = CODECS[layer.layout].rows(stored, compute, slice(start, start + step))
+        yield bytes_of(rows.to(TORCH_DTYPES[target.dtype]))
+
+
+def _where(job: Job) -> Line:
+    return {"files": list(job.files), "at": list(job.offsets)}
+
+
+def _still_there(job: Job, line: Line) -> bool:
+    """Does the file still hold what the journal says: a power cut may have kept the line and lost
+    the data."""
+    if any(line.get(key) != value for key, value in _where(job).items()):
+        return False
+    for (path, offset), tensor, crc in zip(job.places(), job.unit.writes, line["crc"], strict=True):
+        if checksum_at(path, offset, tensor.nbytes) != crc:
+            return False
+    return True
+
+
+# The driver ---------------------------------------------------------------------------------------
+
 
 def run_units(
-    checkpoint: Checkpoint,
+    opened: Opened,
     units: Sequence[Unit],
-    layers: dict[str, LayerPlan],
+    layers: Mapping[str, LayerPlan],
     writer: WeightWriter,
     workspace: Workspace,
     *,
     seed: int,
     device: torch.device,
     progress: Progress,
-    calibration: Calibration | None = None,
-    ready: Ready | None = None,
 ) -> tuple[dict[str, Result], dict[str, str]]:
     """Do every unit that the journal does not have; (results of factored layers, failed layers with
     the reasons)."""
     results: dict[str, Result] = {}
     failed: dict[str, str] = {}
     _salvage(units, writer, workspace)
+
+    # the longest first, so that both workers end together
     costs = {unit.name: _seconds(unit, layers.get(unit.name)) for unit in units}
-    largest_first = sorted(
-        units, key=lambda unit: costs[unit.name], reverse=True
-    )  # both workers then end together
+    ordered = sorted(units, key=lambda unit: costs[unit.name], reverse=True)
     total, done = math.fsum(costs.values()), 0.0
 
-    def do(unit: Unit) -> tuple[Unit, dict[str, Any]]:
-        line = workspace.done.get(unit.name)
-        if line is None or not _still_there(unit, line, writer):
-            try:
-                line = _do_unit(
-                    checkpoint,
-                    unit,
-                    layers.get(unit.name),
-                    writer,
-                    seed,
-                    device,
-                    calibration,
-                    ready,
-                )
-            except LayerFailedError as error:
-                return unit, {"failed": str(error)}
-            workspace.done[unit.name] = line
+    def note(line: Line) -> None:
+        if "failed" not in line and line != workspace.done.get(line["unit"]):
+            workspace.done[line["unit"]] = line
             workspace.note(line)
-        return unit, line
 
-    for unit, line in spread(do, largest_first, device):
-        if "failed" in line:
-            failed[unit.name] = line["failed"]
-        if "error" in line:
-            results[unit.name] = Result(line["error"], line["solver"], tuple(line["fell_back"]))
-        done += costs[unit.name]
-        progress("write", unit.name, done, total)
+    with shared(opened) as inputs:
+        jobs = [
+            _job(unit, layers.get(unit.name), inputs, writer, workspace, seed, device)
+            for unit in ordered
+        ]
+        for line in spread(run, jobs, device, note):
+            name = line["unit"]
+            if "failed" in line:
+                failed[name] = line["failed"]
+            if "error" in line:
+                results[name] = Result(line["error"], line["solver"], tuple(line["fell_back"]))
+            done += costs[name]
+            progress("write", name, done, total)
     return results, failed
+
+
+def _job(
+    unit: Unit,
+    layer: LayerPlan | None,
+    inputs: Inputs,
+    writer: WeightWriter,
+    workspace: Workspace,
+    seed: int,
+    device: torch.device,
+) -> Job:
+    places = [writer.place_in(tensor.name) for tensor in unit.writes]
+    return Job(
+        unit=unit,
+        layer=layer,
+        inputs=inputs,
+        folder=workspace.data,
+        files=tuple(file for file, _ in places),
+        offsets=tuple(offset for _, offset in places),
+        seed=seed,
+        device=str(device),
+        earlier=workspace.done.get(unit.name),
+    )
 
 
 def _salvage(units: Sequence[Unit], writer: WeightWriter, workspace: Workspace) -> None:
@@ -88,76 +243,11 @@ def _salvage(units: Sequence[Unit], writer: WeightWriter, workspace: Workspace) 
             chunks = chunks_at(workspace.before / file, offset, tensor.nbytes)
             writer.write(tensor.name, chunks)
         line["crc"] = line["crc"][: len(with_bytes)] + [0] * (len(unit.writes) - len(with_bytes))
-        line.update(_places(unit, writer))
+        places = [writer.place_in(tensor.name) for tensor in unit.writes]
+        line["files"] = [file for file, _ in places]
+        line["at"] = [offset for _, offset in places]
         workspace.note(line)
     workspace.drop_before()
-
-
-def _places(unit: Unit, writer: WeightWriter) -> dict[str, list[Any]]:
-    places = [writer.place(tensor.name) for tensor in unit.writes]
-    return {
-        "files": [writer.relative(path) for path, _ in places],
-        "at": [offset for _, offset in places],
-    }
-
-
-def _do_unit(
-    checkpoint: Checkpoint,
-    unit: Unit,
-    layer: LayerPlan | None,
-    writer: WeightWriter,
-    seed: int,
-    device: torch.device,
-    calibration: Calibration | None,
-    ready: Ready | None,
-) -> dict[str, Any]:
-    line: dict[str, Any] = {"unit": unit.name}
-    chunks: list[Iterator[bytes | bytearray | memoryview]]
-    if unit.kind == "factor" and layer is not None:
-        w = checkpoint.read_tensor(unit.name)
-        moments = None if calibration is None else calibration.of(layer)
-        stored, result = (
-            solve_layer(w, layer, seed, device, moments) if ready is None else ready.take(w, layer)
-        )
-        if layer.bias is not None and ready is None:
-            stored = (*stored, refitted(checkpoint, w, stored, layer, moments))
-        chunks = [iter([bytes_of(tensor)]) for tensor in stored]
-        line |= {
-            "error": result.relative_error,
-            "solver": result.solver,
-            "fell_back": list(result.fell_back),
-        }
-    elif unit.kind == "expand" and layer is not None:
-        chunks = [_expanded(checkpoint, layer, unit.writes[0])]
-    elif unit.kind == "warn":
-        chunks = [iter(())]
-    else:
-        chunks = [checkpoint.chunks(unit.name)]
-    sums = [writer.write(t.name, part) for t, part in zip(unit.writes, chunks, strict=True)]
-    return line | {"crc": sums} | _places(unit, writer)
-
-
-def _expanded(
-    checkpoint: Checkpoint, layer: LayerPlan, target: TensorInfo
-) -> Iterator[bytes | bytearray | memoryview]:
-    """The dense weight of a factored layer in its original dtype, a block of rows at a time."""
-    stored = tuple(checkpoint.read_tensor(tensor.name) for tensor in layer.stored())
-    compute = torch.float64 if "F64" in (layer.stored_dtype, target.dtype) else torch.float32
-    step = max(1, 2**22 // max(1, target.shape[1]))
-    for start in range(0, target.shape[0], step):
-        rows = CODECS[layer.layout].rows(stored, compute, slice(start, start + step))
-        yield bytes_of(rows.to(TORCH_DTYPES[target.dtype]))
-
-
-def _still_there(unit: Unit, line: dict[str, Any], writer: WeightWriter) -> bool:
-    """Does the file still hold what the journal says: a power cut may have kept the line and lost
-    the data."""
-    if any(line.get(key) != value for key, value in _places(unit, writer).items()):
-        return False
-    written = zip(unit.writes, line["crc"], strict=True)
-    return all(
-        checksum_at(*writer.place(tensor.name), tensor.nbytes) == crc for tensor, crc in written
-    )
 
 
 def guess_seconds(tensor: TensorInfo, *, share: float) -> float:

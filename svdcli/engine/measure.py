@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -12,7 +12,8 @@ from torch import Tensor
 from svdcli.calibration.moments import LayerMoments, metric_of
 from svdcli.engine.calibrated import Calibration
 from svdcli.engine.executor import spread
-from svdcli.engine.job import guess_seconds
+from svdcli.engine.inputs import Inputs, Opened, shared
+from svdcli.engine.job import Line, guess_seconds
 from svdcli.engine.solve import bias_of, work_dtype
 from svdcli.errors import SvdcliError
 from svdcli.files.checkpoint import Checkpoint
@@ -20,7 +21,7 @@ from svdcli.files.workspace import Workspace
 from svdcli.linalg.solvers import squared_singular_values
 from svdcli.linalg.whitening import weighted_energies
 from svdcli.plan.decide import UNSOUND, Measured
-from svdcli.plan.tensors import TensorInfo
+from svdcli.plan.tensors import TensorInfo, module_of
 from svdcli.progress import Progress
 
 _TINY = 1e-140  # the squares of smaller numbers, or larger than one over it, leave float64
@@ -72,6 +73,54 @@ def measure_layer(
     return Measured(finite=True, energies=tuple(energies.tolist()))
 
 
+@dataclass(frozen=True)
+class Look:
+    """One layer to be measured: the tensor and where it is, in values."""
+
+    tensor: TensorInfo
+    inputs: Inputs
+    spectra: bool
+    device: str
+    earlier: Line | None = None
+
+
+def look(job: Look) -> Line:
+    """What a look at one layer found, as a line of the journal; that of an earlier run where it
+    says enough."""
+    earlier, name = job.earlier, job.tensor.name
+    if earlier is not None:
+        lacks_spectrum = earlier["energies"] is None and earlier["finite"]
+        if not (job.spectra and lacks_spectrum):
+            return earlier
+
+    # the weight, and the metric it is measured in
+    opened = job.inputs.open()
+    calibration = opened.calibration
+    kind, moments, loss = "", None, None
+    if calibration is not None:
+        kind = calibration.kind(name)
+        moments = calibration.cut(name, kind) if kind else None
+        loss = calibration.weight(name, kind)
+    refits = bias_of(opened.checkpoint, job.tensor, moments) is not None
+    weight = opened.checkpoint.read_tensor(name)
+
+    found = measure_layer(
+        weight,
+        spectra=job.spectra,
+        device=torch.device(job.device),
+        moments=moments,
+        centred=refits,
+    )
+    return {
+        "measured": name,
+        "finite": found.finite,
+        "energies": found.energies,
+        "metric": kind,
+        "refit": refits,
+        "weight": loss,
+    }
+
+
 def measure(
     checkpoint: Checkpoint,
     tensors: Sequence[TensorInfo],
@@ -85,42 +134,35 @@ def measure(
     """Measure every layer that the journal does not have yet; with a calibration, in its metric."""
     known = workspace.measured if workspace is not None else {}
     share = 0.3 if spectra else 0.0
-    total, done = math.fsum(guess_seconds(tensor, share=share) for tensor in tensors), 0.0
-    found = {}
+    costs = {tensor.name: guess_seconds(tensor, share=share) for tensor in tensors}
+    total, done = math.fsum(costs.values()), 0.0
+    found: dict[str, Measured] = {}
 
-    def look(tensor: TensorInfo) -> tuple[TensorInfo, dict[str, Any]]:
-        line = known.get(tensor.name)
-        if line is None or (spectra and line["energies"] is None and line["finite"]):
-            kind = "" if calibration is None else calibration.kind(tensor.name)
-            moments = (
-                calibration.cut(tensor.name, kind) if calibration is not None and kind else None
-            )
-            bias = bias_of(checkpoint, tensor, moments)
-            w = checkpoint.read_tensor(tensor.name)
-            layer = measure_layer(
-                w, spectra=spectra, device=device, moments=moments, centred=bias is not None
-            )
-            line = {
-                "measured": tensor.name,
-                "finite": layer.finite,
-                "energies": layer.energies,
-                "metric": kind,
-            }
-            line["refit"] = bias is not None
-            line["weight"] = None if calibration is None else calibration.weight(tensor.name, kind)
-            if workspace is not None:
-                workspace.note(line)
-        return tensor, line
+    def note(line: Line) -> None:
+        if workspace is not None and line != known.get(line["measured"]):
+            workspace.note(line)
 
-    for tensor, line in spread(look, tensors, device):
-        energies = None if line["energies"] is None else tuple(line["energies"])
-        bias = checkpoint.tensors[f"{tensor.module}.bias"].info if line["refit"] else None
-        found[tensor.name] = Measured(
-            line["finite"], energies, line["metric"], bias, line["weight"]
-        )
-        done += guess_seconds(tensor, share=share)
-        progress("measure", tensor.name, done, total)
+    with shared(Opened(checkpoint, calibration)) as inputs:
+        jobs = [Look(t, inputs, spectra, str(device), known.get(t.name)) for t in tensors]
+        for line in spread(look, jobs, device, note):
+            name = line["measured"]
+            found[name] = _measured(checkpoint, line)
+            done += costs[name]
+            progress("measure", name, done, total)
     return {tensor.name: found[tensor.name] for tensor in tensors}
+
+
+def _measured(checkpoint: Checkpoint, line: Line) -> Measured:
+    energies, bias = line["energies"], None
+    if line["refit"]:
+        bias = checkpoint.tensors[f"{module_of(line['measured'])}.bias"].info
+    return Measured(
+        finite=line["finite"],
+        energies=None if energies is None else tuple(energies),
+        metric=line["metric"],
+        bias=bias,
+        weight=line["weight"],
+    )
 
 
 def check_finite(bad: Sequence[str]) -> None:

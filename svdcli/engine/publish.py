@@ -73,6 +73,7 @@ def _write_once(
     ready: Ready | None,
 ) -> tuple[dict[str, Result], dict[str, str]]:
     """Lay the files out and do every unit: (results, layers on which every solver failed)."""
+    from svdcli.engine.inputs import Opened
     from svdcli.engine.job import run_units
     from svdcli.files.writer import WeightWriter
 
@@ -86,7 +87,7 @@ def _write_once(
     writer = WeightWriter(workspace.data, blueprint.files)
     by_name = {layer.tensor.name: layer for layer in layers}
     return run_units(
-        design.checkpoint,
+        Opened(design.checkpoint, calibration, ready),
         design.units,
         by_name,
         writer,
@@ -94,8 +95,6 @@ def _write_once(
         seed=seed,
         device=device,
         progress=progress,
-        calibration=calibration,
-        ready=ready,
     )
 
 

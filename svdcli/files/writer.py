@@ -139,21 +139,13 @@ class WeightWriter:
         file, offset = self._places[tensor]
         return self._folder / file, offset
 
-    def relative(self, path: Path) -> str:
-        return path.relative_to(self._folder).as_posix()
+    def place_in(self, tensor: str) -> tuple[str, int]:
+        """The file of one tensor, as it is called in the folder, and its offset there."""
+        return self._places[tensor]
 
     def write(self, tensor: str, chunks: Iterable[bytes | bytearray | memoryview]) -> int:
         """Write one tensor's bytes at its offset and return their CRC-32."""
-        path, offset = self.place(tensor)
-        checksum = 0
-        with path.open("r+b", buffering=0) as stream:
-            stream.seek(offset)
-            for chunk in chunks:
-                view = memoryview(chunk)
-                checksum = zlib.crc32(view, checksum)
-                while len(view):
-                    view = view[stream.write(view) or 0 :]
-        return checksum
+        return write_at(*self.place(tensor), chunks)
 
     def finish(self, name: str, metadata: Mapping[str, str]) -> None:
         """Write the header of one file, which makes it valid, and flush it to disk."""
@@ -161,6 +153,19 @@ class WeightWriter:
         with (self._folder / name).open("r+b") as stream:
             stream.write(render_header(file.tensors, metadata, file.header_bytes))
             sync(stream.fileno())
+
+
+def write_at(path: Path, offset: int, chunks: Iterable[bytes | bytearray | memoryview]) -> int:
+    """Write a stretch of a file that is there already, and return its CRC-32."""
+    checksum = 0
+    with path.open("r+b", buffering=0) as stream:
+        stream.seek(offset)
+        for chunk in chunks:
+            view = memoryview(chunk)
+            checksum = zlib.crc32(view, checksum)
+            while len(view):
+                view = view[stream.write(view) or 0 :]
+    return checksum
 
 
 def chunks_at(path: Path, offset: int, count: int) -> Iterator[bytes]:
