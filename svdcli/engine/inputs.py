@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,25 +11,24 @@ from pathlib import Path
 from svdcli.calibration.moments import open_moments
 from svdcli.engine.calibrated import Calibration
 from svdcli.engine.solve import Ready
-from svdcli.files.checkpoint import Checkpoint, open_checkpoint
+from svdcli.files.source import Source
 
 
 @dataclass(frozen=True)
 class Opened:
     """The same, open in this process. ready holds layers that are solved already, if any."""
 
-    checkpoint: Checkpoint
+    source: Source
     calibration: Calibration | None = None
     ready: Ready | None = None
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """Paths of a model and of its calibration, and the run that reads them."""
+    """How to open a source and its calibration, and the run that reads them."""
 
     run: str
-    model: Path
-    state_dict: str | None
+    source: Callable[[], Source]
     moments: Path | None
     metric: str
 
@@ -40,10 +39,10 @@ class Inputs:
         return _OPENED[self.run]
 
     def _open(self) -> Opened:
-        checkpoint = open_checkpoint(self.model, state_dict=self.state_dict)
+        source = self.source()
         if self.moments is None:
-            return Opened(checkpoint)
-        return Opened(checkpoint, Calibration(open_moments(self.moments), self.metric))
+            return Opened(source)
+        return Opened(source, Calibration(open_moments(self.moments), self.metric))
 
 
 # By run, not by path: a later run may find other bytes under the same name.
@@ -53,11 +52,10 @@ _OPENED: dict[str, Opened] = {}
 @contextmanager
 def shared(opened: Opened) -> Iterator[Inputs]:
     """Inputs for the jobs of one run, which find them open in this process."""
-    checkpoint, calibration = opened.checkpoint, opened.calibration
+    calibration = opened.calibration
     inputs = Inputs(
         run=uuid.uuid4().hex,
-        model=checkpoint.path,
-        state_dict=checkpoint.state_dict or None,
+        source=opened.source.opener,
         moments=None if calibration is None else calibration.moments.path,
         metric="" if calibration is None else calibration.metric,
     )

@@ -20,9 +20,9 @@ from svdcli.calibration.moments import LayerMoments
 from svdcli.engine.executor import spread
 from svdcli.engine.inputs import Inputs, Opened, shared
 from svdcli.engine.solve import LayerFailedError, refitted, solve_layer
-from svdcli.files.checkpoint import Checkpoint
 from svdcli.files.dtypes import TORCH_DTYPES, bytes_of
 from svdcli.files.record import Result
+from svdcli.files.source import Source
 from svdcli.files.workspace import Workspace
 from svdcli.files.writer import Unit, WeightWriter, checksum_at, chunks_at, write_at
 from svdcli.linalg.layouts import CODECS
@@ -95,20 +95,20 @@ def load(job: Job, opened: Opened) -> Loaded | None:
     if job.unit.kind != "factor" or job.layer is None:
         return None
     moments = None if opened.calibration is None else opened.calibration.of(job.layer)
-    return Loaded(opened.checkpoint.read_tensor(job.unit.name), moments)
+    return Loaded(opened.source.read_tensor(job.unit.name), moments)
 
 
 def solve(job: Job, loaded: Loaded | None, opened: Opened) -> Solved:
     """The bytes that take the unit's place. Raises LayerFailedError."""
-    layer, checkpoint = job.layer, opened.checkpoint
+    layer, source = job.layer, opened.source
     if loaded is not None and layer is not None:
         stored, result = _factors(job, layer, loaded, opened)
         return Solved([[bytes_of(tensor)] for tensor in stored], result)
     if job.unit.kind == "expand" and layer is not None:
-        return Solved([_expanded(checkpoint, layer, job.unit.writes[0])])
+        return Solved([_expanded(source, layer, job.unit.writes[0])])
     if job.unit.kind == "warn":
         return Solved([()])
-    return Solved([checkpoint.chunks(job.unit.name)])
+    return Solved([source.chunks(job.unit.name)])
 
 
 def store(job: Job, solved: Solved) -> Line:
@@ -133,13 +133,13 @@ def _factors(
     stored, result = solve_layer(loaded.weight, layer, job.seed, device, loaded.moments)
     if layer.bias is None:
         return stored, result
-    bias = refitted(opened.checkpoint, loaded.weight, stored, layer, loaded.moments)
+    bias = refitted(opened.source, loaded.weight, stored, layer, loaded.moments)
     return (*stored, bias), result
 
 
-def _expanded(checkpoint: Checkpoint, layer: LayerPlan, target: TensorInfo) -> Iterator[memoryview]:
+def _expanded(source: Source, layer: LayerPlan, target: TensorInfo) -> Iterator[memoryview]:
     """The dense weight of a factored layer in its original dtype, a block of rows at a time."""
-    stored = tuple(checkpoint.read_tensor(tensor.name) for tensor in layer.stored())
+    stored = tuple(source.read_tensor(tensor.name) for tensor in layer.stored())
     compute = torch.float64 if "F64" in (layer.stored_dtype, target.dtype) else torch.float32
     step = max(1, 2**22 // max(1, target.shape[1]))
     for start in range(0, target.shape[0], step):

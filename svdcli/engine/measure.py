@@ -16,7 +16,7 @@ from svdcli.engine.inputs import Inputs, Opened, shared
 from svdcli.engine.job import Line, guess_seconds
 from svdcli.engine.solve import bias_of, work_dtype
 from svdcli.errors import SvdcliError
-from svdcli.files.checkpoint import Checkpoint
+from svdcli.files.source import Source
 from svdcli.files.workspace import Workspace
 from svdcli.linalg.solvers import squared_singular_values
 from svdcli.linalg.whitening import weighted_energies
@@ -101,8 +101,8 @@ def look(job: Look) -> Line:
         kind = calibration.kind(name)
         moments = calibration.cut(name, kind) if kind else None
         loss = calibration.weight(name, kind)
-    refits = bias_of(opened.checkpoint, job.tensor, moments) is not None
-    weight = opened.checkpoint.read_tensor(name)
+    refits = bias_of(opened.source, job.tensor, moments) is not None
+    weight = opened.source.read_tensor(name)
 
     found = measure_layer(
         weight,
@@ -122,7 +122,7 @@ def look(job: Look) -> Line:
 
 
 def measure(
-    checkpoint: Checkpoint,
+    source: Source,
     tensors: Sequence[TensorInfo],
     *,
     spectra: bool,
@@ -142,20 +142,20 @@ def measure(
         if workspace is not None and line != known.get(line["measured"]):
             workspace.note(line)
 
-    with shared(Opened(checkpoint, calibration)) as inputs:
+    with shared(Opened(source, calibration)) as inputs:
         jobs = [Look(t, inputs, spectra, str(device), known.get(t.name)) for t in tensors]
         for line in spread(look, jobs, device, note):
             name = line["measured"]
-            found[name] = _measured(checkpoint, line)
+            found[name] = _measured(source, line)
             done += costs[name]
             progress("measure", name, done, total)
     return {tensor.name: found[tensor.name] for tensor in tensors}
 
 
-def _measured(checkpoint: Checkpoint, line: Line) -> Measured:
+def _measured(source: Source, line: Line) -> Measured:
     energies, bias = line["energies"], None
     if line["refit"]:
-        bias = checkpoint.tensors[f"{module_of(line['measured'])}.bias"].info
+        bias = source.tensors[f"{module_of(line['measured'])}.bias"].info
     return Measured(
         finite=line["finite"],
         energies=None if energies is None else tuple(energies),

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from svdcli.errors import NothingSelectedError, SvdcliError, UsageError
-from svdcli.files.blueprint import Beside, CompressDesign, Design, ExpandDesign
+from svdcli.files.blueprint import Beside, CompressDesign
 from svdcli.files.checkpoint import STANDALONE, Checkpoint
 from svdcli.files.record import Result, make_record, record_of, source_json
 from svdcli.files.report import MISSED, Report, report_of
@@ -298,7 +298,7 @@ def refusing(workspace: Workspace) -> Iterator[None]:
         raise
 
 
-def check_smaller(design: Design, allow_larger: bool) -> None:
+def check_smaller(design: CompressDesign, allow_larger: bool) -> None:
     larger = not_smaller(design)
     if larger and not allow_larger:
         raise SvdcliError(
@@ -307,10 +307,10 @@ def check_smaller(design: Design, allow_larger: bool) -> None:
         )
 
 
-def not_smaller(design: Design) -> str:
+def not_smaller(design: CompressDesign) -> str:
     """What is wrong with an output that is no smaller than its source; empty where it is, or in a
     layout that never is."""
-    if isinstance(design, ExpandDesign) or not design.plan.recipe.keeps_factors:
+    if not design.plan.recipe.keeps_factors:
         return ""
     size, source = design.blueprint().total, design.source_bytes
     if size < source:

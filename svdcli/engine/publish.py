@@ -12,10 +12,10 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from svdcli.errors import SvdcliError, UsageError
-from svdcli.files.blueprint import CompressDesign, Design, ExpandDesign
+from svdcli.files.blueprint import Design
 from svdcli.files.checkpoint import CHUNK, RECORD, STANDARD, Checkpoint, sha256_of
 from svdcli.files.folder import in_hub_cache
 from svdcli.files.formats import without_ending
@@ -33,8 +33,11 @@ if TYPE_CHECKING:
     from svdcli.engine.solve import Ready
 
 
+AnyDesign = TypeVar("AnyDesign", bound=Design)
+
+
 def write(
-    design: Design,
+    design: AnyDesign,
     layers: Sequence[LayerPlan],
     workspace: Workspace,
     device: torch.device,
@@ -42,7 +45,7 @@ def write(
     progress: Progress,
     calibration: Calibration | None = None,
     ready: Ready | None = None,
-) -> tuple[Design, dict[str, Result], dict[str, str]]:
+) -> tuple[AnyDesign, dict[str, Result], dict[str, str]]:
     """Lay the files out and do every unit: (the design that was written, results, layers on which
     every solver failed).
 
@@ -52,7 +55,7 @@ def write(
     results, failed = _write_once(
         design, layers, workspace, device, seed, progress, calibration, ready
     )
-    if failed or isinstance(design, ExpandDesign) or design.fits(results):
+    if failed or design.fits(results):
         return design, results, failed
     design = design.with_room()
     workspace.set_aside()
@@ -118,7 +121,7 @@ def finish(
     for name in blueprint.carried:
         with (design.checkpoint.path / name).open("rb") as source:
             write_file(workspace.data / name, iter(lambda: source.read(CHUNK), b""))
-    if blueprint.record_bytes and isinstance(design, CompressDesign):
+    if blueprint.record_bytes:
         others = {name: size for name, size in blueprint.sizes().items() if name != RECORD}
         digests: dict[str, str] = {}
         hashed = 0

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from svdcli.calibration.moments import LayerMoments, metric_of
-from svdcli.files.checkpoint import Checkpoint
 from svdcli.files.dtypes import TORCH_DTYPES
 from svdcli.files.record import Result
+from svdcli.files.source import Source
 from svdcli.linalg.layouts import CODECS
 from svdcli.linalg.scratch import scratch
 from svdcli.linalg.solvers import SOLVERS, Factors, squared_norm, transposed
@@ -57,12 +57,10 @@ class LayerFailedError(Exception):
     """Every solver failed on a layer; str() says how each did."""
 
 
-def bias_of(
-    checkpoint: Checkpoint, tensor: TensorInfo, moments: LayerMoments | None
-) -> TensorInfo | None:
+def bias_of(source: Source, tensor: TensorInfo, moments: LayerMoments | None) -> TensorInfo | None:
     """The bias that can be refitted when this weight is truncated; None where there is none, or
     nothing is known of the mean."""
-    ref = checkpoint.tensors.get(f"{tensor.module}.bias")
+    ref = source.tensors.get(f"{tensor.module}.bias")
     if moments is None or ref is None or ref.info.dtype not in FACTORED_DTYPES:
         return None
     outputs = tensor.shape[1 if moments.transposed else 0]
@@ -172,7 +170,7 @@ def _weighted_problem(
 
 
 def refitted(
-    checkpoint: Checkpoint,
+    source: Source,
     w: Tensor,
     stored: tuple[Tensor, ...],
     layer: LayerPlan,
@@ -181,21 +179,21 @@ def refitted(
     """The bias that takes up the mean of what the truncation loses; as it was where a plain solver
     had to step in."""
     assert layer.bias is not None
-    bias = checkpoint.read_tensor(layer.bias.name)
+    bias = source.read_tensor(layer.bias.name)
     if moments is None:
         return bias
     approx = _dense(stored, layer, moments, torch.device("cpu"))
     return refit_bias(w.T if moments.transposed else w, approx, moments.mean, bias)
 
 
-def has_row_order(compressed: Checkpoint, layer: LayerPlan) -> bool:
+def has_row_order(compressed: Source, layer: LayerPlan) -> bool:
     """Is the stored order of a layer's rows one; not every layout has one."""
     if not LAYOUTS[layer.layout].ends_in_rows:
         return True
     return is_row_order(compressed.read_tensor(layer.stored()[-1].name))
 
 
-def stored_error(original: Checkpoint, compressed: Checkpoint, layer: LayerPlan) -> float:
+def stored_error(original: Source, compressed: Source, layer: LayerPlan) -> float:
     """The relative Frobenius error of one stored layer against the original weight, from the
     files."""
     stored = tuple(compressed.read_tensor(tensor.name) for tensor in layer.stored())

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from svdcli.errors import SvdcliError
 from svdcli.files.checkpoint import METADATA_KEY, RECORD, STANDALONE, Checkpoint
@@ -74,6 +74,37 @@ class Beside:
     name: str
     text: bytes
     auto_map: Mapping[str, str]
+
+
+_Same = TypeVar("_Same")
+
+
+class Design(Protocol):
+    """What publishing needs to know of an output: its files before any work, and what becomes of
+    the results. units are what has to be done."""
+
+    @property
+    def checkpoint(self) -> Checkpoint: ...
+
+    @property
+    def units(self) -> Sequence[Unit]: ...
+
+    def blueprint(self) -> Blueprint:
+        """Every file with its size and its tensors' offsets."""
+
+    def fits(self, results: Mapping[str, Result]) -> bool:
+        """Is there room for these results."""
+
+    def with_room(self: _Same) -> _Same:
+        """The same files with room for any results."""
+
+    def metadata(self, file: OutFile, results: Mapping[str, Result]) -> Metadata:
+        """The final metadata of one weight file."""
+
+    def record(
+        self, results: Mapping[str, Result], files: Mapping[str, tuple[int, str]], reserved: int
+    ) -> bytes:
+        """The final `svdcli.json`, where the blueprint has room for one."""
 
 
 class CompressDesign:
@@ -244,7 +275,7 @@ class ExpandDesign:
         layers: Sequence[LayerPlan],
         out_name: str | None,
     ) -> None:
-        self.checkpoint, self.record, self.out_name = checkpoint, record, out_name
+        self.checkpoint, self._record, self.out_name = checkpoint, record, out_name
         self.units = expand_units(checkpoint, layers)
 
     def blueprint(self) -> Blueprint:
@@ -264,15 +295,26 @@ class ExpandDesign:
             carried.pop(STANDALONE, None)
         return Blueprint(tuple(files), texts, carried, 0)
 
+    def fits(self, results: Mapping[str, Result]) -> bool:
+        return True
+
+    def with_room(self) -> ExpandDesign:
+        return self
+
+    def record(
+        self, results: Mapping[str, Result], files: Mapping[str, tuple[int, str]], reserved: int
+    ) -> bytes:
+        raise AssertionError("an ordinary checkpoint has no record")
+
     @property
     def _self_contained(self) -> bool:
-        recipe = self.record.get("recipe") or {}
+        recipe = self._record.get("recipe") or {}
         return bool(recipe.get("self_contained"))
 
     def _config_of_before(self) -> dict[str, Any] | None:
         """The config.json of the source. Outputs of early versions have no note of what was changed
         in it."""
-        config, source = self.checkpoint.config, self.record.get("source") or {}
+        config, source = self.checkpoint.config, self._record.get("source") or {}
         if config is None:
             return None
         if CONFIG_WAS in source:
@@ -404,6 +446,3 @@ def _base_metadata(checkpoint: Checkpoint, group: Sequence[Unit]) -> Metadata:
     own = checkpoint.metadata.get(group[0].file, {}) if group else {}
     kept = {key: value for key, value in own.items() if key != METADATA_KEY}
     return {"format": "pt"} | kept
-
-
-Design = CompressDesign | ExpandDesign

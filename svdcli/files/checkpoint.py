@@ -11,8 +11,9 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -81,6 +82,11 @@ class Checkpoint:
     @property
     def infos(self) -> list[TensorInfo]:
         return [ref.info for ref in self.tensors.values()]
+
+    @property
+    def opener(self) -> Callable[[], Checkpoint]:
+        """Opens the same in another process."""
+        return partial(open_checkpoint, self.path, state_dict=self.state_dict or None)
 
     @property
     def parameters(self) -> int:
