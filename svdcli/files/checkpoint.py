@@ -13,7 +13,6 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -86,7 +85,7 @@ class Checkpoint:
     @property
     def opener(self) -> Callable[[], Checkpoint]:
         """Opens the same in another process."""
-        return partial(open_checkpoint, self.path, state_dict=self.state_dict or None)
+        return _Opener(self.path, self.state_dict or None)
 
     @property
     def parameters(self) -> int:
@@ -219,6 +218,17 @@ class Checkpoint:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+@dataclass(frozen=True)
+class _Opener:
+    """Opens a checkpoint that was open before, as a value."""
+
+    path: Path
+    state_dict: str | None
+
+    def __call__(self) -> Checkpoint:
+        return open_checkpoint(self.path, state_dict=self.state_dict)
 
 
 def open_checkpoint(
