@@ -6,9 +6,10 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, TextIO
 
-from rich.markdown import CodeBlock, Heading, Markdown
+from rich.markdown import CodeBlock, Heading, Markdown, TableElement
 from rich.table import Table
 from rich.text import Text
+from rich.theme import Theme
 
 from svdcli.render.tables import console_for
 
@@ -16,16 +17,20 @@ if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
 
 _WIDEST = 100  # longer lines are hard to read
+_THEME = Theme(
+    {
+        "markdown.code": "cyan",
+        "markdown.table.border": "none",
+        "markdown.table.header": "bold",
+    }
+)
 
 
 def print_topics(topics: Mapping[str, str], stream: TextIO) -> None:
     """The name and the title of every page."""
-    table = Table.grid(padding=(0, 2))
-    for name, title in topics.items():
-        table.add_row(Text(name, style="bold"), Text(title))
-    console = console_for(stream)
-    console.print(table)
-    console.print("\nsvdcli help TOPIC prints a page; TOPIC may be a command, too.")
+    widest = max(map(len, topics))
+    stream.writelines(f"{name:{widest}}  {title}\n" for name, title in topics.items())
+    stream.write("\nsvdcli help TOPIC prints a page. TOPIC may be a command, too.\n")
 
 
 def print_page(text: str, stream: TextIO) -> None:
@@ -35,7 +40,8 @@ def print_page(text: str, stream: TextIO) -> None:
         return
     console = console_for(stream)
     width = min(console.width, _WIDEST)
-    console.print(_Page(_for_reading(text), hyperlinks=False), width=width, crop=False)
+    with console.use_theme(_THEME):
+        console.print(_Page(_for_reading(text), hyperlinks=False), width=width, crop=False)
 
 
 def _for_reading(text: str) -> str:
@@ -45,11 +51,9 @@ def _for_reading(text: str) -> str:
 
 
 class _Heading(Heading):
-    """Headings at the left, without a frame."""
+    """Headings at the left."""
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        if self.tag != "h1":
-            yield Text()
         style = "bold underline" if self.tag == "h1" else "bold"
         yield Text(self.text.plain, style=style)
 
@@ -61,5 +65,21 @@ class _Code(CodeBlock):
         yield Text(self.text.plain.rstrip(), no_wrap=True, overflow="ignore")
 
 
+class _Table(TableElement):
+    """Tables that cut no word short."""
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        for table in super().__rich_console__(console, options):
+            if isinstance(table, Table):
+                table.show_edge = False
+                for column in table.columns:
+                    column.overflow = "fold"
+            yield table
+
+
 class _Page(Markdown):
-    elements = Markdown.elements | {"heading_open": _Heading, "fence": _Code, "code_block": _Code}
+    elements = Markdown.elements | {
+        "heading_open": _Heading,
+        "fence": _Code,
+        "table_open": _Table,
+    }

@@ -1,9 +1,9 @@
 """Run the commands whose output README and the pages of svdcli/docs show, and put the output back:
 `python tests/readme/regenerate.py`.
 
-A block is the fenced text behind `<!-- output: COMMAND -->`. The commands of a page run in a copy
-of sample_models of its own, 80 columns wide; what they write stays there. The picture is the table
-of README's first command. The page of commands is their `--help`.
+A block is the fenced text behind `<!-- output: COMMAND -->`: the command and its output. The
+commands of a page run in a copy of sample_models of its own, 80 columns wide; what they write stays
+there. The picture is the table of README's first command. The page of commands is their `--help`.
 """
 
 from __future__ import annotations
@@ -43,10 +43,10 @@ SHORT = re.compile(r"(?<=<!-- quality in short -->\n).*?(?=<!-- /quality in shor
 SHORT_ROWS = {
     "plain": "plain SVD",
     "svd-llm": "SVD-LLM(W)",
-    "fisher": "svdcli compress",
-    "heal": "svdcli compress, then heal",
+    "fisher": "svdcli compress --text",
+    "heal": "svdcli compress --text, heal",
 }
-ABOUT_COMMANDS = """# Commands and options
+ABOUT_COMMANDS = """# Commands: every option of each
 
 What `svdcli COMMAND --help` prints. `svdcli help COMMAND` shows one of these sections.
 """
@@ -91,7 +91,12 @@ def render(page: Path) -> str:
         return render_commands()
     text = QUALITY.sub(lambda _: quality_tables(), page.read_text())
     text = SHORT.sub(lambda _: quality_in_short(), text)
-    return BLOCK.sub(lambda block: block[1] + output_of(block["command"]), text)
+    return BLOCK.sub(lambda block: block[1] + session(block["command"]), text)
+
+
+def session(command: str) -> str:
+    """A command as it is typed, and what it prints."""
+    return f"$ {command}\n{output_of(command)}"
 
 
 def render_commands() -> str:
