@@ -106,7 +106,7 @@ def render_commands() -> str:
     sections = [
         f"## {name}\n\n```\n{output_of(f'svdcli {name} --help')}```\n" for name in command_names()
     ]
-    return "\n".join([ABOUT_COMMANDS, *sections])
+    return "\n".join([ABOUT_COMMANDS, f"```\n{output_of('svdcli --help')}```\n", *sections])
 
 
 def quality_tables() -> str:
