@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import typer
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "svdcli"
@@ -165,6 +166,8 @@ def test_public_names_have_docstrings() -> None:
         ["inspect", "sample_models/mlp.safetensors", "--json"],
         ["report", "OUT"],
         ["report", "OUT", "--csv"],
+        ["help"],
+        ["help", "guide"],
     ],
     ids=" ".join,
 )
@@ -205,13 +208,26 @@ def imports_no_torch(arguments: list[str], environment: dict[str, str]) -> str:
     return done.stdout
 
 
-def test_readme_documents_every_command_and_option() -> None:
-    readme = (ROOT / "README.md").read_text()
+def test_the_documentation_knows_every_command_and_option() -> None:
+    pages = [ROOT / "README.md", *PACKAGE.glob("docs/*.md")]
+    told = "\n".join(page.read_text() for page in pages)
     source = COMMANDS.read_text()
     for command in re.findall(r"@app\.command\(.*?\)\ndef (\w+)", source, re.DOTALL):
-        assert f"svdcli {command.rstrip('_')}" in readme, command
+        assert f"svdcli {command.rstrip('_')}" in told, command
     for option in sorted(set(re.findall(r'"(--[a-z-]+)"', source + OPTIONS.read_text()))):
-        assert option in readme, option
+        assert option in told, option
+
+
+def test_every_option_has_help() -> None:
+    from svdcli.cli.commands import app, command_names, keep_commands
+
+    keep_commands([])
+    commands = typer.main.get_command(app).commands
+    assert list(commands) == command_names()
+    for name, command in commands.items():
+        assert command.help, name
+        for parameter in command.params:
+            assert parameter.help, f"{name}: {parameter.name}"
 
 
 def test_every_command_shows_an_example() -> None:

@@ -1,5 +1,5 @@
-"""What README shows is what the commands print today. `python tests/readme/regenerate.py` brings it
-up to date."""
+"""What README and the pages of svdcli/docs show is what the commands print today. `python
+tests/readme/regenerate.py` brings it up to date."""
 
 from __future__ import annotations
 
@@ -12,43 +12,65 @@ from helpers import run_code
 
 sys.path.insert(0, str(Path(__file__).parent / "readme"))
 import zoo
-from regenerate import BLOCK, PICTURE, README, render_picture, render_readme, workshop
+from regenerate import BLOCK, PAGES, PICTURE, README, render, render_picture, workshop
 
 from svdcli.files.checkpoint import open_checkpoint
 from svdcli.plan.layers import choose_layers
 
+TEXT = "\n".join(page.read_text() for page in PAGES)
+
 
 @pytest.fixture(scope="module")
-def made_anew() -> tuple[str, str]:
-    with workshop() as folder:
-        return render_readme(README.read_text()), render_picture(folder)
+def made_anew() -> tuple[dict[Path, str], str]:
+    pages, picture = {}, ""
+    for page in PAGES:
+        with workshop() as folder:
+            pages[page] = render(page)
+            if page == README:
+                picture = render_picture(folder)
+    return pages, picture
 
 
-def test_recorded_output_is_current(made_anew: tuple[str, str]) -> None:
-    assert len(BLOCK.findall(README.read_text())) >= 5
-    assert made_anew[0] == README.read_text()
+def test_there_is_recorded_output() -> None:
+    assert len(BLOCK.findall(TEXT)) >= 5
 
 
-def test_the_picture_is_current(made_anew: tuple[str, str]) -> None:
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_what_is_recorded_is_current(page: Path, made_anew: tuple[dict[Path, str], str]) -> None:
+    assert made_anew[0][page] == page.read_text()
+
+
+def test_the_picture_is_current(made_anew: tuple[dict[Path, str], str]) -> None:
     assert made_anew[1] == PICTURE.read_text()
 
 
-def test_every_file_that_readme_links_to_is_there() -> None:
-    for link in re.findall(r"\]\((?!http|#)([^)#]+)", README.read_text()):
-        assert (README.parent / link).exists(), link
+def test_readme_stays_short() -> None:
+    assert len(README.read_bytes()) <= 10_000
 
 
-def test_every_python_block_runs() -> None:
-    for block in re.findall(
-        r"^```python\n(.*?)^```$", README.read_text(), re.DOTALL | re.MULTILINE
-    ):
-        with workshop() as folder:
-            done = run_code(block, folder=folder)
-        assert done.code == 0, done.err
+def test_readme_names_every_page() -> None:
+    linked = set(re.findall(r"\]\(svdcli/docs/(\w+)\.md\)", README.read_text()))
+    assert linked == {page.stem for page in PAGES} - {"README"}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_every_file_that_a_page_links_to_is_there(page: Path) -> None:
+    for link in re.findall(r"\]\((?!http|#)([^)#]+)", page.read_text()):
+        assert (page.parent / link).exists(), link
+
+
+PYTHON = re.findall(r"^```python\n(.*?)^```$", TEXT, re.DOTALL | re.MULTILINE)
+
+
+@pytest.mark.parametrize("block", PYTHON, ids=range(len(PYTHON)))
+def test_every_python_block_runs(block: str) -> None:
+    with workshop() as folder:
+        done = run_code(block, folder=folder)
+    assert done.code == 0, done.err
 
 
 def test_install_lines_use_the_constraints() -> None:
-    for line in re.findall(r"^pip install .*$", README.read_text(), re.MULTILINE):
+    for line in re.findall(r"^(?:[^`\n]*`)?(pip install .*)$", TEXT, re.MULTILINE):
         assert "-c tests/constraints.txt" in line, line
 
 
@@ -59,7 +81,7 @@ ROW = re.compile(
     r"\| (?P<dense>[^|]+) \|$",
     re.MULTILINE,
 )
-APPLICATIONS = {row["family"]: row for row in ROW.finditer(README.read_text())}
+APPLICATIONS = {row["family"]: row for row in ROW.finditer(TEXT)}
 
 
 def test_every_family_has_its_row() -> None:

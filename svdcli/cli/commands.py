@@ -72,8 +72,8 @@ app = typer.Typer(
     help="Make neural-network checkpoints smaller by low rank.\n\n"
     "Each chosen linear layer is replaced by the factors of its truncated SVD; what comes out is "
     "a checkpoint again.",
-    epilog="Exit codes: 0 done, 1 failed, 2 usage, 3 nothing selected, 130 interrupted (the same "
-    "command continues).",
+    epilog="svdcli help lists the pages of the documentation. Exit codes: 0 done, 1 failed, "
+    "2 usage, 3 nothing selected, 130 interrupted (the same command continues).",
 )
 
 
@@ -919,6 +919,34 @@ def bench(
         tables.print_bench(found, sys.stdout)
 
 
+def _topics() -> list[str]:
+    """What `svdcli help` completes."""
+    from svdcli.verbs.help import topics
+
+    return list(topics())
+
+
+@app.command(name="help", epilog="Example: svdcli help guide")
+def help_(
+    topic: Annotated[
+        str | None,
+        typer.Argument(
+            help="A page or a command; without it, the list of pages.",
+            metavar="[TOPIC]",
+            autocompletion=_topics,
+        ),
+    ] = None,
+) -> None:
+    """Show a page of the documentation of this version, or list the pages."""
+    from svdcli.render import pages
+    from svdcli.verbs.help import page, topics
+
+    if topic is None:
+        pages.print_topics(topics(), sys.stdout)
+    else:
+        pages.print_page(page(topic), sys.stdout)
+
+
 def _data_stream(output: str | None) -> TextIO:
     """Standard output is data; where it carries the checkpoint, tables go to standard error."""
     return sys.stderr if output == "-" else sys.stdout
@@ -1021,7 +1049,7 @@ def main() -> None:
             stream.reconfigure(errors="backslashreplace")
     # torch works without NumPy, and says at every start that it does
     warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
-    _leave_out_other_commands()
+    keep_commands(sys.argv[1:])
     with one_line_errors(), interruptible():
         code = app(prog_name="svdcli", standalone_mode=False) or 0
         if code == INTERRUPTED:  # which is all that typer makes of the interrupt
@@ -1030,13 +1058,19 @@ def main() -> None:
         sys.exit(code)
 
 
-_COMMANDS = list(app.registered_commands)
+_COMMANDS = {
+    command.name or getattr(command.callback, "__name__", ""): command
+    for command in app.registered_commands
+}
 
 
-def _leave_out_other_commands() -> None:
+def command_names() -> list[str]:
+    """Every command, in the order of `svdcli --help`."""
+    return list(_COMMANDS)
+
+
+def keep_commands(arguments: Sequence[str]) -> None:
     """Typer reads the signatures of all commands at every start; where the first word names one,
     that one will do."""
-    asked = [
-        c for c in _COMMANDS if c.callback and sys.argv[1:2] == [c.name or c.callback.__name__]
-    ]
-    app.registered_commands = asked or _COMMANDS
+    asked = [_COMMANDS[word] for word in arguments[:1] if word in _COMMANDS]
+    app.registered_commands = asked or list(_COMMANDS.values())

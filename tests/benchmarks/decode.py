@@ -1,4 +1,4 @@
-"""Speed and memory of compressed models, against the bounds that README quotes.
+"""Speed and memory of compressed models, against the bounds that svdcli/docs/benchmarks.md quotes.
 
     python tests/benchmarks/decode.py  everything, about 25 minutes on two cores
     python tests/benchmarks/decode.py --shape tinyllama --layout factored  one part of it

@@ -9,7 +9,7 @@ parameters, one table a model.
     python tests/benchmarks/quality.py --folder WORK
         keep everything; the same command continues after a break
     python tests/benchmarks/quality.py --json FILE --plot FILE
-        for README: tests/benchmarks/quality.json and tests/readme/quality.svg
+        for README and svdcli/docs: tests/benchmarks/quality.json and tests/readme/quality.svg
 
 Every method reads the calibration text and is judged on text that it never saw, by the excess of
 its loss over the original's, paired by window. The others (methods.py) are stored as two factors,
@@ -400,7 +400,7 @@ def verdicts(models: Mapping[str, Results]) -> list[Results]:
 
 
 def markdown(results: Results) -> str:
-    """README's tables from the results that --json wrote: one for each model."""
+    """The tables of svdcli/docs/benchmarks.md from what --json wrote: one for each model."""
     return "\n\n".join(_model_table(name, model) for name, model in results["models"].items())
 
 
@@ -419,6 +419,17 @@ def _model_table(name: str, model: Results) -> str:
         f"`{name}`: {about}, perplexity "
         f"{_perplexity(model['dense']['perplexity']['value'])}\n\n{table(lines)}"
     )
+
+
+def in_short(model: Results, rows: Mapping[str, str]) -> str:
+    """The perplexities of some rows, under names of their own."""
+    before = _perplexity(model["dense"]["perplexity"]["value"])
+    lines = [[f"perplexity ({before} before)", *(f"keep {keep:g}" for keep in KEEPS)]]
+    for row, label in rows.items():
+        points = points_of(model, row)
+        values = [_perplexity(points[keep]["perplexity"]["value"]) for keep in KEEPS]
+        lines.append([label, *values])
+    return table(lines)
 
 
 def _cells(point: Results | None) -> tuple[str, str]:

@@ -1,5 +1,5 @@
-"""Every application of README's table: full rank equals the original; compressed, it loads, runs,
-saves, loads."""
+"""Every application of svdcli/docs/families.md: full rank equals the original; compressed, it
+loads, runs, saves, loads."""
 
 from __future__ import annotations
 

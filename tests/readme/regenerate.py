@@ -1,13 +1,14 @@
-"""Run the commands whose output README shows, and put the output back: `python
-tests/readme/regenerate.py`.
+"""Run the commands whose output README and the pages of svdcli/docs show, and put the output back:
+`python tests/readme/regenerate.py`.
 
-A block is the fenced text behind `<!-- output: COMMAND -->`. Commands run in a copy of
-sample_models, 80 columns wide; what they write stays there. The picture is the table of the first
-command.
+A block is the fenced text behind `<!-- output: COMMAND -->`: the command and its output. The
+commands of a page run in a copy of sample_models of its own, 80 columns wide; what they write stays
+there. The picture is the table of README's first command. The page of commands is their `--help`.
 """
 
 from __future__ import annotations
 
+import importlib
 import io
 import json
 import os
@@ -18,24 +19,37 @@ import sys
 import tempfile
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from types import ModuleType
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 README = ROOT / "README.md"
+DOCS = ROOT / "svdcli" / "docs"
+COMMANDS = DOCS / "commands.md"
+PAGES = (README, *sorted(DOCS.glob("*.md")))
 PICTURE = HERE / "compress.svg"
 BLOCK = re.compile(
     r"(<!-- output: (?P<command>.+?) -->\n```[a-z]*\n)(?P<text>.*?)(?=^```$)",
     re.DOTALL | re.MULTILINE,
 )
-
-
 BENCHMARKS = ROOT / "tests" / "benchmarks"
 QUALITY = re.compile(r"(?<=<!-- quality -->\n).*?(?=<!-- /quality -->)", re.DOTALL)
+SHORT = re.compile(r"(?<=<!-- quality in short -->\n).*?(?=<!-- /quality in short -->)", re.DOTALL)
+SHORT_ROWS = {
+    "plain": "plain SVD",
+    "svd-llm": "SVD-LLM(W)",
+    "fisher": "svdcli compress --text",
+    "heal": "svdcli compress --text, heal",
+}
+ABOUT_COMMANDS = """# Commands: every option of each
+
+What `svdcli COMMAND --help` prints. `svdcli help COMMAND` shows one of these sections.
+"""
 
 
 @contextmanager
@@ -71,18 +85,51 @@ def output_of(command: str) -> str:
     return "\n".join(lines).strip("\n") + "\n"
 
 
-def render_readme(readme: str) -> str:
-    """README with every recorded output made anew. Run inside a workshop."""
-    readme = QUALITY.sub(lambda _: quality_tables(), readme)
-    return BLOCK.sub(lambda block: block[1] + output_of(block["command"]), readme)
+def render(page: Path) -> str:
+    """A page with everything recorded made anew. Run inside a workshop."""
+    if page == COMMANDS:
+        return render_commands()
+    text = QUALITY.sub(lambda _: quality_tables(), page.read_text())
+    text = SHORT.sub(lambda _: quality_in_short(), text)
+    return BLOCK.sub(lambda block: block[1] + session(block["command"]), text)
+
+
+def session(command: str) -> str:
+    """A command as it is typed, and what it prints."""
+    return f"$ {command}\n{output_of(command)}"
+
+
+def render_commands() -> str:
+    """The help of every command."""
+    from svdcli.cli.commands import command_names
+
+    sections = [
+        f"## {name}\n\n```\n{output_of(f'svdcli {name} --help')}```\n" for name in command_names()
+    ]
+    return "\n".join([ABOUT_COMMANDS, f"```\n{output_of('svdcli --help')}```\n", *sections])
 
 
 def quality_tables() -> str:
     """The recorded comparison of methods, as quality.py renders it."""
-    sys.path.insert(0, str(BENCHMARKS))
-    from quality import markdown
+    return quality().markdown(quality_results()) + "\n\n"
 
-    return markdown(json.loads((BENCHMARKS / "quality.json").read_text())) + "\n\n"
+
+def quality_in_short() -> str:
+    """Perplexities of the sample model, for four of the methods."""
+    return quality().in_short(quality_results()["models"]["tiny-llama"], SHORT_ROWS) + "\n\n"
+
+
+def quality() -> ModuleType:
+    """tests/benchmarks/quality.py."""
+    if str(BENCHMARKS) not in sys.path:
+        sys.path.insert(0, str(BENCHMARKS))
+    return importlib.import_module("quality")
+
+
+def quality_results() -> dict[str, Any]:
+    """What it measured."""
+    results: dict[str, Any] = json.loads((BENCHMARKS / "quality.json").read_text())
+    return results
 
 
 def render_picture(folder: Path) -> str:
@@ -102,9 +149,11 @@ def render_picture(folder: Path) -> str:
 
 
 def main() -> None:
-    with workshop() as folder:
-        README.write_text(render_readme(README.read_text()))
-        PICTURE.write_text(render_picture(folder))
+    for page in PAGES:
+        with workshop() as folder:
+            page.write_text(render(page))
+            if page == README:
+                PICTURE.write_text(render_picture(folder))
 
 
 if __name__ == "__main__":
