@@ -14,18 +14,40 @@ import typer
 
 import svdcli
 from svdcli.cli.options import (
+    AgainstToBench,
+    AgainstToEval,
+    AgainstToVerify,
     Csv,
+    CsvOfMeasures,
     Device,
+    DtypeOfFactors,
+    DtypeOfOnnx,
+    DtypeToEval,
+    EveryLayer,
     Exclude,
     Force,
+    Group,
     Include,
     Json,
+    JsonBesidePipe,
     LayersFrom,
     Model,
+    NewTokensToBench,
+    NewTokensToEval,
     Out,
+    OutOfCalibrate,
+    OutOfHeal,
     Output,
+    OutputOrModel,
+    OutputOrNewest,
+    OutputOrPipe,
+    OutputWithFactors,
     Quiet,
     Samples,
+    SamplesToEval,
+    SeedOfLabels,
+    SeedOfOrder,
+    SeedOfSolver,
     SeqLen,
     StateDict,
     Stdlib,
@@ -36,8 +58,6 @@ from svdcli.cli.options import (
     check_plan_path,
     check_samples,
     compute_from,
-    dtypes,
-    parse_dtype,
     parse_size,
     read_layers,
     read_plan,
@@ -167,19 +187,12 @@ def compress(
         words.Layout | None,
         typer.Option("--layout", help="How factors are stored (factored; with text: pivoted)."),
     ] = None,
-    dtype: Annotated[
-        str | None,
-        typer.Option(
-            "--dtype",
-            help="Of the factors: float32, float16, bfloat16 or float64; by default the source's.",
-            autocompletion=dtypes,
-        ),
-    ] = None,
+    dtype: DtypeOfFactors = None,
     solver: Annotated[
         words.Solver, typer.Option("--solver", help="How factors are computed.")
     ] = "auto",
     device: Device = "auto",
-    seed: Annotated[int, typer.Option("--seed", help="Seed of the randomized solver.")] = 0,
+    seed: SeedOfSolver = 0,
     threads: Threads = None,
     max_shard_size: Annotated[
         str | None,
@@ -213,14 +226,8 @@ def compress(
             help="Write an output that is not smaller than MODEL, which else is an error.",
         ),
     ] = False,
-    every_layer: Annotated[
-        bool,
-        typer.Option("--every-layer", help="A table line for every layer, not for every kind."),
-    ] = False,
-    json_: Annotated[
-        bool,
-        typer.Option("--json", help="Print JSON on standard output; with -o - on standard error."),
-    ] = False,
+    every_layer: EveryLayer = False,
+    json_: JsonBesidePipe = False,
     csv_: Csv = False,
     quiet: Quiet = False,
 ) -> None:
@@ -277,7 +284,7 @@ def compress(
             exclude=tuple(exclude or ()),
             layers=read_layers(layers_from),
             layout=layout or defaults["layout"],
-            dtype=parse_dtype(dtype),
+            dtype=None if dtype is None else words.STORED_AS[dtype],
             solver=solver,
             seed=seed,
             nonfinite=nonfinite,
@@ -415,14 +422,8 @@ def _say(outcome: Outcome, quiet: bool) -> None:
     "relative_error}'"
 )
 def report(
-    output: Output = None,
-    group: Annotated[
-        bool | None,
-        typer.Option(
-            "--group/--every-layer",
-            help="A line for each kind of layer, or for each; kinds where layers are many.",
-        ),
-    ] = None,
+    output: OutputOrNewest = None,
+    group: Group = None,
     json_: Json = False,
     csv_: Csv = False,
 ) -> None:
@@ -498,9 +499,7 @@ def spectrum(
 
 @app.command(epilog="Example: svdcli expand my-llm-svd -o my-llm-dense")
 def expand(
-    output: Annotated[
-        str, typer.Argument(help="What compress wrote, or - for standard input.", metavar="OUT")
-    ],
+    output: OutputOrPipe,
     dense: Out = None,
     force: Force = False,
     quiet: Quiet = False,
@@ -516,15 +515,8 @@ def expand(
 
 @app.command(epilog="Example: svdcli verify my-llm-svd --against my-llm")
 def verify(
-    output: Annotated[str, typer.Argument(help="What compress wrote.", metavar="OUT")],
-    against: Annotated[
-        str | None,
-        typer.Option(
-            "--against",
-            help="The original: recompute errors, compare what was copied.",
-            metavar="MODEL",
-        ),
-    ] = None,
+    output: Output,
+    against: AgainstToVerify = None,
     json_: Json = False,
     csv_: Csv = False,
     quiet: Quiet = False,
@@ -561,22 +553,11 @@ def verify(
     name="eval",
 )
 def eval_(
-    output: Annotated[
-        str, typer.Argument(help="What compress wrote, or any model directory.", metavar="OUT")
-    ],
-    against: Annotated[
-        str | None,
-        typer.Option(
-            "--against",
-            help="The original: adds excess loss, KL divergence, agreement.",
-            metavar="MODEL",
-        ),
-    ] = None,
+    output: OutputOrModel,
+    against: AgainstToEval = None,
     text: Text = None,
     stdlib: Stdlib = False,
-    samples: Annotated[
-        int, typer.Option("--samples", help="Windows of text, or sentences, spread evenly over it.")
-    ] = 128,
+    samples: SamplesToEval = 128,
     seq_len: SeqLen = None,
     trust_remote_code: TrustCode = False,
     prompt: Annotated[
@@ -585,18 +566,8 @@ def eval_(
             "--prompt", help="Print both continuations of this, side by side. Repeatable."
         ),
     ] = None,
-    new_tokens: Annotated[
-        int, typer.Option("--new-tokens", help="Length of the continuations.")
-    ] = 48,
-    dtype: Annotated[
-        str | None,
-        typer.Option(
-            "--dtype",
-            help="Compute in float32, float16, bfloat16 or float64; "
-            "by default float32 for small models on a CPU, else as stored.",
-            autocompletion=dtypes,
-        ),
-    ] = None,
+    new_tokens: NewTokensToEval = 48,
+    dtype: DtypeToEval = None,
     device: Device = "auto",
     threads: Threads = None,
     json_: Json = False,
@@ -612,7 +583,6 @@ def eval_(
     texts = _read_text(text, stdlib=stdlib, held_out=True) if text or stdlib or not prompt else None
     at_least_one("--samples", samples)
     at_least_one("--new-tokens", new_tokens)
-    computed_in = parse_dtype(dtype)
     _tell_code(trust_remote_code, output, against)
     where = compute_from(device, threads).start()
     from svdcli.files.dtypes import TORCH_DTYPES
@@ -628,7 +598,7 @@ def eval_(
             prompts=prompt or (),
             new_tokens=new_tokens,
             device=where,
-            dtype=None if computed_in is None else TORCH_DTYPES[computed_in],
+            dtype=None if dtype is None else TORCH_DTYPES[words.STORED_AS[dtype]],
             trust_remote_code=trust_remote_code,
             progress=progress,
         )
@@ -641,9 +611,7 @@ def eval_(
 @app.command(epilog="Example: svdcli calibrate my-llm --text corpus/ -o stats.safetensors")
 def calibrate(
     model: Model,
-    output: Annotated[
-        str, typer.Option("-o", "--output", help="The file of moments to write.", metavar="FILE")
-    ],
+    output: OutOfCalibrate,
     text: Text = None,
     stdlib: Stdlib = False,
     samples: Samples = None,
@@ -664,7 +632,7 @@ def calibrate(
     ] = False,
     include: Include = None,
     exclude: Exclude = None,
-    seed: Annotated[int, typer.Option("--seed", help="Seed of the sampled labels.")] = 0,
+    seed: SeedOfLabels = 0,
     device: Device = "auto",
     threads: Threads = None,
     force: Force = False,
@@ -724,18 +692,11 @@ def calibrate(
 
 @app.command(epilog="Example: svdcli heal my-llm-svd --teacher my-llm --text corpus/ --minutes 30")
 def heal(
-    output: Annotated[
-        str, typer.Argument(help="What compress wrote, factored or pivoted.", metavar="OUT")
-    ],
+    output: OutputWithFactors,
     teacher: Annotated[str, typer.Option("--teacher", help="The original.", metavar="MODEL")],
     text: Text = None,
     stdlib: Stdlib = False,
-    healed: Annotated[
-        str | None,
-        typer.Option(
-            "-o", "--output", help="Where to write; by default OUT with -healed.", metavar="PATH"
-        ),
-    ] = None,
+    healed: OutOfHeal = None,
     minutes: Annotated[float | None, typer.Option("--minutes", help="Time for all of it.")] = None,
     steps: Annotated[
         int | None,
@@ -755,16 +716,11 @@ def heal(
             metavar="SHARE",
         ),
     ] = None,
-    seed: Annotated[
-        int, typer.Option("--seed", help="Seed of the order in which text is read.")
-    ] = 0,
+    seed: SeedOfOrder = 0,
     device: Device = "auto",
     threads: Threads = None,
     force: Force = False,
-    every_layer: Annotated[
-        bool,
-        typer.Option("--every-layer", help="A table line for every layer, not for every kind."),
-    ] = False,
+    every_layer: EveryLayer = False,
     json_: Json = False,
     csv_: Csv = False,
     quiet: Quiet = False,
@@ -809,21 +765,12 @@ def heal(
 
 @app.command(epilog="Example: svdcli export my-llm-svd --onnx my-llm.onnx")
 def export(
-    output: Annotated[
-        str, typer.Argument(help="What compress wrote, or any model directory.", metavar="OUT")
-    ],
+    output: OutputOrModel,
     onnx: Annotated[
         str,
         typer.Option("--onnx", help="The ONNX file to write; needs svdcli[onnx].", metavar="FILE"),
     ],
-    dtype: Annotated[
-        str,
-        typer.Option(
-            "--dtype",
-            help="Of weights and outputs: float32 or float16.",
-            autocompletion=lambda: ["float32", "float16"],
-        ),
-    ] = "float32",
+    dtype: DtypeOfOnnx = "float32",
     trust_remote_code: TrustCode = False,
     force: Force = False,
     json_: Json = False,
@@ -842,7 +789,7 @@ def export(
         found = export_onnx(
             output,
             onnx,
-            dtype=parse_dtype(dtype) or dtype,
+            dtype=words.STORED_AS[dtype],
             force=force,
             trust_remote_code=trust_remote_code,
             progress=progress,
@@ -865,17 +812,12 @@ def export(
     epilog="Example: svdcli bench my-llm-svd --against my-llm --json | jq .ratios.decode.median"
 )
 def bench(
-    output: Annotated[
-        str, typer.Argument(help="What compress wrote, or any model directory.", metavar="OUT")
-    ],
-    against: Annotated[
-        str,
-        typer.Option("--against", help="The model to compare with: the original.", metavar="MODEL"),
-    ],
+    output: OutputOrModel,
+    against: AgainstToBench,
     prompt_tokens: Annotated[
         int, typer.Option("--prompt-tokens", help="Length of the prompt.")
     ] = 128,
-    new_tokens: Annotated[int, typer.Option("--new-tokens", help="Tokens written after it.")] = 32,
+    new_tokens: NewTokensToBench = 32,
     batch: Annotated[int, typer.Option("--batch", help="Prompts at a time.")] = 1,
     rounds: Annotated[
         int,
@@ -885,9 +827,7 @@ def bench(
     device: Device = "auto",
     threads: Threads = None,
     json_: Json = False,
-    csv_: Annotated[
-        bool, typer.Option("--csv", help="Print CSV on standard output, a line a measure.")
-    ] = False,
+    csv_: CsvOfMeasures = False,
     quiet: Quiet = False,
 ) -> None:
     """Measure speed and memory of a compressed model beside its original: tokens/s, time to load,

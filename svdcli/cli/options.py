@@ -6,7 +6,7 @@ import json
 import re
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -18,6 +18,21 @@ if TYPE_CHECKING:
     from svdcli.plan.plan import Plan
 
 
+# What is read and written -------------------------------------------------------------------------
+
+
+def _written(help_: str, metavar: str) -> Any:
+    return typer.Option("-o", "--output", help=help_, metavar=metavar)
+
+
+def _against(help_: str) -> Any:
+    return typer.Option("--against", help=help_, metavar="MODEL")
+
+
+def _output(help_: str) -> Any:
+    return typer.Argument(help=help_, metavar="OUT")
+
+
 Model = Annotated[
     str,
     typer.Argument(
@@ -27,19 +42,81 @@ Model = Annotated[
 ]
 
 
-Output = Annotated[str | None, typer.Argument(help="What compress wrote.", metavar="[OUT]")]
+Output = Annotated[str, _output("What compress wrote.")]
 
 
-Out = Annotated[
-    str | None,
-    typer.Option("-o", "--output", help="Where to write; - for standard output.", metavar="PATH"),
+OutputOrPipe = Annotated[str, _output("What compress wrote, or - for standard input.")]
+
+
+OutputOrNewest = Annotated[str | None, typer.Argument(help="What compress wrote.", metavar="[OUT]")]
+
+
+OutputOrModel = Annotated[str, _output("What compress wrote, or any model directory.")]
+
+
+OutputWithFactors = Annotated[str, _output("What compress wrote, factored or pivoted.")]
+
+
+Out = Annotated[str | None, _written("Where to write; - for standard output.", "PATH")]
+
+
+OutOfCalibrate = Annotated[str, _written("The file of moments to write.", "FILE")]
+
+
+OutOfHeal = Annotated[str | None, _written("Where to write; by default OUT with -healed.", "PATH")]
+
+
+Force = Annotated[bool, typer.Option("--force", help="Replace an existing output.")]
+
+
+AgainstToVerify = Annotated[
+    str | None, _against("The original: recompute errors, compare what was copied.")
 ]
 
 
-Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
+AgainstToEval = Annotated[
+    str | None, _against("The original: adds excess loss, KL divergence, agreement.")
+]
 
 
-Csv = Annotated[bool, typer.Option("--csv", help="Print CSV on standard output, a line a layer.")]
+AgainstToBench = Annotated[str, _against("The model to compare with: the original.")]
+
+
+# What is printed ----------------------------------------------------------------------------------
+
+
+def _json(more: str = "") -> Any:
+    return typer.Option("--json", help=f"Print JSON on standard output{more}.")
+
+
+def _csv(row: str) -> Any:
+    return typer.Option("--csv", help=f"Print CSV on standard output, a line a {row}.")
+
+
+Json = Annotated[bool, _json()]
+
+
+JsonBesidePipe = Annotated[bool, _json("; with -o - on standard error")]
+
+
+Csv = Annotated[bool, _csv("layer")]
+
+
+CsvOfMeasures = Annotated[bool, _csv("measure")]
+
+
+EveryLayer = Annotated[
+    bool, typer.Option("--every-layer", help="A table line for every layer, not for every kind.")
+]
+
+
+Group = Annotated[
+    bool | None,
+    typer.Option(
+        "--group/--every-layer",
+        help="A line for each kind of layer, or for each; kinds where layers are many.",
+    ),
+]
 
 
 Quiet = Annotated[
@@ -47,7 +124,7 @@ Quiet = Annotated[
 ]
 
 
-Force = Annotated[bool, typer.Option("--force", help="Replace an existing output.")]
+# Which layers -------------------------------------------------------------------------------------
 
 
 Include = Annotated[
@@ -86,10 +163,55 @@ StateDict = Annotated[
 ]
 
 
+# How it is computed -------------------------------------------------------------------------------
+
+
+def _dtype(help_: str) -> Any:
+    return typer.Option("--dtype", help=help_)
+
+
+def _seed(of_what: str) -> Any:
+    return typer.Option("--seed", help=f"Seed of {of_what}.")
+
+
 Device = Annotated[words.Device, typer.Option("--device", help="Where the mathematics runs.")]
 
 
 Threads = Annotated[int | None, typer.Option("--threads", help="Threads for the mathematics.")]
+
+
+DtypeOfFactors = Annotated[words.Dtype | None, _dtype("Of the factors; by default the source's.")]
+
+
+DtypeToEval = Annotated[
+    words.Dtype | None,
+    _dtype("Compute in this; by default float32 for small models on a CPU, else as stored."),
+]
+
+
+DtypeOfOnnx = Annotated[words.OnnxDtype, _dtype("Of weights and outputs.")]
+
+
+SeedOfSolver = Annotated[int, _seed("the randomized solver")]
+
+
+SeedOfLabels = Annotated[int, _seed("the sampled labels")]
+
+
+SeedOfOrder = Annotated[int, _seed("the order in which text is read")]
+
+
+# Text ---------------------------------------------------------------------------------------------
+
+
+def _samples(by_default: str = "") -> Any:
+    return typer.Option(
+        "--samples", help=f"Windows of text, or sentences, spread evenly over it{by_default}."
+    )
+
+
+def _new_tokens(help_: str) -> Any:
+    return typer.Option("--new-tokens", help=help_)
 
 
 Text = Annotated[
@@ -109,13 +231,20 @@ Stdlib = Annotated[
 
 Samples = Annotated[
     int | None,
-    typer.Option(
-        "--samples",
-        help="Windows of text, or sentences, spread evenly over it; by default so many that "
-        "they hold "
-        "131,072 tokens, or 16 for every input of the widest layer.",
+    _samples(
+        "; by default so many that they hold 131,072 tokens, or 16 for every input of the widest "
+        "layer"
     ),
 ]
+
+
+SamplesToEval = Annotated[int, _samples()]
+
+
+NewTokensToEval = Annotated[int, _new_tokens("Length of the continuations.")]
+
+
+NewTokensToBench = Annotated[int, _new_tokens("Tokens written after it.")]
 
 
 TrustCode = Annotated[
@@ -147,19 +276,6 @@ _SIZES = {
 }
 
 
-_DTYPES = {
-    **dict.fromkeys(("float32", "fp32", "f32", "float"), "F32"),
-    **dict.fromkeys(("float16", "fp16", "f16", "half"), "F16"),
-    **dict.fromkeys(("bfloat16", "bf16"), "BF16"),
-    **dict.fromkeys(("float64", "fp64", "f64", "double"), "F64"),
-}
-
-
-def dtypes() -> list[str]:
-    """What completion offers; `parse_dtype` takes other spellings too."""
-    return ["float32", "float16", "bfloat16", "float64"]
-
-
 # Between argv and values --------------------------------------------------------------------------
 
 
@@ -182,16 +298,6 @@ def check_samples(samples: int | None) -> None:
 def at_least_one(option: str, value: int) -> None:
     if value < 1:
         raise UsageError(f"{option} {value} is not a whole number above 0", "give at least 1")
-
-
-def parse_dtype(text: str | None) -> str | None:
-    if text is None:
-        return None
-    if text.lower() not in _DTYPES:
-        raise UsageError(
-            f"--dtype {text!r} cannot hold factors", "use float32, float16, bfloat16 or float64"
-        )
-    return _DTYPES[text.lower()]
 
 
 def read_layers(path: str | None) -> tuple[str, ...] | None:

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from helpers import RANKED, cli, weight, write_model
@@ -333,7 +334,7 @@ def test_completion_is_offered() -> None:
     assert "--install-completion" in cli("--help").out.decode()
 
 
-DTYPES = ("float32", "float16", "bfloat16", "float64")
+DTYPES = get_args(words.Dtype)
 CHOICES = [
     ("compress", "--layout", words.LAYOUTS),
     ("compress", "--allocate", words.ALLOCATIONS),
@@ -380,7 +381,7 @@ def test_options_with_choices_complete_them_and_help_shows_them(
         c for c in choices if c.startswith(first[:3])
     ]
     shown = " ".join(cli(command, "--help").out.decode().split())
-    assert "|".join(choices) in shown or ", ".join(choices[:-1]) + f" or {choices[-1]}" in shown
+    assert "|".join(choices) in shown
 
 
 @pytest.mark.parametrize(
