@@ -231,7 +231,7 @@ def compress(
     csv_: Csv = False,
     quiet: Quiet = False,
 ) -> None:
-    """Factor the selected layers of MODEL and write a smaller checkpoint.
+    """Factor the layers of MODEL and write a smaller checkpoint.
 
     Give exactly one target (or --plan). The output is MODEL's stem with .svd.safetensors, or its
     name with -svd.
@@ -427,7 +427,7 @@ def report(
     json_: Json = False,
     csv_: Csv = False,
 ) -> None:
-    """Show what an output saved and what it cost: layer by layer, and in all.
+    """Show what an output saved and cost, by layer and in all.
 
     Without OUT the newest output in the current folder; - reads one from standard input.
     """
@@ -454,7 +454,10 @@ def inspect(
     json_: Json = False,
     csv_: Csv = False,
 ) -> None:
-    """List what is in MODEL, which layers compress would select, and up to which rank they gain."""
+    """List what is in MODEL and which layers compress would select.
+
+    Each layer with the rank up to which it gains.
+    """
     from svdcli.render import machine, tables
 
     found = svdcli.inspect(
@@ -479,8 +482,10 @@ def spectrum(
     csv_: Csv = False,
     quiet: Quiet = False,
 ) -> None:
-    """Measure each selected layer's singular values: effective rank, rank for 90, 95 and 99 % of
-    the energy, decay."""
+    """Measure the singular values of each selected layer.
+
+    Effective rank, rank for 90, 95 and 99 % of the energy, decay.
+    """
     from svdcli.render import tables
 
     with _working(quiet) as progress:
@@ -504,8 +509,10 @@ def expand(
     force: Force = False,
     quiet: Quiet = False,
 ) -> None:
-    """Turn an output of compress back into an ordinary checkpoint: original names, shapes and
-    dtypes."""
+    """Turn an output of compress back into a dense checkpoint.
+
+    It has the original names, shapes and dtypes, and any loader opens it.
+    """
 
     with _working(quiet) as progress:
         path = svdcli.expand(output, dense, force=force, progress=progress)
@@ -521,8 +528,10 @@ def verify(
     csv_: Csv = False,
     quiet: Quiet = False,
 ) -> None:
-    """Check that an output still holds what its record says: SHA-256, headers, plan; and errors
-    against the original."""
+    """Check that an output still holds what its record says.
+
+    SHA-256, headers and plan; against the original also the errors and the copies.
+    """
     from svdcli.render import tables
 
     with _working(quiet) as progress:
@@ -573,10 +582,10 @@ def eval_(
     json_: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Measure a compressed model on text: perplexity with its error, and the distance from the
-    original.
+    """Measure on text how good a model is, beside its original.
 
-    Encoders are compared by the cosine similarity of their sentence embeddings.
+    Perplexity with its error, and the distance from the original. Encoders are compared by the
+    cosine similarity of their sentence embeddings.
     """
     from svdcli.render import machine, tables
 
@@ -639,10 +648,10 @@ def calibrate(
     json_: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Read text with MODEL and write what its layers see and how much their outputs matter, for
-    compress --calibration.
+    """Read text with MODEL and write what its layers see.
 
-    The model is in memory a block at a time.
+    And how much their outputs matter: what compress --calibration takes. The model is in memory a
+    block at a time.
     """
     from svdcli.render import machine, words
 
@@ -725,10 +734,10 @@ def heal(
     csv_: Csv = False,
     quiet: Quiet = False,
 ) -> None:
-    """Refine the factors of OUT, block by block and then all together, so that they answer as the
-    original does.
+    """Refine the factors of OUT to answer as the original does.
 
-    A run that was cut short continues with the block it had reached. OUT is not touched.
+    Block by block, and then all together. A run that was cut short continues with the block it had
+    reached. OUT is not touched.
     """
     from svdcli.verbs.heal import Effort
     from svdcli.verbs.heal import heal as run
@@ -776,10 +785,10 @@ def export(
     json_: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Write a model as ONNX, its factors as two matrix products, and check it against onnxruntime.
+    """Write a model as ONNX and check it against onnxruntime.
 
-    For text encoders, decoders (without a cache) and vision models; batch and sequence lengths are
-    free.
+    Factors become two matrix products. For text encoders, decoders (without a cache) and vision
+    models; batch and sequence lengths are free.
     """
     from svdcli.render import machine
     from svdcli.verbs.export import export_onnx
@@ -830,10 +839,10 @@ def bench(
     csv_: CsvOfMeasures = False,
     quiet: Quiet = False,
 ) -> None:
-    """Measure speed and memory of a compressed model beside its original: tokens/s, time to load,
-    peak memory, file size.
+    """Measure speed and memory of a model beside its original.
 
-    Each is in a process of its own, and they take turns.
+    Tokens a second, time to load, peak memory, file size. Each is in a process of its own, and they
+    take turns.
     """
     from svdcli.render import tables
     from svdcli.verbs import bench as speed

@@ -334,6 +334,13 @@ def test_completion_is_offered() -> None:
     assert "--install-completion" in cli("--help").out.decode()
 
 
+def test_the_list_of_commands_says_whole_sentences() -> None:
+    shown = cli("--help", env={"COLUMNS": "80"}).out.decode()
+    commands = re.findall(r"^  [a-z]+ +([A-Z].*)$", shown.split("Commands:")[1], re.MULTILINE)
+    assert len(commands) >= 11
+    assert all(line.endswith(".") and not line.endswith("..") for line in commands)
+
+
 DTYPES = get_args(words.Dtype)
 CHOICES = [
     ("compress", "--layout", words.LAYOUTS),
