@@ -31,6 +31,7 @@ from svdcli.cli.options import (
     Json,
     JsonBesidePipe,
     LayersFrom,
+    MaxShardSize,
     Model,
     NewTokensToBench,
     NewTokensToEval,
@@ -49,6 +50,7 @@ from svdcli.cli.options import (
     SeedOfOrder,
     SeedOfSolver,
     SeqLen,
+    Size,
     StateDict,
     Stdlib,
     Text,
@@ -58,9 +60,9 @@ from svdcli.cli.options import (
     check_plan_path,
     check_samples,
     compute_from,
-    parse_size,
     read_layers,
     read_plan,
+    read_wanted,
     write_plan,
 )
 from svdcli.cli.process import (
@@ -77,6 +79,8 @@ from svdcli.version import __version__
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
+    from svdcli.files.report import Report
+    from svdcli.plan.recipe import Wanted
     from svdcli.progress import Progress
     from svdcli.text.texts import Texts
     from svdcli.verbs.calibrate import Forecast
@@ -127,9 +131,7 @@ def compress(
             "--keep", help="Target: share of the selected layers' parameters that remain."
         ),
     ] = None,
-    size: Annotated[
-        str | None, typer.Option("--size", help="Target: bytes of the whole output, such as 350MB.")
-    ] = None,
+    size: Size = None,
     energy: Annotated[
         float | None,
         typer.Option(
@@ -173,7 +175,7 @@ def compress(
     ] = 1,
     include: Include = None,
     exclude: Exclude = None,
-    layers_from: LayersFrom = None,
+    layers: LayersFrom = None,
     state_dict: StateDict = None,
     carry: Annotated[
         list[str] | None,
@@ -194,10 +196,7 @@ def compress(
     device: Device = "auto",
     seed: SeedOfSolver = 0,
     threads: Threads = None,
-    max_shard_size: Annotated[
-        str | None,
-        typer.Option("--max-shard-size", help="Largest weight file of a directory, such as 5GB."),
-    ] = None,
+    max_shard_size: MaxShardSize = None,
     self_contained: Annotated[
         bool,
         typer.Option(
@@ -236,137 +235,86 @@ def compress(
     Give exactly one target (or --plan). The output is MODEL's stem with .svd.safetensors, or its
     name with -svd.
     """
-    targets: dict[words.Target, float | None] = {
-        "rank": rank,
-        "keep": keep,
-        "size": None if size is None else parse_size(size, "--size"),
-        "energy": energy,
-        "error": error,
-    }
-    given = [(name, float(value)) for name, value in targets.items() if value is not None]
-    inputs = {"the model": model, "the list of layers": layers_from, "the text": text}
-    piped = [what for what, path in inputs.items() if path == "-"]
-    if len(piped) > 1:
-        raise UsageError(
-            f"standard input cannot be both {piped[0]} and {piped[1]}",
-            "write one of them to a file",
-        )
-    if json_ and csv_:
-        raise UsageError("--json and --csv exclude each other", "choose one")
+    # What was asked
+    _check_standard_input({"the model": model, "the list of layers": layers, "the text": text})
+    _check_one_format(json_, csv_)
     if save_plan is not None:
         check_plan_path(Path(save_plan), model, output)
     reading = None
     if text or stdlib:
         _tell_code(trust_remote_code, model)
         reading = _reading(text, stdlib, samples, seq_len, trust_remote_code, quiet)
-    calibrated = reading is not None or calibration is not None
-    recipe = plan = None
-    if plan_file is not None:
+    plan = None
+    wanted: Wanted = {}
+    if plan_file is None:
+        wanted = read_wanted(context.params)
+    else:
         _check_nothing_beside_a_plan(context)
         plan = read_plan(plan_file)
-    else:
-        if len(given) != 1:
-            names = ", ".join(f"--{name}" for name in targets)
-            raise UsageError(
-                f"give exactly one target, not {len(given)}", f"one of {names}, or --plan"
-            )
-        [(target, value)] = given
-        from svdcli.plan.recipe import Recipe, best_defaults
 
-        defaults = best_defaults(target, calibrated=calibrated)
-        recipe = Recipe(
-            target=target,
-            value=value,
-            allocate=allocate or defaults["allocate"],
-            floor=defaults["floor"] if floor is None else floor,
-            multiple_of=multiple_of,
-            include=tuple(include or ()),
-            exclude=tuple(exclude or ()),
-            layers=read_layers(layers_from),
-            layout=layout or defaults["layout"],
-            dtype=None if dtype is None else words.STORED_AS[dtype],
-            solver=solver,
-            seed=seed,
-            nonfinite=nonfinite,
-            max_shard_size=None
-            if max_shard_size is None
-            else parse_size(max_shard_size, "--max-shard-size"),
-            self_contained=self_contained,
-            metric=metric,
-        )
-        if floor is not None and recipe.allocate != "global":
-            raise UsageError(
-                "--floor is for --allocate global", "leave it out, or allocate globally"
-            )
-
+    # The work
     with _working(quiet) as progress:
         outcome = svdcli.compress(
             model,
             output,
-            recipe,
             plan=plan,
             calibration=calibration,
             reading=reading,
             state_dict=state_dict,
-            carry=tuple(carry or ()),
+            carry=carry or (),
             compute=compute_from(device, threads),
             force=force,
             allow_larger=allow_larger,
             dry_run=dry_run,
             progress=progress,
+            **wanted,
         )
+
+    # What came of it
     if save_plan is not None:
         write_plan(save_plan, outcome.plan)
     _say(outcome, quiet)
     if outcome.refused:
         print_note(f"a run would stop: {outcome.refused}; --allow-larger lets it go on")
     _show_outcome(outcome, _data_stream(output), json_, csv_, quiet, grouped=not every_layer)
-    if outcome.report.failed:
-        from svdcli.files.report import MISSED
+    _check_solvers(outcome.report)
 
-        first, *more = outcome.report.failed
-        others = f" and {len(more)} more" if more else ""
-        missed = "".join(
-            f", and {note}" for note in outcome.report.notes if note.startswith(MISSED)
-        )
-        raise SvdcliError(
-            f"every solver failed on {first}{others}; what failed stayed dense{missed}",
-            "see the report",
+
+def _check_standard_input(inputs: dict[str, str | None]) -> None:
+    piped = [what for what, path in inputs.items() if path == "-"]
+    if len(piped) > 1:
+        raise UsageError(
+            f"standard input cannot be both {piped[0]} and {piped[1]}",
+            "write one of them to a file",
         )
 
 
-# What may stand beside --plan: where to read and write, how to compute, what to show.
-_BESIDE_A_PLAN = {
-    *(
-        "model",
-        "output",
-        "text",
-        "stdlib",
-        "calibration",
-        "samples",
-        "seq_len",
-        "state_dict",
-        "carry",
-    ),
-    *("trust_remote_code", "device", "threads"),
-    *(
-        "plan_file",
-        "save_plan",
-        "dry_run",
-        "force",
-        "allow_larger",
-        "every_layer",
-        "json_",
-        "csv_",
-        "quiet",
-    ),
-}
+def _check_one_format(json_: bool, csv_: bool) -> None:
+    if json_ and csv_:
+        raise UsageError("--json and --csv exclude each other", "choose one")
+
+
+def _check_solvers(report: Report) -> None:
+    """An output with layers on which every solver failed is written, and is an error."""
+    if not report.failed:
+        return
+    from svdcli.files.report import MISSED
+
+    first, *more = report.failed
+    others = f" and {len(more)} more" if more else ""
+    missed = "".join(f", and {note}" for note in report.notes if note.startswith(MISSED))
+    raise SvdcliError(
+        f"every solver failed on {first}{others}; what failed stayed dense{missed}",
+        "see the report",
+    )
 
 
 def _check_nothing_beside_a_plan(context: typer.Context) -> None:
+    from svdcli.plan.recipe import WANTED
+
     for parameter in context.command.params:
         source = context.get_parameter_source(parameter.name or "")
-        if parameter.name not in _BESIDE_A_PLAN and source is not None and source.name != "DEFAULT":
+        if parameter.name in WANTED and source is not None and source.name != "DEFAULT":
             raise UsageError(
                 f"--plan decides by itself, and {parameter.opts[0]} would change nothing",
                 "leave one of them out",
@@ -747,8 +695,7 @@ def heal(
         at_least_one("--steps", steps)
     if minutes is not None and not 0 < minutes < 1e6:
         raise UsageError(f"--minutes {minutes:g} is not a time", "give minutes above 0")
-    if json_ and csv_:
-        raise UsageError("--json and --csv exclude each other", "choose one")
+    _check_one_format(json_, csv_)
     effort = Effort(steps if steps or minutes else 400, None if minutes is None else 60 * minutes)
     texts = _read_text(text, stdlib=stdlib, held_out=False)
     _tell_code(trust_remote_code, output, teacher)
@@ -895,8 +842,7 @@ def _machine(
     """Print JSON or CSV where asked; True where a person's table is wanted instead."""
     from svdcli.render import machine
 
-    if json_ and csv_:
-        raise UsageError("--json and --csv exclude each other", "choose one")
+    _check_one_format(json_, csv_)
     if json_:
         machine.print_json(data, stream)
     elif csv_:

@@ -6,7 +6,7 @@ import json
 import re
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -14,8 +14,54 @@ from svdcli.errors import SvdcliError, UsageError
 from svdcli.plan import words
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from svdcli.engine.executor import Compute
     from svdcli.plan.plan import Plan
+    from svdcli.plan.recipe import Wanted
+
+
+# Sizes --------------------------------------------------------------------------------------------
+
+
+_SIZES = {
+    "": 1,
+    "B": 1,
+    **dict.fromkeys(("K", "KB"), 10**3),
+    **dict.fromkeys(("M", "MB"), 10**6),
+    **dict.fromkeys(("G", "GB"), 10**9),
+    **dict.fromkeys(("T", "TB"), 10**12),
+    "KIB": 2**10,
+    "MIB": 2**20,
+    "GIB": 2**30,
+    "TIB": 2**40,
+}
+
+
+def parse_size(text: str, option: str) -> int:
+    """350MB -> 350000000. KB, MB, GB, TB are powers of 1000, KiB and so on of 1024."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    unit = match[2].upper() if match else ""
+    if match is None or unit not in _SIZES:
+        raise UsageError(f"{option} {text!r} is not a size", "give bytes such as 350MB or 1.5GiB")
+    from fractions import Fraction
+
+    return int(Fraction(match[1]) * _SIZES[unit])
+
+
+def _size(option: str, help_: str) -> Any:
+    def parse(text: str) -> int:
+        return parse_size(text, option)
+
+    return typer.Option(option, help=help_, parser=parse, metavar="SIZE")
+
+
+Size = Annotated[int | None, _size("--size", "Target: bytes of the whole output, such as 350MB.")]
+
+
+MaxShardSize = Annotated[
+    int | None, _size("--max-shard-size", "Largest weight file of a directory, such as 5GB.")
+]
 
 
 # What is read and written -------------------------------------------------------------------------
@@ -262,32 +308,7 @@ SeqLen = Annotated[
 ]
 
 
-_SIZES = {
-    "": 1,
-    "B": 1,
-    **dict.fromkeys(("K", "KB"), 10**3),
-    **dict.fromkeys(("M", "MB"), 10**6),
-    **dict.fromkeys(("G", "GB"), 10**9),
-    **dict.fromkeys(("T", "TB"), 10**12),
-    "KIB": 2**10,
-    "MIB": 2**20,
-    "GIB": 2**30,
-    "TIB": 2**40,
-}
-
-
 # Between argv and values --------------------------------------------------------------------------
-
-
-def parse_size(text: str, option: str) -> int:
-    """350MB -> 350000000. KB, MB, GB, TB are powers of 1000, KiB and so on of 1024."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
-    unit = match[2].upper() if match else ""
-    if match is None or unit not in _SIZES:
-        raise UsageError(f"{option} {text!r} is not a size", "give bytes such as 350MB or 1.5GiB")
-    from fractions import Fraction
-
-    return int(Fraction(match[1]) * _SIZES[unit])
 
 
 def check_samples(samples: int | None) -> None:
@@ -298,6 +319,14 @@ def check_samples(samples: int | None) -> None:
 def at_least_one(option: str, value: int) -> None:
     if value < 1:
         raise UsageError(f"{option} {value} is not a whole number above 0", "give at least 1")
+
+
+def read_wanted(given: Mapping[str, Any]) -> Wanted:
+    """What compress is asked for, out of all that was given to it: both have the same names."""
+    from svdcli.plan.recipe import WANTED
+
+    wanted = {name: value for name, value in given.items() if name in WANTED}
+    return cast("Wanted", wanted | {"layers": read_layers(given["layers"])})
 
 
 def read_layers(path: str | None) -> tuple[str, ...] | None:

@@ -3,6 +3,7 @@ tuple of its values."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal, get_args
 
 Target = Literal["rank", "keep", "size", "energy", "error"]
@@ -24,7 +25,7 @@ METRICS: tuple[Metric, ...] = get_args(Metric)
 DEVICES: tuple[Device, ...] = get_args(Device)
 
 # What a checkpoint calls the dtypes that people ask for.
-STORED_AS: dict[Dtype, str] = {
+STORED_AS: Mapping[str, str] = {
     "float32": "F32",
     "float16": "F16",
     "bfloat16": "BF16",
