@@ -541,12 +541,11 @@ def eval_(
     at_least_one("--samples", samples)
     at_least_one("--new-tokens", new_tokens)
     _tell_code(trust_remote_code, output, against)
-    where = compute_from(device, threads).start()
+    compute = compute_from(device, threads)
     from svdcli.files.dtypes import TORCH_DTYPES
-    from svdcli.verbs.evaluate import evaluate
 
     with _working(quiet) as progress:
-        found = evaluate(
+        found = svdcli.evaluate(
             output,
             texts,
             against=against,
@@ -554,7 +553,7 @@ def eval_(
             samples=samples,
             prompts=prompt or (),
             new_tokens=new_tokens,
-            device=where,
+            compute=compute,
             dtype=None if dtype is None else TORCH_DTYPES[words.STORED_AS[dtype]],
             trust_remote_code=trust_remote_code,
             progress=progress,
@@ -613,14 +612,11 @@ def calibrate(
     if goal.exists() and not force:
         raise SvdcliError(f"{output} exists", "use --force to replace it, or choose another -o")
     _tell_code(trust_remote_code, model)
-    where = compute_from(device, threads).start()
-    from svdcli.verbs.calibrate import calibrate as run
-
     with _working(quiet) as progress:
-        found = run(
+        found = svdcli.calibrate(
             model,
-            texts,
             goal,
+            texts,
             samples=samples,
             seq_len=seq_len,
             gradients=gradients,
@@ -628,7 +624,7 @@ def calibrate(
             include=include or (),
             exclude=exclude or (),
             seed=seed,
-            device=where,
+            compute=compute_from(device, threads),
             trust_remote_code=trust_remote_code,
             announce=_announce(quiet),
             progress=progress,
@@ -687,24 +683,23 @@ def heal(
     Block by block, and then all together. A run that was cut short continues with the block it had
     reached. OUT is not touched.
     """
-    from svdcli.verbs.heal import Effort
-    from svdcli.verbs.heal import heal as run
-
     check_samples(samples)
     if steps is not None:
         at_least_one("--steps", steps)
     if minutes is not None and not 0 < minutes < 1e6:
         raise UsageError(f"--minutes {minutes:g} is not a time", "give minutes above 0")
     _check_one_format(json_, csv_)
-    effort = Effort(steps if steps or minutes else 400, None if minutes is None else 60 * minutes)
+    effort = svdcli.Effort(
+        steps if steps or minutes else 400, None if minutes is None else 60 * minutes
+    )
     texts = _read_text(text, stdlib=stdlib, held_out=False)
     _tell_code(trust_remote_code, output, teacher)
     with _working(quiet) as progress:
-        outcome = run(
+        outcome = svdcli.heal(
             output,
-            teacher,
-            texts,
             healed,
+            teacher=teacher,
+            texts=texts,
             effort=effort,
             samples=samples,
             seq_len=seq_len,
@@ -738,14 +733,13 @@ def export(
     models; batch and sequence lengths are free.
     """
     from svdcli.render import machine
-    from svdcli.verbs.export import export_onnx
 
     _tell_code(trust_remote_code, output)
     with _working(quiet) as progress:
-        found = export_onnx(
+        found = svdcli.export_onnx(
             output,
             onnx,
-            dtype=words.STORED_AS[dtype],
+            dtype=dtype,
             force=force,
             trust_remote_code=trust_remote_code,
             progress=progress,
@@ -792,19 +786,17 @@ def bench(
     take turns.
     """
     from svdcli.render import tables
-    from svdcli.verbs import bench as speed
 
     _tell_code(trust_remote_code, output, against)
     with _working(quiet) as progress:
-        found = speed.bench(
+        found = svdcli.bench(
             output,
             against,
             prompt_tokens=prompt_tokens,
             new_tokens=new_tokens,
             batch=batch,
             rounds=rounds,
-            device=device,
-            threads=threads,
+            compute=compute_from(device, threads),
             trust_remote_code=trust_remote_code,
             progress=progress,
         )

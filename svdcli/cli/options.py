@@ -16,7 +16,7 @@ from svdcli.plan import words
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from svdcli.engine.executor import Compute
+    from svdcli.engine.compute import Compute
     from svdcli.plan.plan import Plan
     from svdcli.plan.recipe import Wanted
 
@@ -341,7 +341,7 @@ def read_layers(path: str | None) -> tuple[str, ...] | None:
 
 
 def compute_from(device: words.Device, threads: int | None) -> Compute:
-    from svdcli.engine.executor import Compute
+    from svdcli.engine.compute import Compute
 
     return Compute(device, threads)
 

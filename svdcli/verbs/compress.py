@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     import torch
     from typing_extensions import Unpack
 
-    from svdcli.engine.executor import Compute
+    from svdcli.engine.compute import Compute
     from svdcli.text.texts import Texts
     from svdcli.verbs.calibrate import Forecast
     from svdcli.verbs.evaluate import Evaluation
@@ -89,7 +89,8 @@ def compress(
     it is called again. One that would not be smaller than its source is an error, unless
     allow_larger. Raises SvdcliError or a child of it, and OSError where the file system refuses.
     """
-    from svdcli.engine.executor import Compute, threads_each
+    from svdcli.engine.compute import Compute
+    from svdcli.engine.executor import threads_each
 
     if calibration is not None and reading is not None:
         raise UsageError("give a calibration or a text, not both", "leave out one of them")
@@ -97,8 +98,9 @@ def compress(
     recipe = _the_recipe(recipe, plan, wanted, calibrated)
     with open_checkpoint(model, state_dict=state_dict, carry=carry) as checkpoint:
         check_source(checkpoint, recipe)
-        device = (compute or Compute()).start()
-        source = _Source(calibration, reading)
+        compute = compute or Compute()
+        device = compute.start()
+        source = _Source(calibration, reading, compute)
         if dry_run:
             return _predict(checkpoint, out, recipe, plan, source, device, progress, allow_larger)
         choice = None if reading is not None else request_of(checkpoint, recipe, plan, calibration)
@@ -107,7 +109,7 @@ def compress(
             with disk_errors(target), workspace.locked():
                 if choice is None:
                     with workspace.beginning():
-                        file = source.file(checkpoint, workspace.folder, recipe, device, progress)
+                        file = source.file(checkpoint, workspace.folder, recipe, progress)
                         choice = request_of(checkpoint, recipe, plan, file)
                 asked = (recipe_to_json(choice.recipe), plan and plan.to_json())
                 same = identity(checkpoint, "compress", *asked, threads_each(device))
@@ -117,7 +119,7 @@ def compress(
             measured, why = (
                 (None, "")
                 if reading is None
-                else _measure(checkpoint, target, reading, device, progress)
+                else _measure(checkpoint, target, reading, compute, progress)
             )
             return Outcome(
                 replace(report, path=str(out)) if out is not None else report,
@@ -149,7 +151,7 @@ def _the_recipe(
 
 
 def _measure(
-    checkpoint: Checkpoint, target: Path, reading: Reading, device: torch.device, progress: Progress
+    checkpoint: Checkpoint, target: Path, reading: Reading, compute: Compute, progress: Progress
 ) -> tuple[Evaluation | None, str]:
     """(how far the output is from the original on the held-out text, why that could not be
     measured)."""
@@ -170,7 +172,7 @@ def _measure(
             against=checkpoint.path,
             seq_len=reading.seq_len,
             samples=_WINDOWS_TO_MEASURE,
-            device=device,
+            compute=compute,
             trust_remote_code=reading.trust_remote_code,
             progress=progress,
         ), ""
@@ -200,7 +202,7 @@ def _predict(
             checkpoint,
             recipe,
             plan,
-            source.file(checkpoint, Path(folder), recipe, device, progress),
+            source.file(checkpoint, Path(folder), recipe, progress),
         )
         name = None if checkpoint.is_directory else out_path(checkpoint, out, ".svd", "-svd").name
         decided = make_plan(checkpoint, choice, name, device, None, progress)
@@ -217,13 +219,13 @@ class _Source:
 
     path: str | Path | None
     reading: Reading | None
+    compute: Compute
 
     def file(
         self,
         checkpoint: Checkpoint,
         folder: Path,
         recipe: Recipe,
-        device: torch.device,
         progress: Progress,
     ) -> str | Path | None:
         """The file of moments; one of the same text that an earlier run left in `folder` is used
@@ -239,12 +241,12 @@ class _Source:
         if not found.exists():
             calibrate(
                 checkpoint.path,
-                reading.texts,
                 found,
+                reading.texts,
                 samples=reading.samples,
                 seq_len=reading.seq_len,
                 gradients=gradients,
-                device=device,
+                compute=self.compute,
                 trust_remote_code=reading.trust_remote_code,
                 announce=reading.announce,
                 progress=progress,
