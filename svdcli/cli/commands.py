@@ -17,24 +17,37 @@ from svdcli.cli.options import (
     AgainstToBench,
     AgainstToEval,
     AgainstToVerify,
+    Allocate,
+    AllowLarger,
+    CalibrationFile,
+    Carry,
     Csv,
     CsvOfMeasures,
     Device,
+    DryRun,
     DtypeOfFactors,
     DtypeOfOnnx,
     DtypeToEval,
+    Energy,
+    Error,
     EveryLayer,
     Exclude,
+    Floor,
     Force,
     Group,
     Include,
     Json,
     JsonBesidePipe,
+    Keep,
     LayersFrom,
+    Layout,
     MaxShardSize,
+    Metric,
     Model,
+    MultipleOf,
     NewTokensToBench,
     NewTokensToEval,
+    Nonfinite,
     Out,
     OutOfCalibrate,
     OutOfHeal,
@@ -43,14 +56,19 @@ from svdcli.cli.options import (
     OutputOrNewest,
     OutputOrPipe,
     OutputWithFactors,
+    PlanFile,
     Quiet,
+    Rank,
     Samples,
     SamplesToEval,
+    SavePlan,
     SeedOfLabels,
     SeedOfOrder,
     SeedOfSolver,
+    SelfContained,
     SeqLen,
     Size,
+    Solver,
     StateDict,
     Stdlib,
     Text,
@@ -65,6 +83,7 @@ from svdcli.cli.options import (
     read_wanted,
     write_plan,
 )
+from svdcli.cli.panels import PanelledCommand
 from svdcli.cli.process import (
     interruptible,
     one_line_errors,
@@ -122,109 +141,40 @@ def compress(
     context: typer.Context,
     model: Model,
     output: Out = None,
-    rank: Annotated[
-        int | None, typer.Option("--rank", help="Target: this rank in every layer.")
-    ] = None,
-    keep: Annotated[
-        float | None,
-        typer.Option(
-            "--keep", help="Target: share of the selected layers' parameters that remain."
-        ),
-    ] = None,
+    rank: Rank = None,
+    keep: Keep = None,
     size: Size = None,
-    energy: Annotated[
-        float | None,
-        typer.Option(
-            "--energy", help="Target: share of each layer's squared singular values to keep."
-        ),
-    ] = None,
-    error: Annotated[
-        float | None,
-        typer.Option("--error", help="Target: relative Frobenius error that no layer exceeds."),
-    ] = None,
+    energy: Energy = None,
+    error: Error = None,
     text: Text = None,
     stdlib: Stdlib = False,
-    calibration: Annotated[
-        str | None,
-        typer.Option(
-            "--calibration", help="Count errors by this file of `svdcli calibrate`.", metavar="FILE"
-        ),
-    ] = None,
-    metric: Annotated[
-        words.Metric, typer.Option("--metric", help="How much of a calibration counts.")
-    ] = "auto",
+    calibration: CalibrationFile = None,
+    metric: Metric = "auto",
     samples: Samples = None,
     seq_len: SeqLen = None,
     trust_remote_code: TrustCode = False,
-    allocate: Annotated[
-        words.Allocation | None,
-        typer.Option(
-            "--allocate",
-            help="Ranks evenly, or where they are worth most (uniform; with text: global).",
-        ),
-    ] = None,
-    floor: Annotated[
-        float | None,
-        typer.Option(
-            "--floor",
-            help="With global: least rank, as a share of the uniform one (0.6; with text: 0).",
-        ),
-    ] = None,
-    multiple_of: Annotated[
-        int, typer.Option("--multiple-of", help="Only ranks that are multiples of this.")
-    ] = 1,
+    allocate: Allocate = None,
+    floor: Floor = None,
+    multiple_of: MultipleOf = 1,
     include: Include = None,
     exclude: Exclude = None,
     layers: LayersFrom = None,
     state_dict: StateDict = None,
-    carry: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--carry",
-            help="Take files that match this glob along, although they would be left out. "
-            "Repeatable.",
-        ),
-    ] = None,
-    layout: Annotated[
-        words.Layout | None,
-        typer.Option("--layout", help="How factors are stored (factored; with text: pivoted)."),
-    ] = None,
+    carry: Carry = None,
+    layout: Layout = None,
     dtype: DtypeOfFactors = None,
-    solver: Annotated[
-        words.Solver, typer.Option("--solver", help="How factors are computed.")
-    ] = "auto",
+    solver: Solver = "auto",
     device: Device = "auto",
     seed: SeedOfSolver = 0,
     threads: Threads = None,
     max_shard_size: MaxShardSize = None,
-    self_contained: Annotated[
-        bool,
-        typer.Option(
-            "--self-contained",
-            help="Add a Python file that opens the directory where svdcli is not installed.",
-        ),
-    ] = False,
-    nonfinite: Annotated[
-        words.OnNonfinite,
-        typer.Option("--nonfinite", help="NaN or infinity in a layer: stop, or leave it dense."),
-    ] = "error",
-    plan_file: Annotated[
-        str | None, typer.Option("--plan", help="Run this saved plan again.", metavar="FILE")
-    ] = None,
-    save_plan: Annotated[
-        str | None, typer.Option("--save-plan", help="Write the plan as JSON.", metavar="FILE")
-    ] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Only print the plan and its exact size.")
-    ] = False,
+    self_contained: SelfContained = False,
+    nonfinite: Nonfinite = "error",
+    plan_file: PlanFile = None,
+    save_plan: SavePlan = None,
+    dry_run: DryRun = False,
     force: Force = False,
-    allow_larger: Annotated[
-        bool,
-        typer.Option(
-            "--allow-larger",
-            help="Write an output that is not smaller than MODEL, which else is an error.",
-        ),
-    ] = False,
+    allow_larger: AllowLarger = False,
     every_layer: EveryLayer = False,
     json_: JsonBesidePipe = False,
     csv_: Csv = False,
@@ -918,6 +868,8 @@ def main() -> None:
 
 
 _COMMANDS = list(app.registered_commands)
+for _command in _COMMANDS:
+    _command.cls = PanelledCommand
 
 
 def _leave_out_other_commands() -> None:

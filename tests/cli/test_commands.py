@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 import svdcli
 from svdcli import Recipe
 from svdcli.cli.options import parse_size
+from svdcli.cli.panels import PANELS
 from svdcli.errors import UsageError
 from svdcli.plan import words
 from svdcli.render.bars import progress_on
@@ -339,6 +340,16 @@ def test_the_list_of_commands_says_whole_sentences() -> None:
     commands = re.findall(r"^  [a-z]+ +([A-Z].*)$", shown.split("Commands:")[1], re.MULTILINE)
     assert len(commands) >= 11
     assert all(line.endswith(".") and not line.endswith("..") for line in commands)
+
+
+@pytest.mark.parametrize("width", [60, 80, 100])
+def test_help_lists_the_options_panel_by_panel(width: int) -> None:
+    shown = cli("compress", "--help", env={"COLUMNS": str(width)}).out.decode()
+    assert re.findall(r"^(\w+):$", shown, re.MULTILINE) == ["Arguments", *PANELS]
+    assert re.search(r"Storage:\n(  .*\n)*  --layout", shown)
+    assert max(map(len, shown.splitlines())) <= width
+    assert shown.isascii()
+    assert "\x1b" not in shown
 
 
 DTYPES = get_args(words.Dtype)
