@@ -6,34 +6,50 @@ from svdcli.version import __version__
 # milliseconds.
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from svdcli.engine.executor import Compute
+    from svdcli.engine.compute import Compute
     from svdcli.errors import SvdcliError
+    from svdcli.files.report import Report
     from svdcli.healing.blocks import Effort
     from svdcli.models.load import load
     from svdcli.plan.plan import Plan
     from svdcli.plan.recipe import Recipe
     from svdcli.text.texts import Texts, read_texts
-    from svdcli.verbs.calibrate import calibrate
+    from svdcli.verbs.bench import Bench, bench
+    from svdcli.verbs.calibrate import Calibrated, Forecast, calibrate
     from svdcli.verbs.compress import Reading, compress
+    from svdcli.verbs.evaluate import Evaluation, evaluate
     from svdcli.verbs.expand import expand
-    from svdcli.verbs.export import export_onnx
+    from svdcli.verbs.export import Exported, export_onnx
     from svdcli.verbs.heal import heal
-    from svdcli.verbs.inspect import inspect
+    from svdcli.verbs.inspect import Inspection, inspect
+    from svdcli.verbs.outcome import Outcome
     from svdcli.verbs.report import report
-    from svdcli.verbs.spectrum import spectrum
-    from svdcli.verbs.verify import verify
+    from svdcli.verbs.spectrum import Spectrum, spectrum
+    from svdcli.verbs.verify import Verification, verify
 
 __all__ = [
+    "Bench",
+    "Calibrated",
     "Compute",
     "Effort",
+    "Evaluation",
+    "Exported",
+    "Forecast",
+    "Inspection",
+    "Outcome",
     "Plan",
     "Reading",
     "Recipe",
+    "Report",
+    "Spectrum",
     "SvdcliError",
     "Texts",
+    "Verification",
     "__version__",
+    "bench",
     "calibrate",
     "compress",
+    "evaluate",
     "expand",
     "export_onnx",
     "heal",
@@ -46,28 +62,26 @@ __all__ = [
 ]
 
 _HOMES = {
-    "svdcli.engine.executor": ("Compute",),
+    "svdcli.engine.compute": ("Compute",),
     "svdcli.errors": ("SvdcliError",),
+    "svdcli.files.report": ("Report",),
     "svdcli.healing.blocks": ("Effort",),
     "svdcli.models.load": ("load",),
     "svdcli.plan.plan": ("Plan",),
     "svdcli.plan.recipe": ("Recipe",),
-    "svdcli.text.texts": (
-        "Texts",
-        "read_texts",
-    ),
-    "svdcli.verbs.calibrate": ("calibrate",),
-    "svdcli.verbs.compress": (
-        "Reading",
-        "compress",
-    ),
+    "svdcli.text.texts": ("Texts", "read_texts"),
+    "svdcli.verbs.bench": ("Bench", "bench"),
+    "svdcli.verbs.calibrate": ("Calibrated", "Forecast", "calibrate"),
+    "svdcli.verbs.compress": ("Reading", "compress"),
+    "svdcli.verbs.evaluate": ("Evaluation", "evaluate"),
     "svdcli.verbs.expand": ("expand",),
-    "svdcli.verbs.export": ("export_onnx",),
+    "svdcli.verbs.export": ("Exported", "export_onnx"),
     "svdcli.verbs.heal": ("heal",),
-    "svdcli.verbs.inspect": ("inspect",),
+    "svdcli.verbs.inspect": ("Inspection", "inspect"),
+    "svdcli.verbs.outcome": ("Outcome",),
     "svdcli.verbs.report": ("report",),
-    "svdcli.verbs.spectrum": ("spectrum",),
-    "svdcli.verbs.verify": ("verify",),
+    "svdcli.verbs.spectrum": ("Spectrum", "spectrum"),
+    "svdcli.verbs.verify": ("Verification", "verify"),
 }
 
 

@@ -4,6 +4,7 @@ must tell."""
 from __future__ import annotations
 
 import ast
+import inspect
 import os
 import re
 import subprocess
@@ -154,6 +155,20 @@ def test_public_names_have_docstrings() -> None:
 
     for name in svdcli.__all__:
         assert getattr(svdcli, name).__doc__ or name == "__version__"
+
+
+def test_verbs_name_their_arguments_alike() -> None:
+    """First what is read; `out` for what is written; `compute` for where the mathematics runs."""
+    import svdcli
+
+    verbs = [path.stem for path in (PACKAGE / "verbs").glob("*.py")]
+    public = [name for name in (*verbs, "export_onnx") if name in svdcli.__all__]
+    assert set(verbs) - set(public) == {"__init__", "export", "outcome"}
+    for name in public:
+        arguments = list(inspect.signature(getattr(svdcli, name)).parameters)
+        assert arguments[0] in ("model", "output"), name
+        assert "out" not in arguments or arguments[1] == "out", name
+        assert not {"device", "threads"} & set(arguments), name
 
 
 @pytest.mark.parametrize(

@@ -14,19 +14,61 @@ import typer
 
 import svdcli
 from svdcli.cli.options import (
+    AgainstToBench,
+    AgainstToEval,
+    AgainstToVerify,
+    Allocate,
+    AllowLarger,
+    CalibrationFile,
+    Carry,
     Csv,
+    CsvOfMeasures,
     Device,
+    DryRun,
+    DtypeOfFactors,
+    DtypeOfOnnx,
+    DtypeToEval,
+    Energy,
+    Error,
+    EveryLayer,
     Exclude,
+    Floor,
     Force,
+    Group,
     Include,
     Json,
+    JsonBesidePipe,
+    Keep,
     LayersFrom,
+    Layout,
+    MaxShardSize,
+    Metric,
     Model,
+    MultipleOf,
+    NewTokensToBench,
+    NewTokensToEval,
+    Nonfinite,
     Out,
+    OutOfCalibrate,
+    OutOfHeal,
     Output,
+    OutputOrModel,
+    OutputOrNewest,
+    OutputOrPipe,
+    OutputWithFactors,
+    PlanFile,
     Quiet,
+    Rank,
     Samples,
+    SamplesToEval,
+    SavePlan,
+    SeedOfLabels,
+    SeedOfOrder,
+    SeedOfSolver,
+    SelfContained,
     SeqLen,
+    Size,
+    Solver,
     StateDict,
     Stdlib,
     Text,
@@ -36,13 +78,12 @@ from svdcli.cli.options import (
     check_plan_path,
     check_samples,
     compute_from,
-    dtypes,
-    parse_dtype,
-    parse_size,
     read_layers,
     read_plan,
+    read_wanted,
     write_plan,
 )
+from svdcli.cli.panels import PanelledCommand
 from svdcli.cli.process import (
     interruptible,
     one_line_errors,
@@ -57,6 +98,8 @@ from svdcli.version import __version__
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
+    from svdcli.files.report import Report
+    from svdcli.plan.recipe import Wanted
     from svdcli.progress import Progress
     from svdcli.text.texts import Texts
     from svdcli.verbs.calibrate import Forecast
@@ -98,268 +141,130 @@ def compress(
     context: typer.Context,
     model: Model,
     output: Out = None,
-    rank: Annotated[
-        int | None, typer.Option("--rank", help="Target: this rank in every layer.")
-    ] = None,
-    keep: Annotated[
-        float | None,
-        typer.Option(
-            "--keep", help="Target: share of the selected layers' parameters that remain."
-        ),
-    ] = None,
-    size: Annotated[
-        str | None, typer.Option("--size", help="Target: bytes of the whole output, such as 350MB.")
-    ] = None,
-    energy: Annotated[
-        float | None,
-        typer.Option(
-            "--energy", help="Target: share of each layer's squared singular values to keep."
-        ),
-    ] = None,
-    error: Annotated[
-        float | None,
-        typer.Option("--error", help="Target: relative Frobenius error that no layer exceeds."),
-    ] = None,
+    rank: Rank = None,
+    keep: Keep = None,
+    size: Size = None,
+    energy: Energy = None,
+    error: Error = None,
     text: Text = None,
     stdlib: Stdlib = False,
-    calibration: Annotated[
-        str | None,
-        typer.Option(
-            "--calibration", help="Count errors by this file of `svdcli calibrate`.", metavar="FILE"
-        ),
-    ] = None,
-    metric: Annotated[
-        words.Metric, typer.Option("--metric", help="How much of a calibration counts.")
-    ] = "auto",
+    calibration: CalibrationFile = None,
+    metric: Metric = "auto",
     samples: Samples = None,
     seq_len: SeqLen = None,
     trust_remote_code: TrustCode = False,
-    allocate: Annotated[
-        words.Allocation | None,
-        typer.Option(
-            "--allocate",
-            help="Ranks evenly, or where they are worth most (uniform; with text: global).",
-        ),
-    ] = None,
-    floor: Annotated[
-        float | None,
-        typer.Option(
-            "--floor",
-            help="With global: least rank, as a share of the uniform one (0.6; with text: 0).",
-        ),
-    ] = None,
-    multiple_of: Annotated[
-        int, typer.Option("--multiple-of", help="Only ranks that are multiples of this.")
-    ] = 1,
+    allocate: Allocate = None,
+    floor: Floor = None,
+    multiple_of: MultipleOf = 1,
     include: Include = None,
     exclude: Exclude = None,
-    layers_from: LayersFrom = None,
+    layers: LayersFrom = None,
     state_dict: StateDict = None,
-    carry: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--carry",
-            help="Take files that match this glob along, although they would be left out. "
-            "Repeatable.",
-        ),
-    ] = None,
-    layout: Annotated[
-        words.Layout | None,
-        typer.Option("--layout", help="How factors are stored (factored; with text: pivoted)."),
-    ] = None,
-    dtype: Annotated[
-        str | None,
-        typer.Option(
-            "--dtype",
-            help="Of the factors: float32, float16, bfloat16 or float64; by default the source's.",
-            autocompletion=dtypes,
-        ),
-    ] = None,
-    solver: Annotated[
-        words.Solver, typer.Option("--solver", help="How factors are computed.")
-    ] = "auto",
+    carry: Carry = None,
+    layout: Layout = None,
+    dtype: DtypeOfFactors = None,
+    solver: Solver = "auto",
     device: Device = "auto",
-    seed: Annotated[int, typer.Option("--seed", help="Seed of the randomized solver.")] = 0,
+    seed: SeedOfSolver = 0,
     threads: Threads = None,
-    max_shard_size: Annotated[
-        str | None,
-        typer.Option("--max-shard-size", help="Largest weight file of a directory, such as 5GB."),
-    ] = None,
-    self_contained: Annotated[
-        bool,
-        typer.Option(
-            "--self-contained",
-            help="Add a Python file that opens the directory where svdcli is not installed.",
-        ),
-    ] = False,
-    nonfinite: Annotated[
-        words.OnNonfinite,
-        typer.Option("--nonfinite", help="NaN or infinity in a layer: stop, or leave it dense."),
-    ] = "error",
-    plan_file: Annotated[
-        str | None, typer.Option("--plan", help="Run this saved plan again.", metavar="FILE")
-    ] = None,
-    save_plan: Annotated[
-        str | None, typer.Option("--save-plan", help="Write the plan as JSON.", metavar="FILE")
-    ] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Only print the plan and its exact size.")
-    ] = False,
+    max_shard_size: MaxShardSize = None,
+    self_contained: SelfContained = False,
+    nonfinite: Nonfinite = "error",
+    plan_file: PlanFile = None,
+    save_plan: SavePlan = None,
+    dry_run: DryRun = False,
     force: Force = False,
-    allow_larger: Annotated[
-        bool,
-        typer.Option(
-            "--allow-larger",
-            help="Write an output that is not smaller than MODEL, which else is an error.",
-        ),
-    ] = False,
-    every_layer: Annotated[
-        bool,
-        typer.Option("--every-layer", help="A table line for every layer, not for every kind."),
-    ] = False,
-    json_: Annotated[
-        bool,
-        typer.Option("--json", help="Print JSON on standard output; with -o - on standard error."),
-    ] = False,
+    allow_larger: AllowLarger = False,
+    every_layer: EveryLayer = False,
+    json_: JsonBesidePipe = False,
     csv_: Csv = False,
     quiet: Quiet = False,
 ) -> None:
-    """Factor the selected layers of MODEL and write a smaller checkpoint.
+    """Factor the layers of MODEL and write a smaller checkpoint.
 
     Give exactly one target (or --plan). The output is MODEL's stem with .svd.safetensors, or its
     name with -svd.
     """
-    targets: dict[words.Target, float | None] = {
-        "rank": rank,
-        "keep": keep,
-        "size": None if size is None else parse_size(size, "--size"),
-        "energy": energy,
-        "error": error,
-    }
-    given = [(name, float(value)) for name, value in targets.items() if value is not None]
-    inputs = {"the model": model, "the list of layers": layers_from, "the text": text}
-    piped = [what for what, path in inputs.items() if path == "-"]
-    if len(piped) > 1:
-        raise UsageError(
-            f"standard input cannot be both {piped[0]} and {piped[1]}",
-            "write one of them to a file",
-        )
-    if json_ and csv_:
-        raise UsageError("--json and --csv exclude each other", "choose one")
+    # What was asked
+    _check_standard_input({"the model": model, "the list of layers": layers, "the text": text})
+    _check_one_format(json_, csv_)
     if save_plan is not None:
         check_plan_path(Path(save_plan), model, output)
     reading = None
     if text or stdlib:
         _tell_code(trust_remote_code, model)
         reading = _reading(text, stdlib, samples, seq_len, trust_remote_code, quiet)
-    calibrated = reading is not None or calibration is not None
-    recipe = plan = None
-    if plan_file is not None:
+    plan = None
+    wanted: Wanted = {}
+    if plan_file is None:
+        wanted = read_wanted(context.params)
+    else:
         _check_nothing_beside_a_plan(context)
         plan = read_plan(plan_file)
-    else:
-        if len(given) != 1:
-            names = ", ".join(f"--{name}" for name in targets)
-            raise UsageError(
-                f"give exactly one target, not {len(given)}", f"one of {names}, or --plan"
-            )
-        [(target, value)] = given
-        from svdcli.plan.recipe import Recipe, best_defaults
 
-        defaults = best_defaults(target, calibrated=calibrated)
-        recipe = Recipe(
-            target=target,
-            value=value,
-            allocate=allocate or defaults["allocate"],
-            floor=defaults["floor"] if floor is None else floor,
-            multiple_of=multiple_of,
-            include=tuple(include or ()),
-            exclude=tuple(exclude or ()),
-            layers=read_layers(layers_from),
-            layout=layout or defaults["layout"],
-            dtype=parse_dtype(dtype),
-            solver=solver,
-            seed=seed,
-            nonfinite=nonfinite,
-            max_shard_size=None
-            if max_shard_size is None
-            else parse_size(max_shard_size, "--max-shard-size"),
-            self_contained=self_contained,
-            metric=metric,
-        )
-        if floor is not None and recipe.allocate != "global":
-            raise UsageError(
-                "--floor is for --allocate global", "leave it out, or allocate globally"
-            )
-
+    # The work
     with _working(quiet) as progress:
         outcome = svdcli.compress(
             model,
             output,
-            recipe,
             plan=plan,
             calibration=calibration,
             reading=reading,
             state_dict=state_dict,
-            carry=tuple(carry or ()),
+            carry=carry or (),
             compute=compute_from(device, threads),
             force=force,
             allow_larger=allow_larger,
             dry_run=dry_run,
             progress=progress,
+            **wanted,
         )
+
+    # What came of it
     if save_plan is not None:
         write_plan(save_plan, outcome.plan)
     _say(outcome, quiet)
     if outcome.refused:
         print_note(f"a run would stop: {outcome.refused}; --allow-larger lets it go on")
     _show_outcome(outcome, _data_stream(output), json_, csv_, quiet, grouped=not every_layer)
-    if outcome.report.failed:
-        from svdcli.files.report import MISSED
+    _check_solvers(outcome.report)
 
-        first, *more = outcome.report.failed
-        others = f" and {len(more)} more" if more else ""
-        missed = "".join(
-            f", and {note}" for note in outcome.report.notes if note.startswith(MISSED)
-        )
-        raise SvdcliError(
-            f"every solver failed on {first}{others}; what failed stayed dense{missed}",
-            "see the report",
+
+def _check_standard_input(inputs: dict[str, str | None]) -> None:
+    piped = [what for what, path in inputs.items() if path == "-"]
+    if len(piped) > 1:
+        raise UsageError(
+            f"standard input cannot be both {piped[0]} and {piped[1]}",
+            "write one of them to a file",
         )
 
 
-# What may stand beside --plan: where to read and write, how to compute, what to show.
-_BESIDE_A_PLAN = {
-    *(
-        "model",
-        "output",
-        "text",
-        "stdlib",
-        "calibration",
-        "samples",
-        "seq_len",
-        "state_dict",
-        "carry",
-    ),
-    *("trust_remote_code", "device", "threads"),
-    *(
-        "plan_file",
-        "save_plan",
-        "dry_run",
-        "force",
-        "allow_larger",
-        "every_layer",
-        "json_",
-        "csv_",
-        "quiet",
-    ),
-}
+def _check_one_format(json_: bool, csv_: bool) -> None:
+    if json_ and csv_:
+        raise UsageError("--json and --csv exclude each other", "choose one")
+
+
+def _check_solvers(report: Report) -> None:
+    """An output with layers on which every solver failed is written, and is an error."""
+    if not report.failed:
+        return
+    from svdcli.files.report import MISSED
+
+    first, *more = report.failed
+    others = f" and {len(more)} more" if more else ""
+    missed = "".join(f", and {note}" for note in report.notes if note.startswith(MISSED))
+    raise SvdcliError(
+        f"every solver failed on {first}{others}; what failed stayed dense{missed}",
+        "see the report",
+    )
 
 
 def _check_nothing_beside_a_plan(context: typer.Context) -> None:
+    from svdcli.plan.recipe import WANTED
+
     for parameter in context.command.params:
         source = context.get_parameter_source(parameter.name or "")
-        if parameter.name not in _BESIDE_A_PLAN and source is not None and source.name != "DEFAULT":
+        if parameter.name in WANTED and source is not None and source.name != "DEFAULT":
             raise UsageError(
                 f"--plan decides by itself, and {parameter.opts[0]} would change nothing",
                 "leave one of them out",
@@ -415,18 +320,12 @@ def _say(outcome: Outcome, quiet: bool) -> None:
     "relative_error}'"
 )
 def report(
-    output: Output = None,
-    group: Annotated[
-        bool | None,
-        typer.Option(
-            "--group/--every-layer",
-            help="A line for each kind of layer, or for each; kinds where layers are many.",
-        ),
-    ] = None,
+    output: OutputOrNewest = None,
+    group: Group = None,
     json_: Json = False,
     csv_: Csv = False,
 ) -> None:
-    """Show what an output saved and what it cost: layer by layer, and in all.
+    """Show what an output saved and cost, by layer and in all.
 
     Without OUT the newest output in the current folder; - reads one from standard input.
     """
@@ -453,7 +352,10 @@ def inspect(
     json_: Json = False,
     csv_: Csv = False,
 ) -> None:
-    """List what is in MODEL, which layers compress would select, and up to which rank they gain."""
+    """List what is in MODEL and which layers compress would select.
+
+    Each layer with the rank up to which it gains.
+    """
     from svdcli.render import machine, tables
 
     found = svdcli.inspect(
@@ -478,8 +380,10 @@ def spectrum(
     csv_: Csv = False,
     quiet: Quiet = False,
 ) -> None:
-    """Measure each selected layer's singular values: effective rank, rank for 90, 95 and 99 % of
-    the energy, decay."""
+    """Measure the singular values of each selected layer.
+
+    Effective rank, rank for 90, 95 and 99 % of the energy, decay.
+    """
     from svdcli.render import tables
 
     with _working(quiet) as progress:
@@ -498,15 +402,15 @@ def spectrum(
 
 @app.command(epilog="Example: svdcli expand my-llm-svd -o my-llm-dense")
 def expand(
-    output: Annotated[
-        str, typer.Argument(help="What compress wrote, or - for standard input.", metavar="OUT")
-    ],
+    output: OutputOrPipe,
     dense: Out = None,
     force: Force = False,
     quiet: Quiet = False,
 ) -> None:
-    """Turn an output of compress back into an ordinary checkpoint: original names, shapes and
-    dtypes."""
+    """Turn an output of compress back into a dense checkpoint.
+
+    It has the original names, shapes and dtypes, and any loader opens it.
+    """
 
     with _working(quiet) as progress:
         path = svdcli.expand(output, dense, force=force, progress=progress)
@@ -516,21 +420,16 @@ def expand(
 
 @app.command(epilog="Example: svdcli verify my-llm-svd --against my-llm")
 def verify(
-    output: Annotated[str, typer.Argument(help="What compress wrote.", metavar="OUT")],
-    against: Annotated[
-        str | None,
-        typer.Option(
-            "--against",
-            help="The original: recompute errors, compare what was copied.",
-            metavar="MODEL",
-        ),
-    ] = None,
+    output: Output,
+    against: AgainstToVerify = None,
     json_: Json = False,
     csv_: Csv = False,
     quiet: Quiet = False,
 ) -> None:
-    """Check that an output still holds what its record says: SHA-256, headers, plan; and errors
-    against the original."""
+    """Check that an output still holds what its record says.
+
+    SHA-256, headers and plan; against the original also the errors and the copies.
+    """
     from svdcli.render import tables
 
     with _working(quiet) as progress:
@@ -561,22 +460,11 @@ def verify(
     name="eval",
 )
 def eval_(
-    output: Annotated[
-        str, typer.Argument(help="What compress wrote, or any model directory.", metavar="OUT")
-    ],
-    against: Annotated[
-        str | None,
-        typer.Option(
-            "--against",
-            help="The original: adds excess loss, KL divergence, agreement.",
-            metavar="MODEL",
-        ),
-    ] = None,
+    output: OutputOrModel,
+    against: AgainstToEval = None,
     text: Text = None,
     stdlib: Stdlib = False,
-    samples: Annotated[
-        int, typer.Option("--samples", help="Windows of text, or sentences, spread evenly over it.")
-    ] = 128,
+    samples: SamplesToEval = 128,
     seq_len: SeqLen = None,
     trust_remote_code: TrustCode = False,
     prompt: Annotated[
@@ -585,41 +473,29 @@ def eval_(
             "--prompt", help="Print both continuations of this, side by side. Repeatable."
         ),
     ] = None,
-    new_tokens: Annotated[
-        int, typer.Option("--new-tokens", help="Length of the continuations.")
-    ] = 48,
-    dtype: Annotated[
-        str | None,
-        typer.Option(
-            "--dtype",
-            help="Compute in float32, float16, bfloat16 or float64; "
-            "by default float32 for small models on a CPU, else as stored.",
-            autocompletion=dtypes,
-        ),
-    ] = None,
+    new_tokens: NewTokensToEval = 48,
+    dtype: DtypeToEval = None,
     device: Device = "auto",
     threads: Threads = None,
     json_: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Measure a compressed model on text: perplexity with its error, and the distance from the
-    original.
+    """Measure on text how good a model is, beside its original.
 
-    Encoders are compared by the cosine similarity of their sentence embeddings.
+    Perplexity with its error, and the distance from the original. Encoders are compared by the
+    cosine similarity of their sentence embeddings.
     """
     from svdcli.render import machine, tables
 
     texts = _read_text(text, stdlib=stdlib, held_out=True) if text or stdlib or not prompt else None
     at_least_one("--samples", samples)
     at_least_one("--new-tokens", new_tokens)
-    computed_in = parse_dtype(dtype)
     _tell_code(trust_remote_code, output, against)
-    where = compute_from(device, threads).start()
+    compute = compute_from(device, threads)
     from svdcli.files.dtypes import TORCH_DTYPES
-    from svdcli.verbs.evaluate import evaluate
 
     with _working(quiet) as progress:
-        found = evaluate(
+        found = svdcli.evaluate(
             output,
             texts,
             against=against,
@@ -627,8 +503,8 @@ def eval_(
             samples=samples,
             prompts=prompt or (),
             new_tokens=new_tokens,
-            device=where,
-            dtype=None if computed_in is None else TORCH_DTYPES[computed_in],
+            compute=compute,
+            dtype=None if dtype is None else TORCH_DTYPES[words.STORED_AS[dtype]],
             trust_remote_code=trust_remote_code,
             progress=progress,
         )
@@ -641,9 +517,7 @@ def eval_(
 @app.command(epilog="Example: svdcli calibrate my-llm --text corpus/ -o stats.safetensors")
 def calibrate(
     model: Model,
-    output: Annotated[
-        str, typer.Option("-o", "--output", help="The file of moments to write.", metavar="FILE")
-    ],
+    output: OutOfCalibrate,
     text: Text = None,
     stdlib: Stdlib = False,
     samples: Samples = None,
@@ -664,17 +538,17 @@ def calibrate(
     ] = False,
     include: Include = None,
     exclude: Exclude = None,
-    seed: Annotated[int, typer.Option("--seed", help="Seed of the sampled labels.")] = 0,
+    seed: SeedOfLabels = 0,
     device: Device = "auto",
     threads: Threads = None,
     force: Force = False,
     json_: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Read text with MODEL and write what its layers see and how much their outputs matter, for
-    compress --calibration.
+    """Read text with MODEL and write what its layers see.
 
-    The model is in memory a block at a time.
+    And how much their outputs matter: what compress --calibration takes. The model is in memory a
+    block at a time.
     """
     from svdcli.render import machine, words
 
@@ -688,14 +562,11 @@ def calibrate(
     if goal.exists() and not force:
         raise SvdcliError(f"{output} exists", "use --force to replace it, or choose another -o")
     _tell_code(trust_remote_code, model)
-    where = compute_from(device, threads).start()
-    from svdcli.verbs.calibrate import calibrate as run
-
     with _working(quiet) as progress:
-        found = run(
+        found = svdcli.calibrate(
             model,
-            texts,
             goal,
+            texts,
             samples=samples,
             seq_len=seq_len,
             gradients=gradients,
@@ -703,7 +574,7 @@ def calibrate(
             include=include or (),
             exclude=exclude or (),
             seed=seed,
-            device=where,
+            compute=compute_from(device, threads),
             trust_remote_code=trust_remote_code,
             announce=_announce(quiet),
             progress=progress,
@@ -724,18 +595,11 @@ def calibrate(
 
 @app.command(epilog="Example: svdcli heal my-llm-svd --teacher my-llm --text corpus/ --minutes 30")
 def heal(
-    output: Annotated[
-        str, typer.Argument(help="What compress wrote, factored or pivoted.", metavar="OUT")
-    ],
+    output: OutputWithFactors,
     teacher: Annotated[str, typer.Option("--teacher", help="The original.", metavar="MODEL")],
     text: Text = None,
     stdlib: Stdlib = False,
-    healed: Annotated[
-        str | None,
-        typer.Option(
-            "-o", "--output", help="Where to write; by default OUT with -healed.", metavar="PATH"
-        ),
-    ] = None,
+    healed: OutOfHeal = None,
     minutes: Annotated[float | None, typer.Option("--minutes", help="Time for all of it.")] = None,
     steps: Annotated[
         int | None,
@@ -755,44 +619,37 @@ def heal(
             metavar="SHARE",
         ),
     ] = None,
-    seed: Annotated[
-        int, typer.Option("--seed", help="Seed of the order in which text is read.")
-    ] = 0,
+    seed: SeedOfOrder = 0,
     device: Device = "auto",
     threads: Threads = None,
     force: Force = False,
-    every_layer: Annotated[
-        bool,
-        typer.Option("--every-layer", help="A table line for every layer, not for every kind."),
-    ] = False,
+    every_layer: EveryLayer = False,
     json_: Json = False,
     csv_: Csv = False,
     quiet: Quiet = False,
 ) -> None:
-    """Refine the factors of OUT, block by block and then all together, so that they answer as the
-    original does.
+    """Refine the factors of OUT to answer as the original does.
 
-    A run that was cut short continues with the block it had reached. OUT is not touched.
+    Block by block, and then all together. A run that was cut short continues with the block it had
+    reached. OUT is not touched.
     """
-    from svdcli.verbs.heal import Effort
-    from svdcli.verbs.heal import heal as run
-
     check_samples(samples)
     if steps is not None:
         at_least_one("--steps", steps)
     if minutes is not None and not 0 < minutes < 1e6:
         raise UsageError(f"--minutes {minutes:g} is not a time", "give minutes above 0")
-    if json_ and csv_:
-        raise UsageError("--json and --csv exclude each other", "choose one")
-    effort = Effort(steps if steps or minutes else 400, None if minutes is None else 60 * minutes)
+    _check_one_format(json_, csv_)
+    effort = svdcli.Effort(
+        steps if steps or minutes else 400, None if minutes is None else 60 * minutes
+    )
     texts = _read_text(text, stdlib=stdlib, held_out=False)
     _tell_code(trust_remote_code, output, teacher)
     with _working(quiet) as progress:
-        outcome = run(
+        outcome = svdcli.heal(
             output,
-            teacher,
-            texts,
             healed,
+            teacher=teacher,
+            texts=texts,
             effort=effort,
             samples=samples,
             seq_len=seq_len,
@@ -809,40 +666,30 @@ def heal(
 
 @app.command(epilog="Example: svdcli export my-llm-svd --onnx my-llm.onnx")
 def export(
-    output: Annotated[
-        str, typer.Argument(help="What compress wrote, or any model directory.", metavar="OUT")
-    ],
+    output: OutputOrModel,
     onnx: Annotated[
         str,
         typer.Option("--onnx", help="The ONNX file to write; needs svdcli[onnx].", metavar="FILE"),
     ],
-    dtype: Annotated[
-        str,
-        typer.Option(
-            "--dtype",
-            help="Of weights and outputs: float32 or float16.",
-            autocompletion=lambda: ["float32", "float16"],
-        ),
-    ] = "float32",
+    dtype: DtypeOfOnnx = "float32",
     trust_remote_code: TrustCode = False,
     force: Force = False,
     json_: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Write a model as ONNX, its factors as two matrix products, and check it against onnxruntime.
+    """Write a model as ONNX and check it against onnxruntime.
 
-    For text encoders, decoders (without a cache) and vision models; batch and sequence lengths are
-    free.
+    Factors become two matrix products. For text encoders, decoders (without a cache) and vision
+    models; batch and sequence lengths are free.
     """
     from svdcli.render import machine
-    from svdcli.verbs.export import export_onnx
 
     _tell_code(trust_remote_code, output)
     with _working(quiet) as progress:
-        found = export_onnx(
+        found = svdcli.export_onnx(
             output,
             onnx,
-            dtype=parse_dtype(dtype) or dtype,
+            dtype=dtype,
             force=force,
             trust_remote_code=trust_remote_code,
             progress=progress,
@@ -865,17 +712,12 @@ def export(
     epilog="Example: svdcli bench my-llm-svd --against my-llm --json | jq .ratios.decode.median"
 )
 def bench(
-    output: Annotated[
-        str, typer.Argument(help="What compress wrote, or any model directory.", metavar="OUT")
-    ],
-    against: Annotated[
-        str,
-        typer.Option("--against", help="The model to compare with: the original.", metavar="MODEL"),
-    ],
+    output: OutputOrModel,
+    against: AgainstToBench,
     prompt_tokens: Annotated[
         int, typer.Option("--prompt-tokens", help="Length of the prompt.")
     ] = 128,
-    new_tokens: Annotated[int, typer.Option("--new-tokens", help="Tokens written after it.")] = 32,
+    new_tokens: NewTokensToBench = 32,
     batch: Annotated[int, typer.Option("--batch", help="Prompts at a time.")] = 1,
     rounds: Annotated[
         int,
@@ -885,30 +727,26 @@ def bench(
     device: Device = "auto",
     threads: Threads = None,
     json_: Json = False,
-    csv_: Annotated[
-        bool, typer.Option("--csv", help="Print CSV on standard output, a line a measure.")
-    ] = False,
+    csv_: CsvOfMeasures = False,
     quiet: Quiet = False,
 ) -> None:
-    """Measure speed and memory of a compressed model beside its original: tokens/s, time to load,
-    peak memory, file size.
+    """Measure speed and memory of a model beside its original.
 
-    Each is in a process of its own, and they take turns.
+    Tokens a second, time to load, peak memory, file size. Each is in a process of its own, and they
+    take turns.
     """
     from svdcli.render import tables
-    from svdcli.verbs import bench as speed
 
     _tell_code(trust_remote_code, output, against)
     with _working(quiet) as progress:
-        found = speed.bench(
+        found = svdcli.bench(
             output,
             against,
             prompt_tokens=prompt_tokens,
             new_tokens=new_tokens,
             batch=batch,
             rounds=rounds,
-            device=device,
-            threads=threads,
+            compute=compute_from(device, threads),
             trust_remote_code=trust_remote_code,
             progress=progress,
         )
@@ -974,8 +812,7 @@ def _machine(
     """Print JSON or CSV where asked; True where a person's table is wanted instead."""
     from svdcli.render import machine
 
-    if json_ and csv_:
-        raise UsageError("--json and --csv exclude each other", "choose one")
+    _check_one_format(json_, csv_)
     if json_:
         machine.print_json(data, stream)
     elif csv_:
@@ -1062,6 +899,8 @@ _COMMANDS = {
     command.name or getattr(command.callback, "__name__", ""): command
     for command in app.registered_commands
 }
+for _command in _COMMANDS.values():
+    _command.cls = PanelledCommand
 
 
 def command_names() -> list[str]:

@@ -5,132 +5,25 @@ from __future__ import annotations
 import json
 import re
 import sys
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
+from svdcli.cli.panels import PANELS
 from svdcli.errors import SvdcliError, UsageError
 from svdcli.plan import words
 
 if TYPE_CHECKING:
-    from svdcli.engine.executor import Compute
+    from collections.abc import Callable, Mapping
+
+    from svdcli.engine.compute import Compute
     from svdcli.plan.plan import Plan
+    from svdcli.plan.recipe import Wanted
 
 
-Model = Annotated[
-    str,
-    typer.Argument(
-        help="A .safetensors, .bin, .pt or .pth file, a directory, or - for standard input.",
-        metavar="MODEL",
-    ),
-]
-
-
-Output = Annotated[str | None, typer.Argument(help="What compress wrote.", metavar="[OUT]")]
-
-
-Out = Annotated[
-    str | None,
-    typer.Option("-o", "--output", help="Where to write; - for standard output.", metavar="PATH"),
-]
-
-
-Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
-
-
-Csv = Annotated[bool, typer.Option("--csv", help="Print CSV on standard output, a line a layer.")]
-
-
-Quiet = Annotated[
-    bool, typer.Option("-q", "--quiet", help="No table and no progress; errors are still told.")
-]
-
-
-Force = Annotated[bool, typer.Option("--force", help="Replace an existing output.")]
-
-
-Include = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--include",
-        help="Only layers that match this glob (or re:REGEX). Repeatable. A full name overrides "
-        "the name rules.",
-    ),
-]
-
-
-Exclude = Annotated[
-    list[str] | None,
-    typer.Option("--exclude", help="No layer that matches this glob (or re:REGEX). Repeatable."),
-]
-
-
-LayersFrom = Annotated[
-    str | None,
-    typer.Option(
-        "--layers-from",
-        help="Only the layers named in this file, one a line; - for standard input.",
-        metavar="FILE",
-    ),
-]
-
-
-StateDict = Annotated[
-    str | None,
-    typer.Option(
-        "--state-dict",
-        help="Key of a PyTorch file under which the tensors lie, such as params_ema.",
-        metavar="KEY",
-    ),
-]
-
-
-Device = Annotated[words.Device, typer.Option("--device", help="Where the mathematics runs.")]
-
-
-Threads = Annotated[int | None, typer.Option("--threads", help="Threads for the mathematics.")]
-
-
-Text = Annotated[
-    str | None,
-    typer.Option(
-        "--text",
-        help="Text to read: a file, a folder of files, or - for standard input.",
-        metavar="PATH",
-    ),
-]
-
-
-Stdlib = Annotated[
-    bool, typer.Option("--stdlib", help="Modules of Python's standard library, in place of --text.")
-]
-
-
-Samples = Annotated[
-    int | None,
-    typer.Option(
-        "--samples",
-        help="Windows of text, or sentences, spread evenly over it; by default so many that "
-        "they hold "
-        "131,072 tokens, or 16 for every input of the widest layer.",
-    ),
-]
-
-
-TrustCode = Annotated[
-    bool,
-    typer.Option(
-        "--trust-remote-code",
-        help="Run Python code that a model's folder brings along, where it takes that to open it.",
-    ),
-]
-
-
-SeqLen = Annotated[
-    int | None,
-    typer.Option("--seq-len", help="Tokens in a window; by default 2048 or what the model takes."),
-]
+# Sizes --------------------------------------------------------------------------------------------
 
 
 _SIZES = {
@@ -147,22 +40,6 @@ _SIZES = {
 }
 
 
-_DTYPES = {
-    **dict.fromkeys(("float32", "fp32", "f32", "float"), "F32"),
-    **dict.fromkeys(("float16", "fp16", "f16", "half"), "F16"),
-    **dict.fromkeys(("bfloat16", "bf16"), "BF16"),
-    **dict.fromkeys(("float64", "fp64", "f64", "double"), "F64"),
-}
-
-
-def dtypes() -> list[str]:
-    """What completion offers; `parse_dtype` takes other spellings too."""
-    return ["float32", "float16", "bfloat16", "float64"]
-
-
-# Between argv and values --------------------------------------------------------------------------
-
-
 def parse_size(text: str, option: str) -> int:
     """350MB -> 350000000. KB, MB, GB, TB are powers of 1000, KiB and so on of 1024."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
@@ -172,6 +49,401 @@ def parse_size(text: str, option: str) -> int:
     from fractions import Fraction
 
     return int(Fraction(match[1]) * _SIZES[unit])
+
+
+# Panels of the help text: every option lies in the one that its helper is called after.
+# Single-use options of one command are beside that command.
+
+
+def _in(panel: str) -> Callable[..., Any]:
+    return partial(typer.Option, rich_help_panel=panel)
+
+
+_target, _calibration, _storage, _selection, _run, _output = map(_in, PANELS)
+
+
+def _size(option: Callable[..., Any], name: str, help_: str) -> Any:
+    def parse(text: str) -> int:
+        return parse_size(text, name)
+
+    return option(name, help=help_, parser=parse, metavar="SIZE")
+
+
+# Arguments ----------------------------------------------------------------------------------------
+
+
+def _out(help_: str) -> Any:
+    return typer.Argument(help=help_, metavar="OUT")
+
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        help="A .safetensors, .bin, .pt or .pth file, a directory, or - for standard input.",
+        metavar="MODEL",
+    ),
+]
+
+
+Output = Annotated[str, _out("What compress wrote.")]
+
+
+OutputOrPipe = Annotated[str, _out("What compress wrote, or - for standard input.")]
+
+
+OutputOrNewest = Annotated[str | None, typer.Argument(help="What compress wrote.", metavar="[OUT]")]
+
+
+OutputOrModel = Annotated[str, _out("What compress wrote, or any model directory.")]
+
+
+OutputWithFactors = Annotated[str, _out("What compress wrote, factored or pivoted.")]
+
+
+# Of several commands, each in its own words -------------------------------------------------------
+
+
+def _against(help_: str) -> Any:
+    return typer.Option("--against", help=help_, metavar="MODEL")
+
+
+def _new_tokens(help_: str) -> Any:
+    return typer.Option("--new-tokens", help=help_)
+
+
+AgainstToVerify = Annotated[
+    str | None, _against("The original: recompute errors, compare what was copied.")
+]
+
+
+AgainstToEval = Annotated[
+    str | None, _against("The original: adds excess loss, KL divergence, agreement.")
+]
+
+
+AgainstToBench = Annotated[str, _against("The model to compare with: the original.")]
+
+
+NewTokensToEval = Annotated[int, _new_tokens("Length of the continuations.")]
+
+
+NewTokensToBench = Annotated[int, _new_tokens("Tokens written after it.")]
+
+
+# Target -------------------------------------------------------------------------------------------
+
+
+Rank = Annotated[int | None, _target("--rank", help="This rank in every layer.")]
+
+
+Keep = Annotated[
+    float | None,
+    _target("--keep", help="Share of the selected layers' parameters that remain."),
+]
+
+
+Size = Annotated[int | None, _size(_target, "--size", "Bytes of the whole output, such as 350MB.")]
+
+
+Energy = Annotated[
+    float | None,
+    _target("--energy", help="Share of each layer's squared singular values to keep."),
+]
+
+
+Error = Annotated[
+    float | None,
+    _target("--error", help="Relative Frobenius error that no layer exceeds."),
+]
+
+
+PlanFile = Annotated[
+    str | None, _target("--plan", help="Run this saved plan again.", metavar="FILE")
+]
+
+
+Allocate = Annotated[
+    words.Allocation | None,
+    _target(
+        "--allocate",
+        help="Ranks evenly, or where they are worth most (uniform; with text: global).",
+    ),
+]
+
+
+Floor = Annotated[
+    float | None,
+    _target(
+        "--floor",
+        help="With global: least rank, as a share of the uniform one (0.6; with text: 0).",
+    ),
+]
+
+
+MultipleOf = Annotated[int, _target("--multiple-of", help="Only ranks that are multiples of this.")]
+
+
+# Calibration --------------------------------------------------------------------------------------
+
+
+def _samples(by_default: str = "") -> Any:
+    return _calibration(
+        "--samples", help=f"Windows of text, or sentences, spread evenly over it{by_default}."
+    )
+
+
+Text = Annotated[
+    str | None,
+    _calibration(
+        "--text",
+        help="Text to read: a file, a folder of files, or - for standard input.",
+        metavar="PATH",
+    ),
+]
+
+
+Stdlib = Annotated[
+    bool,
+    _calibration("--stdlib", help="Modules of Python's standard library, in place of --text."),
+]
+
+
+CalibrationFile = Annotated[
+    str | None,
+    _calibration(
+        "--calibration", help="Count errors by this file of `svdcli calibrate`.", metavar="FILE"
+    ),
+]
+
+
+Metric = Annotated[words.Metric, _calibration("--metric", help="How much of a calibration counts.")]
+
+
+Samples = Annotated[
+    int | None,
+    _samples(
+        "; by default so many that they hold 131,072 tokens, or 16 for every input of the widest "
+        "layer"
+    ),
+]
+
+
+SamplesToEval = Annotated[int, _samples()]
+
+
+SeqLen = Annotated[
+    int | None,
+    _calibration("--seq-len", help="Tokens in a window; by default 2048 or what the model takes."),
+]
+
+
+# Storage ------------------------------------------------------------------------------------------
+
+
+def _dtype(help_: str) -> Any:
+    return _storage("--dtype", help=help_)
+
+
+Layout = Annotated[
+    words.Layout | None,
+    _storage("--layout", help="How factors are stored (factored; with text: pivoted)."),
+]
+
+
+DtypeOfFactors = Annotated[words.Dtype | None, _dtype("Of the factors; by default the source's.")]
+
+
+DtypeToEval = Annotated[
+    words.Dtype | None,
+    _run(
+        "--dtype",
+        help="Compute in this; by default float32 for small models on a CPU, else as stored.",
+    ),
+]
+
+
+DtypeOfOnnx = Annotated[words.OnnxDtype, _dtype("Of weights and outputs.")]
+
+
+MaxShardSize = Annotated[
+    int | None,
+    _size(_storage, "--max-shard-size", "Largest weight file of a directory, such as 5GB."),
+]
+
+
+SelfContained = Annotated[
+    bool,
+    _storage(
+        "--self-contained",
+        help="Add a Python file that opens the directory where svdcli is not installed.",
+    ),
+]
+
+
+Carry = Annotated[
+    list[str] | None,
+    _storage(
+        "--carry",
+        help="Take files that match this glob along, although they would be left out. Repeatable.",
+    ),
+]
+
+
+# Selection ----------------------------------------------------------------------------------------
+
+
+Include = Annotated[
+    list[str] | None,
+    _selection(
+        "--include",
+        help="Only layers that match this glob (or re:REGEX). Repeatable. A full name overrides "
+        "the name rules.",
+    ),
+]
+
+
+Exclude = Annotated[
+    list[str] | None,
+    _selection("--exclude", help="No layer that matches this glob (or re:REGEX). Repeatable."),
+]
+
+
+LayersFrom = Annotated[
+    str | None,
+    _selection(
+        "--layers-from",
+        help="Only the layers named in this file, one a line; - for standard input.",
+        metavar="FILE",
+    ),
+]
+
+
+StateDict = Annotated[
+    str | None,
+    _selection(
+        "--state-dict",
+        help="Key of a PyTorch file under which the tensors lie, such as params_ema.",
+        metavar="KEY",
+    ),
+]
+
+
+Nonfinite = Annotated[
+    words.OnNonfinite,
+    _selection("--nonfinite", help="NaN or infinity in a layer: stop, or leave it dense."),
+]
+
+
+# Run ----------------------------------------------------------------------------------------------
+
+
+def _seed(of_what: str) -> Any:
+    return _run("--seed", help=f"Seed of {of_what}.")
+
+
+Solver = Annotated[words.Solver, _run("--solver", help="How factors are computed.")]
+
+
+SeedOfSolver = Annotated[int, _seed("the randomized solver")]
+
+
+SeedOfLabels = Annotated[int, _seed("the sampled labels")]
+
+
+SeedOfOrder = Annotated[int, _seed("the order in which text is read")]
+
+
+Device = Annotated[words.Device, _run("--device", help="Where the mathematics runs.")]
+
+
+Threads = Annotated[int | None, _run("--threads", help="Threads for the mathematics.")]
+
+
+TrustCode = Annotated[
+    bool,
+    _run(
+        "--trust-remote-code",
+        help="Run Python code that a model's folder brings along, where it takes that to open it.",
+    ),
+]
+
+
+SavePlan = Annotated[
+    str | None, _run("--save-plan", help="Write the plan as JSON.", metavar="FILE")
+]
+
+
+DryRun = Annotated[bool, _run("--dry-run", help="Only print the plan and its exact size.")]
+
+
+# Output -------------------------------------------------------------------------------------------
+
+
+def _written(help_: str, metavar: str = "PATH") -> Any:
+    return _output("-o", "--output", help=help_, metavar=metavar)
+
+
+def _json(more: str = "") -> Any:
+    return _output("--json", help=f"Print JSON on standard output{more}.")
+
+
+def _csv(row: str) -> Any:
+    return _output("--csv", help=f"Print CSV on standard output, a line a {row}.")
+
+
+Out = Annotated[str | None, _written("Where to write; - for standard output.")]
+
+
+OutOfCalibrate = Annotated[str, _written("The file of moments to write.", "FILE")]
+
+
+OutOfHeal = Annotated[str | None, _written("Where to write; by default OUT with -healed.")]
+
+
+Force = Annotated[bool, _output("--force", help="Replace an existing output.")]
+
+
+AllowLarger = Annotated[
+    bool,
+    _output(
+        "--allow-larger",
+        help="Write an output that is not smaller than MODEL, which else is an error.",
+    ),
+]
+
+
+EveryLayer = Annotated[
+    bool, _output("--every-layer", help="A table line for every layer, not for every kind.")
+]
+
+
+Group = Annotated[
+    bool | None,
+    _output(
+        "--group/--every-layer",
+        help="A line for each kind of layer, or for each; kinds where layers are many.",
+    ),
+]
+
+
+Json = Annotated[bool, _json()]
+
+
+JsonBesidePipe = Annotated[bool, _json("; with -o - on standard error")]
+
+
+Csv = Annotated[bool, _csv("layer")]
+
+
+CsvOfMeasures = Annotated[bool, _csv("measure")]
+
+
+Quiet = Annotated[
+    bool, _output("-q", "--quiet", help="No table and no progress; errors are still told.")
+]
+
+
+# Between argv and values --------------------------------------------------------------------------
 
 
 def check_samples(samples: int | None) -> None:
@@ -184,14 +456,12 @@ def at_least_one(option: str, value: int) -> None:
         raise UsageError(f"{option} {value} is not a whole number above 0", "give at least 1")
 
 
-def parse_dtype(text: str | None) -> str | None:
-    if text is None:
-        return None
-    if text.lower() not in _DTYPES:
-        raise UsageError(
-            f"--dtype {text!r} cannot hold factors", "use float32, float16, bfloat16 or float64"
-        )
-    return _DTYPES[text.lower()]
+def read_wanted(given: Mapping[str, Any]) -> Wanted:
+    """What compress is asked for, out of all that was given to it: both have the same names."""
+    from svdcli.plan.recipe import WANTED
+
+    wanted = {name: value for name, value in given.items() if name in WANTED}
+    return cast("Wanted", wanted | {"layers": read_layers(given["layers"])})
 
 
 def read_layers(path: str | None) -> tuple[str, ...] | None:
@@ -206,7 +476,7 @@ def read_layers(path: str | None) -> tuple[str, ...] | None:
 
 
 def compute_from(device: words.Device, threads: int | None) -> Compute:
-    from svdcli.engine.executor import Compute
+    from svdcli.engine.compute import Compute
 
     return Compute(device, threads)
 

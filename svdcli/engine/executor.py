@@ -1,4 +1,4 @@
-"""Where the mathematics runs, and how jobs are handed to workers."""
+"""How jobs are handed to workers: any executor of `concurrent.futures` would do."""
 
 from __future__ import annotations
 
@@ -8,15 +8,12 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExecutor, wait
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
 import torch
 
-from svdcli.errors import UsageError
 from svdcli.linalg.scratch import keep_scratch, keeping_scratch
-from svdcli.plan.words import Device
 
 Item = TypeVar("Item")
 
@@ -28,39 +25,6 @@ _WORKERS = 2
 
 
 _MMAP_THRESHOLD = -3  # mallopt's name for it in glibc's malloc.h
-
-
-@dataclass(frozen=True)
-class Compute:
-    """Where and how fast the mathematics runs. device is cpu, cuda, mps or auto; threads None
-    leaves torch's choice."""
-
-    device: Device = "auto"
-    threads: int | None = None
-
-    def start(self) -> torch.device:
-        """Set the threads and find the device. Raises UsageError where this machine has no such
-        device."""
-        if self.threads is not None:
-            if not 1 <= self.threads <= 4096:
-                raise UsageError(
-                    f"--threads {self.threads} is outside [1, 4096]",
-                    "leave it out for torch's own choice",
-                )
-            torch.set_num_threads(self.threads)
-        available = {
-            "cpu": True,
-            "cuda": torch.cuda.is_available(),
-            "mps": torch.backends.mps.is_available(),
-        }
-        if self.device == "auto":
-            return torch.device("cuda" if available["cuda"] else "cpu")
-        if not available.get(self.device, False):
-            raise UsageError(
-                f"--device {self.device} is not available here",
-                f"use {', '.join(d for d in available if available[d])}",
-            )
-        return torch.device(self.device)
 
 
 def _give_memory_back() -> None:

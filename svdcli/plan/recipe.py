@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypedDict
 
 from svdcli.errors import UsageError
 from svdcli.plan.layouts import LAYOUTS
@@ -14,8 +15,10 @@ from svdcli.plan.words import (
     METRICS,
     NONFINITE,
     SOLVERS,
+    STORED_AS,
     TARGETS,
     Allocation,
+    Dtype,
     Layout,
     Metric,
     OnNonfinite,
@@ -29,9 +32,10 @@ class Recipe:
     """What the person asked for. Everything here changes what the output is; device and threads,
     which change the last bits at most, and verbosity do not belong.
 
-    target is one of words.TARGETS; value is its number (a rank, a share in (0, 1], bytes).
-    calibration is the digest of a file of moments, metric how much of them counts: the inputs
-    alone, or the loss gradients besides. Raises UsageError where the values cannot be met together.
+    target is one of words.TARGETS; value is its number (a rank, a share in (0, 1], bytes). dtype is
+    a word such as float32, kept as checkpoints call it (F32). calibration is the digest of a file
+    of moments, metric how much of them counts: the inputs alone, or the loss gradients besides.
+    Raises UsageError where the values cannot be met together.
     """
 
     target: Target
@@ -63,6 +67,8 @@ class Recipe:
         ):
             if value not in known:
                 raise UsageError(f"{name} {value!r} is unknown", f"use one of {', '.join(known)}")
+        if self.dtype is not None:
+            object.__setattr__(self, "dtype", STORED_AS.get(self.dtype, self.dtype))
         if self.dtype is not None and self.dtype not in FACTORED_DTYPES:
             raise UsageError(
                 f"--dtype {self.dtype!r} cannot hold factors",
@@ -151,6 +157,51 @@ def best_defaults(target: Target, *, calibrated: bool) -> dict[str, Any]:
         "floor": 0.0,
         "layout": "pivoted",
     }
+
+
+class Wanted(TypedDict, total=False):
+    """What a person may ask of compress: one target, and fields of `Recipe` by their names. What is
+    None or left out is as `best_defaults` and `Recipe` have it."""
+
+    rank: int | None
+    keep: float | None
+    size: int | None
+    energy: float | None
+    error: float | None
+    allocate: Allocation | None
+    floor: float | None
+    multiple_of: int
+    include: Sequence[str] | None
+    exclude: Sequence[str] | None
+    layers: Sequence[str] | None
+    layout: Layout | None
+    dtype: Dtype | None
+    solver: Solver
+    seed: int
+    nonfinite: OnNonfinite
+    max_shard_size: int | None
+    self_contained: bool
+    metric: Metric
+
+
+WANTED: frozenset[str] = Wanted.__optional_keys__
+
+
+def recipe_for(wanted: Mapping[str, object], *, calibrated: bool) -> Recipe:
+    """The recipe that meets what is wanted. Raises UsageError where that is not exactly one
+    target."""
+    asked: dict[str, Any] = {name: value for name, value in wanted.items() if value is not None}
+    given: list[Target] = [name for name in TARGETS if name in asked]
+    if len(given) != 1:
+        names = ", ".join(f"--{name}" for name in TARGETS)
+        raise UsageError(f"give exactly one target, not {len(given)}", f"one of {names}, or --plan")
+    [target] = given
+    value = float(asked.pop(target))
+    fields = best_defaults(target, calibrated=calibrated) | asked
+    recipe = recipe_from_json({"target": target, "value": value} | fields)
+    if "floor" in asked and recipe.allocate != "global":
+        raise UsageError("--floor is for --allocate global", "leave it out, or allocate globally")
+    return recipe
 
 
 def recipe_to_json(recipe: Recipe) -> dict[str, Any]:

@@ -3,6 +3,7 @@ tuple of its values."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal, get_args
 
 Target = Literal["rank", "keep", "size", "energy", "error"]
@@ -12,6 +13,8 @@ Solver = Literal["auto", "svd", "gram", "randomized"]
 OnNonfinite = Literal["error", "skip"]
 Metric = Literal["auto", "inputs", "diagonal", "full"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
+Dtype = Literal["float32", "float16", "bfloat16", "float64"]
+OnnxDtype = Literal["float32", "float16"]
 
 TARGETS: tuple[Target, ...] = get_args(Target)
 ALLOCATIONS: tuple[Allocation, ...] = get_args(Allocation)
@@ -21,4 +24,11 @@ NONFINITE: tuple[OnNonfinite, ...] = get_args(OnNonfinite)
 METRICS: tuple[Metric, ...] = get_args(Metric)
 DEVICES: tuple[Device, ...] = get_args(Device)
 
+# What a checkpoint calls the dtypes that people ask for.
+STORED_AS: Mapping[str, str] = {
+    "float32": "F32",
+    "float16": "F16",
+    "bfloat16": "BF16",
+    "float64": "F64",
+}
 WEIGHTED = "weighted"  # the solver of calibrated layers; not to be asked for

@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from svdcli.engine.compute import Compute
 from svdcli.errors import USAGE, SvdcliError, UsageError, printable
 from svdcli.files.checkpoint import CHUNK, STANDARD, Checkpoint, open_checkpoint
 from svdcli.files.report import JSON_VERSION
@@ -139,15 +140,14 @@ class Bench:
 
 
 def bench(
-    out: str | Path,
+    output: str | Path,
     against: str | Path,
     *,
     prompt_tokens: int = 128,
     new_tokens: int = 32,
     batch: int = 1,
     rounds: int = 5,
-    device: str = "auto",
-    threads: int | None = None,
+    compute: Compute | None = None,
     trust_remote_code: bool = False,
     progress: Progress = silent,
 ) -> Bench:
@@ -165,14 +165,11 @@ def bench(
     ):
         if value < 1:
             raise UsageError(f"--{name} {value} is not a whole number above 0", "give at least 1")
-    if threads is not None and not 1 <= threads <= 4096:
-        raise UsageError(
-            f"--threads {threads} is outside [1, 4096]", "leave it out for torch's own choice"
-        )
-    checkpoints = [_open(path) for path in (against, out)]
+    checkpoints = [_open(path) for path in (against, output)]
+    compute = compute or Compute()
     task = {
-        "device": device,
-        "threads": threads,
+        "device": compute.device,
+        "threads": compute.threads,
         "prompt_tokens": prompt_tokens,
         "new_tokens": new_tokens,
         "batch": batch,
@@ -196,7 +193,7 @@ def bench(
     where, count = pair[0].about["device"], pair[0].about["threads"]
     asked = (prompt_tokens, new_tokens, batch, rounds)
     return Bench(
-        str(out),
+        str(output),
         str(against),
         where,
         count,

@@ -24,6 +24,7 @@ from svdcli.calibration.moments import Provenance, Spool, write_moments
 from svdcli.calibration.reading import ALONE, Read, read_batches
 from svdcli.calibration.stream import Stream
 from svdcli.calibration.text_side import text_side
+from svdcli.engine.compute import Compute
 from svdcli.files.checkpoint import Checkpoint, open_checkpoint
 from svdcli.files.report import JSON_VERSION
 from svdcli.models.load import load_stored
@@ -84,8 +85,8 @@ class Calibrated:
 
 def calibrate(
     model: str | Path,
-    texts: Texts,
     out: str | Path,
+    texts: Texts,
     *,
     samples: int | None = None,
     seq_len: int | None = None,
@@ -94,8 +95,8 @@ def calibrate(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     seed: int = 0,
-    device: torch.device | None = None,
     memory: int | None = None,
+    compute: Compute | None = None,
     trust_remote_code: bool = False,
     announce: Callable[[Forecast], None] = lambda forecast: None,
     progress: Progress = silent,
@@ -115,6 +116,7 @@ def calibrate(
     the first layer that does.
     """
     out = Path(out)
+    device = (compute or Compute()).start()
     with open_checkpoint(model) as checkpoint:
         network = load_stored(model, trust_remote_code=trust_remote_code)
         tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
@@ -139,8 +141,7 @@ def calibrate(
                 progress,
                 len(rounds),
             )
-            where = device or torch.device("cpu")
-            stream = Stream(network, where, torch.float32, gather.visit, side.of(network))
+            stream = Stream(network, device, torch.float32, gather.visit, side.of(network))
             for number, batch in enumerate(rounds):
                 gather.begin(number, batch, backwards=forecast.gradients, units=len(stream.units))
                 stream.run(

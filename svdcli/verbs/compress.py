@@ -29,14 +29,15 @@ from svdcli.files.report import SOLVERS_FAILED, read_report
 from svdcli.files.workspace import MOMENTS, Workspace
 from svdcli.plan.budget import missed_target
 from svdcli.plan.plan import Plan
-from svdcli.plan.recipe import Recipe, recipe_to_json
+from svdcli.plan.recipe import WANTED, Recipe, Wanted, recipe_for, recipe_to_json
 from svdcli.progress import Progress, silent
 from svdcli.verbs.outcome import Outcome
 
 if TYPE_CHECKING:
     import torch
+    from typing_extensions import Unpack
 
-    from svdcli.engine.executor import Compute
+    from svdcli.engine.compute import Compute
     from svdcli.text.texts import Texts
     from svdcli.verbs.calibrate import Forecast
     from svdcli.verbs.evaluate import Evaluation
@@ -71,29 +72,35 @@ def compress(
     allow_larger: bool = False,
     dry_run: bool = False,
     progress: Progress = silent,
+    **wanted: Unpack[Wanted],
 ) -> Outcome:
     """Replace the selected layers of `model` by the factors of their truncated SVD and write the
     result to `out`.
 
     model is a file, a directory or "-"; out defaults to `<stem>.svd.safetensors` or `<name>-svd`
-    beside it and may be "-" for standard output. Exactly one of recipe and plan decides what
-    happens. calibration is a file of `svdcli calibrate`: errors then count by what they do to the
-    layers' outputs, or to the model's loss; reading does that calibration here and now. state_dict
-    is the key of a PyTorch file under which the tensors lie, where there are several; carry are
-    globs of files of a directory that go along although they are no part of the model. The output
-    appears whole or not at all; a run that was cut short continues where it stopped when it is
-    called again. One that would not be smaller than its source is an error, unless allow_larger.
-    Raises SvdcliError or a child of it, and OSError where the file system refuses.
+    beside it and may be "-" for standard output. What happens is decided by keyword arguments, such
+    as keep=0.5 and layout="pivoted": exactly one of rank, keep, size, energy and error, and any
+    other of `Wanted`, with the defaults of the command; or by a recipe or a plan, and then by
+    nothing beside it. calibration is a file of `svdcli calibrate`: errors then count by what they
+    do to the layers' outputs, or to the model's loss; reading does that calibration here and now.
+    state_dict is the key of a PyTorch file under which the tensors lie, where there are several;
+    carry are globs of files of a directory that go along although they are no part of the model.
+    The output appears whole or not at all; a run that was cut short continues where it stopped when
+    it is called again. One that would not be smaller than its source is an error, unless
+    allow_larger. Raises SvdcliError or a child of it, and OSError where the file system refuses.
     """
-    from svdcli.engine.executor import Compute, threads_each
+    from svdcli.engine.compute import Compute
+    from svdcli.engine.executor import threads_each
 
-    recipe = _the_recipe(recipe, plan)
     if calibration is not None and reading is not None:
         raise UsageError("give a calibration or a text, not both", "leave out one of them")
+    calibrated = calibration is not None or reading is not None
+    recipe = _the_recipe(recipe, plan, wanted, calibrated)
     with open_checkpoint(model, state_dict=state_dict, carry=carry) as checkpoint:
         check_source(checkpoint, recipe)
-        device = (compute or Compute()).start()
-        source = _Source(calibration, reading)
+        compute = compute or Compute()
+        device = compute.start()
+        source = _Source(calibration, reading, compute)
         if dry_run:
             return _predict(checkpoint, out, recipe, plan, source, device, progress, allow_larger)
         choice = None if reading is not None else request_of(checkpoint, recipe, plan, calibration)
@@ -102,7 +109,7 @@ def compress(
             with disk_errors(target), workspace.locked():
                 if choice is None:
                     with workspace.beginning():
-                        file = source.file(checkpoint, workspace.folder, recipe, device, progress)
+                        file = source.file(checkpoint, workspace.folder, recipe, progress)
                         choice = request_of(checkpoint, recipe, plan, file)
                 asked = (recipe_to_json(choice.recipe), plan and plan.to_json())
                 same = identity(checkpoint, "compress", *asked, threads_each(device))
@@ -112,7 +119,7 @@ def compress(
             measured, why = (
                 (None, "")
                 if reading is None
-                else _measure(checkpoint, target, reading, device, progress)
+                else _measure(checkpoint, target, reading, compute, progress)
             )
             return Outcome(
                 replace(report, path=str(out)) if out is not None else report,
@@ -124,18 +131,27 @@ def compress(
             )
 
 
-def _the_recipe(recipe: Recipe | None, plan: Plan | None) -> Recipe:
-    """The one that decides: given by itself, or with a plan. Raises UsageError for both or
-    neither."""
-    if recipe is not None and plan is None:
+def _the_recipe(
+    recipe: Recipe | None, plan: Plan | None, wanted: Wanted, calibrated: bool
+) -> Recipe:
+    """The one that decides: given by itself, with a plan, or in keyword arguments. Raises
+    UsageError for none of them, or several."""
+    unknown = sorted(wanted.keys() - WANTED)
+    if unknown:
+        raise TypeError(f"compress() got an unexpected keyword argument {unknown[0]!r}")
+    if [recipe is not None, plan is not None, bool(wanted)].count(True) > 1:
+        raise UsageError(
+            "give exactly one of a recipe, a plan and keyword arguments", "leave out the others"
+        )
+    if recipe is not None:
         return recipe
-    if plan is not None and recipe is None:
+    if plan is not None:
         return plan.recipe
-    raise UsageError("give exactly one of a recipe and a plan")
+    return recipe_for(wanted, calibrated=calibrated)
 
 
 def _measure(
-    checkpoint: Checkpoint, target: Path, reading: Reading, device: torch.device, progress: Progress
+    checkpoint: Checkpoint, target: Path, reading: Reading, compute: Compute, progress: Progress
 ) -> tuple[Evaluation | None, str]:
     """(how far the output is from the original on the held-out text, why that could not be
     measured)."""
@@ -156,7 +172,7 @@ def _measure(
             against=checkpoint.path,
             seq_len=reading.seq_len,
             samples=_WINDOWS_TO_MEASURE,
-            device=device,
+            compute=compute,
             trust_remote_code=reading.trust_remote_code,
             progress=progress,
         ), ""
@@ -186,7 +202,7 @@ def _predict(
             checkpoint,
             recipe,
             plan,
-            source.file(checkpoint, Path(folder), recipe, device, progress),
+            source.file(checkpoint, Path(folder), recipe, progress),
         )
         name = None if checkpoint.is_directory else out_path(checkpoint, out, ".svd", "-svd").name
         decided = make_plan(checkpoint, choice, name, device, None, progress)
@@ -203,13 +219,13 @@ class _Source:
 
     path: str | Path | None
     reading: Reading | None
+    compute: Compute
 
     def file(
         self,
         checkpoint: Checkpoint,
         folder: Path,
         recipe: Recipe,
-        device: torch.device,
         progress: Progress,
     ) -> str | Path | None:
         """The file of moments; one of the same text that an earlier run left in `folder` is used
@@ -225,12 +241,12 @@ class _Source:
         if not found.exists():
             calibrate(
                 checkpoint.path,
-                reading.texts,
                 found,
+                reading.texts,
                 samples=reading.samples,
                 seq_len=reading.seq_len,
                 gradients=gradients,
-                device=device,
+                compute=self.compute,
                 trust_remote_code=reading.trust_remote_code,
                 announce=reading.announce,
                 progress=progress,

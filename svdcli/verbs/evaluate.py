@@ -14,6 +14,7 @@ from torch import Tensor
 
 from svdcli.calibration.reading import Read, read_batches
 from svdcli.calibration.text_side import TextSide, text_side
+from svdcli.engine.compute import Compute
 from svdcli.errors import SvdcliError, UsageError
 from svdcli.files.report import JSON_VERSION
 from svdcli.models.load import load_quietly
@@ -99,21 +100,21 @@ class Evaluation:
 
 
 def evaluate(
-    out: str | Path,
-    texts: Texts | None,
+    output: str | Path,
+    texts: Texts | None = None,
     *,
     against: str | Path | None = None,
     seq_len: int | None = None,
     samples: int = 128,
     prompts: Sequence[str] = (),
     new_tokens: int = 48,
-    device: torch.device | None = None,
     dtype: torch.dtype | None = None,
+    compute: Compute | None = None,
     trust_remote_code: bool = False,
     progress: Progress = silent,
 ) -> Evaluation:
-    """Read `samples` windows of text (sentences for an encoder) with the model, and with its
-    original beside it.
+    """Read `samples` windows of text (sentences for an encoder) with a model, compressed or not,
+    and with its original beside it. Without texts, only what both make of the prompts.
 
     Computed in `dtype`, by default in float32 on a CPU for models of up to 4 GB, else as stored.
     trust_remote_code runs Python that the models' folders bring along. Decoders give losses in nats
@@ -121,17 +122,17 @@ def evaluate(
     model that reads more than text the part is judged that reads text alone. Raises SvdcliError for
     a model without one, or without its tokenizer, and for prompts to one that does not generate.
     """
-    where = device or torch.device("cpu")
-    model = load_quietly(out, where, dtype, trust_remote_code=trust_remote_code)
+    where = (compute or Compute()).start()
+    model = load_quietly(output, where, dtype, trust_remote_code=trust_remote_code)
     original = None
     if against is not None:
         original = load_quietly(against, where, dtype, trust_remote_code=trust_remote_code)
-    tokenizer = load_tokenizer(out, trust_remote_code=trust_remote_code)
-    side = text_side(model, str(out), len(tokenizer), "eval judges what reads text")
+    tokenizer = load_tokenizer(output, trust_remote_code=trust_remote_code)
+    side = text_side(model, str(output), len(tokenizer), "eval judges what reads text")
     spoken = _speak(side, model, original, tokenizer, prompts, new_tokens)
     computed = str(next(model.parameters()).dtype).removeprefix("torch.")
     found = Evaluation(
-        str(out),
+        str(output),
         None if against is None else str(against),
         side.kind,
         computed,
@@ -147,7 +148,7 @@ def evaluate(
             tokenizer, texts, window_length(side.longest, seq_len), Amount(samples).samples
         )
         windows = replace(windows, ids=windows.ids.to(where))
-        scores, others, drift = compare(*calls, windows, str(out), str(against), progress)
+        scores, others, drift = compare(*calls, windows, str(output), str(against), progress)
         tokens = windows.ids.shape[0] * (windows.ids.shape[1] - 1)
         return replace(
             found,
@@ -159,7 +160,7 @@ def evaluate(
         )
     if original is None:
         raise SvdcliError(
-            f"{out} is an encoder, which is judged by its distance from the original",
+            f"{output} is an encoder, which is judged by its distance from the original",
             "give --against MODEL",
         )
     read = read_batches(replace(side, decodes=False), tokenizer, texts, Amount(samples), seq_len)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def expand(
-    model: str | Path,
+    output: str | Path,
     out: str | Path | None = None,
     *,
     force: bool = False,
@@ -29,12 +29,12 @@ def expand(
     """Write an output of compress as an ordinary checkpoint again: original names, shapes and
     dtypes, low-rank weights.
 
-    out defaults to `<stem>.dense.safetensors` or `<name>-dense` beside the model. Returns where it
+    out defaults to `<stem>.dense.safetensors` or `<name>-dense` beside the output. Returns where it
     is (None for standard output). Raises like `compress`.
     """
     import torch
 
-    with open_checkpoint(model) as checkpoint:
+    with open_checkpoint(output) as checkpoint:
         record = record_of(checkpoint)
         if record is None:
             hint = (

@@ -18,12 +18,14 @@ from uuid import uuid4
 import torch
 from torch import Tensor, nn
 
+from svdcli.engine.compute import Compute
 from svdcli.errors import SvdcliError, UsageError
 from svdcli.files.checkpoint import STANDARD, open_checkpoint
 from svdcli.files.report import JSON_VERSION
 from svdcli.files.workspace import Workspace
 from svdcli.files.writer import sync
 from svdcli.models.load import load_quietly
+from svdcli.plan.words import STORED_AS
 from svdcli.progress import Progress, silent
 
 # By dtype: what it is to torch, and how far onnxruntime may be from torch, as a share of the
@@ -59,10 +61,11 @@ class Exported:
 
 
 def export_onnx(
-    path: str | Path,
-    file: str | Path,
+    model: str | Path,
+    out: str | Path,
     *,
     dtype: str = "F32",
+    compute: Compute | None = None,
     force: bool = False,
     trust_remote_code: bool = False,
     progress: Progress = silent,
@@ -72,19 +75,21 @@ def export_onnx(
 
     Text models take input_ids and attention_mask (batch, sequence) and vision models pixel_values
     (batch, channels, height, width); batch and sequence are free, the sizes of images are not.
-    Decoders are exported without a cache of keys and values. dtype is F32 or F16. FILE appears
-    whole or not at all, and only after onnxruntime, where it is installed, has given torch's
-    outputs for other inputs of other sizes. trust_remote_code runs Python that the model's folder
-    brings along.
+    Decoders are exported without a cache of keys and values. dtype is float32 or float16 (or F32,
+    F16); compute may name the CPU alone. `out` appears whole or not at all, and only after
+    onnxruntime, where it is installed, has given torch's outputs for other inputs of other sizes.
+    trust_remote_code runs Python that the model's folder brings along.
 
-    Raises SvdcliError where a library is missing, FILE exists, the model is of another kind or
-    cannot be traced, or the outputs differ; UsageError for other dtypes and names of FILE; and what
-    `svdcli.load` raises.
+    Raises SvdcliError where a library is missing, `out` exists, the model is of another kind or
+    cannot be traced, or the outputs differ; UsageError for other dtypes and names of `out`; and
+    what `svdcli.load` raises.
     """
-    file = Path(file)
+    file = Path(out)
+    dtype = STORED_AS.get(dtype, dtype)
     if dtype not in _DTYPES:
         raise UsageError(f"{dtype} cannot be exported to ONNX", "use float32 or float16")
-    _check_paths(path, file, force)
+    _check_paths(model, file, force)
+    device = _start(compute or Compute())
     missing = [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]
     if missing:
         raise SvdcliError(
@@ -93,10 +98,10 @@ def export_onnx(
     step = _stepper(progress)
     with _hushed():
         step()
-        model = load_quietly(
-            path, torch.device("cpu"), _DTYPES[dtype][0], trust_remote_code=trust_remote_code
+        network = load_quietly(
+            model, device, _DTYPES[dtype][0], trust_remote_code=trust_remote_code
         )
-        call = _call_for(model)
+        call = _call_for(network)
         workspace = Workspace(file, is_file=True)
         with _disk_errors(file), workspace.locked():
             workspace.resume(
@@ -107,6 +112,13 @@ def export_onnx(
             except BaseException:
                 workspace.remove()
                 raise
+
+
+def _start(compute: Compute) -> torch.device:
+    """Models are traced on the CPU. Raises UsageError for other devices."""
+    if compute.device not in ("auto", "cpu"):
+        raise UsageError(f"--device {compute.device} exports nothing", "use cpu or auto")
+    return replace(compute, device="cpu").start()
 
 
 def _check_paths(path: str | Path, file: Path, force: bool) -> None:

@@ -24,7 +24,7 @@ from svdcli.calibration.memory import (
 )
 from svdcli.calibration.reading import read_batches
 from svdcli.calibration.text_side import TextSide, text_side, watched
-from svdcli.engine.executor import Compute
+from svdcli.engine.compute import Compute
 from svdcli.engine.planning import beside, noting_a_miss
 from svdcli.engine.publish import destination, disk_errors, finish, identity, write
 from svdcli.engine.solve import Ready
@@ -67,11 +67,11 @@ _NOT_WHOLE = (
 
 
 def heal(
-    out: str | Path,
+    output: str | Path,
+    out: str | Path | None = None,
+    *,
     teacher: str | Path,
     texts: Texts,
-    healed: str | Path | None = None,
-    *,
     effort: Effort = Effort(steps=400),  # noqa: B008  frozen
     samples: int | None = None,
     seq_len: int | None = None,
@@ -82,11 +82,11 @@ def heal(
     trust_remote_code: bool = False,
     progress: Progress = silent,
 ) -> Outcome:
-    """Refine the factors of `out` on text, towards what `teacher` answers: block by block, then all
-    together (`models.heal`).
+    """Refine the factors of `output` on text, towards what `teacher` answers: block by block, then
+    all together (`models.heal`).
 
-    out is a directory that compress wrote from teacher, factored or pivoted; healed defaults to
-    `<out>-healed`. Ranks, layout and bytes stay; no block is left worse on text that it was not
+    output is a directory that compress wrote from teacher, factored or pivoted; out defaults to
+    `<output>-healed`. Ranks, layout and bytes stay; no block is left worse on text that it was not
     trained on. A run that was cut short continues with the block it had reached. samples is how
     much text the blocks read, as for `calibrate`; the whole model reads eight times as much.
     hard_labels, from 0 to 1, is how much the tokens of the text count against the original's
@@ -95,14 +95,14 @@ def heal(
     """
     if hard_labels is not None and not 0 <= hard_labels <= 1:
         raise UsageError(f"--hard-labels {hard_labels:g} is not a share", "give 0 to 1")
-    with open_checkpoint(out) as compressed, open_checkpoint(teacher) as original:
+    with open_checkpoint(output) as compressed, open_checkpoint(teacher) as original:
         plan, how = (
             _plan_of(compressed, original),
             _How(effort, samples, seq_len, hard_labels, seed, trust_remote_code),
         )
         job = _Job(compressed, original, plan, texts, how)
         device = (compute or Compute()).start()
-        with destination(compressed, healed, ".healed", "-healed", force) as target:
+        with destination(compressed, out, ".healed", "-healed", force) as target:
             workspace = Workspace(target, is_file=False)
             with disk_errors(target), workspace.locked():
                 if workspace.resume(job.identity(), force=force):
@@ -110,7 +110,7 @@ def heal(
                     job.publish(workspace, device, progress)
             report = read_report(target)
             return Outcome(
-                report if healed is None else replace(report, path=str(healed)),
+                report if out is None else replace(report, path=str(out)),
                 Plan.from_json(record_of(open_checkpoint(target))),
                 target,
                 workspace.started_over,

@@ -65,7 +65,7 @@ class Inspection:
 
 
 def inspect(
-    path: str | Path,
+    model: str | Path,
     *,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
@@ -73,7 +73,7 @@ def inspect(
 ) -> Inspection:
     """List a checkpoint's tensors from its headers alone. Raises like `compress` for bad input and
     odd patterns."""
-    with open_checkpoint(path, state_dict=state_dict) as checkpoint:
+    with open_checkpoint(model, state_dict=state_dict) as checkpoint:
         selected, skipped = choose_layers(
             checkpoint.infos,
             include=include,

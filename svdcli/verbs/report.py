@@ -17,16 +17,16 @@ if TYPE_CHECKING:
     pass
 
 
-def report(path: str | Path | None = None) -> Report:
-    """What an output saved. Without a path the newest output in the current folder; "-" reads a
+def report(output: str | Path | None = None) -> Report:
+    """What an output saved. Without one the newest output in the current folder; "-" reads a
     pipe to its end.
 
     Raises BadCheckpointError where svdcli did not write it.
     """
-    if path is None:
+    if output is None:
         return read_report(newest_output(Path()))
-    if str(path) != STANDARD:
-        return read_report(Path(path))
+    if str(output) != STANDARD:
+        return read_report(Path(output))
     header = open_from_pipe()
     record = record_in(header.metadata, "standard input")
     if record is None:

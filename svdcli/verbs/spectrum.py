@@ -19,7 +19,7 @@ from svdcli.plan.tensors import TensorInfo
 from svdcli.progress import Progress, silent
 
 if TYPE_CHECKING:
-    from svdcli.engine.executor import Compute
+    from svdcli.engine.compute import Compute
 
 
 CURVE_POINTS = 24
@@ -59,7 +59,7 @@ class Spectrum:
 
 
 def spectrum(
-    path: str | Path,
+    model: str | Path,
     *,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
@@ -69,10 +69,10 @@ def spectrum(
     progress: Progress = silent,
 ) -> Spectrum:
     """Measure the singular values of every layer that compress would select."""
-    from svdcli.engine.executor import Compute
+    from svdcli.engine.compute import Compute
     from svdcli.engine.measure import check_finite, measure
 
-    with open_checkpoint(path, state_dict=state_dict) as checkpoint:
+    with open_checkpoint(model, state_dict=state_dict) as checkpoint:
         if record_of(checkpoint) is not None:
             raise SvdcliError(
                 f"{checkpoint.shown} is compressed already",

@@ -56,16 +56,16 @@ class Verification:
 
 
 def verify(
-    out: str | Path, against: str | Path | None = None, *, progress: Progress = silent
+    output: str | Path, against: str | Path | None = None, *, progress: Progress = silent
 ) -> Verification:
     """Does an output still hold what its record says; and, against its original, are the errors and
     the copies right.
 
     Weights, their index and what makes a loader open them must be as they were written. Other files
     that changed, came or went are checks that pass, of the kind `BESIDE`, whose detail says so.
-    Raises SvdcliError where `out` cannot be opened at all; everything else is a failed check.
+    Raises SvdcliError where `output` cannot be opened at all; everything else is a failed check.
     """
-    with open_checkpoint(out) as checkpoint:
+    with open_checkpoint(output) as checkpoint:
         record = record_of(checkpoint)
         if record is None or "recipe" not in record:
             raise SvdcliError(

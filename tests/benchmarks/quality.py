@@ -286,7 +286,7 @@ class Work:
                 "samples": self.subject.samples,
                 "seq_len": self.settings.seq_len,
             }
-            done = calibrate(self.subject.path, self.subject.calibration, file, **how)
+            done = calibrate(self.subject.path, file, self.subject.calibration, **how)
             self._keep(kind, {"tokens": done.tokens, "seconds": time.perf_counter() - begin})
         return file
 

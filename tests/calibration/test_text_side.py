@@ -303,7 +303,7 @@ def test_moments_of_a_text_tower_are_those_of_the_stock_class(saved: Saved, tmp_
     """CLIPTextModel opens the same folder. With the projection behind it, it is what CLIPModel
     makes of text."""
     path = saved("clip")
-    done = calibrate(path, LINES, tmp_path / "c.safetensors", samples=40, gradients=True)
+    done = calibrate(path, tmp_path / "c.safetensors", LINES, samples=40, gradients=True)
     tower = CLIPTextModel.from_pretrained(path).eval()
     projection = svdcli.load(path).text_projection
     sums, events = by_hooks(tower, path, lambda **inputs: projection(tower(**inputs).pooler_output))
@@ -328,7 +328,7 @@ def test_where_padding_would_be_read_sentences_of_one_length_come_together(
 ) -> None:
     """XLNet works with time first, so that no mask fits; FNet takes no mask at all."""
     path = saved(name)
-    calibrate(path, LINES, tmp_path / "c.safetensors", samples=40, gradients=False)
+    calibrate(path, tmp_path / "c.safetensors", LINES, samples=40, gradients=False)
     model, tokenizer = svdcli.load(path), load_tokenizer(path)
     sums = Sums(model.requires_grad_(True))
     for sentence in sentences_of(tokenizer, LINES, 64, Amount(40)):
@@ -346,7 +346,7 @@ def test_all_of_it_is_calibrated_and_judged(name: str, saved: Saved, tmp_path: P
     """Compressed by what its text sees, it opens and is compared with its original; to itself it is
     equal."""
     path, out = saved(name), tmp_path / "c.safetensors"
-    done = calibrate(path, LINES, out, samples=12, seq_len=16)
+    done = calibrate(path, out, LINES, samples=12, seq_len=16)
     selected = {row.name for row in svdcli.inspect(path).selected}
     assert set(open_moments(out).layers) | set(done.uncalibrated) == selected
     recipe = svdcli.Recipe("rank", 12, layout="pivoted")
@@ -379,7 +379,7 @@ def test_what_reads_text_is_healed_and_the_rest_stays(
     path = saved(name)
     svdcli.compress(path, tmp_path / "small", svdcli.Recipe("keep", 0.5))
     how: dict[str, Any] = {"effort": Effort(steps=10), "samples": 40, "seq_len": 16}
-    found = svdcli.heal(tmp_path / "small", path, LINES, tmp_path / "healed", **how)
+    found = svdcli.heal(tmp_path / "small", tmp_path / "healed", teacher=path, texts=LINES, **how)
     assert found.report.healing is not None
     blocks = found.report.healing["blocks"]
     assert not any("vision" in block for block in blocks)
@@ -444,18 +444,18 @@ def test_the_tokenizer_of_another_model_is_named(tmp_path: Path) -> None:
     transformers.BertModel(config).save_pretrained(path)
     words_tokenizer(path)
     with pytest.raises(SvdcliError, match=r"gives token \d+, and the model knows 50"):
-        calibrate(path, LINES, tmp_path / "c.safetensors", samples=40)
+        calibrate(path, tmp_path / "c.safetensors", LINES, samples=40)
 
 
 def test_a_tokenizer_without_padding_will_do(tmp_path: Path) -> None:
     path = zoo.save("bert", tmp_path / "model")
     words_tokenizer(path)
-    plain = calibrate(path, LINES, tmp_path / "a.safetensors", samples=12)
+    plain = calibrate(path, tmp_path / "a.safetensors", LINES, samples=12)
     config = json.loads((path / "tokenizer_config.json").read_text())
     del config["pad_token"]
     (path / "tokenizer_config.json").write_text(json.dumps(config))
     assert load_tokenizer(path).pad_token is None
-    assert calibrate(path, LINES, tmp_path / "b.safetensors", samples=12).tokens == plain.tokens
+    assert calibrate(path, tmp_path / "b.safetensors", LINES, samples=12).tokens == plain.tokens
     one, other = (open_moments(tmp_path / f"{name}.safetensors") for name in "ab")
     for name in one.layers:
         assert torch.equal(one.of(name).inputs, other.of(name).inputs)  # type: ignore[union-attr]

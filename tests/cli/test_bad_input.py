@@ -442,7 +442,10 @@ def test_standard_input_needs_a_name_for_the_output(small: Path) -> None:
         (["--rank", "4", "--allocate", "magic"], "'magic' is not one of"),
         (["--rank", "4", "--nonfinite", "magic"], "'magic' is not one of"),
         (["--rank", "4", "--dtype", "magic"], "'magic'"),
-        (["--rank", "4", "--dtype", "int8"], "'int8' cannot hold factors"),
+        (
+            ["--rank", "4", "--dtype", "int8"],
+            "'--dtype': 'int8' is not one of 'float32', 'float16', 'bfloat16', 'float64'",
+        ),
         (
             ["--rank", "4", "--device", "magic"],
             "'--device': 'magic' is not one of 'auto', 'cpu', 'cuda', 'mps'",

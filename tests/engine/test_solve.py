@@ -10,7 +10,8 @@ import pytest
 import torch
 from helpers import weight
 
-from svdcli.engine.executor import Compute, spread
+from svdcli.engine.compute import Compute
+from svdcli.engine.executor import spread
 from svdcli.engine.solve import solve_layer
 from svdcli.errors import UsageError
 from svdcli.linalg.layouts import CODECS

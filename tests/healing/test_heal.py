@@ -54,7 +54,7 @@ def test_every_block_gets_better_and_the_model_with_them(
 ) -> None:
     teacher, small = pair
     before = tree(small)
-    found = svdcli.heal(small, teacher, TEXT, tmp_path / "healed", **HOW)
+    found = svdcli.heal(small, tmp_path / "healed", teacher=teacher, texts=TEXT, **HOW)
     assert tree(small) == before
     blocks = found.report.healing["blocks"]
     assert list(blocks) == ["model.layers.0", "model.layers.1", WHOLE]
@@ -73,7 +73,7 @@ def test_every_block_gets_better_and_the_model_with_them(
 
 def test_only_factors_change(pair: tuple[Path, Path], tmp_path: Path) -> None:
     teacher, small = pair
-    svdcli.heal(small, teacher, TEXT, tmp_path / "healed", **HOW)
+    svdcli.heal(small, tmp_path / "healed", teacher=teacher, texts=TEXT, **HOW)
     old, new = (contents(folder / "model.safetensors") for folder in (small, tmp_path / "healed"))
     assert old.keys() == new.keys()
     changed = {name for name in old if old[name] != new[name]}
@@ -93,9 +93,11 @@ def test_the_reported_errors_are_those_of_the_stored_weights(
 
     teacher, small = pair
     monkeypatch.setattr("svdcli.verbs.heal._WHOLE_READS", 1)
-    whole = svdcli.heal(small, teacher, TEXT, tmp_path / "whole", **HOW, hard_labels=0.3)
+    whole = svdcli.heal(
+        small, tmp_path / "whole", teacher=teacher, texts=TEXT, **HOW, hard_labels=0.3
+    )
     monkeypatch.setattr("svdcli.verbs.heal._SHARE_FOR_THE_WHOLE", 0)
-    found = svdcli.heal(small, teacher, TEXT, tmp_path / "healed", **HOW)
+    found = svdcli.heal(small, tmp_path / "healed", teacher=teacher, texts=TEXT, **HOW)
     dense, ours, healed = (svdcli.load(folder) for folder in (teacher, small, tmp_path / "healed"))
     side = text_side(dense, "", 96, "")
     reading = Reading.of(read_batches(side, load_tokenizer(teacher), TEXT, Amount(64), 32).batches)
@@ -144,7 +146,9 @@ def test_hard_labels_teach_the_text_and_their_absence_the_original(
     """The sequence of TEXT is periodic, and the dense model has never seen it."""
     losses = {}
     for share in (0.0, 0.9):
-        svdcli.heal(pair[1], pair[0], TEXT, tmp_path / str(share), **HOW, hard_labels=share)
+        svdcli.heal(
+            pair[1], tmp_path / str(share), teacher=pair[0], texts=TEXT, **HOW, hard_labels=share
+        )
         ids = torch.tensor([[int(word[1:]) for word in TEXT.documents[0].split()[:32]]])
         with torch.no_grad():
             losses[share] = float(svdcli.load(tmp_path / str(share))(ids, labels=ids).loss)
@@ -155,7 +159,7 @@ def test_a_model_that_does_not_fit_into_memory_is_healed_in_blocks_and_says_so(
     pair: tuple[Path, Path], tmp_path: Path, monkeypatch: Any
 ) -> None:
     monkeypatch.setattr("svdcli.verbs.heal._SHARE_FOR_THE_WHOLE", 0)
-    found = svdcli.heal(pair[1], pair[0], TEXT, tmp_path / "healed", **HOW)
+    found = svdcli.heal(pair[1], tmp_path / "healed", teacher=pair[0], texts=TEXT, **HOW)
     assert list(found.report.healing["blocks"]) == ["model.layers.0", "model.layers.1"]
     assert any("did not train the whole model" in note for note in found.report.notes)
 
@@ -172,7 +176,9 @@ def test_a_calibrated_model_with_biases_heals(
     recipe = svdcli.Recipe("keep", 0.5, allocate="global", floor=0.0, layout="pivoted")
     plan = svdcli.compress(teacher, tmp_path / "small", recipe, reading=reading).plan
     assert any(layer.bias is not None for layer in plan.factored)
-    healed = svdcli.heal(tmp_path / "small", teacher, lines, tmp_path / "healed", **HOW).plan
+    healed = svdcli.heal(
+        tmp_path / "small", tmp_path / "healed", teacher=teacher, texts=lines, **HOW
+    ).plan
     assert svdcli.verify(tmp_path / "healed", teacher).ok
     small, better = (
         load_file(tmp_path / name / "model.safetensors") for name in ("small", "healed")
@@ -194,9 +200,9 @@ def test_a_size_that_the_record_of_healing_exceeds_is_noted(
     (tmp_path / "small" / "svdcli.json").write_text(json.dumps(record))
     found = svdcli.heal(
         tmp_path / "small",
-        teacher,
-        TEXT,
         tmp_path / "healed",
+        teacher=teacher,
+        texts=TEXT,
         effort=Effort(steps=2),
         samples=64,
         seq_len=32,
@@ -234,7 +240,11 @@ def test_little_text_is_parted_and_a_single_window_refused(
     assert read.keys() == held.keys() == rows.keys()
     with pytest.raises(SvdcliError, match="held out"):
         svdcli.heal(
-            pair[1], pair[0], svdcli.Texts("few", ("w3 w4 w5 w6",)), tmp_path / "healed", **HOW
+            pair[1],
+            tmp_path / "healed",
+            teacher=pair[0],
+            texts=svdcli.Texts("few", ("w3 w4 w5 w6",)),
+            **HOW,
         )
     assert not (tmp_path / "healed").exists()
 
@@ -426,7 +436,9 @@ def test_a_block_that_finds_nothing_better_stays_as_it_was(
     for rate in ("BLOCK_RATE", "WHOLE_RATE"):
         monkeypatch.setattr(module, rate, 50.0)
     monkeypatch.setattr(module, "refit", lambda *_: None)
-    found = svdcli.heal(small, teacher, TEXT, tmp_path / "healed", **HOW, hard_labels=0)
+    found = svdcli.heal(
+        small, tmp_path / "healed", teacher=teacher, texts=TEXT, **HOW, hard_labels=0
+    )
     assert all(item["after"] == item["before"] for item in found.report.healing["blocks"].values())
     old, new = (contents(folder / "model.safetensors") for folder in (small, tmp_path / "healed"))
     assert old == new
@@ -436,7 +448,7 @@ def test_a_run_that_was_cut_short_continues_to_the_same_bytes(
     pair: tuple[Path, Path], tmp_path: Path, monkeypatch: Any
 ) -> None:
     teacher, small = pair
-    svdcli.heal(small, teacher, TEXT, tmp_path / "whole", **HOW)
+    svdcli.heal(small, tmp_path / "whole", teacher=teacher, texts=TEXT, **HOW)
     note, trained = Workspace.note, []
 
     def stop_after_one_block(self: Workspace, line: dict[str, Any]) -> None:
@@ -447,13 +459,13 @@ def test_a_run_that_was_cut_short_continues_to_the_same_bytes(
     with monkeypatch.context() as patch:
         patch.setattr(Workspace, "note", stop_after_one_block)
         with pytest.raises(KeyboardInterrupt):
-            svdcli.heal(small, teacher, TEXT, tmp_path / "cut", **HOW)
+            svdcli.heal(small, tmp_path / "cut", teacher=teacher, texts=TEXT, **HOW)
     assert not (tmp_path / "cut").exists()
     heal = module._Healer.heal
     monkeypatch.setattr(
         module._Healer, "heal", lambda self, *how: (trained.append(self.name), heal(self, *how))[1]
     )
-    svdcli.heal(small, teacher, TEXT, tmp_path / "cut", **HOW)
+    svdcli.heal(small, tmp_path / "cut", teacher=teacher, texts=TEXT, **HOW)
     assert trained == ["model.layers.1"]
     assert tree(tmp_path / "cut") == tree(tmp_path / "whole")
     assert not (tmp_path / "cut.partial").exists()
@@ -476,9 +488,14 @@ def test_other_architectures_heal(family: str, written: Written, tmp_path: Path)
     if family == "bert":
         with pytest.raises(SvdcliError, match="does not predict the next token"):
             svdcli.heal(
-                tmp_path / "small", teacher, text, tmp_path / "healed", **HOW, hard_labels=0.1
+                tmp_path / "small",
+                tmp_path / "healed",
+                teacher=teacher,
+                texts=text,
+                **HOW,
+                hard_labels=0.1,
             )
-    found = svdcli.heal(tmp_path / "small", teacher, text, tmp_path / "healed", **HOW)
+    found = svdcli.heal(tmp_path / "small", tmp_path / "healed", teacher=teacher, texts=text, **HOW)
     assert found.report.healing["hard_labels"] == (0.1 if family == "gpt2" else 0.0)
     blocks = found.report.healing["blocks"]
     assert blocks
@@ -491,14 +508,14 @@ def test_what_cannot_be_healed_is_refused(
 ) -> None:
     teacher, small = pair
     with pytest.raises(SvdcliError, match="is not the model that"):
-        svdcli.heal(small, written("qwen3"), TEXT, tmp_path / "healed")
+        svdcli.heal(small, tmp_path / "healed", teacher=written("qwen3"), texts=TEXT)
     with pytest.raises(SvdcliError, match="was not written by svdcli"):
-        svdcli.heal(teacher, teacher, TEXT, tmp_path / "healed")
+        svdcli.heal(teacher, tmp_path / "healed", teacher=teacher, texts=TEXT)
     with pytest.raises(SvdcliError, match="no config"):
-        svdcli.heal(compressed_mlp, teacher, TEXT, tmp_path / "healed")
+        svdcli.heal(compressed_mlp, tmp_path / "healed", teacher=teacher, texts=TEXT)
     svdcli.compress(teacher, tmp_path / "dense", svdcli.Recipe("keep", 0.4, layout="dense"))
     with pytest.raises(SvdcliError, match="holds no factors"):
-        svdcli.heal(tmp_path / "dense", teacher, TEXT, tmp_path / "healed")
+        svdcli.heal(tmp_path / "dense", tmp_path / "healed", teacher=teacher, texts=TEXT)
     assert not (tmp_path / "healed").exists()
 
 

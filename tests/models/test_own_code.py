@@ -172,7 +172,7 @@ def test_bench_and_export_pass_it_on(
 def test_from_python(own: Path, tmp_path: Path) -> None:
     texts = svdcli.Texts("words", (WORDS,))
     with pytest.raises(SvdcliError, match="trust_remote_code=True"):
-        svdcli.calibrate(own, texts, tmp_path / "c.safetensors", samples=8, seq_len=16)
+        svdcli.calibrate(own, tmp_path / "c.safetensors", texts, samples=8, seq_len=16)
     reading = svdcli.Reading(texts, samples=8, seq_len=16, trust_remote_code=True)
     found = svdcli.compress(own, tmp_path / "out", svdcli.Recipe("keep", 0.6), reading=reading)
     assert found.report.calibration is not None

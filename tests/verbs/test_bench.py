@@ -20,13 +20,14 @@ import pytest
 from conftest import Compressed
 from helpers import cli, complaint
 
+from svdcli.engine.compute import Compute
 from svdcli.errors import SvdcliError, UsageError
 from svdcli.models.bench_worker import Worker
 from svdcli.verbs import bench as speed
 from svdcli.verbs.bench import Bench, bench
 
 Written = Callable[[str], Path]
-SMALL = {"prompt_tokens": 6, "new_tokens": 3, "rounds": 2, "threads": 1}
+SMALL = {"prompt_tokens": 6, "new_tokens": 3, "rounds": 2, "compute": Compute(threads=1)}
 TINY = ("--prompt-tokens", "6", "--new-tokens", "3", "--threads", "1")
 needs_proc = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
 

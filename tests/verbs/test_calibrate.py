@@ -62,7 +62,7 @@ def _small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def run(model: Path, out: Path, texts: Texts = TEXT, **options: Any) -> tuple[Moments, Calibrated]:
-    done = calibrate(model, texts, out, **({"samples": SAMPLES, "seq_len": LENGTH} | options))
+    done = calibrate(model, out, texts, **({"samples": SAMPLES, "seq_len": LENGTH} | options))
     return open_moments(out), done
 
 

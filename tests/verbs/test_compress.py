@@ -3,6 +3,7 @@ budgets."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import shutil
@@ -29,7 +30,9 @@ import svdcli
 from svdcli import Recipe
 from svdcli.errors import BadCheckpointError, NothingSelectedError, SvdcliError, UsageError
 from svdcli.files.report import report_of
+from svdcli.plan import words
 from svdcli.plan.ranks import rounding_energy
+from svdcli.plan.recipe import WANTED, best_defaults, recipe_for
 
 
 @pytest.mark.parametrize("layout", ["factored", "pivoted", "dense"])
@@ -595,3 +598,55 @@ def test_float64_weights_whose_squares_are_lost_stay_dense(tmp_path: Path, scale
     assert [row.rank for row in done.report.layers] == [9, None]
     with pytest.raises(SvdcliError, match=r"squares leave its range in b\.weight"):
         svdcli.spectrum(tmp_path / "m.safetensors")
+
+
+# What is asked in keyword arguments ---------------------------------------------------------------
+
+
+def test_keyword_arguments_do_what_a_recipe_does(tmp_path: Path) -> None:
+    model = write_model(tmp_path / "m")
+    recipe = Recipe("keep", 0.5, allocate="global", include=("layers.*",), dtype="BF16")
+    svdcli.compress(model, tmp_path / "a", recipe)
+    svdcli.compress(
+        model, tmp_path / "b", keep=0.5, allocate="global", include=["layers.*"], dtype="bfloat16"
+    )
+    for name in ("model.safetensors", "svdcli.json"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+@pytest.mark.parametrize(("target", "value"), [("rank", 20), ("keep", 0.5), ("energy", 0.9)])
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_keyword_arguments_have_the_defaults_of_the_command(
+    target: str, value: float, calibrated: bool
+) -> None:
+    found = recipe_for({target: value, "layout": None}, calibrated=calibrated)
+    best = best_defaults(found.target, calibrated=calibrated)
+    assert found == Recipe(found.target, value, **best)
+    assert recipe_for({target: value, "layout": "dense"}, calibrated=calibrated).layout == "dense"
+
+
+def test_a_target_is_given_once_and_in_one_way(tmp_path: Path) -> None:
+    model, recipe = write_model(tmp_path / "m"), Recipe("keep", 0.5)
+    plan = svdcli.compress(model, None, recipe, dry_run=True).plan
+    one = "give exactly one target"
+    for how, says in (
+        ({}, f"{one}, not 0"),
+        ({"layout": "dense"}, f"{one}, not 0"),
+        ({"keep": None}, f"{one}, not 0"),
+        ({"keep": 0.5, "rank": 3}, f"{one}, not 2"),
+        ({"recipe": recipe, "keep": 0.5}, "exactly one of a recipe, a plan and keyword"),
+        ({"recipe": recipe, "plan": plan}, "exactly one of a recipe, a plan and keyword"),
+        ({"plan": plan, "layout": "dense"}, "exactly one of a recipe, a plan and keyword"),
+        ({"keep": 0.5, "layout": "pivotd"}, "--layout 'pivotd' is unknown"),
+        ({"keep": 0.5, "floor": 0.5}, "--floor is for --allocate global"),
+    ):
+        with pytest.raises(UsageError, match=says):
+            svdcli.compress(model, tmp_path / "o", **how)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'kep'"):
+        svdcli.compress(model, tmp_path / "o", kep=0.5)
+    assert not (tmp_path / "o").exists()
+
+
+def test_all_of_a_recipe_can_be_wanted() -> None:
+    names = {field.name for field in dataclasses.fields(Recipe)} - {"target", "value"}
+    assert names - {"calibration"} | set(words.TARGETS) == WANTED

@@ -420,7 +420,7 @@ def test_refusals(vision: Path, written: Written, tmp_path: Path) -> None:
         (1, (vision, vision / "model.onnx"), "is inside the model"),
         (1, (tmp_path / "nowhere", file), "does not exist"),
         (2, (vision / "model.safetensors", file), "takes a model directory"),
-        (2, (vision, file, "--dtype", "bfloat16"), "use float32 or float16"),
+        (2, (vision, file, "--dtype", "bfloat16"), "is not one of 'float32', 'float16'"),
         (
             1,
             (written("t5"), file),

@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 
 import svdcli
 from svdcli import Recipe
-from svdcli.engine.executor import Compute
+from svdcli.engine.compute import Compute
 from svdcli.errors import SvdcliError
 from svdcli.files.workspace import Workspace
 from svdcli.verbs.outcome import Outcome

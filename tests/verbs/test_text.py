@@ -55,7 +55,7 @@ def stats(llama: Path) -> Path:
 
 def test_a_text_of_few_tokens_is_noted(llama: Path, tmp_path: Path) -> None:
     few = svdcli.Texts("few", (" ".join(WORDS.split()[:33]),))
-    svdcli.calibrate(llama, few, tmp_path / "few.safetensors", seq_len=32)
+    svdcli.calibrate(llama, tmp_path / "few.safetensors", few, seq_len=32)
     outcome = svdcli.compress(
         llama,
         tmp_path / "out",
@@ -84,7 +84,7 @@ def test_text_in_one_go_equals_calibrate_and_compress(
     assert "tokens" in done.err
     assert list(tmp_path.iterdir()) == [tmp_path / "one"]
     first = svdcli.read_texts(str(text), stdlib=False, held_out=False).split(0.9)[0]
-    svdcli.calibrate(llama, first, tmp_path / "stats.safetensors", samples=24, seq_len=32)
+    svdcli.calibrate(llama, tmp_path / "stats.safetensors", first, samples=24, seq_len=32)
     two = cli(
         "compress",
         llama,
@@ -346,7 +346,7 @@ def test_what_was_read_is_told_before_and_after(llama: Path, text: Path, tmp_pat
 def test_a_size_counts_what_is_told_about_the_text(llama: Path, tmp_path: Path) -> None:
     """Few tokens add a note besides. Whatever the record says must fit too."""
     few = svdcli.Texts("a text with a long name" * 20, (" ".join(WORDS.split()[:33]),))
-    svdcli.calibrate(llama, few, tmp_path / "c.safetensors", seq_len=32)
+    svdcli.calibrate(llama, tmp_path / "c.safetensors", few, seq_len=32)
     size = 200_000
     svdcli.compress(
         llama, tmp_path / "out", svdcli.Recipe("size", size), calibration=tmp_path / "c.safetensors"
@@ -361,9 +361,9 @@ def test_heal_reads_the_default_too(llama: Path, tmp_path: Path) -> None:
     texts = svdcli.Texts("t", (WORDS,))
     found = svdcli.heal(
         tmp_path / "small",
-        llama,
-        texts,
         tmp_path / "healed",
+        teacher=llama,
+        texts=texts,
         effort=svdcli.Effort(steps=1),
         seq_len=32,
     )

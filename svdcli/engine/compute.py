@@ -1,0 +1,49 @@
+"""Where the mathematics runs. Imports no torch before it starts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from svdcli.errors import UsageError
+from svdcli.plan.words import Device
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Compute:
+    """Where and how fast the mathematics runs. device is cpu, cuda, mps or auto; threads None
+    leaves torch's choice. Raises UsageError for a number of threads that is none."""
+
+    device: Device = "auto"
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.threads is not None and not 1 <= self.threads <= 4096:
+            raise UsageError(
+                f"--threads {self.threads} is outside [1, 4096]",
+                "leave it out for torch's own choice",
+            )
+
+    def start(self) -> torch.device:
+        """Set the threads and find the device. Raises UsageError where this machine has no such
+        device."""
+        import torch
+
+        if self.threads is not None:
+            torch.set_num_threads(self.threads)
+        available = {
+            "cpu": True,
+            "cuda": torch.cuda.is_available(),
+            "mps": torch.backends.mps.is_available(),
+        }
+        if self.device == "auto":
+            return torch.device("cuda" if available["cuda"] else "cpu")
+        if not available.get(self.device, False):
+            raise UsageError(
+                f"--device {self.device} is not available here",
+                f"use {', '.join(d for d in available if available[d])}",
+            )
+        return torch.device(self.device)
