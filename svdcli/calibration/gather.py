@@ -60,7 +60,6 @@ class Gather:
             units,
             0,
         )
-        self.loss.batches = batches
 
     def visit(self, phase: str, unit: str, batch: int, total: int) -> None:
         self.phase, self.seen = phase, []

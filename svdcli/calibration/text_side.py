@@ -274,10 +274,8 @@ class _Trial:
     def _pass(self, batch: Batch) -> Any:
         answers: list[Any] = []
         device = next(self.model.parameters()).device
-        with watched(self.side.module(self.model), self._see), _caches_as_they_are(self.model):
-            stream = Stream(
-                self.model, device, torch.float32, lambda *_: None, self.side.of(self.model)
-            )
+        stream = Stream(self.model, device, torch.float32, call=self.side.of(self.model))
+        with watched(self.side.module(self.model), self._see):
             stream.run([batch], read=lambda index, output: answers.append(output))
         return answers[0]
 
@@ -398,15 +396,3 @@ def watched(module: nn.Module, see: Callable[[nn.Module, tuple[Any, ...]], None]
     finally:
         for handle in handles:
             handle.remove()
-
-
-@contextmanager
-def _caches_as_they_are(model: nn.Module) -> Iterator[None]:
-    """`Stream` turns caches off; whoever generates afterwards wants them."""
-    configs: list[Any] = [getattr(part, "config", None) for part in model.modules()]
-    before = [(config, config.use_cache) for config in configs if hasattr(config, "use_cache")]
-    try:
-        yield
-    finally:
-        for config, value in before:
-            config.use_cache = value

@@ -143,12 +143,8 @@ def calibrate(
             stream = Stream(network, where, torch.float32, gather.visit, side.of(network))
             for number, batch in enumerate(rounds):
                 gather.begin(number, batch, backwards=forecast.gradients, units=len(stream.units))
-                stream.run(
-                    batch,
-                    gather.loss.seed if forecast.gradients else None,
-                    set(layers.values()),
-                    gather.loss.look,
-                )
+                cotangent = gather.loss.cotangents(batch) if forecast.gradients else None
+                stream.run(batch, cotangent, set(layers.values()), gather.loss.look)
             if sensitivity:
                 gather.add_sensitivities(stream, read.batches, room)
             unit = "nats" if gather.loss.nats else "1 - cosine"

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from svdcli.calibration.loss import divergence_terms
 from svdcli.calibration.reading import Read, read_batches
 from svdcli.calibration.text_side import TextSide, text_side
 from svdcli.errors import SvdcliError, UsageError
@@ -269,7 +270,7 @@ def _sums(logits: Tensor, others: Tensor | None, targets: Tensor) -> Tensor:
         return loss.cpu()[None]
     theirs = others.float().log_softmax(-1)
     other_loss = -theirs.gather(-1, targets[:, None]).double().sum()
-    kl = (theirs.exp() * (theirs - ours)).sum(-1).double().sum()
+    kl = divergence_terms(theirs, ours).sum(-1).double().sum()
     same = (ours.argmax(-1) == theirs.argmax(-1)).double().sum()
     return torch.stack((loss, other_loss, kl, same)).cpu()
 
