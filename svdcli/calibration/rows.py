@@ -32,10 +32,10 @@ class MomentSums:
         self._full = full
         self._sums: dict[str, Tensor] = {}
 
-    def add(self, key: str, rows: Tensor) -> None:
-        """Rows (count, width) in float32."""
+    def add(self, key: str, rows: Tensor, *, whole: bool = False) -> None:
+        """Rows (count, width) in float32; with whole, never the diagonal alone."""
         width = rows.shape[1]
-        if self._full is not None and width > self._full:
+        if not whole and self._full is not None and width > self._full:
             self._sum_of(key, rows, (width,)).add_(rows.square().sum(0))
         else:
             # The lower triangle only: the other one is filled in when the sums are taken

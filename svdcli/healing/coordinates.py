@@ -35,28 +35,22 @@ class WhitenedLinear(nn.Module):
 
     def __init__(self, module: nn.Module, conv: bool, inputs: Tensor, outputs: Tensor) -> None:
         super().__init__()
+        # The dense layer's two factors, (m, r) and (r, n), whatever the layout
         up, down, rows = factors_of(module)
         if rows is not None:
             up = torch.cat((torch.eye(down.shape[0]).to(up), up))[rows.long()]
         if conv:  # stored as (in, out)
             up, down = down.T, up.T
+
+        # In the coordinates of the moments, with the same size of entries in both
         left, undo_left = _root(outputs, _DAMPING_OUTPUTS)
         right, undo_right = _root(inputs, _DAMPING_INPUTS)
-        a, b = balanced(
-            _times(left.mT if left.ndim == 2 else left, up),
-            _times(right.mT if right.ndim == 2 else right, down.T).T,
-        )
+        a, b = balanced(_times(_turned(left), up), _times(_turned(right), down.T).T)
         self.conv, self.bias = conv, getattr(module, "bias", None)
-        self.a, self.b = (
-            nn.Parameter(a.float(), requires_grad=False),
-            nn.Parameter(b.float(), requires_grad=False),
-        )
-        self.register_buffer(
-            "outputs", undo_left.mT.float() if undo_left.ndim == 2 else undo_left.float()
-        )
-        self.register_buffer(
-            "inputs", undo_right.mT.float() if undo_right.ndim == 2 else undo_right.float()
-        )
+        self.a = nn.Parameter(a.float(), requires_grad=False)
+        self.b = nn.Parameter(b.float(), requires_grad=False)
+        self.register_buffer("outputs", _turned(undo_left).float())
+        self.register_buffer("inputs", _turned(undo_right).float())
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """(up, down) of the weight as (out, in)."""
@@ -83,6 +77,11 @@ def _root(moment: Tensor, damping: float) -> tuple[Tensor, Tensor]:
         return root, 1 / root
     eye = torch.eye(root.shape[0], dtype=root.dtype, device=root.device)
     return root, torch.linalg.solve_triangular(root, eye, upper=False)
+
+
+def _turned(root: Tensor) -> Tensor:
+    """The transpose; of a diagonal, the diagonal."""
+    return root.mT if root.ndim == 2 else root
 
 
 def _times(scale: Tensor, x: Tensor) -> Tensor:

@@ -95,12 +95,15 @@ def refit(
     """Solve the block's low-rank layers anew from the batches at `indices`, group by group;
     `better` judges each result, and a group that is none is put back. root is L with H = L L^T at
     the block's output; allowed tells which biases may change."""
+    # What there is to solve, and how errors at each layer's output count
     groups = _groups(block, indices[0], allowed)
     pairs = [pair for group in groups for pair in group]
     _find_feeding(block, indices[0], pairs)
     _add_output_moments(
         block, indices[:: max(1, len(indices) // _MOMENT_BATCHES)][:_MOMENT_BATCHES], pairs, root
     )
+
+    # Group by group: each meets what the groups before it now send on
     for group in groups:
         before = [
             (tensor, tensor.data)
@@ -130,6 +133,8 @@ def _groups(block: Block, index: int, allowed: Callable[[str], bool]) -> list[li
 
     with _hooked(module.register_forward_pre_hook(hook(name)) for name, module in modules.items()):
         block.student.answer(index)
+
+    # Neighbours in that order that read the very same tensor make a group
     names = [name for name, _ in calls]
     groups: list[list[LayerPair]] = []
     last: Tensor | None = None
@@ -277,10 +282,14 @@ def _solve(pair: LayerPair, sums: _Sums) -> None:
         cross, inputs = cross - torch.outer(y, x), inputs - torch.outer(x, x)
     elif bias is not None:
         cross = cross - torch.outer(bias.data.to(torch.float64), x)
+
+    # The regression of y on x, with a ridge that pulls towards the original weight
     w = pair.weight()
     ridge = RIDGE * inputs.diagonal().mean().clamp(min=torch.finfo(torch.float64).tiny)
     damped = inputs + ridge * torch.eye(inputs.shape[0], dtype=inputs.dtype, device=inputs.device)
     best = w + torch.linalg.solve(damped, (cross - w @ inputs).T).T
+
+    # Its truncation, and the bias that takes the mean error out
     rank = int(pair.student.rank)  # type: ignore[arg-type]
     factors = weighted(best, rank, Metric(inputs, pair.outputs))
     if pair.bias and bias is not None:

@@ -122,6 +122,7 @@ def evaluate(
     model that reads more than text the part is judged that reads text alone. Raises SvdcliError for
     a model without one, or without its tokenizer, and for prompts to one that does not generate.
     """
+    # Both models, and the part of them that reads text
     where = device or torch.device("cpu")
     model = load_quietly(out, where, dtype, trust_remote_code=trust_remote_code)
     original = None
@@ -129,6 +130,8 @@ def evaluate(
         original = load_quietly(against, where, dtype, trust_remote_code=trust_remote_code)
     tokenizer = load_tokenizer(out, trust_remote_code=trust_remote_code)
     side = text_side(model, str(out), len(tokenizer), "eval judges what reads text")
+
+    # What holds without a text
     spoken = _speak(side, model, original, tokenizer, prompts, new_tokens)
     computed = str(next(model.parameters()).dtype).removeprefix("torch.")
     found = Evaluation(
@@ -141,6 +144,8 @@ def evaluate(
     )
     if texts is None:
         return found
+
+    # Decoders by their losses, window by window
     found = replace(found, text=texts.name, text_sha256=texts.digest)
     calls = side.of(model), None if original is None else side.of(original)
     if side.kind == "decoder":
@@ -158,6 +163,8 @@ def evaluate(
             original=others,
             drift=drift,
         )
+
+    # Encoders by the cosine of their sentence embeddings
     if original is None:
         raise SvdcliError(
             f"{out} is an encoder, which is judged by its distance from the original",

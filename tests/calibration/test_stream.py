@@ -147,6 +147,17 @@ def test_units_hold_every_parameter_and_none_holds_another(family: str) -> None:
     )
 
 
+def test_a_run_leaves_the_caches_of_the_model_as_they_were() -> None:
+    model = build("llama")
+    assert model.config.use_cache
+    during: list[bool] = []
+    Stream(model, CPU, torch.float32, lambda *_: during.append(model.config.use_cache)).run(
+        batches_of(zoo.TEXT)
+    )
+    assert model.config.use_cache
+    assert not any(during)
+
+
 def test_blocks_are_units_as_a_whole() -> None:
     assert list(units_of(build("llama"))) == [
         "model.embed_tokens",
