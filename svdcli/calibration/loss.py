@@ -30,7 +30,7 @@ class ModelLoss:
         self.events = 0
         self.nats = True
 
-    def look(self, batch: int, output: Any) -> None:
+    def note_kind(self, batch: int, output: Any) -> None:
         """A model without logits is judged by its embeddings."""
         self.nats = getattr(output, "logits", None) is not None
 
@@ -40,7 +40,7 @@ class ModelLoss:
 
     def cotangent(self, batch: Batch, output: Any) -> tuple[Tensor, Tensor]:
         """The tensor to differentiate for one batch, and its gradient."""
-        self.look(0, output)
+        self.note_kind(0, output)
         mask = batch.get("attention_mask")
         if self.nats:
             return output.logits, self._sampled(output.logits, mask)

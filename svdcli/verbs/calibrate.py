@@ -1,7 +1,7 @@
 """Second moments of every layer's inputs, and of the loss gradients at its outputs, from text that
 the model reads.
 
-The loss is the model's own (`fisher`), so that half the two-sided error of a weight change is the
+The loss is the model's own (`loss`), so that half the two-sided error of a weight change is the
 expected rise of the loss: the Fisher information in the Kronecker-factored form of Martens and
 Grosse (K-FAC, 2015).
 """
@@ -144,7 +144,9 @@ def calibrate(
                 with gather.round(
                     number, batches, backwards=forecast.gradients, units=len(stream.units)
                 ) as visit:
-                    stream.run(batches, cotangent, set(layers.values()), gather.loss.look, visit)
+                    stream.run(
+                        batches, cotangent, set(layers.values()), gather.loss.note_kind, visit
+                    )
             if sensitivity:
                 gather.add_sensitivities(stream, read.batches, room)
 
