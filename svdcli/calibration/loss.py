@@ -15,30 +15,33 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from svdcli.calibration.rows import MomentSums, padding_mask, without_padding
 from svdcli.calibration.stream import Stream
 from svdcli.calibration.text_side import pooled, rows_of
 from svdcli.errors import SvdcliError
-from svdcli.linalg.products import fill_gram, mirror
 from svdcli.text.tokens import Batch
 
 
 class ModelLoss:
-    """What a backward pass through `Stream` starts from. events counts predictions (embeddings);
-    nats tells which it was."""
+    """What a backward pass through `Stream` starts from. events counts predictions or embeddings;
+    nats says that it was predictions."""
 
     def __init__(self) -> None:
-        self.batches: Sequence[Batch] = ()
         self.events = 0
         self.nats = True
 
-    def look(self, batch: int, output: Any) -> None:
+    def note_kind(self, batch: int, output: Any) -> None:
         """A model without logits is judged by its embeddings."""
         self.nats = getattr(output, "logits", None) is not None
 
-    def seed(self, batch: int, output: Any) -> tuple[Tensor, Tensor]:
+    def cotangents(self, batches: Sequence[Batch]) -> Callable[[int, Any], tuple[Tensor, Tensor]]:
+        """(index of one of these batches, the model's output) -> `cotangent` of it."""
+        return lambda index, output: self.cotangent(batches[index], output)
+
+    def cotangent(self, batch: Batch, output: Any) -> tuple[Tensor, Tensor]:
         """The tensor to differentiate for one batch, and its gradient."""
-        self.look(batch, output)
-        mask = self.batches[batch].get("attention_mask")
+        self.note_kind(0, output)
+        mask = batch.get("attention_mask")
         if self.nats:
             return output.logits, self._sampled(output.logits, mask)
         rows = rows_of(output)
@@ -82,13 +85,16 @@ def answer_of(output: Any, batch: Batch) -> tuple[Tensor, Callable[[Tensor, Tens
     if logits is None:
         return embedding_of(rows_of(output), mask), _cosine_distance
     rows = logits.float().log_softmax(-1)
-    if mask is not None and mask.shape == rows.shape[:-1]:
-        rows = rows[mask.bool().to(rows.device)]
-    return rows.reshape(-1, rows.shape[-1]), _divergence
+    return without_padding(rows, padding_mask(batch)), _divergence
+
+
+def divergence_terms(whole: Tensor, cut: Tensor) -> Tensor:
+    """KL(whole || cut) before it is summed over the last axis, of log probabilities."""
+    return whole.exp() * (whole - cut)
 
 
 def _divergence(whole: Tensor, cut: Tensor) -> Tensor:
-    return (whole.exp() * (whole - cut)).sum(dtype=torch.float64)
+    return divergence_terms(whole, cut).sum(dtype=torch.float64)
 
 
 def _cosine_distance(whole: Tensor, cut: Tensor) -> Tensor:
@@ -119,18 +125,15 @@ def block_moments(
     at_a_time bounds how many batches are under way together; call is what is called with each, if
     not the whole model.
     """
-    loss, sums = ModelLoss(), dict[str, Tensor]()
+    loss = ModelLoss()
+    sums = MomentSums()
 
     def add(unit: str, batch: int, gradient: Tensor) -> None:
         if unit in blocks:
-            rows = gradient.reshape(-1, gradient.shape[-1]).float()
-            if unit not in sums:
-                sums[unit] = rows.new_zeros((rows.shape[1], rows.shape[1]))
-            fill_gram(rows.T, sums[unit], add=True)
+            sums.add(unit, without_padding(gradient, None).float())
 
-    stream = Stream(model, device, torch.float32, lambda *_: None, call)
-    stream.gradients = add
+    stream = Stream(model, device, torch.float32, call=call, gradients=add)
     for start in range(0, len(batches), at_a_time):
-        loss.batches = batches[start : start + at_a_time]
-        stream.run(loss.batches, loss.seed)
-    return {unit: mirror(total) / max(1, loss.events) for unit, total in sums.items()}
+        some = batches[start : start + at_a_time]
+        stream.run(some, loss.cotangents(some))
+    return {unit: total / max(1, loss.events) for unit, total in sums.take().items()}

@@ -30,11 +30,13 @@ def _inputs_of(module: Any) -> int:
 def state_bytes(model: Any, width: int, batches: Sequence[Batch], *, gradients: bool) -> int:
     """Hidden states of the largest batch: what goes into a block, and, with gradients, into every
     block at once."""
-    depth = sum(
-        (isinstance(module, nn.ModuleList) and len(module)) or 0 for module in model.modules()
-    )
+    depth = 0
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList):
+            depth += len(module)
     largest = max(batch["input_ids"].numel() for batch in batches)
-    return largest * width * 4 * ((2 * depth + 4) if gradients else 4)
+    states = 2 * depth + 4 if gradients else 4
+    return largest * width * 4 * states
 
 
 def whole_bytes(teacher: Any, student: Any, vocabulary: int, batches: Sequence[Batch]) -> int:
@@ -53,14 +55,11 @@ def whole_bytes(teacher: Any, student: Any, vocabulary: int, batches: Sequence[B
 
 def width_of(config: Any) -> int:
     """Width of the hidden states between blocks."""
-    return next(
-        (
-            value
-            for n in ("hidden_size", "d_model", "n_embd")
-            if isinstance(value := getattr(config, n, None), int)
-        ),
-        1024,
-    )
+    for name in ("hidden_size", "d_model", "n_embd"):
+        width = getattr(config, name, None)
+        if isinstance(width, int):
+            return width
+    return 1024
 
 
 def free_memory() -> int:

@@ -70,7 +70,10 @@ def metric_of(moments: LayerMoments, device: torch.device, *, centred: bool) -> 
     if centred:
         mean = moments.mean.to(device, torch.float64)
         inputs = inputs - torch.outer(mean, mean)
-    return Metric(inputs, None if moments.outputs is None else moments.outputs.to(device))
+    outputs = moments.outputs
+    if outputs is not None:
+        outputs = outputs.to(device)
+    return Metric(inputs, outputs)
 
 
 class Spool:
@@ -144,18 +147,15 @@ class Moments:
         )
         assert inputs is not None
         assert mean is not None
-        if not all(
-            bool(tensor.isfinite().all())
-            for tensor in (inputs, mean, outputs)
-            if tensor is not None
-        ):
+        measured = [tensor for tensor in (inputs, mean, outputs) if tensor is not None]
+        if not all(bool(tensor.isfinite().all()) for tensor in measured):
             raise BadCheckpointError(
                 f"{self._checkpoint.shown}: the moments of {name} hold NaN or infinity",
                 "calibrate again",
             )
         return LayerMoments(inputs, mean, outputs, bool(keys["transposed"]))
 
-    def weight(self, name: str) -> float | None:
+    def loss_scale(self, name: str) -> float | None:
         """Loss of the model for the whole of a layer's energy, from its measured sensitivity; None
         where there is none."""
         if f"sensitivity.{name}" not in self._checkpoint.tensors:
@@ -170,13 +170,10 @@ class Moments:
         if keys is None:
             return ""
         output = keys["output"]
-        return (
-            "inputs"
-            if output is None
-            else "full"
-            if len(self._checkpoint.tensors[output].info.shape) == 2
-            else "diagonal"
-        )
+        if output is None:
+            return "inputs"
+        shape = self._checkpoint.tensors[output].info.shape
+        return "full" if len(shape) == 2 else "diagonal"
 
     @property
     def digest(self) -> str:

@@ -45,8 +45,8 @@ def sensitivities(
     for start in range(0, len(names), at_a_time):
         group = {name: layers[name] for name in names[start : start + at_a_time]}
         cutter = _Cutter(stream.model, list(group.items()), batches, moments_of)
-        stream.visit = cutter.visit
-        stream.run(list(batches) * (1 + len(group)), read=cutter.read)
+        copies = list(batches) * (1 + len(group))
+        stream.run(copies, read=cutter.read, visit=cutter.visit)
         found |= cutter.results()
         progress(
             "sensitivity", names[min(len(names), start + at_a_time) - 1], len(found), len(names)

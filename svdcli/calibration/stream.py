@@ -24,13 +24,37 @@ from svdcli.errors import SvdcliError
 from svdcli.models.modules import LOW_RANK
 
 Visit = Callable[[str, str, int, int], None]
-Seed = Callable[[int, Any], tuple[Tensor, Tensor]]
+Gradients = Callable[[str, int, Tensor], None]
+Cotangent = Callable[[int, Any], tuple[Tensor, Tensor]]
 Read = Callable[[int, Any], None]
 
 
+def _ignore(phase: str, unit: str, batch: int, total: int) -> None:
+    """A visit that does nothing."""
+
+
+@contextmanager
+def caches_off(model: nn.Module) -> Iterator[None]:
+    """No part of the model keeps keys and values for later: a block that is computed twice would
+    cache twice. Whoever generates afterwards has the caches as they were."""
+    configs: dict[int, Any] = {}
+    for part in model.modules():
+        config: Any = getattr(part, "config", None)
+        if hasattr(config, "use_cache"):
+            configs[id(config)] = config
+    before = [(config, config.use_cache) for config in configs.values()]
+    for config in configs.values():
+        config.use_cache = False
+    try:
+        yield
+    finally:
+        for config, value in before:
+            config.use_cache = value
+
+
 def units_of(model: nn.Module) -> dict[str, nn.Module]:
-    """What takes turns, by name: the members of every list of blocks, and all modules outside them
-    that own parameters.
+    """The modules that take turns, by name: the members of every list of blocks, and all modules
+    outside them that own parameters.
 
     A module around blocks that owns some besides (a scale, a token) takes no turn of its own. A
     compressed model has the same units as its original: a low-rank module counts as the layer that
@@ -164,7 +188,7 @@ class Turn:
         """(args, kwargs) of the unit for every batch, cut off from the graph that made them."""
         return [_detached(batch.arguments) for batch in self.batches]
 
-    def go(self, *, keep: bool = False) -> list[Tensor]:
+    def send_on(self, *, keep: bool = False) -> list[Tensor]:
         """Send every batch through the unit, as far as the next one; with keep, what came out of it
         (its first tensor)."""
         results = []
@@ -182,9 +206,9 @@ class Stream:
 
     visit(phase, unit, batch, batches) is called before every unit of every batch with phase
     "forward" or "backward", and with phase "done" when all batches are through a unit ("forward
-    done", "backward done"). gradients(unit, batch, gradient), where it is set, gets the gradient at
-    what each unit sends on. call is what is called with each batch, where that is not the whole
-    model.
+    done", "backward done"). call is what is called with each batch, if not the whole model.
+    gradients(unit, batch, gradient) gets the gradient at what each unit sends on. The model is as
+    it was between runs, except that buffers outside its units move to the device.
     """
 
     def __init__(
@@ -192,27 +216,27 @@ class Stream:
         model: Any,
         device: torch.device,
         dtype: torch.dtype,
-        visit: Visit,
+        visit: Visit = _ignore,
         call: Callable[..., Any] | None = None,
+        gradients: Gradients | None = None,
     ) -> None:
         self.model, self.device, self.dtype, self.visit = model, device, dtype, visit
         self.call = model if call is None else call
-        for config in {
-            id(c): c
-            for module in model.modules()
-            if (c := getattr(module, "config", None)) is not None
-        }.values():
-            if hasattr(config, "use_cache"):
-                config.use_cache = False  # a block that is computed twice would cache twice
         self.units = units_of(model)
         self._plain = {name: unit.forward for name, unit in self.units.items()}
-        self.gradients: Callable[[str, int, Tensor], None] | None = None
+        self.gradients = gradients
         self._anchor = torch.zeros((), requires_grad=True)
         self._current: _Batch | None = None
         self._keep = False
-        inside = {id(module) for unit in self.units.values() for module in unit.modules()}
+
+        # Parameters outside all units are at hand during a whole run
+        inside: set[int] = set()
+        for unit in self.units.values():
+            inside |= {id(module) for module in unit.modules()}
         outside = [module for module in model.modules() if id(module) not in inside]
-        self._loose = [weight for module in outside for weight in module.parameters(recurse=False)]
+        self._loose: list[Tensor] = []
+        for module in outside:
+            self._loose += module.parameters(recurse=False)
         for module in outside:
             for name, buffer in module.named_buffers(recurse=False):
                 setattr(module, name, buffer.to(device))
@@ -220,57 +244,64 @@ class Stream:
     def run(
         self,
         inputs: Sequence[dict[str, Tensor]],
-        seed: Seed | None = None,
+        cotangent: Cotangent | None = None,
         wanted: Collection[str] = (),
         read: Read | None = None,
+        visit: Visit | None = None,
     ) -> None:
-        """All batches forwards; with seed(batch, output) -> (tensor, its gradient) backwards as
-        well.
+        """All batches forwards; with cotangent(batch, output) -> (tensor, its gradient) backwards
+        as well. visit, where it is given, takes the place of the stream's own for this run.
 
         wanted names the modules whose gradients matter: what comes before the first of them is not
         differentiated. read(batch, output) sees what the model answers to each batch, where nothing
         is differentiated.
         """
-        self._keep = seed is not None
+        self._keep = cotangent is not None
+        tell = self.visit if visit is None else visit
         batches: list[_Batch] = []
 
         def forward(index: int) -> None:
             with torch.set_grad_enabled(self._keep):
-                output = self.call(
-                    **{key: value.to(self.device) for key, value in inputs[index].items()}
-                )
-                if seed is None:
+                output = self.call(**self._moved(inputs[index]))
+                if cotangent is None:
                     if read is not None:
                         read(index, output)
                     return
-                tensor, gradient = seed(index, output)
+                tensor, gradient = cotangent(index, output)
+
+            # What follows the last unit is differentiated at once, and let go
             del output
             torch.autograd.backward([tensor], [gradient], retain_graph=True)
             del tensor, gradient
+
             # The last unit still has its turn; its output (logits, as a rule) is too large to keep
             # for later.
             last = batches[index].calls.pop()
-            self.visit("backward", last.unit, index, len(inputs))
+            tell("backward", last.unit, index, len(inputs))
             self._differentiate(last, index)
 
         batches += [_Batch(index, partial(forward, index)) for index in range(len(inputs))]
-        with self._wrapped():
-            self._forwards(batches)
-        if seed is not None:
-            self._backwards(batches, wanted)
+        with caches_off(self.model):
+            with self._wrapped():
+                self._forwards(batches, tell)
+            if cotangent is not None:
+                self._backwards(batches, wanted, tell)
 
     def turns(self, inputs: Sequence[dict[str, Tensor]]) -> Iterator[Turn]:
-        """The units one after the other; who asks for the turns must send each on with `Turn.go`.
-        Nothing is differentiated."""
+        """The units one after the other; whoever asks for the turns must send each on with
+        `Turn.send_on`. Nothing is differentiated."""
 
         def forward(index: int) -> None:
             with torch.no_grad():
-                self.call(**{key: value.to(self.device) for key, value in inputs[index].items()})
+                self.call(**self._moved(inputs[index]))
 
         self._keep = False
         batches = [_Batch(index, partial(forward, index)) for index in range(len(inputs))]
-        with self._wrapped():
+        with caches_off(self.model), self._wrapped():
             yield from self._turns(batches)
+
+    def _moved(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {key: value.to(self.device) for key, value in inputs.items()}
 
     @contextmanager
     def _wrapped(self) -> Iterator[None]:
@@ -299,6 +330,7 @@ class Stream:
     def _call(self, batch: _Batch, name: str, args: Any, kwargs: Any) -> Any:
         """One unit of one batch, cut off from the graph around it, so that it can be differentiated
         on its own."""
+        # Without a graph: where gradients are wanted, the unit is computed again for them
         leaves, spec = tree_flatten((args, kwargs))
         inner = [_cut(leaf) for leaf in leaves]
         args, kwargs = tree_unflatten(inner, spec)
@@ -306,6 +338,8 @@ class Stream:
             result = self._plain[name](*args, **kwargs)
         if not self._keep:
             return result
+
+        # Notes for the way back: what went in, and a place for the gradient of each output
         outputs, out_spec = tree_flatten(result)
         outer = [
             leaf if isinstance(leaf, Tensor) and leaf.requires_grad else None for leaf in leaves
@@ -313,19 +347,20 @@ class Stream:
         kept = [_Gradient(out.detach()) for out in outputs if _differentiable(out)]
         call = _Call(name, inner, spec, outer, kept, _versions(inner))
         batch.calls.append(call)
+
+        # The outputs anew, each at the beginning of the graph of what follows
         start: Callable[..., Tensor] = _Start.apply
         starts = iter([start(self._anchor, one) for one in kept])
-        return tree_unflatten(
-            [next(starts) if _differentiable(out) else out for out in outputs], out_spec
-        )
+        onward = [next(starts) if _differentiable(out) else out for out in outputs]
+        return tree_unflatten(onward, out_spec)
 
-    def _forwards(self, batches: Sequence[_Batch]) -> None:
+    def _forwards(self, batches: Sequence[_Batch], visit: Visit) -> None:
         for turn in self._turns(batches):
             for batch in turn.batches:
-                self.visit("forward", turn.name, batch.index, len(batches))
+                visit("forward", turn.name, batch.index, len(batches))
                 self._advance(batch)
                 batch.result = None
-            self.visit("forward done", turn.name, len(batches), len(batches))
+            visit("forward done", turn.name, len(batches), len(batches))
 
     def _turns(self, batches: Sequence[_Batch]) -> Iterator[Turn]:
         """Start all batches; again and again the unit that the first of them waits for, with all
@@ -336,9 +371,10 @@ class Stream:
         try:
             for batch in batches:
                 self._advance(batch)
-            while (
-                name := next((b.waits_for for b in batches if b.waits_for is not None), None)
-            ) is not None:
+            while True:
+                name = next((b.waits_for for b in batches if b.waits_for is not None), None)
+                if name is None:
+                    break
                 waiting = [batch for batch in batches if batch.waits_for == name]
                 with self._in_memory(name):
                     yield Turn(name, self.units[name], self._plain[name], waiting, self._advance)
@@ -353,61 +389,60 @@ class Stream:
         self._current = batch
         batch.advance()
 
-    def _backwards(self, batches: Sequence[_Batch], wanted: Collection[str]) -> None:
+    def _backwards(self, batches: Sequence[_Batch], wanted: Collection[str], visit: Visit) -> None:
+        """From the last unit to the first that holds a wanted module."""
         order = [call.unit for call in batches[0].calls]
-        inside = {
-            name
-            for name in order
-            if any(target == name or target.startswith(f"{name}.") for target in wanted)
-        }
-        stop = next(
-            (place for place, name in enumerate(order) if name in inside or not wanted), len(order)
-        )
-        for place in range(len(order) - 1, stop - 1, -1):
-            name = order[place]
+        first = 0
+        if wanted:
+            while first < len(order) and not _holds_any(order[first], wanted):
+                first += 1
+        for name in reversed(order[first:]):
             with self._in_memory(name):
                 for batch in batches:
-                    self.visit("backward", name, batch.index, len(batches))
+                    visit("backward", name, batch.index, len(batches))
                     self._differentiate(batch.calls.pop(), batch.index)
-            self.visit("backward done", name, len(batches), len(batches))
+            visit("backward done", name, len(batches), len(batches))
 
     def _differentiate(self, call: _Call, index: int) -> None:
         """Compute one unit again, this time with a graph, and hand the gradient on to what came
         before it."""
+        # The gradients that the code after the unit left; without any there is nothing to do
         gradients = [out.grad for out in call.outputs]
         if self.gradients is not None and gradients[0] is not None:
             self.gradients(call.unit, index, gradients[0])
         if all(gradient is None for gradient in gradients):
             return
         if call.versions != _versions(call.leaves):
-            hint = "--no-gradients reads forwards alone"
             raise SvdcliError(
                 f"the model changes what it gave to {call.unit}, which cannot be computed again",
-                hint,
+                "--no-gradients reads forwards alone",
             )
+
+        # The unit once more, from its kept inputs, with hooks and a graph
         inner = [leaf.requires_grad_() if _differentiable(leaf) else leaf for leaf in call.leaves]
         args, kwargs = tree_unflatten(inner, call.spec)
         with torch.enable_grad():
-            outputs = [
-                out
-                for out in tree_flatten(self._with_hooks(call.unit, args, kwargs))[0]
-                if _differentiable(out)
-            ]
-        pairs = [
-            (out, grad)
-            for out, grad in zip(outputs, gradients, strict=True)
-            if grad is not None and out.requires_grad
-        ]
-        torch.autograd.backward([out for out, _ in pairs], [grad for _, grad in pairs])
-        onward = [
-            (outer, leaf.grad)
-            for outer, leaf in zip(call.outer, inner, strict=True)
-            if outer is not None and leaf.grad is not None
-        ]
-        if onward:  # what lies between blocks may lead to several of them
-            torch.autograd.backward(
-                [outer for outer, _ in onward], [grad for _, grad in onward], retain_graph=True
-            )
+            result = self._with_hooks(call.unit, args, kwargs)
+
+        # Backwards through the unit: its hooks see gradients now, and its inputs get theirs
+        outputs = [out for out in tree_flatten(result)[0] if _differentiable(out)]
+        ends: list[Tensor] = []
+        end_gradients: list[Tensor] = []
+        for out, gradient in zip(outputs, gradients, strict=True):
+            if gradient is not None and out.requires_grad:
+                ends.append(out)
+                end_gradients.append(gradient)
+        torch.autograd.backward(ends, end_gradients)
+
+        # On through the code before the unit, to the outputs of the units that it reads
+        sources: list[Tensor] = []
+        source_gradients: list[Tensor] = []
+        for outer, leaf in zip(call.outer, inner, strict=True):
+            if outer is not None and leaf.grad is not None:
+                sources.append(outer)
+                source_gradients.append(leaf.grad)
+        if sources:  # what lies between blocks may lead to several of them
+            torch.autograd.backward(sources, source_gradients, retain_graph=True)
 
     def _with_hooks(self, name: str, args: Any, kwargs: Any) -> Any:
         """A unit as the model calls it, without waiting for its turn: a unit that is a layer itself
@@ -434,9 +469,8 @@ class Stream:
     def _at_hand(self, tensors: Sequence[Tensor]) -> Iterator[None]:
         stored = [(tensor, tensor.data) for tensor in tensors]
         for tensor, data in stored:
-            tensor.data = data.to(
-                self.device, self.dtype if data.is_floating_point() else data.dtype
-            )
+            dtype = self.dtype if data.is_floating_point() else data.dtype
+            tensor.data = data.to(self.device, dtype)
         try:
             yield
         finally:
@@ -448,6 +482,11 @@ def first_tensor(result: Any) -> Tensor:
     """The first floating tensor in what a unit returns: a block's hidden states."""
     found: Tensor = next(leaf for leaf in tree_flatten(result)[0] if _differentiable(leaf))
     return found
+
+
+def _holds_any(unit: str, modules: Collection[str]) -> bool:
+    """Is any of these modules the unit itself, or inside it?"""
+    return any(name == unit or name.startswith(f"{unit}.") for name in modules)
 
 
 def _versions(leaves: Sequence[Any]) -> list[int]:

@@ -9,6 +9,7 @@ a block in memory at a time, as calibration does it later.
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -23,11 +24,10 @@ from svdcli.errors import SvdcliError
 from svdcli.text.tokens import Batch
 
 FORWARD, FEATURES = "forward", "get_text_features"
-_ROWS, _LENGTH, _CHANGED = (
-    2,
-    11,
-    4,
-)  # of the trial; the second row differs from the first in the last tokens
+# of the trial; the second row differs from the first in the last tokens
+_ROWS = 2
+_LENGTH = 11
+_CHANGED = 4
 # how much what comes later may change what comes before it, as a share of the largest answer
 _CAUSAL = 1e-4
 _LIMITS = ("max_position_embeddings", "n_positions", "seq_length")
@@ -52,7 +52,9 @@ def pooled(rows: Tensor, mask: Tensor | None) -> Tensor:
     tokens where mask is set."""
     if rows.ndim == 2:
         return rows
-    weights = (mask if mask is not None else torch.ones(rows.shape[:2])).to(rows)[..., None]
+    if mask is None:
+        mask = torch.ones(rows.shape[:2])
+    weights = mask.to(rows)[..., None]
     return (rows * weights).sum(1) / weights.sum(1).clamp(min=1)
 
 
@@ -274,10 +276,8 @@ class _Trial:
     def _pass(self, batch: Batch) -> Any:
         answers: list[Any] = []
         device = next(self.model.parameters()).device
-        with watched(self.side.module(self.model), self._see), _caches_as_they_are(self.model):
-            stream = Stream(
-                self.model, device, torch.float32, lambda *_: None, self.side.of(self.model)
-            )
+        stream = Stream(self.model, device, torch.float32, call=self.side.of(self.model))
+        with watched(self.side.module(self.model), self._see):
             stream.run([batch], read=lambda index, output: answers.append(output))
         return answers[0]
 
@@ -295,7 +295,7 @@ class _Trial:
             for part in self.side.module(self.model).modules()
             if isinstance(part, nn.ModuleList)
         ]
-        for block in (block for blocks in lists for block in blocks):
+        for block in itertools.chain.from_iterable(lists):
             others = [
                 word for word in arguments_of(block.forward) if "encoder" in word or "cross" in word
             ]
@@ -374,11 +374,11 @@ def longest_of(module: Any) -> int | None:
     """How many tokens a model takes: what its configuration says, less what a table of positions
     keeps for padding."""
     config = text_config(module.config)
-    limits = [
-        value
-        for name in _LIMITS
-        if isinstance(value := getattr(config, name, None), int) and value > 1
-    ]
+    limits: list[int] = []
+    for name in _LIMITS:
+        value = getattr(config, name, None)
+        if isinstance(value, int) and value > 1:
+            limits.append(value)
     for name, table in module.named_modules():
         if (
             name.endswith("position_embeddings")
@@ -398,15 +398,3 @@ def watched(module: nn.Module, see: Callable[[nn.Module, tuple[Any, ...]], None]
     finally:
         for handle in handles:
             handle.remove()
-
-
-@contextmanager
-def _caches_as_they_are(model: nn.Module) -> Iterator[None]:
-    """`Stream` turns caches off; whoever generates afterwards wants them."""
-    configs: list[Any] = [getattr(part, "config", None) for part in model.modules()]
-    before = [(config, config.use_cache) for config in configs if hasattr(config, "use_cache")]
-    try:
-        yield
-    finally:
-        for config, value in before:
-            config.use_cache = value

@@ -35,7 +35,7 @@ class Calibration:
         known = self.moments.kind(name)
         if self.moments.provenance.gradients and known == "inputs" and self.metric != "inputs":
             return ""  # no gradient reached it, so nothing compares it with the others
-        if self.moments.provenance.sensitivity and self.moments.weight(name) is None:
+        if self.moments.provenance.sensitivity and self.moments.loss_scale(name) is None:
             return ""
         if self.metric == "diagonal" and known == "full":
             return "diagonal"
@@ -44,7 +44,7 @@ class Calibration:
     def weight(self, name: str, kind: str) -> float | None:
         """The measured sensitivity of one layer, where it was measured in the metric that counts
         here."""
-        return self.moments.weight(name) if kind and kind == self.moments.kind(name) else None
+        return self.moments.loss_scale(name) if kind and kind == self.moments.kind(name) else None
 
     def of(self, layer: LayerPlan) -> LayerMoments | None:
         """The moments of one planned layer, cut to its metric."""

@@ -3,7 +3,7 @@
 Both models read the same text, a block at a time. A block of the compressed model gets what the
 compressed blocks before it send on, and learns to give what the original block gives in the
 original's own stream, so that it makes up for the errors before it, too (block refinement as in
-AA-SVD, 2026): first in closed form (`models.refit`), then by gradient. An error d of a block's
+AA-SVD, 2026): first in closed form (`healing.refit`), then by gradient. An error d of a block's
 output counts as d^T H d, with H the second moment of the model's loss gradient there: as much as
 the model's loss will feel it. Only the factors, and biases that were refitted, change.
 
@@ -24,11 +24,13 @@ import torch
 from torch import Tensor, nn
 
 from svdcli.calibration.loss import answer_of, excess_of
-from svdcli.calibration.stream import Stream, Turn
+from svdcli.calibration.rows import padding_mask
+from svdcli.calibration.stream import Stream, Turn, caches_off
 from svdcli.errors import SvdcliError
-from svdcli.healing.coordinates import Twins
-from svdcli.healing.refit import Block, Side, refit
-from svdcli.healing.training import Best, Course, train
+from svdcli.healing.coordinates import WhitenedLayers
+from svdcli.healing.refit import Block, BlockRun, refit
+from svdcli.healing.training import Best, Schedule, train
+from svdcli.linalg.damping import damped_root
 from svdcli.models.modules import LOW_RANK
 from svdcli.progress import Progress, silent
 from svdcli.text.tokens import Batch
@@ -61,29 +63,28 @@ class Effort:
 
 
 @dataclass(frozen=True)
-class Reading:
-    """What both models read: batches to learn from, and batches that nothing is learned from."""
+class Batches:
+    """What both models read: batches to train on, and batches that are held out to judge by."""
 
-    batches: Sequence[Batch]
-    held: Sequence[Batch]
+    train: Sequence[Batch]
+    held_out: Sequence[Batch]
 
     @staticmethod
-    def of(batches: Sequence[Batch]) -> Reading:
+    def split(batches: Sequence[Batch]) -> Batches:
         """Hold a few batches out, spread over the text; of a single one, half of its rows. Raises
         SvdcliError for a single row."""
         if len(batches) == 1:
             batches = list(_halves(batches[0]))
         count = min(HELD_OUT, len(batches) // 4 or len(batches) // 2)
-        places = {len(batches) * (2 * i + 1) // (2 * count) for i in range(count)}
-        read = [batch for place, batch in enumerate(batches) if place not in places]
-        return Reading(read, [batches[place] for place in sorted(places)])
+        held_out = {len(batches) * (2 * i + 1) // (2 * count) for i in range(count)}
+        train = [batch for index, batch in enumerate(batches) if index not in held_out]
+        return Batches(train, [batches[index] for index in sorted(held_out)])
 
-    def fewer(self, count: int) -> Reading:
-        """At most count batches to learn from, spread over the text; the same ones held out."""
-        step = max(1.0, len(self.batches) / max(1, count))
-        return Reading(
-            [self.batches[int(i * step)] for i in range(min(count, len(self.batches)))], self.held
-        )
+    def fewer(self, count: int) -> Batches:
+        """At most count batches to train on, spread over the text; the same ones held out."""
+        step = max(1.0, len(self.train) / max(1, count))
+        count = min(count, len(self.train))
+        return Batches([self.train[int(i * step)] for i in range(count)], self.held_out)
 
 
 def _halves(batch: Batch) -> tuple[Batch, Batch]:
@@ -93,19 +94,18 @@ def _halves(batch: Batch) -> tuple[Batch, Batch]:
             "the text fills one window only, and some has to be held out",
             "give more text, or a smaller --seq-len",
         )
-    first, second = (
-        {name: rows[part] for name, rows in batch.items()}
-        for part in (slice(count // 2), slice(count // 2, None))
-    )
+    middle = count // 2
+    first = {name: rows[:middle] for name, rows in batch.items()}
+    second = {name: rows[middle:] for name, rows in batch.items()}
     return first, second
 
 
 @dataclass(frozen=True)
 class HealedBlock:
-    """One block, or the whole model. Of a block, before and after are d^T H d of its output over
-    y^T H y of the original's output y; of the whole model, what `heal_whole` trains it on; both on
-    text that it was not trained on. after is never larger, and equal where nothing was found that
-    is better. weights are its new factors by name."""
+    """One block, or the whole model. before and after are errors on held-out text: of a block,
+    d^T H d of its output over y^T H y of the original's output y; of the whole model, the loss that
+    `heal_whole` trains it on. after is never larger, and equal where nothing better was found.
+    weights are its new factors by name."""
 
     name: str
     before: float
@@ -114,102 +114,124 @@ class HealedBlock:
     weights: Mapping[str, Tensor]
 
 
+# Block by block -----------------------------------------------------------------------------------
+
+
 def heal_blocks(
     teacher: nn.Module,
     student: nn.Module,
-    reading: Reading,
+    batches: Batches,
     effort: Effort,
     *,
     trainable: Callable[[str], bool],
     moments: Mapping[str, Tensor] | None = None,
-    known: Callable[[str], HealedBlock | None] = lambda name: None,
+    finished: Callable[[str], HealedBlock | None] = lambda name: None,
     call: Call = whole,
     seed: int = 0,
     device: torch.device | None = None,
     progress: Progress = silent,
 ) -> Iterator[HealedBlock]:
-    """Refine block after block and yield each as it is done; blocks that `known` has are taken from
-    there.
+    """Refine block after block and yield each as it is done; blocks that `finished` has are taken
+    from there.
 
     trainable tells by name which parameters and buffers of the student may change; moments are
-    those of `fisher.block_moments`, without which every direction of a block's output counts the
+    those of `loss.block_moments`, without which every direction of a block's output counts the
     same; blocks that the text does not reach have none. call makes of a model what is called with
     each batch. Raises SvdcliError where the two models do not have the same blocks, and where a
     block answers with NaN.
     """
     where = device or torch.device("cpu")
-    ours, theirs = (
-        Stream(model, where, torch.float32, _nobody, call(model)) for model in (student, teacher)
-    )
+    student_stream = Stream(student, where, torch.float32, call=call(student))
+    teacher_stream = Stream(teacher, where, torch.float32, call=call(teacher))
     dtypes = {name: tensor.dtype for name, tensor in _tensors(student)}
-    blocks = blocks_of(student) if moments is None else blocks_of(student) & moments.keys()
-    total = sum(
-        bool(_trainable(unit, name, trainable))
-        for name, unit in ours.units.items()
-        if name in blocks
-    )
-    begin, number, taken = time.monotonic(), 0, 0
-    batches = [*reading.batches, *reading.held]
-    for mine, dense in zip(ours.turns(batches), theirs.turns(batches), strict=False):
-        if mine.name != dense.name:
+
+    # The blocks that will be refined, known beforehand so that they can share the time
+    to_refine = {
+        name
+        for name in blocks_of(student)
+        if name in student_stream.units and (moments is None or name in moments)
+        if _trainable(student_stream.units[name], name, trainable)
+    }
+    timetable = _Timetable(effort.seconds, len(to_refine))
+
+    every = [*batches.train, *batches.held_out]
+    number = 0
+    for ours, theirs in _in_step(student_stream, teacher_stream, every):
+        # A block with nothing to refine only sends its batches on
+        if ours.name not in to_refine:
+            theirs.send_on()
+            ours.send_on()
+            continue
+
+        # The original's answers are what the block is to give; its arguments are gone afterwards
+        teacher_arguments = theirs.arguments
+        targets = theirs.send_on(keep=True)
+        tensors = _trainable(ours.unit, ours.name, trainable)
+        healed = finished(ours.name)
+        if healed is None:
+            block = Block(
+                BlockRun(ours.unit, ours.call, ours.arguments),
+                BlockRun(theirs.unit, theirs.call, teacher_arguments),
+                targets,
+                [padding_mask(every[batch.index]) for batch in ours.batches],
+            )
+            read, held_out = _parted(ours, len(batches.train))
+            moment = None if moments is None else moments[ours.name]
+            healer = _Healer(block, read, held_out, tensors, dtypes, ours.name, moment)
+            report = partial(_report, progress, ours.name, number, len(to_refine))
+            healed = healer.heal(effort.steps, timetable.next_share(), seed, report)
+            timetable.done += 1
+
+        # What comes after the block meets it as it is now
+        assign(healed, tensors, where)
+        number += 1
+        yield healed
+        ours.send_on()
+
+
+def _in_step(
+    student: Stream, teacher: Stream, batches: Sequence[Batch]
+) -> Iterator[tuple[Turn, Turn]]:
+    """The turns of both models' blocks, pairwise. Raises SvdcliError where their names differ."""
+    for ours, theirs in zip(student.turns(batches), teacher.turns(batches), strict=False):
+        if ours.name != theirs.name:
             raise SvdcliError(
-                f"the models differ: {mine.name} meets {dense.name}",
+                f"the models differ: {ours.name} meets {theirs.name}",
                 "give the original as --teacher",
             )
-        tensors = _trainable(mine.unit, mine.name, trainable) if mine.name in blocks else {}
-        arguments = dense.arguments if tensors else []
-        targets = dense.go(keep=bool(tensors))
-        if tensors:
-            done = known(mine.name)
-            if done is None:
-                masks = [_mask(batches[batch.index]) for batch in mine.batches]
-                ours_side, their_side = (
-                    Side(mine.unit, mine.call, mine.arguments),
-                    Side(dense.unit, dense.call, arguments),
-                )
-                block = Block(ours_side, their_side, targets, masks)
-                at = _where(mine, len(reading.batches))
-                healer = _Healer(
-                    block, *at, tensors, dtypes, mine.name, (moments or {}).get(mine.name)
-                )
-                spent = time.monotonic() - begin
-                share = (
-                    None
-                    if effort.seconds is None
-                    else effort.seconds * (number + 1 - taken) / total - spent
-                )
-                done = healer.heal(
-                    effort.steps, share, seed, partial(_tell, progress, mine.name, number, total)
-                )
-            else:
-                taken += 1
-            put(done, tensors, where)
-            number += 1
-            yield done
-        mine.go()
+        yield ours, theirs
 
 
-def _tell(progress: Progress, name: str, number: int, total: int, done: float) -> None:
+class _Timetable:
+    """The seconds for all blocks, from now on, in equal parts; what one block leaves over is for
+    those after it. done counts the blocks that took time."""
+
+    def __init__(self, seconds: float | None, blocks: int) -> None:
+        self.seconds, self.blocks = seconds, blocks
+        self.done = 0
+        self._begin = time.monotonic()
+
+    def next_share(self) -> float | None:
+        """Seconds for the next block; None without a limit."""
+        if self.seconds is None:
+            return None
+        spent = time.monotonic() - self._begin
+        return self.seconds * (self.done + 1) / self.blocks - spent
+
+
+def _report(progress: Progress, name: str, number: int, total: int, done: float) -> None:
     progress("heal", name, number + done, total)
 
 
 def blocks_of(model: nn.Module) -> set[str]:
     """Names of the members of every list of blocks. What lies outside them (embeddings, heads) is
     not refined: its output is as wide as a vocabulary, or has nothing before it to make up for."""
-    lists = [
-        (name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList)
-    ]
-    return {
-        f"{name}.{child}" if name else child
-        for name, module in lists
-        for child, _ in module.named_children()
-    }
-
-
-def _nobody(phase: str, unit: str, batch: int, total: int) -> None:
-    """Nobody looks at the units."""
+    names = set()
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList):
+            prefix = f"{name}." if name else ""
+            names |= {f"{prefix}{child}" for child, _ in module.named_children()}
+    return names
 
 
 def _tensors(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
@@ -221,134 +243,144 @@ def _tensors(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, Tensor]
 def _trainable(unit: nn.Module, name: str, allowed: Callable[[str], bool]) -> dict[str, Tensor]:
     """The parameters and row orders of the low-rank modules in one unit that may change, by their
     names in the whole model."""
-    found: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     for path, module in unit.named_modules(prefix=name):
         if isinstance(module, LOW_RANK):
-            found |= {full: tensor for full, tensor in _tensors(module, path) if allowed(full)}
-    return found
+            tensors |= {full: tensor for full, tensor in _tensors(module, path) if allowed(full)}
+    return tensors
 
 
-def put(healed: HealedBlock, tensors: Mapping[str, Tensor], where: torch.device) -> None:
-    """Set the tensors to what was found, in float32."""
+def assign(healed: HealedBlock, tensors: Mapping[str, Tensor], where: torch.device) -> None:
+    """Set the tensors to the healed weights, in float32."""
     for name, value in healed.weights.items():
-        tensors[name].data = value.to(
-            where, torch.float32 if value.is_floating_point() else value.dtype
-        )
+        dtype = torch.float32 if value.is_floating_point() else value.dtype
+        tensors[name].data = value.to(where, dtype)
 
 
-def _mask(batch: Batch) -> Tensor | None:
-    mask = batch.get("attention_mask")
-    return None if mask is None or bool(mask.all()) else mask.bool()
-
-
-def _where(turn: Turn, count: int) -> tuple[list[int], list[int]]:
-    """Places in the turn of batches to learn from (the first `count` of all) and of those held out.
+def _parted(turn: Turn, count: int) -> tuple[list[int], list[int]]:
+    """Indices in the turn of batches to train on (the first `count` of all) and of those held out.
 
     Raises SvdcliError for a block that the model does not run on every text, where one of the two
     is empty.
     """
-    places = range(len(turn.batches))
-    read = [place for place in places if turn.batches[place].index < count]
-    held = [place for place in places if place not in read]
-    if not read or not held:
+    read: list[int] = []
+    held_out: list[int] = []
+    for index, batch in enumerate(turn.batches):
+        if batch.index < count:
+            read.append(index)
+        else:
+            held_out.append(index)
+    if not read or not held_out:
         raise SvdcliError(
             f"{turn.name} saw {len(turn.batches)} of the batches, too few to hold some out",
             "give more text",
         )
-    return read, held
+    return read, held_out
 
 
 class _Healer:
-    """One block: what it should answer, and how far it is from that."""
+    """One block: what it should answer, and how far it is from that. read and held_out are indices
+    of batches."""
 
     def __init__(
         self,
         block: Block,
         read: list[int],
-        held: list[int],
+        held_out: list[int],
         tensors: Mapping[str, Tensor],
         dtypes: Mapping[str, torch.dtype],
         name: str,
         moment: Tensor | None,
     ) -> None:
-        self.block, self.read, self.held, self.tensors, self.name = block, read, held, tensors, name
-        self.root = None if moment is None else _root(moment)
+        self.block, self.read, self.held_out = block, read, held_out
+        self.tensors, self.name = tensors, name
+        # ||d L||^2 is d^T H d for H = L L^T
+        self.root: Tensor | None = None
+        if moment is not None:
+            self.root = damped_root(moment, DAMPING).to(torch.float32)
         self.best = Best(tensors, dtypes, self._error)
 
     def heal(
-        self, steps: int | None, seconds: float | None, seed: int, tell: Callable[[float], None]
+        self, steps: int | None, seconds: float | None, seed: int, report: Callable[[float], None]
     ) -> HealedBlock:
         """In closed form, then by gradient for what is left of the time. The block itself ends as
         it was."""
-        original = {name: tensor.data for name, tensor in self.tensors.items()}
+        before = {name: tensor.data for name, tensor in self.tensors.items()}
+
+        # In closed form, from as many batches as there is time for
         begin = time.monotonic()
-        places = self.read[:: self._stride(seconds)]
-        refit(
-            self.block,
-            places,
-            self.root,
-            lambda name: f"{self.name}.{name}" in self.tensors,
-            self.best.look,
-        )
+        indices = self.read[:: self._stride(seconds)]
+        refit(self.block, indices, self.root, self._may_change, self.best.keep_if_better)
+
+        # By gradient, from where the closed form ended
         left = None if seconds is None else seconds - (time.monotonic() - begin)
-        course = Course(steps, left, tell)
+        schedule = Schedule(steps, left, report)
         weights = [tensor for tensor in self.tensors.values() if isinstance(tensor, nn.Parameter)]
-        train(weights, course, BLOCK_RATE, self.read, self._loss, self.best.look, seed)
+        better = self.best.keep_if_better
+        train(weights, schedule, BLOCK_RATE, self.read, self._loss, better, seed)
+
         for name, tensor in self.tensors.items():
-            tensor.data = original[name]
+            tensor.data = before[name]
         return HealedBlock(
-            self.name, self.best.first, self.best.error, course.step, self.best.weights
+            self.name, self.best.first, self.best.error, schedule.step, self.best.weights
         )
+
+    def _may_change(self, name: str) -> bool:
+        """name is that of a tensor in the block."""
+        return f"{self.name}.{name}" in self.tensors
 
     def _stride(self, seconds: float | None) -> int:
         """Every so many-th batch is read to refit, so that it takes no more than its share of the
         time."""
         if seconds is None:
             return 1
+        # Each low-rank layer takes about two passes over the batches, one in either model
         begin = time.monotonic()
         self._error()
-        a_batch = (time.monotonic() - begin) / len(self.held)
-        passes = 2 * sum(isinstance(module, LOW_RANK) for module in self.block.ours.unit.modules())
-        return max(
-            1, math.ceil(passes * a_batch * len(self.read) / max(1e-9, _REFIT_SHARE * seconds))
-        )
+        a_batch = (time.monotonic() - begin) / len(self.held_out)
+        modules = self.block.student.unit.modules()
+        passes = 2 * sum(isinstance(module, LOW_RANK) for module in modules)
+        all_of_it = passes * a_batch * len(self.read)
+        return max(1, math.ceil(all_of_it / max(1e-9, _REFIT_SHARE * seconds)))
 
-    def _loss(self, place: int) -> Tensor:
-        wrong, energy = self._errors(place)
-        return wrong / energy
+    def _loss(self, index: int) -> Tensor:
+        error, energy = self._errors(index)
+        return error / energy
 
-    def _errors(self, place: int) -> tuple[Tensor, Tensor]:
+    def _errors(self, index: int) -> tuple[Tensor, Tensor]:
         """Squared error of the block's output for one batch, and the energy of what it should be;
         padding is left out."""
-        output, target = (
-            self.block.rows(value, place)
-            for value in (self.block.ours.answer(place), self.block.targets[place])
-        )
-        wrong, whole = output - target, target
+        output = self.block.rows(self.block.student.answer(index), index)
+        target = self.block.rows(self.block.targets[index], index)
+        difference = output - target
         if self.root is not None:
-            wrong, whole = wrong @ self.root, whole @ self.root
-        return wrong.square().sum(), whole.square().sum()
+            difference, target = difference @ self.root, target @ self.root
+        return difference.square().sum(), target.square().sum()
 
     @torch.no_grad()
     def _error(self) -> float:
-        """The relative error on the batches that are not trained on."""
-        wrong = energy = 0.0
-        for place in self.held:
-            error, whole = self._errors(place)
-            wrong, energy = wrong + float(error), energy + float(whole)
-        if not math.isfinite(wrong):
+        """The relative error on the batches that are held out."""
+        error = energy = 0.0
+        for index in self.held_out:
+            batch_error, batch_energy = self._errors(index)
+            error += float(batch_error)
+            energy += float(batch_energy)
+        if not math.isfinite(error):
             raise SvdcliError(f"{self.name} answers with NaN or infinity", "see `svdcli verify`")
-        return wrong / max(energy, 1e-300)
+        return error / max(energy, 1e-300)
 
 
-def _root(moment: Tensor) -> Tensor:
-    """L with L L^T = H, damped as in `linalg.whitening`: ||d L||^2 is d^T H d."""
-    h = moment.to(torch.float64)
-    damped = h + DAMPING * h.diagonal().mean() * torch.eye(
-        h.shape[0], dtype=h.dtype, device=h.device
-    )
-    root: Tensor = torch.linalg.cholesky(damped).to(torch.float32)
-    return root
+# The whole model ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Means:
+    """Of one batch: mean distance from the original and mean excess loss on the text, over `rows`
+    predictions."""
+
+    distance: Tensor
+    excess: Tensor
+    rows: int
 
 
 class _Whole:
@@ -360,45 +392,51 @@ class _Whole:
         self,
         teacher: Callable[..., Any],
         student: Callable[..., Any],
-        reading: Reading,
+        batches: Batches,
         hard: float,
         device: torch.device,
     ) -> None:
         self.teacher, self.student, self.hard = teacher, student, hard
-        self.read, self.held, self.device = reading.batches, reading.held, device
-        self.distance = math.nan
+        self.batches, self.device = batches, device
 
-    def loss(self, place: int) -> Tensor:
-        distance, excess, _ = self._means(self.read[place])
-        return (1 - self.hard) * distance + self.hard * excess
+    def loss(self, index: int) -> Tensor:
+        """What one batch is trained on."""
+        means = self._means(self.batches.train[index])
+        return (1 - self.hard) * means.distance + self.hard * means.excess
 
-    def error(self) -> float:
-        """The loss on text that nothing is learned from; notes the distance alone, too."""
-        means = [self._means(batch) for batch in self.held]
-        rows = sum(count for *_, count in means)
-        self.distance = sum(float(distance) * count for distance, _, count in means) / rows
-        found = (1 - self.hard) * self.distance + self.hard * sum(
-            float(excess) * count for _, excess, count in means
-        ) / rows
-        if not math.isfinite(found):
+    def errors(self) -> tuple[float, float]:
+        """(loss, distance alone) on held-out text. Raises SvdcliError where the loss is not
+        finite."""
+        means = [self._means(batch) for batch in self.batches.held_out]
+        rows = sum(one.rows for one in means)
+        distance = sum(float(one.distance) * one.rows for one in means) / rows
+        excess = sum(float(one.excess) * one.rows for one in means)
+        loss = (1 - self.hard) * distance + self.hard * excess / rows
+        if not math.isfinite(loss):
             raise SvdcliError("the model answers with NaN or infinity", "see `svdcli verify`")
-        return found
+        return loss, distance
 
-    def _means(self, batch: Batch) -> tuple[Tensor, Tensor, int]:
-        """Distance and excess loss of one batch, and of how many rows; no excess loss where it does
-        not count."""
-        batch = {key: value.to(self.device) for key, value in batch.items()}
+    def _means(self, batch: Batch) -> _Means:
+        """No excess loss where it does not count."""
+        batch = _moved(batch, self.device)
         with torch.no_grad():
             wanted, distance = answer_of(self.teacher(**batch), batch)
-        found, _ = answer_of(self.student(**batch), batch)
-        excess = excess_of(wanted, found, batch["input_ids"]) if self.hard else found.new_zeros(())
-        return distance(wanted, found) / len(wanted), excess, len(wanted)
+        answer, _ = answer_of(self.student(**batch), batch)
+        if self.hard:
+            excess = excess_of(wanted, answer, batch["input_ids"])
+        else:
+            excess = answer.new_zeros(())
+        return _Means(distance(wanted, answer) / len(wanted), excess, len(wanted))
+
+
+def _moved(batch: Batch, device: torch.device) -> Batch:
+    return {key: value.to(device) for key, value in batch.items()}
 
 
 def heal_whole(
     teacher: nn.Module,
     student: nn.Module,
-    reading: Reading,
+    batches: Batches,
     effort: Effort,
     *,
     trainable: Callable[[str], bool],
@@ -418,20 +456,30 @@ def heal_whole(
     """
     tensors = _trainable(student, "", trainable)
     device = next(iter(tensors.values())).device
-    goal = _Whole(call(teacher), call(student), reading, hard_labels, device)
-    best = Best(tensors, dtypes, goal.error)
-    rate = WHOLE_RATE * math.sqrt(max(0.0, goal.distance))
-    few = [
-        {key: value.to(device) for key, value in batch.items()}
-        for batch in reading.fewer(_MOMENT_BATCHES).batches
-    ]
-    twins = Twins(teacher, student, tensors, few, call(teacher))
+    with caches_off(teacher), caches_off(student):
+        # What it is trained on; the further it is from the original, the larger its steps
+        goal = _Whole(call(teacher), call(student), batches, hard_labels, device)
+        distances: list[float] = []
 
-    def look() -> bool:
-        with twins.stored():
-            return best.look()
+        def error() -> float:
+            loss, distance = goal.errors()
+            distances.append(distance)
+            return loss
 
-    course = Course(effort.steps, effort.seconds, partial(_tell, progress, WHOLE, 0, 1))
-    with twins.training():
-        train(twins.weights, course, rate, range(len(goal.read)), goal.loss, look, seed)
-    return HealedBlock(WHOLE, best.first, best.error, course.step, best.weights)
+        best = Best(tensors, dtypes, error)
+        rate = WHOLE_RATE * math.sqrt(max(0.0, distances[0]))
+
+        # Coordinates in which all steps cost alike, learned from a few batches
+        few = [_moved(batch, device) for batch in batches.fewer(_MOMENT_BATCHES).train]
+        layers = WhitenedLayers(teacher, student, tensors, few, call(teacher))
+
+        def keep_if_better() -> bool:
+            with layers.stored():
+                return best.keep_if_better()
+
+        report = partial(_report, progress, WHOLE, 0, 1)
+        schedule = Schedule(effort.steps, effort.seconds, report)
+        indices = range(len(batches.train))
+        with layers.training():
+            train(layers.weights, schedule, rate, indices, goal.loss, keep_if_better, seed)
+    return HealedBlock(WHOLE, best.first, best.error, schedule.step, best.weights)

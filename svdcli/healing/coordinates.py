@@ -18,44 +18,39 @@ from torch import Tensor, nn
 
 from svdcli.calibration.loss import ModelLoss
 from svdcli.healing.refit import put_factors
+from svdcli.linalg.damping import damped_root
 from svdcli.linalg.products import moment
 from svdcli.linalg.solvers import Factors, transposed
 from svdcli.linalg.storage import balanced
-from svdcli.models.modules import LOW_RANK, factors_of
+from svdcli.models.modules import LOW_RANK, factors_of, is_linear
 from svdcli.text.tokens import Batch
 
 FULL = 2048  # wider sides are scaled by their diagonal
 _DAMPING_INPUTS, _DAMPING_OUTPUTS = 0.01, 0.1  # of the mean diagonal
 
 
-class Twin(nn.Module):
+class WhitenedLinear(nn.Module):
     """y = x (outputs A B inputs)^T + b, with A (m, r) and B (r, n) to train; outputs and inputs
     undo the coordinates."""
 
     def __init__(self, module: nn.Module, conv: bool, inputs: Tensor, outputs: Tensor) -> None:
         super().__init__()
+        # The dense layer's two factors, (m, r) and (r, n), whatever the layout
         up, down, rows = factors_of(module)
         if rows is not None:
             up = torch.cat((torch.eye(down.shape[0]).to(up), up))[rows.long()]
         if conv:  # stored as (in, out)
             up, down = down.T, up.T
+
+        # In the coordinates of the moments, with the same size of entries in both
         left, undo_left = _root(outputs, _DAMPING_OUTPUTS)
         right, undo_right = _root(inputs, _DAMPING_INPUTS)
-        a, b = balanced(
-            _times(left.mT if left.ndim == 2 else left, up),
-            _times(right.mT if right.ndim == 2 else right, down.T).T,
-        )
+        a, b = balanced(_times(_turned(left), up), _times(_turned(right), down.T).T)
         self.conv, self.bias = conv, getattr(module, "bias", None)
-        self.a, self.b = (
-            nn.Parameter(a.float(), requires_grad=False),
-            nn.Parameter(b.float(), requires_grad=False),
-        )
-        self.register_buffer(
-            "outputs", undo_left.mT.float() if undo_left.ndim == 2 else undo_left.float()
-        )
-        self.register_buffer(
-            "inputs", undo_right.mT.float() if undo_right.ndim == 2 else undo_right.float()
-        )
+        self.a = nn.Parameter(a.float(), requires_grad=False)
+        self.b = nn.Parameter(b.float(), requires_grad=False)
+        self.register_buffer("outputs", _turned(undo_left).float())
+        self.register_buffer("inputs", _turned(undo_right).float())
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """(up, down) of the weight as (out, in)."""
@@ -77,24 +72,26 @@ class Twin(nn.Module):
 
 def _root(moment: Tensor, damping: float) -> tuple[Tensor, Tensor]:
     """L with L L^T = the damped moment, and its inverse, in float64; of a diagonal, diagonals."""
-    m = moment.to(torch.float64)
-    if m.ndim == 1:
-        root = (m + damping * m.mean()).clamp(min=torch.finfo(m.dtype).tiny).sqrt()
+    root = damped_root(moment, damping)
+    if root.ndim == 1:
         return root, 1 / root
-    eye = torch.eye(m.shape[0], dtype=m.dtype, device=m.device)
-    mean = m.diagonal().mean()
-    lower = torch.linalg.cholesky(m + damping * mean * eye) if mean > 0 else eye
-    return lower, torch.linalg.solve_triangular(lower, eye, upper=False)
+    eye = torch.eye(root.shape[0], dtype=root.dtype, device=root.device)
+    return root, torch.linalg.solve_triangular(root, eye, upper=False)
+
+
+def _turned(root: Tensor) -> Tensor:
+    """The transpose; of a diagonal, the diagonal."""
+    return root.mT if root.ndim == 2 else root
 
 
 def _times(scale: Tensor, x: Tensor) -> Tensor:
     return scale.to(x.dtype) @ x if scale.ndim == 2 else scale.to(x.dtype)[:, None] * x
 
 
-class Twins:
-    """For every low-rank linear layer whose factors are in `tensors`, a twin to train in its place;
-    biases in `tensors` are trained where they are. batches are what the teacher reads to learn the
-    coordinates; call is what is called with each, if not the whole teacher."""
+class WhitenedLayers:
+    """For every low-rank linear layer whose factors are in `tensors`, a `WhitenedLinear` to train
+    in its place; biases in `tensors` are trained where they are. batches are what the teacher reads
+    to learn the coordinates; call is what is called with each, if not the whole teacher."""
 
     def __init__(
         self,
@@ -105,35 +102,42 @@ class Twins:
         call: Callable[..., Any] | None = None,
     ) -> None:
         self.student = student
-        low_rank = [
-            name for name, module in student.named_modules() if isinstance(module, LOW_RANK)
-        ]
-        dense = {
-            name: teacher.get_submodule(name)
-            for name in low_rank
-            if f"{name}.svd_up.weight" in tensors
-        }
-        convs = {name: type(module).__name__ == "Conv1D" for name, module in dense.items()}
-        convs = {
-            name: conv for name, conv in convs.items() if conv or isinstance(dense[name], nn.Linear)
-        }
-        self.originals = {name: student.get_submodule(name) for name in convs}
-        inputs, outputs = moments_of(teacher, convs, batches, call)
-        self.twins: dict[str, Twin] = {}
-        for name, conv in convs.items():
-            m, n = dense[name].get_parameter("weight").shape[:: -1 if conv else 1]
+        # The layers to train, where the original has a linear layer
+        dense: dict[str, nn.Module] = {}
+        for name, module in student.named_modules():
+            if not isinstance(module, LOW_RANK) or f"{name}.svd_up.weight" not in tensors:
+                continue
+            original = teacher.get_submodule(name)
+            if is_linear(original):
+                dense[name] = original
+        self.originals = {name: student.get_submodule(name) for name in dense}
+
+        # Each in coordinates that its moments scale; a moment that was not met scales nothing
+        inputs, outputs = moments_of(teacher, dense, batches, call)
+        self.layers: dict[str, WhitenedLinear] = {}
+        for name, original in dense.items():
+            conv = not isinstance(original, nn.Linear)
+            m, n = original.get_parameter("weight").shape[:: -1 if conv else 1]
             unknown = torch.ones(max(m, n), device=tensors[f"{name}.svd_up.weight"].device)
-            scales = inputs.get(name, unknown[:n]), outputs.get(name, unknown[:m])
-            self.twins[name] = Twin(self.originals[name], conv, *scales)
-        self.weights = [weight for twin in self.twins.values() for weight in (twin.a, twin.b)]
-        self.weights += [
-            p for name in convs if isinstance(p := tensors.get(f"{name}.bias"), nn.Parameter)
-        ]
+            input_moment = inputs.get(name, unknown[:n])
+            output_moment = outputs.get(name, unknown[:m])
+            self.layers[name] = WhitenedLinear(
+                self.originals[name], conv, input_moment, output_moment
+            )
+
+        # What is trained: the factors, then the biases that may change
+        self.weights: list[nn.Parameter] = []
+        for layer in self.layers.values():
+            self.weights += [layer.a, layer.b]
+        for name in dense:
+            bias = tensors.get(f"{name}.bias")
+            if isinstance(bias, nn.Parameter):
+                self.weights.append(bias)
 
     @contextmanager
     def training(self) -> Iterator[None]:
-        """The twins in the model."""
-        self._use(self.twins)
+        """The layers to train in the model."""
+        self._use(self.layers)
         try:
             yield
         finally:
@@ -141,16 +145,16 @@ class Twins:
 
     @contextmanager
     def stored(self) -> Iterator[None]:
-        """Inside `training`: what would be stored of the twins, in the model in place of them."""
-        for name, twin in self.twins.items():
-            up, down = (factor.detach() for factor in twin.factors())
+        """Inside `training`: what would be stored of the layers, in the model in place of them."""
+        for name, layer in self.layers.items():
+            up, down = (factor.detach() for factor in layer.factors())
             factors = Factors(up, down, up.new_empty(0), 0.0)
-            put_factors(self.originals[name], transposed(factors) if twin.conv else factors)
+            put_factors(self.originals[name], transposed(factors) if layer.conv else factors)
         self._use(self.originals)
         try:
             yield
         finally:
-            self._use(self.twins)
+            self._use(self.layers)
 
     def _use(self, modules: Mapping[str, nn.Module]) -> None:
         for name, module in modules.items():
@@ -185,13 +189,12 @@ def moments_of(
         return catch
 
     loss = ModelLoss()
-    loss.batches = batches
     handles = [model.get_submodule(name).register_forward_hook(hook(name)) for name in names]
     try:
-        for index, batch in enumerate(batches):
+        for batch in batches:
             caught.clear()
             with torch.enable_grad():
-                tensor, gradient = loss.seed(index, (call or model)(**batch))
+                tensor, gradient = loss.cotangent(batch, (call or model)(**batch))
             ends = [(name, output) for name, outputs in caught.items() for output in outputs]
             found = torch.autograd.grad(
                 tensor, [output for _, output in ends], gradient, allow_unused=True

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from svdcli.calibration.gather import FULL_OUTPUTS
+from svdcli.calibration.rows import without_padding
 from svdcli.calibration.stream import first_tensor
 from svdcli.linalg.products import moment
 from svdcli.linalg.solvers import Factors, transposed
@@ -31,41 +32,41 @@ from svdcli.models.modules import LOW_RANK, is_linear
 
 RIDGE = 0.01  # of the mean diagonal of E[x x^T], against directions that were hardly seen
 _MOMENT_BATCHES = 8
-_CLOSING = 1e-3
+_SAME_CHANGE = 1e-3
 
 Call = tuple[Any, Any]
 
 
 @dataclass(frozen=True)
-class Side:
+class BlockRun:
     """One model's block: its module, how to call it, and its arguments for every batch."""
 
     unit: nn.Module
     call: Callable[..., Any]
     arguments: Sequence[Call]
 
-    def answer(self, place: int) -> Tensor:
-        args, kwargs = self.arguments[place]
+    def answer(self, index: int) -> Tensor:
+        args, kwargs = self.arguments[index]
         return first_tensor(self.call(*args, **kwargs))
 
 
 @dataclass
-class Site:
-    """A low-rank layer, by its name in the block, and the dense one that it stands for. closing
-    says that its output is added to the block's; outputs is the second moment of the loss gradient
-    there."""
+class LayerPair:
+    """A low-rank layer, by its name in the block, and the dense one that it stands for.
+    feeds_output says that its output is added to the block's; outputs is the second moment of the
+    loss gradient there."""
 
     name: str
-    ours: nn.Module
-    dense: nn.Module
+    student: nn.Module
+    teacher: nn.Module
     bias: bool
-    closing: bool = False
+    feeds_output: bool = False
     outputs: Tensor | None = None
 
     def weight(self) -> Tensor:
         """The dense weight, (out, in), float64."""
-        weight = self.dense.get_parameter("weight").data.to(torch.float64)
-        return weight if isinstance(self.dense, nn.Linear) else weight.T
+        weight = self.teacher.get_parameter("weight").data.to(torch.float64)
+        return weight if isinstance(self.teacher, nn.Linear) else weight.T
 
 
 @dataclass
@@ -73,57 +74,57 @@ class Block:
     """Both models' block, what it should answer, and which entries of each batch count (None:
     all)."""
 
-    ours: Side
-    dense: Side
+    student: BlockRun
+    teacher: BlockRun
     targets: Sequence[Tensor]
     masks: Sequence[Tensor | None]
 
-    def rows(self, values: Tensor, place: int) -> Tensor:
+    def rows(self, values: Tensor, index: int) -> Tensor:
         """(tokens, width), without padding."""
-        mask = self.masks[place]
-        if mask is not None and mask.shape == values.shape[:-1]:
-            values = values[mask.to(values.device)]
-        return values.reshape(-1, values.shape[-1])
+        return without_padding(values, self.masks[index])
 
 
 @torch.no_grad()
 def refit(
     block: Block,
-    places: Sequence[int],
+    indices: Sequence[int],
     root: Tensor | None,
     allowed: Callable[[str], bool],
     better: Callable[[], bool],
 ) -> None:
-    """Solve the block's low-rank layers anew from the batches at `places`, group by group; `better`
-    judges each result, and a group that is none is put back. root is L with H = L L^T at the
-    block's output; allowed tells which biases may change."""
-    groups = _groups(block, places[0], allowed)
-    sites = [site for group in groups for site in group]
-    _find_closing(block, places[0], sites)
+    """Solve the block's low-rank layers anew from the batches at `indices`, group by group;
+    `better` judges each result, and a group that is none is put back. root is L with H = L L^T at
+    the block's output; allowed tells which biases may change."""
+    # What there is to solve, and how errors at each layer's output count
+    groups = _groups(block, indices[0], allowed)
+    pairs = [pair for group in groups for pair in group]
+    _find_feeding(block, indices[0], pairs)
     _add_output_moments(
-        block, places[:: max(1, len(places) // _MOMENT_BATCHES)][:_MOMENT_BATCHES], sites, root
+        block, indices[:: max(1, len(indices) // _MOMENT_BATCHES)][:_MOMENT_BATCHES], pairs, root
     )
+
+    # Group by group: each meets what the groups before it now send on
     for group in groups:
         before = [
             (tensor, tensor.data)
-            for site in group
-            for tensor in site.ours.state_dict(keep_vars=True).values()
+            for pair in group
+            for tensor in pair.student.state_dict(keep_vars=True).values()
         ]
-        sums = _gather(block, places, group)
-        for site in group:
-            _solve(site, sums[site.name])
+        sums = _gather(block, indices, group)
+        for pair in group:
+            _solve(pair, sums[pair.name])
         if not better():
             for tensor, data in before:
                 tensor.data = data
 
 
-def _groups(block: Block, place: int, allowed: Callable[[str], bool]) -> list[list[Site]]:
+def _groups(block: Block, index: int, allowed: Callable[[str], bool]) -> list[list[LayerPair]]:
     """The low-rank layers that are called exactly once, in the order of their calls; those with the
     same input together."""
     calls: list[tuple[str, Tensor]] = []
     modules = {
         name: module
-        for name, module in block.ours.unit.named_modules()
+        for name, module in block.student.unit.named_modules()
         if isinstance(module, LOW_RANK)
     }
 
@@ -131,27 +132,29 @@ def _groups(block: Block, place: int, allowed: Callable[[str], bool]) -> list[li
         return lambda module, inputs: calls.append((name, inputs[0]))
 
     with _hooked(module.register_forward_pre_hook(hook(name)) for name, module in modules.items()):
-        block.ours.answer(place)
+        block.student.answer(index)
+
+    # Neighbours in that order that read the very same tensor make a group
     names = [name for name, _ in calls]
-    groups: list[list[Site]] = []
+    groups: list[list[LayerPair]] = []
     last: Tensor | None = None
     for name, x in calls:
-        dense = block.dense.unit.get_submodule(name)
+        dense = block.teacher.unit.get_submodule(name)
         if names.count(name) > 1 or not is_linear(dense):
             continue
-        site = Site(name, modules[name], dense, allowed(f"{name}.bias" if name else "bias"))
+        pair = LayerPair(name, modules[name], dense, allowed(f"{name}.bias" if name else "bias"))
         if last is x:
-            groups[-1].append(site)
+            groups[-1].append(pair)
         else:
-            groups.append([site])
+            groups.append([pair])
         last = x
     return groups
 
 
-def _find_closing(block: Block, place: int, sites: Sequence[Site]) -> None:
+def _find_feeding(block: Block, index: int, pairs: Sequence[LayerPair]) -> None:
     """A layer closes the block where a change of its output changes the block's by just that."""
-    plain = block.ours.answer(place)
-    for site in sites:
+    plain = block.student.answer(index)
+    for pair in pairs:
         change = torch.zeros(())
 
         def add(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
@@ -160,15 +163,15 @@ def _find_closing(block: Block, place: int, sites: Sequence[Site]) -> None:
             change = noise * output.std()
             return output + change
 
-        with _hooked([site.ours.register_forward_hook(add)]):
-            moved = block.ours.answer(place) - plain
-        site.closing = moved.shape == change.shape and bool(
-            (moved - change).norm() < _CLOSING * change.norm()
+        with _hooked([pair.student.register_forward_hook(add)]):
+            moved = block.student.answer(index) - plain
+        pair.feeds_output = moved.shape == change.shape and bool(
+            (moved - change).norm() < _SAME_CHANGE * change.norm()
         )
 
 
 def _add_output_moments(
-    block: Block, places: Sequence[int], sites: Sequence[Site], root: Tensor | None
+    block: Block, indices: Sequence[int], pairs: Sequence[LayerPair], root: Tensor | None
 ) -> None:
     """H of every layer: the block's own, drawn as noise of that covariance at its output and led
     back through it."""
@@ -178,22 +181,22 @@ def _add_output_moments(
     def hook(name: str) -> Callable[..., None]:
         return lambda module, inputs, output: caught.__setitem__(name, output)
 
-    for place in places:
-        args, kwargs = _differentiable(block.dense.arguments[place])
+    for index in indices:
+        args, kwargs = _differentiable(block.teacher.arguments[index])
         with (
-            _hooked(site.dense.register_forward_hook(hook(site.name)) for site in sites),
+            _hooked(pair.teacher.register_forward_hook(hook(pair.name)) for pair in pairs),
             torch.enable_grad(),
         ):
-            out = first_tensor(block.dense.call(*args, **kwargs))
+            out = first_tensor(block.teacher.call(*args, **kwargs))
         noise = torch.randn(out.shape, generator=generator).to(out)
-        seed = noise if root is None else noise @ root.T
+        cotangent = noise if root is None else noise @ root.T
         found = torch.autograd.grad(
-            out, [caught[site.name] for site in sites], seed, allow_unused=True
+            out, [caught[pair.name] for pair in pairs], cotangent, allow_unused=True
         )
-        for site, gradient in zip(sites, found, strict=True):
+        for pair, gradient in zip(pairs, found, strict=True):
             if gradient is not None:
-                more = moment(block.rows(gradient, place), FULL_OUTPUTS)
-                site.outputs = more if site.outputs is None else site.outputs + more
+                more = moment(block.rows(gradient, index), FULL_OUTPUTS)
+                pair.outputs = more if pair.outputs is None else pair.outputs + more
         caught.clear()
 
 
@@ -218,7 +221,7 @@ class _Sums:
     count: int = 0
 
 
-def _gather(block: Block, places: Sequence[int], group: Sequence[Site]) -> dict[str, _Sums]:
+def _gather(block: Block, indices: Sequence[int], group: Sequence[LayerPair]) -> dict[str, _Sums]:
     """What the layers of one group should answer to what they get now."""
     caught: dict[str, Tensor] = {}
     sums: dict[str, _Sums] = {}
@@ -227,25 +230,27 @@ def _gather(block: Block, places: Sequence[int], group: Sequence[Site]) -> dict[
         return lambda module, inputs, output: caught.__setitem__(name, output)
 
     hooks = [
-        group[0].ours.register_forward_pre_hook(
+        group[0].student.register_forward_pre_hook(
             lambda module, inputs: caught.__setitem__("x", inputs[0])
         )
     ]
     hooks += [
-        (site.ours if site.closing else site.dense).register_forward_hook(catch(f"y {site.name}"))
-        for site in group
+        (pair.student if pair.feeds_output else pair.teacher).register_forward_hook(
+            catch(f"y {pair.name}")
+        )
+        for pair in group
     ]
-    aside = any(not site.closing for site in group)
+    aside = any(not pair.feeds_output for pair in group)
     with _hooked(hooks):
-        for place in places:
-            out = block.ours.answer(place)
+        for index in indices:
+            out = block.student.answer(index)
             if aside:
-                block.dense.answer(place)
-            x = block.rows(caught["x"], place)
+                block.teacher.answer(index)
+            x = block.rows(caught["x"], index)
             inputs = moment(x).to(torch.float64)
-            for site in group:
-                y = caught[f"y {site.name}"]
-                y = block.rows(y + (block.targets[place] - out) if site.closing else y, place)
+            for pair in group:
+                y = caught[f"y {pair.name}"]
+                y = block.rows(y + (block.targets[index] - out) if pair.feeds_output else y, index)
                 more = _Sums(
                     (y.T @ x).to(torch.float64),
                     inputs,
@@ -253,7 +258,7 @@ def _gather(block: Block, places: Sequence[int], group: Sequence[Site]) -> dict[
                     y.sum(0).double(),
                     x.shape[0],
                 )
-                sums[site.name] = more if site.name not in sums else _added(sums[site.name], more)
+                sums[pair.name] = more if pair.name not in sums else _added(sums[pair.name], more)
     return sums
 
 
@@ -267,25 +272,31 @@ def _added(one: _Sums, other: _Sums) -> _Sums:
     )
 
 
-def _solve(site: Site, sums: _Sums) -> None:
+def _solve(pair: LayerPair, sums: _Sums) -> None:
     """Put the best factors of the layer's rank into it, and the bias that goes with them."""
     cross, inputs, x, y = (
         value / sums.count for value in (sums.cross, sums.inputs, sums.x, sums.y)
     )
-    bias = getattr(site.ours, "bias", None)
-    if site.bias:
+    bias = getattr(pair.student, "bias", None)
+    if pair.bias:
         cross, inputs = cross - torch.outer(y, x), inputs - torch.outer(x, x)
     elif bias is not None:
         cross = cross - torch.outer(bias.data.to(torch.float64), x)
-    w = site.weight()
+
+    # The regression of y on x, with a ridge that pulls towards the original weight
+    w = pair.weight()
     ridge = RIDGE * inputs.diagonal().mean().clamp(min=torch.finfo(torch.float64).tiny)
     damped = inputs + ridge * torch.eye(inputs.shape[0], dtype=inputs.dtype, device=inputs.device)
     best = w + torch.linalg.solve(damped, (cross - w @ inputs).T).T
-    rank = int(site.ours.rank)  # type: ignore[arg-type]
-    factors = weighted(best, rank, Metric(inputs, site.outputs))
-    if site.bias and bias is not None:
+
+    # Its truncation, and the bias that takes the mean error out
+    rank = int(pair.student.rank)  # type: ignore[arg-type]
+    factors = weighted(best, rank, Metric(inputs, pair.outputs))
+    if pair.bias and bias is not None:
         bias.data = (y - factors.up @ (factors.down @ x)).to(bias.dtype)
-    put_factors(site.ours, factors if isinstance(site.dense, nn.Linear) else transposed(factors))
+    put_factors(
+        pair.student, factors if isinstance(pair.teacher, nn.Linear) else transposed(factors)
+    )
 
 
 def put_factors(module: nn.Module, factors: Factors) -> None:

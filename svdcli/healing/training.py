@@ -1,5 +1,5 @@
 """The training that healing does, of a block or of the whole model: AdamW on float32 masters, and
-the best weights that were met.
+the best weights on the way.
 
 What is kept is what would be stored: weights are judged rounded to their stored dtype, on text that
 they were not trained on.
@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -22,32 +21,36 @@ _CHECKS = 6
 _PATIENCE = 3
 
 
-@dataclass
-class Course:
-    """How far a training is, from 0 to 1, by steps or by the clock, which starts here."""
+class Schedule:
+    """Progress of a training from 0 to 1, by steps or by the clock, whichever is further; the clock
+    starts when the schedule is made. report is told the progress now and then."""
 
-    steps: int | None
-    seconds: float | None
-    tell: Callable[[float], None]
-
-    def __post_init__(self) -> None:
-        self.step, self.begin = 0, time.monotonic()
+    def __init__(
+        self, steps: int | None, seconds: float | None, report: Callable[[float], None]
+    ) -> None:
+        self.steps, self.seconds, self.report = steps, seconds, report
+        self.step = 0
+        self._begin = time.monotonic()
 
     def done(self) -> float:
+        """How far the training is, 1 at the end."""
         by_steps = self.step / self.steps if self.steps else 0.0
-        by_clock = 0.0
-        if self.seconds is not None:
-            by_clock = (time.monotonic() - self.begin) / self.seconds if self.seconds > 0 else 1.0
-        return min(1.0, max(by_steps, by_clock))
+        return min(1.0, max(by_steps, self._by_clock()))
+
+    def _by_clock(self) -> float:
+        if self.seconds is None:
+            return 0.0
+        if self.seconds <= 0:
+            return 1.0
+        return (time.monotonic() - self._begin) / self.seconds
 
     def rate(self) -> float:
-        """Up in a straight line, down along a cosine."""
+        """The learning rate as a share of the largest: up in a straight line, down along a
+        cosine."""
         done = self.done()
-        return (
-            done / WARM_UP
-            if done < WARM_UP
-            else 0.5 * (1 + math.cos(math.pi * (done - WARM_UP) / (1 - WARM_UP)))
-        )
+        if done < WARM_UP:
+            return done / WARM_UP
+        return 0.5 * (1 + math.cos(math.pi * (done - WARM_UP) / (1 - WARM_UP)))
 
 
 class Best:
@@ -66,19 +69,20 @@ class Best:
         error: Callable[[], float],
     ) -> None:
         self.tensors, self.dtypes, self._error = tensors, dtypes, error
-        self.first = self.error = self._measure()
+        self.first = self.error = self._held_out_error()
         self.weights = self._rounded()
 
-    def look(self) -> bool:
+    def keep_if_better(self) -> bool:
         """Keep the present state where it is better than all before it."""
-        error = self._measure()
+        error = self._held_out_error()
         better = error < self.error
         if better:
             self.error, self.weights = error, self._rounded()
         return better
 
     @torch.no_grad()
-    def _measure(self) -> float:
+    def _held_out_error(self) -> float:
+        """The error of the weights as they would be stored; the weights themselves stay."""
         masters = {name: tensor.data for name, tensor in self.tensors.items()}
         for name, tensor in self.tensors.items():
             tensor.data = masters[name].to(self.dtypes[name]).to(masters[name].dtype)
@@ -97,43 +101,55 @@ class Best:
 
 def train(
     weights: Sequence[nn.Parameter],
-    course: Course,
+    schedule: Schedule,
     rate: float,
-    places: Sequence[int],
+    indices: Sequence[int],
     loss: Callable[[int], Tensor],
-    look: Callable[[], bool],
+    keep_if_better: Callable[[], bool],
     seed: int,
 ) -> None:
-    """Minimise loss(place) over places drawn at random, until the course is over or late checks
-    find nothing better.
+    """Minimise loss(index) over batches drawn at random from `indices`, until the schedule is over
+    or late checks find nothing better.
 
-    rate is the largest step of a weight, as a share of its tensor's root mean square; look keeps
-    the present state where it is better. The weights themselves end where the training ended.
+    rate is the largest step of a weight, as a share of its tensor's root mean square;
+    keep_if_better keeps the present state where it is better. The weights themselves end where the
+    training ended.
     """
+    # A group for each weight, since the size of its steps follows the size of its entries
     groups = [{"params": [weight], "lr": 0.0, "scale": rate * _rms(weight)} for weight in weights]
     optimiser = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.0)
     generator = torch.Generator().manual_seed(seed)
     order: list[int] = []
     for weight in weights:
         weight.requires_grad_()
-    next_check, waited = 1 / _CHECKS, 0
-    while course.done() < 1 and waited < _PATIENCE:
+
+    next_check = 1 / _CHECKS
+    checks_in_vain = 0
+    while schedule.done() < 1 and checks_in_vain < _PATIENCE:
+        # One step on one batch; all batches are drawn once before one comes again
         for group in optimiser.param_groups:
-            group["lr"] = course.rate() * group["scale"]
-        order = order or torch.randperm(len(places), generator=generator).tolist()
+            group["lr"] = schedule.rate() * group["scale"]
+        order = order or torch.randperm(len(indices), generator=generator).tolist()
         with torch.enable_grad():
-            loss(places[order.pop()]).backward()
+            loss(indices[order.pop()]).backward()
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)
-        course.step += 1
-        if course.done() >= next_check:
+        schedule.step += 1
+
+        # A look at the held-out text; only those in the second half count for giving up
+        if schedule.done() >= next_check:
             next_check += 1 / _CHECKS
-            course.tell(course.done())
-            waited = 0 if look() or course.done() < 0.5 else waited + 1
+            schedule.report(schedule.done())
+            if keep_if_better() or schedule.done() < 0.5:
+                checks_in_vain = 0
+            else:
+                checks_in_vain += 1
+
+    # The weights as they came: without gradients
     for weight in weights:
         weight.requires_grad_(False)
         weight.grad = None
-    course.tell(1.0)
+    schedule.report(1.0)
 
 
 def _rms(weight: Tensor) -> float:

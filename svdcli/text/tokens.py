@@ -48,11 +48,9 @@ class Amount:
     def to_calibrate(samples: int | None, widest: int) -> Amount:
         """As many samples as asked for; else 131,072 tokens, or 16 for every input of the widest
         layer where that is more."""
-        return (
-            Amount(samples)
-            if samples is not None
-            else Amount(tokens=max(TOKENS, TOKENS_AN_INPUT * widest))
-        )
+        if samples is not None:
+            return Amount(samples)
+        return Amount(tokens=max(TOKENS, TOKENS_AN_INPUT * widest))
 
     def times(self, factor: int) -> Amount:
         """So many times as much."""
@@ -62,13 +60,11 @@ class Amount:
     def batches(self, samples: int, tokens: int, count: int) -> int:
         """How many of `count` batches, which hold so many samples and tokens, are this much: at
         least one."""
-        share = min(
-            1.0,
-            self.samples / samples
-            if self.samples is not None
-            else (self.tokens or tokens) / tokens,
-        )
-        return max(1, round(share * count))
+        if self.samples is not None:
+            share = self.samples / samples
+        else:
+            share = (self.tokens or tokens) / tokens
+        return max(1, round(min(1.0, share) * count))
 
     def windows(self, length: int) -> int | None:
         """The number of windows of `length` tokens; None for all."""

@@ -1,7 +1,7 @@
 """Second moments of every layer's inputs, and of the loss gradients at its outputs, from text that
 the model reads.
 
-The loss is the model's own (`fisher`), so that half the two-sided error of a weight change is the
+The loss is the model's own (`loss`), so that half the two-sided error of a weight change is the
 expected rise of the loss: the Fisher information in the Kronecker-factored form of Martens and
 Grosse (K-FAC, 2015).
 """
@@ -118,12 +118,15 @@ def calibrate(
     out = Path(out)
     device = (compute or Compute()).start()
     with open_checkpoint(model) as checkpoint:
+        # The model, the layers to measure, and the text as it reads it
         network = load_stored(model, trust_remote_code=trust_remote_code)
         tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
         side = text_side(network, str(model), len(tokenizer), ALONE)
         layers = _modules_of(network, checkpoint, include, exclude)
         amount = Amount.to_calibrate(samples, widest(network, layers.values()))
         read = read_batches(side, tokenizer, texts, amount, seq_len)
+
+        # Hidden states of a round have to fit into memory
         room = memory if memory is not None else int(SHARE_OF_MEMORY * free_memory())
         forecast = _forecast(network, read, gradients, room)
         announce(forecast)
@@ -133,29 +136,33 @@ def calibrate(
         with tempfile.TemporaryDirectory(
             dir=out.absolute().parent, prefix=f".{out.name}.spool-"
         ) as folder:
-            gather = Gather(
-                network,
-                width_of(side.config(network)),
-                layers,
-                Spool(Path(folder)),
-                progress,
-                len(rounds),
-            )
-            stream = Stream(network, device, torch.float32, gather.visit, side.of(network))
-            for number, batch in enumerate(rounds):
-                gather.begin(number, batch, backwards=forecast.gradients, units=len(stream.units))
-                stream.run(
-                    batch,
-                    gather.loss.seed if forecast.gradients else None,
-                    set(layers.values()),
-                    gather.loss.look,
-                )
+            # Moments, round by round
+            width = width_of(side.config(network))
+            gather = Gather(network, width, layers, Spool(Path(folder)), progress, len(rounds))
+            stream = Stream(network, device, torch.float32, call=side.of(network))
+            for number, batches in enumerate(rounds):
+                cotangent = gather.loss.cotangents(batches) if forecast.gradients else None
+                with gather.round(
+                    number, batches, backwards=forecast.gradients, units=len(stream.units)
+                ) as visit:
+                    stream.run(
+                        batches, cotangent, set(layers.values()), gather.loss.note_kind, visit
+                    )
             if sensitivity:
                 gather.add_sensitivities(stream, read.batches, room)
-            unit = "nats" if gather.loss.nats else "1 - cosine"
-            what = (texts.name, texts.digest, read.tokens, read.samples, read.seq_len)
+
+            # All of them into the file, with where they come from
             provenance = Provenance(
-                checkpoint.fingerprint(), *what, seed, forecast.gradients, sensitivity, unit
+                fingerprint=checkpoint.fingerprint(),
+                text=texts.name,
+                text_sha256=texts.digest,
+                tokens=read.tokens,
+                samples=read.samples,
+                seq_len=read.seq_len,
+                seed=seed,
+                gradients=forecast.gradients,
+                sensitivity=sensitivity,
+                unit="nats" if gather.loss.nats else "1 - cosine",
             )
             keys = gather.keys()
             write_moments(out, gather.spool, gather.scales(), keys, provenance)
@@ -199,26 +206,30 @@ def _modules_of(
         tied=checkpoint.tied,
         facts=checkpoint.facts,
     )
-    found = module_names(model, [info.module for info in selected])
+    targets = module_names(model, [info.module for info in selected])
     modules = dict(model.named_modules())
-    return {
-        info.name: target
-        for info in selected
-        if (target := found.get(info.module)) is not None and is_linear(modules.get(target))
-    }
+    found = {}
+    for info in selected:
+        target = targets.get(info.module)
+        if target is not None and is_linear(modules.get(target)):
+            found[info.name] = target
+    return found
 
 
 def _forecast(model: Any, read: Read, gradients: bool | None, room: int) -> Forecast:
     """In how many rounds the text is read, and whether with gradients: hidden states of a round
     must fit into `room`."""
-    with_gradients, reason, batches = gradients is not False, "", read.batches
-    width, part = width_of(read.side.config(model)), read.side.module(model)
+    batches = read.batches
+    width = width_of(read.side.config(model))
+    part = read.side.module(model)
+
+    # Gradients, unless they were declined, or were left to choose and do not fit
+    with_gradients = gradients is not False
+    reason = ""
     each = state_bytes(part, width, batches, gradients=with_gradients)
     if gradients is None and each > room:
-        with_gradients, reason = (
-            False,
-            f"hidden states of {each / 1e9:.1f} GB a batch do not fit into {room / 1e9:.1f} GB",
-        )
+        with_gradients = False
+        reason = f"hidden states of {each / 1e9:.1f} GB a batch do not fit into {room / 1e9:.1f} GB"
         each = state_bytes(part, width, batches, gradients=False)
     rounds = -(-len(batches) // max(1, room // each))
     return Forecast(
@@ -239,15 +250,14 @@ def _guess(model: Any, tokens: int, gradients: bool) -> float:
     token, with gradients 6 more; 2 for every number of a moment's lower triangle."""
     shapes = [module.weight.shape for module in model.modules() if isinstance(module, nn.Linear)]
     weights = sum(shape.numel() for shape in shapes)
-    moments = sum(
-        shape[1] ** 2 + (shape[0] ** 2 if gradients and shape[0] <= FULL_OUTPUTS else 0)
-        for shape in shapes
-    )
-    return (
-        tokens
-        * (weights * (8 if gradients else 2) + moments)
-        / (_SPEED_IN_PRACTICE * _operations_a_second())
-    )
+    moments = 0
+    for outputs, inputs in shapes:
+        moments += inputs**2
+        if gradients and outputs <= FULL_OUTPUTS:
+            moments += outputs**2
+    passes = 8 if gradients else 2
+    speed = _SPEED_IN_PRACTICE * _operations_a_second()
+    return tokens * (weights * passes + moments) / speed
 
 
 def _operations_a_second() -> float:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from svdcli.calibration.loss import divergence_terms
 from svdcli.calibration.reading import Read, read_batches
 from svdcli.calibration.text_side import TextSide, text_side
 from svdcli.engine.compute import Compute
@@ -122,6 +123,7 @@ def evaluate(
     model that reads more than text the part is judged that reads text alone. Raises SvdcliError for
     a model without one, or without its tokenizer, and for prompts to one that does not generate.
     """
+    # Both models, and the part of them that reads text
     where = (compute or Compute()).start()
     model = load_quietly(output, where, dtype, trust_remote_code=trust_remote_code)
     original = None
@@ -129,6 +131,8 @@ def evaluate(
         original = load_quietly(against, where, dtype, trust_remote_code=trust_remote_code)
     tokenizer = load_tokenizer(output, trust_remote_code=trust_remote_code)
     side = text_side(model, str(output), len(tokenizer), "eval judges what reads text")
+
+    # What holds without a text
     spoken = _speak(side, model, original, tokenizer, prompts, new_tokens)
     computed = str(next(model.parameters()).dtype).removeprefix("torch.")
     found = Evaluation(
@@ -141,6 +145,8 @@ def evaluate(
     )
     if texts is None:
         return found
+
+    # Decoders by their losses, window by window
     found = replace(found, text=texts.name, text_sha256=texts.digest)
     calls = side.of(model), None if original is None else side.of(original)
     if side.kind == "decoder":
@@ -158,6 +164,8 @@ def evaluate(
             original=others,
             drift=drift,
         )
+
+    # Encoders by the cosine of their sentence embeddings
     if original is None:
         raise SvdcliError(
             f"{output} is an encoder, which is judged by its distance from the original",
@@ -270,7 +278,7 @@ def _sums(logits: Tensor, others: Tensor | None, targets: Tensor) -> Tensor:
         return loss.cpu()[None]
     theirs = others.float().log_softmax(-1)
     other_loss = -theirs.gather(-1, targets[:, None]).double().sum()
-    kl = (theirs.exp() * (theirs - ours)).sum(-1).double().sum()
+    kl = divergence_terms(theirs, ours).sum(-1).double().sum()
     same = (ours.argmax(-1) == theirs.argmax(-1)).double().sum()
     return torch.stack((loss, other_loss, kl, same)).cpu()
 

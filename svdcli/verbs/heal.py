@@ -4,7 +4,8 @@ of the same size out."""
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -36,20 +37,20 @@ from svdcli.files.report import read_report
 from svdcli.files.workspace import BLOCKS, Workspace
 from svdcli.healing.blocks import (
     WHOLE,
+    Batches,
     Effort,
     HealedBlock,
-    Reading,
+    assign,
     blocks_of,
     heal_blocks,
     heal_whole,
-    put,
 )
 from svdcli.models.load import load_stored
 from svdcli.plan.budget import missed_target
 from svdcli.plan.plan import Healing, LayerPlan, Plan
 from svdcli.progress import Progress, silent
 from svdcli.text.texts import Texts
-from svdcli.text.tokens import Amount, Batch, load_tokenizer
+from svdcli.text.tokens import Amount, load_tokenizer
 from svdcli.verbs.outcome import Outcome
 
 __all__ = ["HARD_LABELS", "Effort", "heal"]
@@ -83,7 +84,7 @@ def heal(
     progress: Progress = silent,
 ) -> Outcome:
     """Refine the factors of `output` on text, towards what `teacher` answers: block by block, then
-    all together (`models.heal`).
+    all together (`healing.blocks`).
 
     output is a directory that compress wrote from teacher, factored or pivoted; out defaults to
     `<output>-healed`. Ranks, layout and bytes stay; no block is left worse on text that it was not
@@ -95,31 +96,30 @@ def heal(
     """
     if hard_labels is not None and not 0 <= hard_labels <= 1:
         raise UsageError(f"--hard-labels {hard_labels:g} is not a share", "give 0 to 1")
+    request = _Request(effort, samples, seq_len, hard_labels, seed, trust_remote_code)
     with open_checkpoint(output) as compressed, open_checkpoint(teacher) as original:
-        plan, how = (
-            _plan_of(compressed, original),
-            _How(effort, samples, seq_len, hard_labels, seed, trust_remote_code),
-        )
-        job = _Job(compressed, original, plan, texts, how)
+        pair = _Pair(compressed, original, _plan_of(compressed, original))
         device = (compute or Compute()).start()
         with destination(compressed, out, ".healed", "-healed", force) as target:
             workspace = Workspace(target, is_file=False)
+            run = _Run(workspace, device, progress)
             with disk_errors(target), workspace.locked():
-                if workspace.resume(job.identity(), force=force):
-                    job.refine(workspace, device, progress)
-                    job.publish(workspace, device, progress)
+                if workspace.resume(_identity(pair, texts, request), force=force):
+                    with _nothing_left_of_a_refusal(workspace):
+                        material = _read(pair, texts, request)
+                        refined = _refine(pair, material, request, run)
+                    _publish(pair, _healing(texts, material, refined), refined, run)
             report = read_report(target)
-            return Outcome(
-                report if out is None else replace(report, path=str(out)),
-                Plan.from_json(record_of(open_checkpoint(target))),
-                target,
-                workspace.started_over,
-            )
+            if out is not None:
+                report = replace(report, path=str(out))
+            plan = Plan.from_json(record_of(open_checkpoint(target)))
+            return Outcome(report, plan, target, workspace.started_over)
 
 
 def _plan_of(compressed: Checkpoint, original: Checkpoint) -> Plan:
     """The plan behind a compressed directory. Raises SvdcliError where it cannot be healed with
     this original."""
+    # A directory that compress wrote
     if not (compressed.is_directory and compressed.transformers_opens_it):
         raise SvdcliError(
             f"{compressed.shown} has no config.json that names a model",
@@ -130,6 +130,7 @@ def _plan_of(compressed: Checkpoint, original: Checkpoint) -> Plan:
         raise SvdcliError(
             f"{compressed.shown} was not written by svdcli compress", "compress the model first"
         )
+    # With factors, and made from this original
     plan = Plan.from_json(record)
     if not plan.recipe.keeps_factors:
         raise UsageError(
@@ -140,12 +141,13 @@ def _plan_of(compressed: Checkpoint, original: Checkpoint) -> Plan:
             f"{original.shown} is not the model that {compressed.shown} was made from",
             "give that as --teacher",
         )
+    # Damaged layers are told of now, before the training
     stored_layers(compressed, record)
     return plan
 
 
 @dataclass(frozen=True)
-class _How:
+class _Request:
     """What was asked."""
 
     effort: Effort
@@ -156,208 +158,100 @@ class _How:
     trust_remote_code: bool
 
 
-@dataclass
-class _Job:
-    """One healing: what goes in, and the blocks that are done."""
+@dataclass(frozen=True)
+class _Pair:
+    """Both checkpoints, and the plan that made one of the other."""
 
     compressed: Checkpoint
     original: Checkpoint
     plan: Plan
-    texts: Texts
-    how: _How
-
-    def identity(self) -> str:
-        asked = (self.texts.digest, asdict(self.how))
-        return identity(self.compressed, "heal", self.original.fingerprint(), repr(asked))
-
-    def refine(self, workspace: Workspace, device: torch.device, progress: Progress) -> None:
-        """Train what is not in the journal yet; a refusal before that leaves nothing behind."""
-        try:
-            self._refine(workspace, device, progress)
-        except SvdcliError:
-            if not workspace.healed:
-                workspace.remove()
-            raise
-
-    def _refine(self, workspace: Workspace, device: torch.device, progress: Progress) -> None:
-        """Fills places, blocks, samples, window, hard and notes."""
-        # Both models, and the text as they read it
-        trust, asked = self.how.trust_remote_code, self.how.effort
-        teacher, student = (
-            load_stored(one.path, trust_remote_code=trust)
-            for one in (self.original, self.compressed)
-        )
-        tokenizer = load_tokenizer(self.compressed.path, trust_remote_code=trust)
-        side = text_side(
-            teacher, self.original.shown, len(tokenizer), "heal refines what reads text"
-        )
-        self.hard = self._hard_labels(side)
-        amount = Amount.to_calibrate(
-            self.how.samples, widest(teacher, _modules(teacher, self.plan))
-        )
-        read = read_batches(
-            side, tokenizer, self.texts, amount.times(_WHOLE_READS), self.how.seq_len
-        )
-        self.window = read.seq_len
-        reading = Reading.of(read.batches)
-        few = reading.fewer(amount.batches(read.samples, read.tokens, len(read.batches)))
-        self.samples = self.how.samples or sum(len(batch["input_ids"]) for batch in few.batches)
-        # How errors count, and what there is memory and time for
-        (workspace.folder / BLOCKS).mkdir(exist_ok=True)
-        begin, seconds, seed = time.monotonic(), asked.seconds, self.how.seed
-        moments, reached = _moments(teacher, few.batches, side, seed, device, progress)
-        self.places = _places(student, self.plan)
-        trained = _places(student, self.plan, reached)
-        needed = whole_bytes(teacher, student, side.words, read.batches)
-        room = _SHARE_FOR_THE_WHOLE * _free_memory(device)
-        fits = needed <= room
-        self.notes = () if fits else (_NOT_WHOLE.format(needed=needed / 1e9, room=room / 1e9),)
-        for_blocks = (
-            None
-            if seconds is None
-            else (_BLOCKS_SHARE if fits else 1) * (seconds - (time.monotonic() - begin))
-        )
-        dtypes = {
-            name: tensor.dtype
-            for name, tensor in (*student.named_parameters(), *student.named_buffers())
-        }
-        # The blocks, then the whole
-        how: dict[str, Any] = {
-            "trainable": trained.__contains__,
-            "call": side.of,
-            "seed": seed,
-            "progress": progress,
-        }
-        known = partial(_read_block, workspace)
-        self.blocks: dict[str, HealedBlock] = {}
-        effort = Effort(asked.steps, for_blocks)
-        for block in heal_blocks(
-            teacher, student, few, effort, moments=moments, known=known, device=device, **how
-        ):
-            self._keep(block, workspace)
-        if not self.blocks:
-            raise SvdcliError(
-                f"no block of {self.compressed.shown} that reads text holds factors",
-                "there is nothing to heal",
-            )
-        if fits:
-            done = known(WHOLE)
-            if done is None:
-                self._in_memory(teacher, student, device)
-                left = None if seconds is None else seconds - (time.monotonic() - begin)
-                how |= {"dtypes": dtypes, "hard_labels": self.hard}
-                done = heal_whole(teacher, student, reading, Effort(asked.steps, left), **how)
-            self._keep(done, workspace)
-
-    def _hard_labels(self, side: TextSide) -> float:
-        """As asked; 0 for what does not predict the next token."""
-        if side.kind == "decoder":
-            return HARD_LABELS if self.how.hard_labels is None else self.how.hard_labels
-        if self.how.hard_labels:
-            raise UsageError(
-                f"--hard-labels: {self.original.shown} does not predict the next token",
-                "leave it out",
-            )
-        return 0.0
-
-    def _keep(self, block: HealedBlock, workspace: Workspace) -> None:
-        if block.name not in workspace.healed:
-            _write_block(workspace, block)
-        self.blocks[block.name] = block
-
-    def _in_memory(self, teacher: nn.Module, student: nn.Module, device: torch.device) -> None:
-        """Both models on the device in float32, the student with its blocks as they were healed."""
-        for model in (teacher, student):
-            for tensor in (*model.parameters(), *model.buffers()):
-                tensor.data = tensor.data.to(
-                    device, torch.float32 if tensor.is_floating_point() else tensor.dtype
-                )
-        tensors = {**dict(student.named_parameters()), **dict(student.named_buffers())}
-        for block in self.blocks.values():
-            put(block, tensors, device)
-
-    def publish(self, workspace: Workspace, device: torch.device, progress: Progress) -> None:
-        """Write the directory anew: the plan of before, with the refined factors."""
-        weights = {
-            self.places[name]: tensor
-            for block in self.blocks.values()
-            for name, tensor in block.weights.items()
-        }
-        blocks = {
-            block.name: (block.before, block.after, block.steps) for block in self.blocks.values()
-        }
-        healing = Healing(
-            self.texts.name,
-            self.texts.digest,
-            self.samples,
-            self.window,
-            blocks,
-            self.hard if WHOLE in blocks else 0.0,
-        )
-        left = [place for place in self.places.values() if place not in weights]
-        notes = (*self.plan.notes, *self.notes)
-        if left:
-            why = "since no block that the text goes through holds them"
-            notes = (
-                *notes,
-                f"heal left {len(left)} tensors as they were, {why}: {', '.join(left[:3])}",
-            )
-        plan = replace(self.plan, healing=healing, notes=notes)
-        files = beside() if plan.recipe.self_contained else None
-        size = CompressDesign(self.original, plan, None, files).blueprint().total
-        plan = noting_a_miss(
-            plan, missed_target(plan, size)
-        )  # what was healed makes the record longer
-        design = CompressDesign(self.original, plan, None, files)
-        ready = Ready(lambda layer: self._tensors(layer, weights), self._results())
-        written, results, _ = write(
-            design, plan.factored, workspace, device, 0, progress, ready=ready
-        )
-        finish(written, results, workspace, progress)
-
-    def _tensors(self, layer: LayerPlan, weights: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
-        names = [tensor.name for tensor in layer.stored()] + (
-            [layer.bias.name] if layer.bias is not None else []
-        )
-        return tuple(
-            weights[name] if name in weights else self.compressed.read_tensor(name)
-            for name in names
-        )
-
-    def _results(self) -> dict[str, Result]:
-        layers = (record_of(self.compressed) or {})["layers"]
-        return {
-            name: Result(0.0, str(item["solver"]), tuple(item.get("fell_back", ())))
-            for name, item in layers.items()
-        }
 
 
-def _free_memory(device: torch.device) -> int:
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory()
+@dataclass(frozen=True)
+class _Run:
+    """Where the work is kept, where it is computed, and who is told."""
+
+    workspace: Workspace
+    device: torch.device
+    progress: Progress
 
 
-def _moments(
-    teacher: Any,
-    batches: Sequence[Batch],
-    side: TextSide,
-    seed: int,
-    device: torch.device,
-    progress: Progress,
-) -> tuple[dict[str, Tensor], set[str]]:
-    """(how much each direction of each block's output matters, names of the modules that ran), from
-    batches spread over the text."""
-    progress("moments", "", 0, 1)
-    torch.manual_seed(seed)
-    count = min(len(batches), _MOMENT_BATCHES)
-    few = [batches[len(batches) * i // count] for i in range(count)]
-    room = int(SHARE_OF_MEMORY * free_memory())
-    width = width_of(side.config(teacher))
-    at_a_time = max(1, room // state_bytes(side.module(teacher), width, few, gradients=True))
-    ran: set[int] = set()
-    with watched(teacher, lambda part, inputs: ran.add(id(part))):
-        found = block_moments(teacher, few, blocks_of(teacher), at_a_time, device, side.of(teacher))
-    progress("moments", "", 1, 1)
-    return found, {name for name, part in teacher.named_modules() if id(part) in ran}
+def _identity(pair: _Pair, texts: Texts, request: _Request) -> str:
+    """Tells one healing from another, for the journal."""
+    asked = (texts.digest, asdict(request))
+    return identity(pair.compressed, "heal", pair.original.fingerprint(), repr(asked))
+
+
+@contextmanager
+def _nothing_left_of_a_refusal(workspace: Workspace) -> Iterator[None]:
+    """Remove the workspace where healing is refused before its first block is done."""
+    try:
+        yield
+    except SvdcliError:
+        if not workspace.healed:
+            workspace.remove()
+        raise
+
+
+# What is read -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Material:
+    """Both models, and the text as they read it: for_whole in all, for_blocks so many samples of
+    it, each of at most `window` tokens."""
+
+    teacher: Any
+    student: Any
+    side: TextSide
+    for_whole: Batches
+    for_blocks: Batches
+    samples: int
+    window: int
+    hard_labels: float
+    bytes_for_whole: int
+
+
+def _read(pair: _Pair, texts: Texts, request: _Request) -> _Material:
+    """Load both models, and cut the text into batches for them."""
+    # Both models, and the part of them that reads text
+    trust = request.trust_remote_code
+    teacher = load_stored(pair.original.path, trust_remote_code=trust)
+    student = load_stored(pair.compressed.path, trust_remote_code=trust)
+    tokenizer = load_tokenizer(pair.compressed.path, trust_remote_code=trust)
+    hint = "heal refines what reads text"
+    side = text_side(teacher, pair.original.shown, len(tokenizer), hint)
+    hard_labels = _hard_labels(request.hard_labels, side, pair.original.shown)
+
+    # The text for the whole model, and the part of it that the blocks read
+    amount = Amount.to_calibrate(request.samples, widest(teacher, _modules(teacher, pair.plan)))
+    read = read_batches(side, tokenizer, texts, amount.times(_WHOLE_READS), request.seq_len)
+    for_whole = Batches.split(read.batches)
+    count = amount.batches(read.samples, read.tokens, len(read.batches))
+    for_blocks = for_whole.fewer(count)
+    samples = request.samples
+    if samples is None:
+        samples = sum(len(batch["input_ids"]) for batch in for_blocks.train)
+    return _Material(
+        teacher=teacher,
+        student=student,
+        side=side,
+        for_whole=for_whole,
+        for_blocks=for_blocks,
+        samples=samples,
+        window=read.seq_len,
+        hard_labels=hard_labels,
+        bytes_for_whole=whole_bytes(teacher, student, side.words, read.batches),
+    )
+
+
+def _hard_labels(asked: float | None, side: TextSide, shown: str) -> float:
+    """As asked; 0 for what does not predict the next token."""
+    if side.kind == "decoder":
+        return HARD_LABELS if asked is None else asked
+    if asked:
+        raise UsageError(f"--hard-labels: {shown} does not predict the next token", "leave it out")
+    return 0.0
 
 
 def _modules(model: nn.Module, plan: Plan) -> list[str]:
@@ -368,34 +262,212 @@ def _modules(model: nn.Module, plan: Plan) -> list[str]:
     return [name for name in found.values() if name is not None]
 
 
-def _places(
+# The training -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Refined:
+    """What came of the training. stored_names maps every parameter that could have changed to the
+    name of its tensor in the checkpoint."""
+
+    blocks: Mapping[str, HealedBlock]
+    stored_names: Mapping[str, str]
+    notes: tuple[str, ...]
+
+
+class _Clock:
+    """The seconds that are given for all of the training, from now on; None without a limit."""
+
+    def __init__(self, seconds: float | None) -> None:
+        self._seconds = seconds
+        self._begin = time.monotonic()
+
+    def left(self) -> float | None:
+        """What is left of them, below 0 where it took longer."""
+        if self._seconds is None:
+            return None
+        return self._seconds - (time.monotonic() - self._begin)
+
+
+def _refine(pair: _Pair, material: _Material, request: _Request, run: _Run) -> _Refined:
+    """Train block by block, then the whole model; what the journal has is taken from there."""
+    student = material.student
+    (run.workspace.folder / BLOCKS).mkdir(exist_ok=True)
+    clock = _Clock(request.effort.seconds)
+
+    # How errors count, and which tensors the text reaches: others would only drift
+    moments, reached = _moments(material, request.seed, run)
+    stored_names = _stored_names(student, pair.plan)
+    trained = _stored_names(student, pair.plan, within=reached)
+
+    # Whether the whole model can be trained in memory decides how much time the blocks get
+    note = _why_not_whole(material, run.device)
+    seconds = clock.left()
+    if seconds is not None and note is None:
+        seconds *= _BLOCKS_SHARE
+    # The dtypes are noted now: training leaves float32 behind
+    dtypes = {name: tensor.dtype for name, tensor in _named_tensors(student).items()}
+
+    effort = Effort(request.effort.steps, seconds)
+    trainable = trained.__contains__
+    blocks = _refine_blocks(material, effort, trainable, moments, request.seed, run)
+    if not blocks:
+        raise SvdcliError(
+            f"no block of {pair.compressed.shown} that reads text holds factors",
+            "there is nothing to heal",
+        )
+    if note is None:
+        whole = _read_block(run.workspace, WHOLE)
+        if whole is None:
+            _bring_into_memory(material, blocks.values(), run.device)
+            effort = Effort(request.effort.steps, clock.left())
+            whole = _refine_whole(material, effort, trainable, dtypes, request.seed, run)
+        blocks[WHOLE] = _kept(run.workspace, whole)
+    return _Refined(blocks, stored_names, () if note is None else (note,))
+
+
+def _refine_blocks(
+    material: _Material,
+    effort: Effort,
+    trainable: Callable[[str], bool],
+    moments: Mapping[str, Tensor],
+    seed: int,
+    run: _Run,
+) -> dict[str, HealedBlock]:
+    """Every block that holds factors, noted in the journal as soon as it is done."""
+    blocks: dict[str, HealedBlock] = {}
+    for block in heal_blocks(
+        material.teacher,
+        material.student,
+        material.for_blocks,
+        effort,
+        trainable=trainable,
+        moments=moments,
+        finished=partial(_read_block, run.workspace),
+        call=material.side.of,
+        seed=seed,
+        device=run.device,
+        progress=run.progress,
+    ):
+        blocks[block.name] = _kept(run.workspace, block)
+    return blocks
+
+
+def _refine_whole(
+    material: _Material,
+    effort: Effort,
+    trainable: Callable[[str], bool],
+    dtypes: Mapping[str, torch.dtype],
+    seed: int,
+    run: _Run,
+) -> HealedBlock:
+    """All factors together; both models are in memory."""
+    return heal_whole(
+        material.teacher,
+        material.student,
+        material.for_whole,
+        effort,
+        trainable=trainable,
+        dtypes=dtypes,
+        hard_labels=material.hard_labels,
+        call=material.side.of,
+        seed=seed,
+        progress=run.progress,
+    )
+
+
+def _moments(
+    material: _Material, seed: int, run: _Run
+) -> tuple[dict[str, Tensor], Collection[str]]:
+    """(how much each direction of each block's output matters, names of the modules that ran), from
+    batches spread over the text."""
+    run.progress("moments", "", 0, 1)
+    torch.manual_seed(seed)
+    teacher, side, batches = material.teacher, material.side, material.for_blocks.train
+    count = min(len(batches), _MOMENT_BATCHES)
+    few = [batches[len(batches) * i // count] for i in range(count)]
+
+    # As many batches at a time as their hidden states fit into memory
+    room = int(SHARE_OF_MEMORY * free_memory())
+    width = width_of(side.config(teacher))
+    at_a_time = max(1, room // state_bytes(side.module(teacher), width, few, gradients=True))
+
+    ran: set[int] = set()
+    with watched(teacher, lambda part, inputs: ran.add(id(part))):
+        moments = block_moments(
+            teacher, few, blocks_of(teacher), at_a_time, run.device, side.of(teacher)
+        )
+    run.progress("moments", "", 1, 1)
+    return moments, {name for name, part in teacher.named_modules() if id(part) in ran}
+
+
+def _stored_names(
     student: nn.Module, plan: Plan, within: Collection[str] | None = None
 ) -> dict[str, str]:
     """{name of a parameter that may change: name of its tensor in the checkpoint}, of all modules
     or of those within."""
     from svdcli.models.hf import module_names
 
-    found = module_names(student, [layer.tensor.module for layer in plan.factored])
-    places = {}
+    targets = module_names(student, [layer.tensor.module for layer in plan.factored])
+    names = {}
     for layer in plan.factored:
-        target = found[layer.tensor.module]
+        target = targets[layer.tensor.module]
         if target is None or (within is not None and target not in within):
             continue
         for tensor in layer.stored():
-            places[f"{target}{tensor.name.removeprefix(layer.tensor.module)}"] = tensor.name
+            names[f"{target}{tensor.name.removeprefix(layer.tensor.module)}"] = tensor.name
         if layer.bias is not None:
-            places[f"{target}.bias"] = layer.bias.name
-    return places
+            names[f"{target}.bias"] = layer.bias.name
+    return names
+
+
+def _why_not_whole(material: _Material, device: torch.device) -> str | None:
+    """None where there is memory to train the whole model, else the note that says how much it
+    takes."""
+    room = _SHARE_FOR_THE_WHOLE * _free_memory(device)
+    if material.bytes_for_whole <= room:
+        return None
+    return _NOT_WHOLE.format(needed=material.bytes_for_whole / 1e9, room=room / 1e9)
+
+
+def _free_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return free_memory()
+
+
+def _bring_into_memory(
+    material: _Material, blocks: Collection[HealedBlock], device: torch.device
+) -> None:
+    """Both models on the device in float32, the student with its blocks as they were healed."""
+    for model in (material.teacher, material.student):
+        for tensor in (*model.parameters(), *model.buffers()):
+            dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
+            tensor.data = tensor.data.to(device, dtype)
+    tensors = _named_tensors(material.student)
+    for block in blocks:
+        assign(block, tensors, device)
+
+
+def _named_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by name."""
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
+# The journal --------------------------------------------------------------------------------------
 
 
 def _file(workspace: Workspace, name: str) -> Path:
     return workspace.folder / BLOCKS / f"{name}.safetensors"
 
 
-def _write_block(workspace: Workspace, block: HealedBlock) -> None:
-    """The factors first, the line in the journal after them."""
+def _kept(workspace: Workspace, block: HealedBlock) -> HealedBlock:
+    """The block, noted in the journal if it is not there yet: the factors first, the line after
+    them."""
     from safetensors.torch import save_file
 
+    if block.name in workspace.healed:
+        return block
     path = _file(workspace, block.name)
     partly = path.with_suffix(".partial")
     save_file({name: tensor.contiguous() for name, tensor in block.weights.items()}, partly)
@@ -403,12 +475,74 @@ def _write_block(workspace: Workspace, block: HealedBlock) -> None:
     line = {"block": block.name, "before": block.before, "after": block.after, "steps": block.steps}
     workspace.note(line)
     workspace.healed[block.name] = line
+    return block
 
 
 def _read_block(workspace: Workspace, name: str) -> HealedBlock | None:
+    """A block that an earlier run finished; None where there is none."""
     from safetensors.torch import load_file
 
     line, path = workspace.healed.get(name), _file(workspace, name)
     if line is None or not path.is_file():
         return None
     return HealedBlock(name, line["before"], line["after"], line["steps"], load_file(path))
+
+
+# What is written ----------------------------------------------------------------------------------
+
+
+def _healing(texts: Texts, material: _Material, refined: _Refined) -> Healing:
+    """What the record tells of it."""
+    blocks = {
+        block.name: (block.before, block.after, block.steps) for block in refined.blocks.values()
+    }
+    hard_labels = material.hard_labels if WHOLE in blocks else 0.0
+    return Healing(texts.name, texts.digest, material.samples, material.window, blocks, hard_labels)
+
+
+def _publish(pair: _Pair, healing: Healing, refined: _Refined, run: _Run) -> None:
+    """Write the directory anew: the plan of before, with the refined factors."""
+    # The refined tensors by their names in the checkpoint; the whole model's come last, and count
+    weights: dict[str, Tensor] = {}
+    for block in refined.blocks.values():
+        for name, tensor in block.weights.items():
+            weights[refined.stored_names[name]] = tensor
+    notes = [*pair.plan.notes, *refined.notes]
+    left = [name for name in refined.stored_names.values() if name not in weights]
+    if left:
+        why = "since no block that the text goes through holds them"
+        notes.append(f"heal left {len(left)} tensors as they were, {why}: {', '.join(left[:3])}")
+
+    # What was healed makes the record longer: a size that was asked for may be missed by that
+    plan = replace(pair.plan, healing=healing, notes=tuple(notes))
+    files = beside() if plan.recipe.self_contained else None
+    size = CompressDesign(pair.original, plan, None, files).blueprint().total
+    plan = noting_a_miss(plan, missed_target(plan, size))
+
+    design = CompressDesign(pair.original, plan, None, files)
+    ready = Ready(partial(_tensors, pair.compressed, weights), _results(pair.compressed))
+    written, results, _ = write(
+        design, plan.factored, run.workspace, run.device, 0, run.progress, ready=ready
+    )
+    finish(written, results, run.workspace, run.progress)
+
+
+def _tensors(
+    compressed: Checkpoint, weights: Mapping[str, Tensor], layer: LayerPlan
+) -> tuple[Tensor, ...]:
+    """What is stored of a layer: refined, or as it was."""
+    names = [tensor.name for tensor in layer.stored()]
+    if layer.bias is not None:
+        names.append(layer.bias.name)
+    return tuple(
+        weights[name] if name in weights else compressed.read_tensor(name) for name in names
+    )
+
+
+def _results(compressed: Checkpoint) -> dict[str, Result]:
+    """How each layer was solved when it was compressed."""
+    layers = (record_of(compressed) or {})["layers"]
+    return {
+        name: Result(0.0, str(item["solver"]), tuple(item.get("fell_back", ())))
+        for name, item in layers.items()
+    }

@@ -147,6 +147,17 @@ def test_units_hold_every_parameter_and_none_holds_another(family: str) -> None:
     )
 
 
+def test_a_run_leaves_the_caches_of_the_model_as_they_were() -> None:
+    model = build("llama")
+    assert model.config.use_cache
+    during: list[bool] = []
+    Stream(model, CPU, torch.float32, lambda *_: during.append(model.config.use_cache)).run(
+        batches_of(zoo.TEXT)
+    )
+    assert model.config.use_cache
+    assert not any(during)
+
+
 def test_blocks_are_units_as_a_whole() -> None:
     assert list(units_of(build("llama"))) == [
         "model.embed_tokens",
@@ -257,7 +268,7 @@ def test_a_turn_holds_what_the_unit_is_given_and_sends_on_what_it_answers(tmp_pa
         names.append(turn.name)
         with torch.no_grad():
             expected = [first_tensor(turn.call(*args, **kwargs)) for args, kwargs in turn.arguments]
-        for one, other in zip(turn.go(keep=True), expected, strict=True):
+        for one, other in zip(turn.send_on(keep=True), expected, strict=True):
             assert torch.equal(one, other)
     assert names == list(units_of(model))
     assert same_state(before, state_of(model))
@@ -457,7 +468,7 @@ def test_turns_that_are_left_early_end_all_threads() -> None:
     with torch.no_grad():
         plain = model(**zoo.TEXT).logits
     turns = Stream(model, CPU, torch.float32, quiet).turns(batches_of(zoo.TEXT))
-    next(turns).go()
+    next(turns).send_on()
     turns.close()
     assert set(threading.enumerate()) <= threads
     with torch.no_grad():

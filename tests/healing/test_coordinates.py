@@ -13,7 +13,7 @@ import zoo
 
 import svdcli
 from svdcli.calibration.loss import ModelLoss
-from svdcli.healing.coordinates import Twins, moments_of
+from svdcli.healing.coordinates import WhitenedLayers, moments_of
 from svdcli.linalg.storage import balanced
 from svdcli.models.modules import LOW_RANK
 
@@ -25,7 +25,7 @@ IDS = [
 
 @pytest.mark.parametrize("layout", ["factored", "pivoted"])
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_a_twin_answers_as_the_layer_it_stands_for(
+def test_a_whitened_layer_answers_as_the_layer_it_stands_for(
     family: str, layout: str, written: Callable[[str], Path], tmp_path: Path
 ) -> None:
     svdcli.compress(written(family), tmp_path / "small", svdcli.Recipe("keep", 0.5, layout=layout))
@@ -37,18 +37,18 @@ def test_a_twin_answers_as_the_layer_it_stands_for(
     layers = [name for name, module in student.named_modules() if isinstance(module, LOW_RANK)]
     with torch.no_grad():
         before = zoo.answer(family, student)
-        twins = Twins(teacher, student, tensors, IDS)
-        assert sorted(twins.twins) == sorted(layers)
-        with twins.training():
+        whitened = WhitenedLayers(teacher, student, tensors, IDS)
+        assert sorted(whitened.layers) == sorted(layers)
+        with whitened.training():
             assert not any(isinstance(module, LOW_RANK) for module in student.modules())
             torch.testing.assert_close(zoo.answer(family, student), before, rtol=1e-3, atol=1e-4)
-            with twins.stored():
+            with whitened.stored():
                 torch.testing.assert_close(
                     zoo.answer(family, student), before, rtol=1e-3, atol=1e-4
                 )
-            twins.weights[0].data *= 1.5
+            whitened.weights[0].data *= 1.5
             changed = zoo.answer(family, student)
-            with twins.stored():
+            with whitened.stored():
                 torch.testing.assert_close(
                     zoo.answer(family, student), changed, rtol=1e-3, atol=1e-4
                 )
@@ -76,9 +76,8 @@ def test_moments_are_those_of_an_ordinary_backward_pass(written: Callable[[str],
         )
     torch.manual_seed(3)
     loss = ModelLoss()
-    loss.batches = IDS
-    for index, batch in enumerate(IDS):
-        tensor, gradient = loss.seed(index, model(**batch))
+    for batch in IDS:
+        tensor, gradient = loss.cotangent(batch, model(**batch))
         tensor.backward(gradient)
     for name in names:
         torch.testing.assert_close(inputs[name], sums[f"in {name}"])

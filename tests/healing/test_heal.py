@@ -24,7 +24,7 @@ from svdcli.errors import SvdcliError
 from svdcli.files.workspace import Workspace
 from svdcli.healing import blocks as module
 from svdcli.healing import refit as closed_form
-from svdcli.healing.blocks import WHOLE, Effort, Reading, heal_blocks
+from svdcli.healing.blocks import WHOLE, Batches, Effort, heal_blocks
 from svdcli.models.modules import LowRankLinear
 
 TEXT = svdcli.Texts("words", (" ".join(f"w{(i * i + 3 * i) % 94 + 2}" for i in range(3000)),))
@@ -100,8 +100,10 @@ def test_the_reported_errors_are_those_of_the_stored_weights(
     found = svdcli.heal(small, tmp_path / "healed", teacher=teacher, texts=TEXT, **HOW)
     dense, ours, healed = (svdcli.load(folder) for folder in (teacher, small, tmp_path / "healed"))
     side = text_side(dense, "", 96, "")
-    reading = Reading.of(read_batches(side, load_tokenizer(teacher), TEXT, Amount(64), 32).batches)
-    few = reading.fewer(12).batches
+    reading = Batches.split(
+        read_batches(side, load_tokenizer(teacher), TEXT, Amount(64), 32).batches
+    )
+    few = reading.fewer(12).train
     torch.manual_seed(0)
     h = block_moments(
         dense.requires_grad_(False), few, {"model.layers.0"}, 1000, torch.device("cpu")
@@ -109,7 +111,7 @@ def test_the_reported_errors_are_those_of_the_stored_weights(
     h += module.DAMPING * h.diagonal().mean() * torch.eye(h.shape[0], dtype=torch.float64)
     for model, key in ((ours, "before"), (healed, "after")):
         wrong = energy = 0.0
-        for batch in reading.held:
+        for batch in reading.held_out:
             with torch.no_grad():
                 y, z = (
                     m.model(**batch, output_hidden_states=True).hidden_states[1].double()
@@ -124,16 +126,16 @@ def test_the_reported_errors_are_those_of_the_stored_weights(
         with torch.no_grad():
             losses = [
                 [m(**batch, labels=batch["input_ids"]).loss.double() for m in (dense, model)]
-                for batch in reading.held
+                for batch in reading.held_out
             ]
             pairs = [
                 [m(**batch).logits.double().log_softmax(-1) for m in (dense, model)]
-                for batch in reading.held
+                for batch in reading.held_out
             ]
         kl = torch.stack(
             [torch.nn.functional.kl_div(q, p, log_target=True, reduction="sum") for p, q in pairs]
         ).sum()
-        count = sum(batch["input_ids"].numel() for batch in reading.held)
+        count = sum(batch["input_ids"].numel() for batch in reading.held_out)
         excess = sum(float(ours - theirs) for theirs, ours in losses) / len(losses)
         mixed = 0.7 * float(kl) / count + 0.3 * excess
         assert whole.report.healing["blocks"][WHOLE][key] == pytest.approx(mixed, rel=1e-3)
@@ -219,23 +221,23 @@ def test_a_size_that_the_record_of_healing_exceeds_is_noted(
 def test_what_is_held_out_is_never_learned_from() -> None:
     for count in (2, 3, 7, 8, 40):
         batches = [{"input_ids": torch.full((1, 1), i)} for i in range(count)]
-        reading = Reading.of(batches)
+        reading = Batches.split(batches)
         read, held = (
-            {int(b["input_ids"]) for b in part} for part in (reading.batches, reading.held)
+            {int(b["input_ids"]) for b in part} for part in (reading.train, reading.held_out)
         )
         assert read | held == set(range(count))
         assert not read & held
         assert 1 <= len(held) <= 4
-        assert len(reading.fewer(5).batches) == min(5, len(read))
-        assert reading.fewer(5).held is reading.held
+        assert len(reading.fewer(5).train) == min(5, len(read))
+        assert reading.fewer(5).held_out is reading.held_out
 
 
 def test_little_text_is_parted_and_a_single_window_refused(
     pair: tuple[Path, Path], tmp_path: Path
 ) -> None:
     rows = {"input_ids": torch.arange(3)[:, None], "attention_mask": torch.ones(3, 1)}
-    reading = Reading.of([rows])
-    (read,), (held,) = reading.batches, reading.held
+    reading = Batches.split([rows])
+    (read,), (held,) = reading.train, reading.held_out
     assert torch.cat((read["input_ids"], held["input_ids"])).tolist() == [[0], [1], [2]]
     assert read.keys() == held.keys() == rows.keys()
     with pytest.raises(SvdcliError, match="held out"):
@@ -269,7 +271,7 @@ def test_a_block_that_no_held_out_text_reaches_is_named() -> None:
         Sometimes(lambda: nn.Linear(8, 8)),
         Sometimes(lambda: LowRankLinear(8, 8, 3, bias=True)),
     )
-    reading = Reading(batches[:2], batches[2:])
+    reading = Batches(batches[:2], batches[2:])
     healed = heal_blocks(dense, low_rank, reading, Effort(steps=1), trainable=lambda name: True)
     assert next(healed).name == "layers.0"
     with pytest.raises(SvdcliError, match=r"layers\.1 saw 1 of the batches"):
@@ -293,11 +295,11 @@ def test_a_layer_is_refitted_to_the_least_squares_of_what_it_should_answer(
     def watch(site: Any, sums: Any) -> None:
         solve(site, sums)
         solved[site.name] = (
-            site.closing,
+            site.feeds_output,
             sums,
             site.weight(),
-            site.ours.rank,
-            module_weight(site.ours).double(),
+            site.student.rank,
+            module_weight(site.student).double(),
         )
 
     monkeypatch.setattr(closed_form, "_solve", watch)
@@ -310,7 +312,7 @@ def test_a_layer_is_refitted_to_the_least_squares_of_what_it_should_answer(
     blocks = heal_blocks(
         load_stored(pair[0]),
         load_stored(pair[1]),
-        Reading(batches[:10], batches[10:]),
+        Batches(batches[:10], batches[10:]),
         Effort(seconds=1e9, steps=1),
         trainable=lambda n: True,
     )
@@ -349,7 +351,7 @@ def test_a_refit_aims_at_what_the_original_answers(
         {"input_ids": torch.randint(2, 96, (4, 32), generator=torch.Generator().manual_seed(i))}
         for i in range(8)
     ]
-    reading = Reading(batches[:6], batches[6:])
+    reading = Batches(batches[:6], batches[6:])
     checked: list[str] = []
 
     def of_the_block(model: Any, layer: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -364,7 +366,7 @@ def test_a_refit_aims_at_what_the_original_answers(
             )
         ]
         with torch.no_grad():
-            for batch in reading.batches:
+            for batch in reading.train:
                 model(**batch)
         for handle in handles:
             handle.remove()
@@ -374,7 +376,7 @@ def test_a_refit_aims_at_what_the_original_answers(
     solve = closed_form._solve
 
     def watch(site: Any, sums: Any) -> None:
-        if site.ours is student.model.layers[0].get_submodule(site.name):
+        if site.student is student.model.layers[0].get_submodule(site.name):
             ours = copy.model.layers[0].state_dict(keep_vars=True)
             for name, tensor in student.model.layers[0].state_dict(keep_vars=True).items():
                 ours[name].data = tensor.data.clone()
@@ -408,8 +410,7 @@ def test_block_moments_are_those_of_a_backward_pass_in_one_piece(pair: tuple[Pat
     )
     torch.manual_seed(5)
     loss, sums = ModelLoss(), dict.fromkeys(found, 0)
-    loss.batches = batches
-    for index, batch in enumerate(batches):
+    for batch in batches:
         embedded = model.get_input_embeddings()(batch["input_ids"]).detach().requires_grad_()
         last = []
         hook = model.model.layers[1].register_forward_hook(
@@ -418,7 +419,7 @@ def test_block_moments_are_those_of_a_backward_pass_in_one_piece(pair: tuple[Pat
         output = model(inputs_embeds=embedded, output_hidden_states=True, use_cache=False)
         hook.remove()
         hidden = output.hidden_states
-        tensor, gradient = loss.seed(index, output)
+        tensor, gradient = loss.cotangent(batch, output)
         ends = [hidden[1], last[0][0] if isinstance(last[0], tuple) else last[0]]
         for name, grad in zip(
             sorted(found), torch.autograd.grad(tensor, ends, gradient), strict=True

@@ -487,6 +487,15 @@ def test_the_predicted_loss_of_an_encoder_is_low_by_its_rows_at_most(
         assert 0.5 < measured / predicted(moments.of(name), d) < 2 * length, name
 
 
+def test_sensitivity_goes_with_gradients_where_a_layer_stands_outside_the_blocks(
+    readable: Readable, tmp_path: Path
+) -> None:
+    """An encoder's pooler reads what a block sends on, with the graph behind it."""
+    moments, _ = run(readable("bert"), tmp_path / "c.safetensors", samples=4, sensitivity=True)
+    assert moments.layers
+    assert all((moments.loss_scale(name) or 0) >= 0 for name in moments.layers)
+
+
 def test_sensitivity_is_the_loss_of_cutting_one_layer_alone(
     readable: Readable, tmp_path: Path
 ) -> None:
@@ -501,7 +510,7 @@ def test_sensitivity_is_the_loss_of_cutting_one_layer_alone(
         factors = weighted(w, min(w.shape) // 4, Metric(known.inputs.double(), known.outputs))
         loss = divergence(model, token_batches(path, 4), name, factors.up @ factors.down - w)
         share = factors.tail / (factors.tail + float(factors.sigma.square().sum()))
-        assert moments.weight(name) == pytest.approx(loss / share, rel=1e-2), name
+        assert moments.loss_scale(name) == pytest.approx(loss / share, rel=1e-2), name
 
 
 # Errors -------------------------------------------------------------------------------------------

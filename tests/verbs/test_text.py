@@ -127,7 +127,7 @@ def test_measured_sensitivities_are_losses_of_the_model(
     llama: Path, text: Path, stats: Path, tmp_path: Path
 ) -> None:
     moments = open_moments(stats)
-    weights = {name: moments.weight(name) for name in moments.layers}
+    weights = {name: moments.loss_scale(name) for name in moments.layers}
     assert all(weight is not None and weight >= 0 for weight in weights.values())
     done = cli(
         "compress", llama, "--keep", "0.5", "--calibration", stats, "-o", tmp_path / "out", "--json"
@@ -168,7 +168,7 @@ def test_a_sensitivity_is_the_divergence_with_one_layer_cut(llama: Path, stats: 
     divergence = sum(float((p.exp() * (p - q)).sum()) for p, q in zip(whole, cut, strict=True))
     share = factors.tail / (factors.tail + float(factors.sigma.square().sum()))
     expected = divergence / sum(p[..., 0].numel() for p in whole) / share
-    assert moments.weight(name) == pytest.approx(expected, rel=1e-3)
+    assert moments.loss_scale(name) == pytest.approx(expected, rel=1e-3)
 
 
 def test_bad_requests(llama: Path, text: Path, stats: Path, tmp_path: Path) -> None:
