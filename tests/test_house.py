@@ -163,7 +163,7 @@ def test_verbs_name_their_arguments_alike() -> None:
 
     verbs = [path.stem for path in (PACKAGE / "verbs").glob("*.py")]
     public = [name for name in (*verbs, "export_onnx") if name in svdcli.__all__]
-    assert set(verbs) - set(public) == {"__init__", "export", "outcome"}
+    assert set(verbs) - set(public) == {"__init__", "export", "help", "outcome"}
     for name in public:
         arguments = list(inspect.signature(getattr(svdcli, name)).parameters)
         assert arguments[0] in ("model", "output"), name

@@ -554,18 +554,11 @@ def calibrate(
 
     check_samples(samples)
     texts = _read_text(text, stdlib=stdlib, held_out=False)
-    goal = Path(output)
-    if not goal.absolute().parent.is_dir():
-        raise SvdcliError(f"the folder {goal.absolute().parent} does not exist", "create it first")
-    if goal.is_dir() or goal.suffix != ".safetensors":
-        raise UsageError(f"-o {output} does not end in .safetensors", "that is what it will be")
-    if goal.exists() and not force:
-        raise SvdcliError(f"{output} exists", "use --force to replace it, or choose another -o")
     _tell_code(trust_remote_code, model)
     with _working(quiet) as progress:
         found = svdcli.calibrate(
             model,
-            goal,
+            output,
             texts,
             samples=samples,
             seq_len=seq_len,
@@ -575,6 +568,7 @@ def calibrate(
             exclude=exclude or (),
             seed=seed,
             compute=compute_from(device, threads),
+            force=force,
             trust_remote_code=trust_remote_code,
             announce=_announce(quiet),
             progress=progress,
@@ -775,7 +769,7 @@ def help_(
         ),
     ] = None,
 ) -> None:
-    """Show a page of the documentation of this version, or list the pages."""
+    """Show a page of the documentation, or list the pages."""
     from svdcli.render import pages
     from svdcli.verbs.help import page, topics
 

@@ -224,40 +224,60 @@ def destination(
 
 
 def _check_target(checkpoint: Checkpoint, target: Path, force: bool) -> None:
-    """Raises SvdcliError where writing to `target` would lose something or cannot work."""
-    parent = target.absolute().parent
-    if not parent.is_dir():
-        raise SvdcliError(f"the folder {parent} does not exist", "create it first")
-    if not checkpoint.is_directory and target.suffix != ".safetensors":
-        raise UsageError(
-            f"the output {target} does not end in .safetensors", "that is what it will be"
-        )
+    """`check_place` for an output of the same kind as its source; a run that was cut short may go
+    on."""
     if checkpoint.is_directory and target.suffix == ".safetensors":
         raise UsageError(
             f"the output {target} would be a directory, as {checkpoint.shown} is",
             "give it another name",
         )
-    source, goal = checkpoint.path.resolve(), target.resolve()
-    if source == goal or source in goal.parents or goal in source.parents:
-        raise SvdcliError(
-            f"the output {target} is the source, or inside or around it", "choose another -o"
-        )
-    if not target.exists():
-        return
-    if target.is_dir() != checkpoint.is_directory:
-        raise SvdcliError(
-            f"{target} is a {'directory' if target.is_dir() else 'file'}", "choose another -o"
-        )
-    if target.samefile(checkpoint.path):
-        raise SvdcliError(
-            f"the output {target} is the source under another name", "choose another -o"
-        )
+    ending = None if checkpoint.is_directory else ".safetensors"
+    begun = (
+        bool(target.name) and Workspace(target, is_file=not checkpoint.is_directory).folder.exists()
+    )
+    check_place(target, ending, source=checkpoint.path, force=force or begun)
     if force and target.is_dir() and not _looks_like_a_model(target):
         raise SvdcliError(
             f"{target} does not look like a model", "remove it yourself, or choose another -o"
         )
-    if not force and not Workspace(target, is_file=not checkpoint.is_directory).folder.exists():
-        raise SvdcliError(f"{target} exists", "use --force to replace it, or choose another -o")
+
+
+def check_place(
+    target: Path, ending: str | None, *, source: Path, force: bool, option: str = "-o"
+) -> None:
+    """May `target` be written: a file with this ending, or a directory where that is None.
+
+    Raises SvdcliError where that would lose something or cannot work; force allows to replace what
+    is there, but never the source. option is what a person would change.
+    """
+    # What the name alone says
+    parent = target.absolute().parent
+    if not parent.is_dir():
+        raise SvdcliError(f"the folder {parent} does not exist", "create it first")
+    if ending is not None and target.suffix != ending:
+        raise UsageError(f"the output {target} does not end in {ending}", "that is what it will be")
+    origin, goal = source.resolve(), target.resolve()
+    if origin == goal or origin in goal.parents or goal in origin.parents:
+        raise SvdcliError(
+            f"the output {target} is the source, or inside or around it", f"choose another {option}"
+        )
+
+    # What is there already
+    if not target.exists():
+        return
+    if target.is_dir() != (ending is None):
+        raise SvdcliError(
+            f"{target} is a {'directory' if target.is_dir() else 'file'}",
+            f"choose another {option}",
+        )
+    if source.exists() and target.samefile(source):
+        raise SvdcliError(
+            f"the output {target} is the source under another name", f"choose another {option}"
+        )
+    if not force:
+        raise SvdcliError(
+            f"{target} exists", f"use --force to replace it, or choose another {option}"
+        )
 
 
 def _looks_like_a_model(folder: Path) -> bool:

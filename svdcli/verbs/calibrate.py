@@ -25,6 +25,7 @@ from svdcli.calibration.reading import ALONE, Read, read_batches
 from svdcli.calibration.stream import Stream
 from svdcli.calibration.text_side import text_side
 from svdcli.engine.compute import Compute
+from svdcli.engine.publish import check_place
 from svdcli.files.checkpoint import Checkpoint, open_checkpoint
 from svdcli.files.report import JSON_VERSION
 from svdcli.models.load import load_stored
@@ -97,11 +98,13 @@ def calibrate(
     seed: int = 0,
     memory: int | None = None,
     compute: Compute | None = None,
+    force: bool = False,
     trust_remote_code: bool = False,
     announce: Callable[[Forecast], None] = lambda forecast: None,
     progress: Progress = silent,
 ) -> Calibrated:
-    """Read text with the model and write the moments of the selected layers to `out`.
+    """Read text with the model and write the moments of the selected layers to `out`, a file that
+    must not be there yet unless force.
 
     samples is how many windows of seq_len tokens are read, or sentences by an encoder; by default
     as many as hold 131,072 tokens, or 16 for every input of the widest layer where that is more.
@@ -118,6 +121,8 @@ def calibrate(
     out = Path(out)
     device = (compute or Compute()).start()
     with open_checkpoint(model) as checkpoint:
+        check_place(out, ".safetensors", source=checkpoint.path, force=force)
+
         # The model, the layers to measure, and the text as it reads it
         network = load_stored(model, trust_remote_code=trust_remote_code)
         tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)

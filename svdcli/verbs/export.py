@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from svdcli.engine.compute import Compute
+from svdcli.engine.publish import check_place
 from svdcli.errors import SvdcliError, UsageError
 from svdcli.files.checkpoint import STANDARD, open_checkpoint
 from svdcli.files.report import JSON_VERSION
@@ -122,26 +123,13 @@ def _start(compute: Compute) -> torch.device:
 
 
 def _check_paths(path: str | Path, file: Path, force: bool) -> None:
-    if file.suffix != ".onnx":
-        raise UsageError(f"--onnx {file} does not end in .onnx", "that is what it will be")
-    if not file.absolute().parent.is_dir():
-        raise SvdcliError(f"the folder of {file} does not exist", "create it first")
-    if file.is_dir():
-        raise SvdcliError(f"{file} is a directory", "choose another --onnx FILE")
     if str(path) == STANDARD or Path(path).is_file():
         raise UsageError(
             "export takes a model directory with a config.json, not a single file",
             "compress the directory",
         )
-    if Path(path).is_dir() and Path(path).resolve() in file.resolve().parents:
-        raise SvdcliError(
-            f"{file} is inside the model, which is never touched", "choose another --onnx FILE"
-        )
-    for taken in (file, _weights_of(file)):
-        if taken.exists() and not force:
-            raise SvdcliError(
-                f"{taken} exists", "use --force to replace it, or choose another --onnx FILE"
-            )
+    for taken, ending in ((file, ".onnx"), (_weights_of(file), ".data")):
+        check_place(taken, ending, source=Path(path), force=force, option="--onnx FILE")
     with open_checkpoint(path) as checkpoint:
         if not checkpoint.transformers_opens_it:
             raise SvdcliError(

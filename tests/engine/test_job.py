@@ -41,7 +41,7 @@ def test_another_process_writes_the_same_bytes(
     if calibrated:
         zoo.words_tokenizer(model)
         text = svdcli.Texts("words", (" ".join(f"w{i % 90 + 2}" for i in range(2000)),))
-        svdcli.calibrate(model, text, tmp_path / "m.safetensors", samples=8, seq_len=32)
+        svdcli.calibrate(model, tmp_path / "m.safetensors", text, samples=8, seq_len=32)
         how["calibration"] = tmp_path / "m.safetensors"
     svdcli.compress(model, tmp_path / "here", recipe, **how)
     svdcli.expand(tmp_path / "here", tmp_path / "here-dense")

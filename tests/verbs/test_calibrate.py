@@ -203,9 +203,9 @@ def test_layers_outside_of_blocks_have_their_moments_too(tmp_path: Path) -> None
 def test_moments_take_the_labels_of_their_seed(readable: Readable, tmp_path: Path) -> None:
     path = readable("llama")
     one, again, other = (
-        run(path, tmp_path / f"{at}", seed=seed)[0] for at, seed in enumerate((1, 1, 2))
+        run(path, tmp_path / f"{at}.safetensors", seed=seed)[0] for at, seed in enumerate((1, 1, 2))
     )
-    assert (tmp_path / "0").read_bytes() == (tmp_path / "1").read_bytes()
+    assert (tmp_path / "0.safetensors").read_bytes() == (tmp_path / "1.safetensors").read_bytes()
     name = "model.layers.0.mlp.up_proj.weight"
     assert torch.equal(one.of(name).inputs, other.of(name).inputs)
     assert not torch.allclose(again.of(name).outputs, other.of(name).outputs, rtol=1e-3)
@@ -221,7 +221,9 @@ def shared(moments: Moments) -> set[frozenset[str]]:
 
 def test_layers_that_read_the_same_share_one_input(readable: Readable, tmp_path: Path) -> None:
     def groups(family: str, texts: Texts = TEXT) -> set[frozenset[str]]:
-        return shared(run(readable(family), tmp_path / family, texts, gradients=False)[0])
+        return shared(
+            run(readable(family), tmp_path / f"{family}.safetensors", texts, gradients=False)[0]
+        )
 
     def of(prefix: str, *groups: str) -> set[frozenset[str]]:
         return {
@@ -276,8 +278,8 @@ def test_rounds_add_up_to_the_same_moments(
     told: list[Forecast] = []
     texts, samples = (SENTENCES, 40) if family == "bert" else (TEXT, SAMPLES)
     how = {"samples": samples, "gradients": gradients, "announce": told.append}
-    whole, done = run(readable(family), tmp_path / "a", texts, memory=10**9, **how)
-    parts, more = run(readable(family), tmp_path / "b", texts, memory=1, **how)
+    whole, done = run(readable(family), tmp_path / "a.safetensors", texts, memory=10**9, **how)
+    parts, more = run(readable(family), tmp_path / "b.safetensors", texts, memory=1, **how)
     assert done.rounds == 1
     assert more.rounds >= 3
     assert [forecast.rounds for forecast in told] == [1, more.rounds]
@@ -301,6 +303,7 @@ def forecast(model: Path, folder: Path, told: list[Forecast], memory: int) -> in
     run(
         model,
         folder / "c.safetensors",
+        force=True,
         samples=12,
         gradients=True,
         memory=memory,
@@ -321,7 +324,7 @@ def test_gradients_are_left_out_where_they_do_not_fit_and_that_is_told(
     assert not done.gradients
     assert not moments.provenance.gradients
     assert {moments.kind(name) for name in moments.layers} == {"inputs"}
-    run(readable("llama"), tmp_path / "c.safetensors", announce=told.append)
+    run(readable("llama"), tmp_path / "c.safetensors", force=True, announce=told.append)
     assert told[1].gradients
     assert not told[1].reason
 
@@ -329,9 +332,9 @@ def test_gradients_are_left_out_where_they_do_not_fit_and_that_is_told(
 def test_wide_outputs_keep_the_diagonal(
     readable: Readable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    full, _ = run(readable("llama"), tmp_path / "a")
+    full, _ = run(readable("llama"), tmp_path / "a.safetensors")
     monkeypatch.setattr(module, "FULL_OUTPUTS", 64)
-    cut, _ = run(readable("llama"), tmp_path / "b")
+    cut, _ = run(readable("llama"), tmp_path / "b.safetensors")
     for name in full.layers:
         wide = name.endswith(("gate_proj.weight", "up_proj.weight"))
         assert cut.kind(name) == ("diagonal" if wide else "full")
@@ -342,8 +345,10 @@ def test_wide_outputs_keep_the_diagonal(
 
 def test_only_what_is_asked_for_is_measured(readable: Readable, tmp_path: Path) -> None:
     path = readable("llama")
-    whole, _ = run(path, tmp_path / "a")
-    some, done = run(path, tmp_path / "b", include=("*.1.mlp.*",), exclude=("*gate_proj",))
+    whole, _ = run(path, tmp_path / "a.safetensors")
+    some, done = run(
+        path, tmp_path / "b.safetensors", include=("*.1.mlp.*",), exclude=("*gate_proj",)
+    )
     assert set(some.layers) == {
         f"model.layers.1.mlp.{name}.weight" for name in ("up_proj", "down_proj")
     }
@@ -416,7 +421,7 @@ def test_the_predicted_loss_is_the_divergence_where_the_factors_are_exact(
     has a relative spread of about 2, so 10 % is three times it."""
     path = louder(readable("llama"), tmp_path / "m")
     texts = Texts("one word", (" ".join(["w7"] * 4096),))
-    moments, _ = run(path, tmp_path / "c", texts, samples=260, seq_len=16)
+    moments, _ = run(path, tmp_path / "c.safetensors", texts, samples=260, seq_len=16)
     model = svdcli.load(path, dtype=torch.float64)
     ids = windows_of(load_tokenizer(path), texts, 16, 2).ids
     for layer in ("self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"):
@@ -434,7 +439,7 @@ def test_the_predicted_loss_is_the_divergence_of_a_classifier_s_pooler(
     path = louder(readable("bert-classifier"), tmp_path / "m")
     texts = Texts("one line", ("\n".join(["w5 w9 w30 w2"] * 1600),))
     name = "bert.pooler.dense.weight"
-    moments, _ = run(path, tmp_path / "c", texts, samples=1600, include=(name,))
+    moments, _ = run(path, tmp_path / "c.safetensors", texts, samples=1600, include=(name,))
     model = svdcli.load(path, dtype=torch.float64)
     batch = dict(load_tokenizer(path)("w5 w9 w30 w2", return_tensors="pt"))
     d = nudge(model, name)
@@ -450,7 +455,7 @@ def test_the_predicted_loss_is_of_the_size_of_the_divergence(
     gradients. The first is wrong where a change of one layer reaches the same prediction through
     many alike tokens: values above all."""
     path = louder(readable("llama"), tmp_path / "m")
-    moments, _ = run(path, tmp_path / "c", samples=16)
+    moments, _ = run(path, tmp_path / "c.safetensors", samples=16)
     model = svdcli.load(path, dtype=torch.float64)
     for name in moments.layers:
         d = nudge(model, name)
@@ -467,7 +472,7 @@ def test_the_predicted_loss_of_an_encoder_is_low_by_its_rows_at_most(
     gradients that depend on each other are worth another 2."""
     path = louder(readable("bert"), tmp_path / "m")
     texts = Texts("lines", ("\n".join(" ".join(words(length, at)) for at in range(160)),))
-    moments, _ = run(path, tmp_path / "c", texts, samples=160)
+    moments, _ = run(path, tmp_path / "c.safetensors", texts, samples=160)
     model = svdcli.load(path, dtype=torch.float64)
     batch = dict(load_tokenizer(path)(texts.documents[0].splitlines(), return_tensors="pt"))
 
@@ -557,18 +562,18 @@ def test_nan_behind_the_last_layer_is_an_error_too(
 def test_what_does_not_read_text_is_refused(readable: Readable, tmp_path: Path) -> None:
     for family in ("vit", "whisper"):
         with pytest.raises(SvdcliError, match="does not read text"):
-            run(readable(family), tmp_path / "c")
+            run(readable(family), tmp_path / "c.safetensors")
     with pytest.raises(SvdcliError, match="no tokenizer"):
-        run(zoo.save("llama", tmp_path / "m"), tmp_path / "c")
+        run(zoo.save("llama", tmp_path / "m"), tmp_path / "c.safetensors")
     with pytest.raises(SvdcliError, match="only 1 tokens"):
-        run(readable("llama"), tmp_path / "c", Texts("short", ("w3",)))
+        run(readable("llama"), tmp_path / "c.safetensors", Texts("short", ("w3",)))
     with pytest.raises(SvdcliError, match="three words"):
-        run(readable("bert"), tmp_path / "c", Texts("short", ("w3 w4",)))
+        run(readable("bert"), tmp_path / "c.safetensors", Texts("short", ("w3 w4",)))
     with pytest.raises(UsageError, match="matches no tensor"):
-        run(readable("llama"), tmp_path / "c", include=("*nothing*",))
+        run(readable("llama"), tmp_path / "c.safetensors", include=("*nothing*",))
     save_file({"a.weight": torch.ones(40, 40)}, tmp_path / "plain.safetensors")
     with pytest.raises(UsageError, match=r"no config\.json"):
-        run(tmp_path / "plain.safetensors", tmp_path / "c")
+        run(tmp_path / "plain.safetensors", tmp_path / "c.safetensors")
     assert {path.name for path in tmp_path.iterdir()} == {"m", "plain.safetensors"}
 
 
@@ -588,10 +593,10 @@ def test_the_file_appears_whole_or_not_at_all(
         out.write_bytes(before)
     everything = tree(tmp_path)
     with pytest.raises(KeyboardInterrupt):
-        run(readable("llama"), out, progress=progress)
+        run(readable("llama"), out, force=True, progress=progress)
     assert set(calls) == {before}
     assert tree(tmp_path) == everything
-    run(readable("llama"), out)
+    run(readable("llama"), out, force=True)
     assert [path.name for path in tmp_path.iterdir()] == ["c.safetensors"]
 
 
@@ -599,7 +604,7 @@ def test_progress_rises_to_the_end(readable: Readable, tmp_path: Path) -> None:
     told: list[tuple[str, float, float]] = []
     run(
         readable("llama"),
-        tmp_path / "c",
+        tmp_path / "c.safetensors",
         gradients=True,
         memory=1,
         progress=lambda stage, item, done, total: told.append((stage, done, total)),
@@ -720,3 +725,21 @@ def test_layers_that_the_model_ignores_stay_dense(readable: Readable, tmp_path: 
     ).plan
     left = {layer.tensor.name: layer.reason for layer in plan.layers if layer.rank is None}
     assert "was not calibrated" in left["model.layers.7.mlp.up_proj.weight"]
+
+
+def test_nothing_is_overwritten_unasked(readable: Readable, tmp_path: Path) -> None:
+    model, there = readable("llama"), tmp_path / "there.safetensors"
+    there.write_text("mine")
+    (tmp_path / "folder.safetensors").mkdir()
+    for out, says in (
+        (there, "there.safetensors exists; use --force"),
+        (tmp_path / "folder.safetensors", "is a directory"),
+        (tmp_path / "no" / "c.safetensors", "does not exist; create it first"),
+        (tmp_path / "c.bin", "does not end in .safetensors"),
+        (model / "c.safetensors", "is the source, or inside or around it"),
+    ):
+        with pytest.raises(SvdcliError, match=says):
+            run(model, out)
+    assert there.read_text() == "mine"
+    _, done = run(model, there, force=True)
+    assert done.bytes == there.stat().st_size

@@ -417,7 +417,11 @@ def test_refusals(vision: Path, written: Written, tmp_path: Path) -> None:
         (2, (vision, tmp_path / "model.safetensors"), "does not end in .onnx"),
         (1, (vision, tmp_path / "no" / "model.onnx"), "does not exist"),
         (1, (vision, tmp_path / "folder.onnx"), "is a directory"),
-        (1, (vision, vision / "model.onnx"), "is inside the model"),
+        (
+            1,
+            (vision, vision / "model.onnx"),
+            "is the source, or inside or around it; choose another --onnx",
+        ),
         (1, (tmp_path / "nowhere", file), "does not exist"),
         (2, (vision / "model.safetensors", file), "takes a model directory"),
         (2, (vision, file, "--dtype", "bfloat16"), "is not one of 'float32', 'float16'"),
