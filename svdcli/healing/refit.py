@@ -12,7 +12,7 @@ all that the block's output still lacks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -24,11 +24,12 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from svdcli.calibration.gather import FULL_OUTPUTS
 from svdcli.calibration.rows import without_padding
 from svdcli.calibration.stream import first_tensor
+from svdcli.linalg.layouts import CODECS
 from svdcli.linalg.products import moment
 from svdcli.linalg.solvers import Factors, transposed
-from svdcli.linalg.storage import to_stored
 from svdcli.linalg.whitening import Metric, weighted
-from svdcli.models.modules import LOW_RANK, is_linear
+from svdcli.models.modules import LOW_RANK, is_linear, layout_of
+from svdcli.plan.layouts import LAYOUTS
 
 RIDGE = 0.01  # of the mean diagonal of E[x x^T], against directions that were hardly seen
 _MOMENT_BATCHES = 8
@@ -301,16 +302,12 @@ def _solve(pair: LayerPair, sums: _Sums) -> None:
 
 def put_factors(module: nn.Module, factors: Factors) -> None:
     """Set the tensors of a low-rank module to factors of its stored weight, in float32."""
-    state = module.state_dict(keep_vars=True)
-    layout, names = _STORED["svd_rows" in state]
-    for name, tensor in zip(names, to_stored(factors, layout, torch.float32), strict=True):
+    state, layout = module.state_dict(keep_vars=True), layout_of(module)
+    m, n, rank = factors.up.shape[0], factors.down.shape[1], factors.down.shape[0]
+    names = LAYOUTS[layout].parts(m, n, rank)
+    stored = CODECS[layout].encode(factors, torch.float32)
+    for name, tensor in zip(names, stored, strict=True):
         state[name].data = tensor
-
-
-_STORED: Mapping[bool, tuple[str, tuple[str, ...]]] = {
-    False: ("factored", ("svd_up.weight", "svd_down.weight")),
-    True: ("pivoted", ("svd_down.weight", "svd_up.weight", "svd_rows")),
-}
 
 
 @contextmanager

@@ -209,6 +209,14 @@ HOLDERS = {
 LOW_RANK = tuple(kind for holders in HOLDERS.values() for kind in holders)
 
 
+def layout_of(module: nn.Module) -> str:
+    """The layout whose factors a low-rank module holds. Raises KeyError for any other module."""
+    for layout, holders in HOLDERS.items():
+        if isinstance(module, tuple(holders)):
+            return layout
+    raise KeyError(type(module).__name__)
+
+
 def low_rank_like(old: nn.Module, rank: int, *, layout: str) -> nn.Module | None:
     """An empty low-rank module on the meta device that can stand for `old`, or None where no such
     module exists."""

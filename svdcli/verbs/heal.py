@@ -27,7 +27,7 @@ from svdcli.calibration.reading import read_batches
 from svdcli.calibration.text_side import TextSide, text_side, watched
 from svdcli.engine.compute import Compute
 from svdcli.engine.planning import beside, noting_a_miss
-from svdcli.engine.publish import destination, disk_errors, finish, identity, write
+from svdcli.engine.publish import check_place, destination, disk_errors, finish, identity, write
 from svdcli.engine.solve import Ready
 from svdcli.errors import SvdcliError, UsageError
 from svdcli.files.blueprint import CompressDesign
@@ -101,6 +101,7 @@ def heal(
         pair = _Pair(compressed, original, _plan_of(compressed, original))
         device = (compute or Compute()).start()
         with destination(compressed, out, ".healed", "-healed", force) as target:
+            check_place(target, None, source=original.path, force=force)
             workspace = Workspace(target, is_file=False)
             run = _Run(workspace, device, progress)
             with disk_errors(target), workspace.locked():

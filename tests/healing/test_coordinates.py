@@ -14,7 +14,7 @@ import zoo
 import svdcli
 from svdcli.calibration.loss import ModelLoss
 from svdcli.healing.coordinates import WhitenedLayers, moments_of
-from svdcli.linalg.storage import balanced
+from svdcli.linalg.balance import balanced
 from svdcli.models.modules import LOW_RANK
 
 IDS = [

@@ -518,6 +518,10 @@ def test_what_cannot_be_healed_is_refused(
     with pytest.raises(SvdcliError, match="holds no factors"):
         svdcli.heal(tmp_path / "dense", tmp_path / "healed", teacher=teacher, texts=TEXT)
     assert not (tmp_path / "healed").exists()
+    before = tree(teacher)
+    with pytest.raises(SvdcliError, match="is the source, or inside or around it"):
+        svdcli.heal(small, teacher, teacher=teacher, texts=TEXT, force=True)
+    assert tree(teacher) == before
 
 
 def test_the_command(pair: tuple[Path, Path], tmp_path: Path) -> None:

@@ -1,17 +1,9 @@
-"""Factors of equal scale, and the tensors of a layout by its name."""
+"""Factors of equal scale."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
-
-from svdcli.linalg.layouts import CODECS
-from svdcli.linalg.solvers import Factors
-
-
-def to_stored(factors: Factors, layout: str, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """The tensors of `layout`, rounded to `dtype`."""
-    return CODECS[layout].encode(factors, dtype)
 
 
 def balanced(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
