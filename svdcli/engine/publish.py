@@ -288,14 +288,14 @@ def _looks_like_a_model(folder: Path) -> bool:
 
 
 @contextmanager
-def disk_errors(target: Path) -> Iterator[None]:
-    """A full disk, in words that say what to do."""
+def disk_errors(target: Path, *, resumes: bool = True) -> Iterator[None]:
+    """A full disk, in words that say what to do; resumes where a second run goes on."""
+    hint = "free space and run the same command again"
+    if resumes:
+        hint += ", it continues where it was"
     try:
         yield
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
-        raise SvdcliError(
-            f"cannot write {target}: {error.strerror}",
-            "free space and run the same command again, it continues where it was",
-        ) from error
+        raise SvdcliError(f"cannot write {target}: {error.strerror}", hint) from error

@@ -1,5 +1,5 @@
-"""The words that options and recipes take: each list has its one home here, as a type and as the
-tuple of its values."""
+"""The words that options and recipes take: each list has its one home here, as a type and, where
+a recipe is checked against them, as the tuple of its values."""
 
 from __future__ import annotations
 
@@ -18,11 +18,9 @@ OnnxDtype = Literal["float32", "float16"]
 
 TARGETS: tuple[Target, ...] = get_args(Target)
 ALLOCATIONS: tuple[Allocation, ...] = get_args(Allocation)
-LAYOUTS: tuple[Layout, ...] = get_args(Layout)
 SOLVERS: tuple[Solver, ...] = get_args(Solver)
 NONFINITE: tuple[OnNonfinite, ...] = get_args(OnNonfinite)
 METRICS: tuple[Metric, ...] = get_args(Metric)
-DEVICES: tuple[Device, ...] = get_args(Device)
 
 # What a checkpoint calls the dtypes that people ask for.
 STORED_AS: Mapping[str, str] = {

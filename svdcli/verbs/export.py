@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import importlib.util
 import inspect
 import logging
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from svdcli.engine.compute import Compute
-from svdcli.engine.publish import check_place
+from svdcli.engine.publish import check_place, disk_errors
 from svdcli.errors import SvdcliError, UsageError
 from svdcli.files.checkpoint import STANDARD, open_checkpoint
 from svdcli.files.report import JSON_VERSION
@@ -104,7 +103,7 @@ def export_onnx(
         )
         call = _call_for(network)
         workspace = Workspace(file, is_file=True)
-        with _disk_errors(file), workspace.locked():
+        with disk_errors(file, resumes=False), workspace.locked():
             workspace.resume(
                 uuid4().hex, force=True
             )  # what a killed run left is not continued: tracing starts from nothing
@@ -383,18 +382,6 @@ def _hushed() -> Iterator[None]:
             yield
     finally:
         logging.disable(level)
-
-
-@contextmanager
-def _disk_errors(file: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise
-        raise SvdcliError(
-            f"cannot write {file}: {error.strerror}", "free space and run the same command again"
-        ) from error
 
 
 def _first_line(error: BaseException) -> str:

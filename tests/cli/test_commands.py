@@ -354,7 +354,7 @@ def test_help_lists_the_options_panel_by_panel(width: int) -> None:
 
 DTYPES = get_args(words.Dtype)
 CHOICES = [
-    ("compress", "--layout", words.LAYOUTS),
+    ("compress", "--layout", get_args(words.Layout)),
     ("compress", "--allocate", words.ALLOCATIONS),
     ("compress", "--solver", words.SOLVERS),
     ("compress", "--metric", words.METRICS),
@@ -363,7 +363,7 @@ CHOICES = [
     ("eval", "--dtype", DTYPES),
     ("export", "--dtype", DTYPES[:2]),
     *(
-        (command, "--device", words.DEVICES)
+        (command, "--device", get_args(words.Device))
         for command in ("compress", "spectrum", "eval", "calibrate", "heal", "bench")
     ),
 ]
