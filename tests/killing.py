@@ -87,6 +87,40 @@ def snapshot(path: Path) -> dict[str, bytes] | None:
     return {str(file.relative_to(path.parent)): file.read_bytes() for file in files}
 
 
+def differing(expected: dict[str, bytes] | None, actual: dict[str, bytes] | None) -> str:
+    """Which files, and which tensors and metadata in them, are not the same."""
+    if expected is None or actual is None:
+        return f"expected {expected and sorted(expected)}, there is {actual and sorted(actual)}"
+    differences = []
+    for name in sorted(expected.keys() | actual.keys()):
+        one, other = expected.get(name), actual.get(name)
+        if one == other:
+            continue
+        if one is None or other is None:
+            differences.append(f"{name} is in one of them only")
+        elif not name.endswith(".safetensors"):
+            differences.append(f"{name} differs")
+        else:
+            first, second = _entries(one), _entries(other)
+            keys = sorted(first.keys() | second.keys())
+            changed = [key for key in keys if first.get(key) != second.get(key)]
+            differences.append(f"{name}: {changed}")
+    return "; ".join(differences)
+
+
+def _entries(file: bytes) -> dict[str, bytes]:
+    """The tensors of a safetensors file, and what its header says of each, by name."""
+    length = int.from_bytes(file[:8], "little")
+    if not length:
+        return {"header": b""}
+    header = json.loads(file[8 : 8 + length])
+    entries = {f"metadata {k}": v.encode() for k, v in header.pop("__metadata__", {}).items()}
+    for name, info in header.items():
+        start, end = (8 + length + offset for offset in info["data_offsets"])
+        entries[name] = json.dumps(info).encode() + file[start:end]
+    return entries
+
+
 def try_point(
     arguments: list[str], out: Path, stop_at: int, kind: int, reference: dict[str, bytes] | None
 ) -> str:
@@ -94,13 +128,16 @@ def try_point(
     code = run(arguments, out, stop_at=stop_at, kind=kind)
     after = snapshot(out)
     if after is not None and after != reference:
-        return f"stopped at {stop_at} with code {code}: an output that is not whole"
+        what = differing(reference, after)
+        return f"stopped at {stop_at} with code {code}: an output that is not whole: {what}"
     unfinished = (out.with_name(f"{out.name}.partial") / "journal.jsonl").exists()
     again = run(arguments, out)
     if again != 0 and (after is None or unfinished):
         return f"stopped at {stop_at} with code {code}: the second run ended with {again}"
-    if snapshot(out) != reference:
-        return f"stopped at {stop_at} with code {code}: other bytes than an unbroken run"
+    finished = snapshot(out)
+    if finished != reference:
+        what = differing(reference, finished)
+        return f"stopped at {stop_at} with code {code}: other bytes than an unbroken run: {what}"
     left = [
         path.name for path in out.parent.iterdir() if path.name.startswith(out.name) and path != out
     ]
