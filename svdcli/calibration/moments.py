@@ -163,7 +163,7 @@ class Moments:
         loss, share = self._checkpoint.read_tensor(f"sensitivity.{name}").tolist()
         return float(loss / share) if share > 0 else 0.0
 
-    def kind(self, name: str) -> str:
+    def metric_name(self, name: str) -> str:
         """What is known of the layer: "" nothing, "inputs", "diagonal" or "full" moments of the
         gradients besides."""
         keys = self.layers.get(name)

@@ -745,7 +745,9 @@ def bench(
             progress=progress,
         )
     if (
-        _machine(found.to_json(), [asdict(row) for row in found.measures], json_, csv_, sys.stdout)
+        _machine(
+            found.to_json(), [asdict(row) for row in found.comparisons], json_, csv_, sys.stdout
+        )
         and not quiet
     ):
         tables.print_bench(found, sys.stdout)
@@ -790,14 +792,14 @@ def _show_outcome(
     """The report of what was written, and what was measured of it."""
     from svdcli.render import tables
 
-    report, measured = outcome.report, outcome.measured
+    report, measured = outcome.report, outcome.evaluation
     data = report.to_json() | {"measured": None if measured is None else measured.to_json()}
     if _machine(data, [asdict(row) for row in report.layers], json_, csv_, stream) and not quiet:
         tables.print_report(report, stream, grouped=grouped)
         if measured is not None:
             tables.print_measured(measured, stream)
-    if outcome.not_measured and not quiet:
-        print_note(f"the loss was not measured: {outcome.not_measured}; see `svdcli eval`")
+    if outcome.not_evaluated and not quiet:
+        print_note(f"the loss was not measured: {outcome.not_evaluated}; see `svdcli eval`")
 
 
 def _machine(

@@ -216,7 +216,9 @@ CalibrationFile = Annotated[
 ]
 
 
-Metric = Annotated[words.Metric, _calibration("--metric", help="How much of a calibration counts.")]
+Metric = Annotated[
+    words.MetricName, _calibration("--metric", help="How much of a calibration counts.")
+]
 
 
 Samples = Annotated[

@@ -30,9 +30,9 @@ class Calibration:
         )
         return known.unit if counts else ""
 
-    def kind(self, name: str) -> str:
+    def metric_name(self, name: str) -> str:
         """The metric of one layer: "" where the moments say nothing of it."""
-        known = self.moments.kind(name)
+        known = self.moments.metric_name(name)
         if self.moments.provenance.gradients and known == "inputs" and self.metric != "inputs":
             return ""  # no gradient reached it, so nothing compares it with the others
         if self.moments.provenance.sensitivity and self.moments.loss_scale(name) is None:
@@ -41,24 +41,28 @@ class Calibration:
             return "diagonal"
         return known if self.metric in ("auto", "full", "diagonal") or not known else "inputs"
 
-    def weight(self, name: str, kind: str) -> float | None:
+    def loss_scale(self, name: str, metric: str) -> float | None:
         """The measured sensitivity of one layer, where it was measured in the metric that counts
         here."""
-        return self.moments.loss_scale(name) if kind and kind == self.moments.kind(name) else None
+        return (
+            self.moments.loss_scale(name)
+            if metric and metric == self.moments.metric_name(name)
+            else None
+        )
 
     def of(self, layer: LayerPlan) -> LayerMoments | None:
         """The moments of one planned layer, cut to its metric."""
         return self.cut(layer.tensor.name, layer.metric) if layer.metric else None
 
-    def cut(self, name: str, kind: str) -> LayerMoments:
+    def cut(self, name: str, metric: str) -> LayerMoments:
         found = self.moments.of(name)
         if found is None:
             raise SvdcliError(
                 f"the calibration lacks {name}, which the plan needs",
                 "give the calibration it was made with",
             )
-        outputs = None if kind == "inputs" else found.outputs
-        if kind == "diagonal" and outputs is not None and outputs.ndim == 2:
+        outputs = None if metric == "inputs" else found.outputs
+        if metric == "diagonal" and outputs is not None and outputs.ndim == 2:
             outputs = outputs.diagonal().contiguous()
         return LayerMoments(found.inputs, found.mean, outputs, found.transposed)
 

@@ -71,7 +71,7 @@ def executor_for(device: torch.device) -> tuple[Executor, int]:
     return ThreadPoolExecutor(_WORKERS, initializer=_start_worker, initargs=share), _WORKERS
 
 
-def spread(
+def map_unordered(
     work: Callable[[Item], Answer],
     items: Iterable[Item],
     device: torch.device,

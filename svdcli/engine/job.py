@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from svdcli.calibration.moments import LayerMoments
-from svdcli.engine.executor import spread
+from svdcli.engine.executor import map_unordered
 from svdcli.engine.inputs import Inputs, Opened, shared
 from svdcli.engine.solve import LayerFailedError, refitted, solve_layer
 from svdcli.files.dtypes import TORCH_DTYPES, bytes_of
@@ -197,7 +197,7 @@ def run_units(
             _job(unit, layers.get(unit.name), inputs, writer, workspace, seed, device)
             for unit in ordered
         ]
-        for line in spread(run, jobs, device, note):
+        for line in map_unordered(run, jobs, device, note):
             name = line["unit"]
             if "failed" in line:
                 failed[name] = line["failed"]

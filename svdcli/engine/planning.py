@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from svdcli.errors import NothingSelectedError, SvdcliError, UsageError
-from svdcli.files.blueprint import Beside, CompressDesign
+from svdcli.files.blueprint import CompanionFile, CompressDesign
 from svdcli.files.checkpoint import STANDALONE, Checkpoint
 from svdcli.files.record import Result, make_record, record_of, source_json
 from svdcli.files.report import MISSED, Report, report_of
@@ -18,7 +18,7 @@ from svdcli.files.workspace import Workspace
 from svdcli.models import self_contained as standalone
 from svdcli.plan.adapters import adapter_kind
 from svdcli.plan.budget import missed_target, staying_dense
-from svdcli.plan.decide import UNSOUND, Measured, decide, needs_spectra, rerun
+from svdcli.plan.decide import UNSOUND, LayerSpectrum, decide, needs_spectra, rerun
 from svdcli.plan.layers import choose_layers, nothing_selected
 from svdcli.plan.parts import part_configs
 from svdcli.plan.plan import Plan, Skipped, TextRead
@@ -147,11 +147,11 @@ def make_plan(
 ) -> Plan:
     """Look at the weights, then fix every rank. Nothing is written but the journal's notes of what
     was measured."""
-    from svdcli.engine.measure import check_finite, measure
+    from svdcli.engine.spectra import check_finite, measure_spectra
 
     recipe = choice.recipe
     spectra = choice.plan is None and needs_spectra(recipe)
-    measured = measure(
+    measured = measure_spectra(
         checkpoint,
         choice.selected,
         spectra=spectra,
@@ -177,7 +177,7 @@ def make_plan(
 
 
 def _decide_ranks(
-    checkpoint: Checkpoint, choice: Request, name: str | None, measured: Mapping[str, Measured]
+    checkpoint: Checkpoint, choice: Request, name: str | None, measured: Mapping[str, LayerSpectrum]
 ) -> Plan:
     notes = (*checkpoint.notes, *_little_read(choice), *_no_longer_tied(checkpoint, choice))
 
@@ -269,12 +269,14 @@ def _no_longer_tied(checkpoint: Checkpoint, choice: Request) -> tuple[str, ...]:
 
 
 def design_of(checkpoint: Checkpoint, plan: Plan, name: str | None) -> CompressDesign:
-    return CompressDesign(checkpoint, plan, name, beside() if plan.recipe.self_contained else None)
+    return CompressDesign(
+        checkpoint, plan, name, model_code() if plan.recipe.self_contained else None
+    )
 
 
-def beside() -> Beside:
+def model_code() -> CompanionFile:
     """The Python file of `--self-contained`, and what config.json says about it."""
-    return Beside(STANDALONE, standalone.standalone_source(), standalone.auto_map())
+    return CompanionFile(STANDALONE, standalone.standalone_source(), standalone.auto_map())
 
 
 def predicted_report(checkpoint: Checkpoint, plan: Plan, name: str | None) -> Report:

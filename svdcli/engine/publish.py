@@ -108,7 +108,7 @@ def finish(
     reader; publish."""
     import torch
 
-    from svdcli.engine.executor import spread
+    from svdcli.engine.executor import map_unordered
     from svdcli.files.writer import WeightWriter, write_file
 
     blueprint = design.blueprint()
@@ -125,7 +125,7 @@ def finish(
         others = {name: size for name, size in blueprint.sizes().items() if name != RECORD}
         digests: dict[str, str] = {}
         hashed = 0
-        for name, digest in spread(
+        for name, digest in map_unordered(
             lambda name: (name, sha256_of(workspace.data / name)), others, torch.device("cpu")
         ):
             digests[name] = digest

@@ -67,7 +67,7 @@ class Blueprint:
 
 
 @dataclass(frozen=True)
-class Beside:
+class CompanionFile:
     """A Python file that opens the model where svdcli is not installed, and what config.json says
     about it."""
 
@@ -120,13 +120,18 @@ class CompressDesign:
         checkpoint: Checkpoint,
         plan: Plan,
         out_name: str | None,
-        beside: Beside | None = None,
+        model_code: CompanionFile | None = None,
         *,
         roomy: bool = False,
     ) -> None:
         """out_name is the name of a file output, None for a directory; beside is what makes a
         directory self-contained."""
-        self.checkpoint, self.plan, self.out_name, self.beside = checkpoint, plan, out_name, beside
+        self.checkpoint, self.plan, self.out_name, self.model_code = (
+            checkpoint,
+            plan,
+            out_name,
+            model_code,
+        )
         self.roomy = roomy or plan.recipe.target == "size"
         self.units = compress_units(checkpoint, plan)
         self._config, changed = self._changed_config()
@@ -142,7 +147,9 @@ class CompressDesign:
         return max(self.checkpoint.nbytes, tensors + sum(self.checkpoint.carried.values()))
 
     def with_room(self) -> CompressDesign:
-        return CompressDesign(self.checkpoint, self.plan, self.out_name, self.beside, roomy=True)
+        return CompressDesign(
+            self.checkpoint, self.plan, self.out_name, self.model_code, roomy=True
+        )
 
     def blueprint(self) -> Blueprint:
         return self._blueprint
@@ -171,9 +178,9 @@ class CompressDesign:
         if self.out_name is not None:
             return Blueprint(tuple(files), {}, {}, 0)
         texts, carried = directory_texts(self.checkpoint, files, self._config)
-        if self.beside is not None:
-            texts[self.beside.name] = self.beside.text
-            carried.pop(self.beside.name, None)
+        if self.model_code is not None:
+            texts[self.model_code.name] = self.model_code.text
+            carried.pop(self.model_code.name, None)
         sizes = Blueprint(tuple(files), texts, carried, 0).sizes()
         _check_names(sizes)
         return Blueprint(tuple(files), texts, carried, self._record_bytes(files, sizes, shared))
@@ -257,7 +264,7 @@ class CompressDesign:
         config = self.checkpoint.config
         if config is None or self.out_name is not None:
             return None, None
-        auto_map = None if self.beside is None else self.beside.auto_map
+        auto_map = None if self.model_code is None else self.model_code.auto_map
         changes = changes_of(
             config, self.plan, auto_map, transformers=self.checkpoint.transformers_opens_it
         )

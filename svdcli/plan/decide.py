@@ -38,7 +38,7 @@ UNSOUND = "NaN or infinity, or float64 numbers whose squares leave its range"
 
 
 @dataclass(frozen=True)
-class Measured:
+class LayerSpectrum:
     """What a look at one layer's numbers found.
 
     energies are its squared singular values in descending order, in the metric of the calibration
@@ -51,7 +51,7 @@ class Measured:
     energies: tuple[float, ...] | None = None
     metric: str = ""
     bias: TensorInfo | None = None
-    weight: float | None = None
+    loss_scale: float | None = None
 
     def tails(self) -> list[float]:
         """Share of the energy beyond each rank 0 .. min(m, n)."""
@@ -60,8 +60,8 @@ class Measured:
     def losses(self) -> list[float]:
         """What each rank gives up: the predicted rise of the model's loss where it was measured
         (its share of weight) or follows from gradients (half the tail); else tails()."""
-        scale = self.weight if self.weight is not None else 1.0
-        if self.weight is None and self.metric in ("diagonal", "full"):
+        scale = self.loss_scale if self.loss_scale is not None else 1.0
+        if self.loss_scale is None and self.metric in ("diagonal", "full"):
             scale = 0.5 * math.fsum(self.energies or ())
         return [scale * tail for tail in self.tails()]
 
@@ -79,7 +79,7 @@ def decide(
     fingerprint: str,
     selected: Sequence[TensorInfo],
     skipped: Sequence[Skipped],
-    measured: Mapping[str, Measured],
+    measured: Mapping[str, LayerSpectrum],
     predict: Callable[[Plan], int],
     loss_unit: str = "",
 ) -> Plan:
@@ -133,7 +133,7 @@ def _layer_plan(
     choice: Choice,
     recipe: Recipe,
     losses: Sequence[float] | None,
-    measured: Measured,
+    measured: LayerSpectrum,
 ) -> LayerPlan:
     solver = WEIGHTED if measured.metric else recipe.solver
     if solver == "auto":

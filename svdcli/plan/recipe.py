@@ -20,7 +20,7 @@ from svdcli.plan.words import (
     Allocation,
     Dtype,
     Layout,
-    Metric,
+    MetricName,
     OnNonfinite,
     Solver,
     Target,
@@ -54,7 +54,7 @@ class Recipe:
     max_shard_size: int | None = None
     self_contained: bool = False
     calibration: str | None = None
-    metric: Metric = "auto"
+    metric: MetricName = "auto"
 
     def __post_init__(self) -> None:
         for name, value, known in (
@@ -181,7 +181,7 @@ class Wanted(TypedDict, total=False):
     nonfinite: OnNonfinite
     max_shard_size: int | None
     self_contained: bool
-    metric: Metric
+    metric: MetricName
 
 
 WANTED: frozenset[str] = Wanted.__optional_keys__

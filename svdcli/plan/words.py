@@ -11,7 +11,7 @@ Allocation = Literal["uniform", "global"]
 Layout = Literal["factored", "pivoted", "dense"]
 Solver = Literal["auto", "svd", "gram", "randomized"]
 OnNonfinite = Literal["error", "skip"]
-Metric = Literal["auto", "inputs", "diagonal", "full"]
+MetricName = Literal["auto", "inputs", "diagonal", "full"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Dtype = Literal["float32", "float16", "bfloat16", "float64"]
 OnnxDtype = Literal["float32", "float16"]
@@ -20,7 +20,7 @@ TARGETS: tuple[Target, ...] = get_args(Target)
 ALLOCATIONS: tuple[Allocation, ...] = get_args(Allocation)
 SOLVERS: tuple[Solver, ...] = get_args(Solver)
 NONFINITE: tuple[OnNonfinite, ...] = get_args(OnNonfinite)
-METRICS: tuple[Metric, ...] = get_args(Metric)
+METRICS: tuple[MetricName, ...] = get_args(MetricName)
 
 # What a checkpoint calls the dtypes that people ask for.
 STORED_AS: Mapping[str, str] = {

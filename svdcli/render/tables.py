@@ -440,7 +440,7 @@ def print_bench(found: Bench, stream: TextIO) -> None:
     for title in ("Original", "Compressed", "Ratio"):
         table.add_column(title, justify="right", no_wrap=True)
     table.add_column("Lowest to highest", overflow="fold")
-    for row in found.measures:
+    for row in found.comparisons:
         name = names.get(row.measure, row.measure) + (
             f", {row.unit}" if row.unit == "tokens/s" else ""
         )

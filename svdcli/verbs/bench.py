@@ -31,7 +31,7 @@ _START = "import sys; sys.path[:] = {path!r}; from svdcli.models.bench_worker im
 
 
 @dataclass(frozen=True)
-class Spread:
+class Quantiles:
     """One number a round: the median, the lowest and the highest of them."""
 
     median: float
@@ -41,7 +41,7 @@ class Spread:
 
 
 @dataclass(frozen=True)
-class Side:
+class ModelSpeed:
     """One of the two models. prefill and decode are tokens a second; decode is None for a model
     that keeps no cache.
 
@@ -59,8 +59,8 @@ class Side:
     load_seconds: float
     memory_bytes: int
     peak_bytes: int
-    prefill: Spread
-    decode: Spread | None
+    prefill: Quantiles
+    decode: Quantiles | None
 
 
 @dataclass(frozen=True)
@@ -68,8 +68,8 @@ class Ratios:
     """Compressed over original. Speeds: above 1 is faster, paired by round; the others: below 1 is
     less."""
 
-    prefill: Spread
-    decode: Spread | None
+    prefill: Quantiles
+    decode: Quantiles | None
     load_seconds: float | None
     memory_bytes: float | None
     peak_bytes: float | None
@@ -77,7 +77,7 @@ class Ratios:
 
 
 @dataclass(frozen=True)
-class Measure:
+class Comparison:
     """One line of the comparison. lowest and highest are those of the ratio, where there is one a
     round."""
 
@@ -103,16 +103,16 @@ class Bench:
     new_tokens: int
     batch: int
     rounds: int
-    compressed: Side
-    original: Side
+    compressed: ModelSpeed
+    original: ModelSpeed
     ratios: Ratios
 
     @property
-    def measures(self) -> tuple[Measure, ...]:
+    def comparisons(self) -> tuple[Comparison, ...]:
         """The comparison line by line; no decode where there is none."""
         before, after, ratios = self.original, self.compressed, self.ratios
         speeds = [
-            Measure(
+            Comparison(
                 name,
                 "tokens/s",
                 theirs.median,
@@ -129,10 +129,10 @@ class Bench:
         ]
         return (
             *speeds,
-            Measure("load", "s", before.load_seconds, after.load_seconds, ratios.load_seconds),
-            Measure("peak memory", "B", before.peak_bytes, after.peak_bytes, ratios.peak_bytes),
-            Measure("memory", "B", before.memory_bytes, after.memory_bytes, ratios.memory_bytes),
-            Measure("files", "B", before.file_bytes, after.file_bytes, ratios.file_bytes),
+            Comparison("load", "s", before.load_seconds, after.load_seconds, ratios.load_seconds),
+            Comparison("peak memory", "B", before.peak_bytes, after.peak_bytes, ratios.peak_bytes),
+            Comparison("memory", "B", before.memory_bytes, after.memory_bytes, ratios.memory_bytes),
+            Comparison("files", "B", before.file_bytes, after.file_bytes, ratios.file_bytes),
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -245,9 +245,9 @@ def _turns(pair: Sequence[_Child], rounds: int, progress: Progress) -> Turns:
     return turns
 
 
-def _spread(values: Sequence[float]) -> Spread | None:
+def _quantiles(values: Sequence[float]) -> Quantiles | None:
     return (
-        Spread(statistics.median(values), min(values), max(values), tuple(values))
+        Quantiles(statistics.median(values), min(values), max(values), tuple(values))
         if values
         else None
     )
@@ -259,11 +259,11 @@ def _side(
     prompt: int,
     new: int,
     turns: Mapping[str, Sequence[float]],
-) -> Side:
+) -> ModelSpeed:
     about = child.about
-    prefill = _spread([prompt / seconds for seconds in turns["prefill"]])
+    prefill = _quantiles([prompt / seconds for seconds in turns["prefill"]])
     assert prefill is not None
-    return Side(
+    return ModelSpeed(
         path=child.path,
         process=child.process.pid,
         model_class=about["model_class"],
@@ -274,17 +274,19 @@ def _side(
         memory_bytes=about["memory_bytes"],
         peak_bytes=about["peak_bytes"],
         prefill=prefill,
-        decode=_spread([new / seconds for seconds in turns["decode"]]),
+        decode=_quantiles([new / seconds for seconds in turns["decode"]]),
     )
 
 
-def _ratios(ours: Side, theirs: Side) -> Ratios:
-    def paired(one: Spread | None, other: Spread | None) -> Spread | None:
+def _ratios(ours: ModelSpeed, theirs: ModelSpeed) -> Ratios:
+    def paired(one: Quantiles | None, other: Quantiles | None) -> Quantiles | None:
         if one is None or other is None:
             return None
-        return _spread([mine / yours for mine, yours in zip(one.rounds, other.rounds, strict=True)])
+        return _quantiles(
+            [mine / yours for mine, yours in zip(one.rounds, other.rounds, strict=True)]
+        )
 
-    def once(pick: Callable[[Side], float]) -> float | None:
+    def once(pick: Callable[[ModelSpeed], float]) -> float | None:
         return pick(ours) / pick(theirs) if pick(theirs) > 0 else None
 
     prefill = paired(ours.prefill, theirs.prefill)

@@ -116,17 +116,17 @@ def compress(
                 if workspace.resume(same, force=force):
                     _compress_into(workspace, checkpoint, choice, device, progress, allow_larger)
             report = read_report(target)
-            measured, why = (
+            evaluation, why = (
                 (None, "")
                 if reading is None
-                else _measure(checkpoint, target, reading, compute, progress)
+                else _evaluate_output(checkpoint, target, reading, compute, progress)
             )
             return Outcome(
                 replace(report, path=str(out)) if out is not None else report,
                 Plan.from_json(record_of(open_checkpoint(target))),
                 None if out == STANDARD else target,
                 workspace.started_over,
-                measured,
+                evaluation,
                 why,
             )
 
@@ -150,11 +150,11 @@ def _the_recipe(
     return recipe_for(wanted, calibrated=calibrated)
 
 
-def _measure(
+def _evaluate_output(
     checkpoint: Checkpoint, target: Path, reading: Reading, compute: Compute, progress: Progress
 ) -> tuple[Evaluation | None, str]:
     """(how far the output is from the original on the held-out text, why that could not be
-    measured)."""
+    evaluated)."""
     from svdcli.calibration.memory import free_memory
     from svdcli.verbs.evaluate import evaluate
 

@@ -26,7 +26,7 @@ from svdcli.calibration.memory import (
 from svdcli.calibration.reading import read_batches
 from svdcli.calibration.text_side import TextSide, text_side, watched
 from svdcli.engine.compute import Compute
-from svdcli.engine.planning import beside, noting_a_miss
+from svdcli.engine.planning import model_code, noting_a_miss
 from svdcli.engine.publish import check_place, destination, disk_errors, finish, identity, write
 from svdcli.engine.solve import Ready
 from svdcli.errors import SvdcliError, UsageError
@@ -516,7 +516,7 @@ def _publish(pair: _Pair, healing: Healing, refined: _Refined, run: _Run) -> Non
 
     # What was healed makes the record longer: a size that was asked for may be missed by that
     plan = replace(pair.plan, healing=healing, notes=tuple(notes))
-    files = beside() if plan.recipe.self_contained else None
+    files = model_code() if plan.recipe.self_contained else None
     size = CompressDesign(pair.original, plan, None, files).blueprint().total
     plan = noting_a_miss(plan, missed_target(plan, size))
 

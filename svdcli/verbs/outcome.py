@@ -18,15 +18,15 @@ class Outcome:
     """What compress did or would do: the report, the plan behind it, and where the output is (None
     for a dry run).
 
-    measured is how far the output is from the original on text that calibration did not read, where
-    there was such text; not_measured says why it is missing. refused says why a run would stop
-    where this dry run did not.
+    evaluation compares the output with the original on text that calibration did not read;
+    not_evaluated says why it is missing. refused says why a run would stop where this dry run did
+    not.
     """
 
     report: Report
     plan: Plan
     path: Path | None
     started_over: bool = False
-    measured: Evaluation | None = None
-    not_measured: str = ""
+    evaluation: Evaluation | None = None
+    not_evaluated: str = ""
     refused: str = ""

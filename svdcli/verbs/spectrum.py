@@ -70,7 +70,7 @@ def spectrum(
 ) -> Spectrum:
     """Measure the singular values of every layer that compress would select."""
     from svdcli.engine.compute import Compute
-    from svdcli.engine.measure import check_finite, measure
+    from svdcli.engine.spectra import check_finite, measure_spectra
 
     with open_checkpoint(model, state_dict=state_dict) as checkpoint:
         if record_of(checkpoint) is not None:
@@ -89,7 +89,7 @@ def spectrum(
         if not selected:
             raise nothing_selected(checkpoint.shown, skipped)
         device = (compute or Compute()).start()
-        found = measure(
+        found = measure_spectra(
             checkpoint, selected, spectra=True, device=device, workspace=None, progress=progress
         )
         check_finite([name for name, layer in found.items() if not layer.finite])

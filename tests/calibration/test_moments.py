@@ -102,12 +102,12 @@ def test_every_key_comes_back(written: Path) -> None:
         else:
             assert found.outputs is not None
             assert torch.equal(found.outputs, expected[str(keys["output"])])
-    assert [moments.kind(name) for name in LAYERS] == ["full", "diagonal", "inputs"]
+    assert [moments.metric_name(name) for name in LAYERS] == ["full", "diagonal", "inputs"]
     assert moments.loss_scale("a.q.weight") == pytest.approx(0.3 / 0.25)
     assert moments.loss_scale("a.k.weight") is None
     assert moments.loss_scale("b.weight") == 0
     assert moments.of("c.weight") is None
-    assert moments.kind("c.weight") == ""
+    assert moments.metric_name("c.weight") == ""
 
 
 def test_the_reference_reader_finds_the_same(written: Path) -> None:

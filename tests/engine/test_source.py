@@ -10,7 +10,7 @@ import torch
 from helpers import ranked_tensors, write_model
 from torch import Tensor
 
-from svdcli.engine.measure import measure
+from svdcli.engine.spectra import measure_spectra
 from svdcli.files.checkpoint import Checkpoint, TensorRef, open_checkpoint
 from svdcli.files.dtypes import bytes_of
 from svdcli.files.source import Source
@@ -61,7 +61,7 @@ def test_the_spectra_of_a_difference(tmp_path: Path) -> None:
     other = open_checkpoint(write_model(tmp_path / "tuned", tensors=tuned))
     source: Source = Difference(one, other)
     layers, _ = choose_layers(source.infos)
-    found = measure(
+    found = measure_spectra(
         source,
         layers,
         spectra=True,

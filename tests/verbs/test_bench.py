@@ -153,7 +153,7 @@ def test_translators_decode_and_encoders_do_not(written: Written, compressed: Co
     assert found.compressed.decode is not None
     assert found.ratios.decode is found.original.decode is None
     assert found.ratios.prefill.median > 0
-    assert [row.measure for row in found.measures] == [
+    assert [row.measure for row in found.comparisons] == [
         "prefill",
         "load",
         "peak memory",

@@ -170,7 +170,7 @@ def test_moments_are_the_sums_of_ordinary_passes(
     selected = {row.name for row in svdcli.inspect(path).selected}
     assert set(moments.layers) | set(done.uncalibrated) == selected
     assert not done.uncalibrated
-    assert {moments.kind(name) for name in selected} == {"full"}
+    assert {moments.metric_name(name) for name in selected} == {"full"}
     assert {keys["transposed"] for keys in moments.layers.values()} == {family == "gpt2"}
     assert moments.provenance.unit == "nats"
 
@@ -196,7 +196,9 @@ def test_layers_outside_of_blocks_have_their_moments_too(tmp_path: Path) -> None
     words_tokenizer(path)
     moments, done = run(path, tmp_path / "c.safetensors", SENTENCES, samples=40)
     assert not done.uncalibrated
-    assert {moments.kind(name) for name in moments.layers if "pooler" not in name} == {"full"}
+    assert {moments.metric_name(name) for name in moments.layers if "pooler" not in name} == {
+        "full"
+    }
     assert_moments(moments, *by_sentences(path))
 
 
@@ -323,7 +325,7 @@ def test_gradients_are_left_out_where_they_do_not_fit_and_that_is_told(
     assert "do not fit" in told[0].reason
     assert not done.gradients
     assert not moments.provenance.gradients
-    assert {moments.kind(name) for name in moments.layers} == {"inputs"}
+    assert {moments.metric_name(name) for name in moments.layers} == {"inputs"}
     run(readable("llama"), tmp_path / "c.safetensors", force=True, announce=told.append)
     assert told[1].gradients
     assert not told[1].reason
@@ -337,7 +339,7 @@ def test_wide_outputs_keep_the_diagonal(
     cut, _ = run(readable("llama"), tmp_path / "b.safetensors")
     for name in full.layers:
         wide = name.endswith(("gate_proj.weight", "up_proj.weight"))
-        assert cut.kind(name) == ("diagonal" if wide else "full")
+        assert cut.metric_name(name) == ("diagonal" if wide else "full")
         one, other = cut.of(name), full.of(name)
         close(one.outputs, (other.outputs.diagonal() if wide else other.outputs).double())
         assert torch.equal(one.inputs, other.inputs)
@@ -482,7 +484,7 @@ def test_the_predicted_loss_of_an_encoder_is_low_by_its_rows_at_most(
 
     before = embeddings()
     assert (
-        moments.kind("pooler.dense.weight") == "inputs"
+        moments.metric_name("pooler.dense.weight") == "inputs"
     )  # sentence embeddings do not depend on it
     for name in moments.layers.keys() - {"pooler.dense.weight"}:
         layer, d = model.get_submodule(name.removesuffix(".weight")), nudge(model, name)

@@ -1,4 +1,4 @@
-"""The spectrum of every layer, for rank policies that look at it."""
+"""The spectrum of every layer, for rank policies that go by it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from svdcli.calibration.moments import LayerMoments, metric_of
 from svdcli.engine.calibrated import Calibration
-from svdcli.engine.executor import spread
+from svdcli.engine.executor import map_unordered
 from svdcli.engine.inputs import Inputs, Opened, shared
 from svdcli.engine.job import Line, guess_seconds
 from svdcli.engine.solve import bias_of, work_dtype
@@ -20,21 +20,21 @@ from svdcli.files.source import Source
 from svdcli.files.workspace import Workspace
 from svdcli.linalg.solvers import squared_singular_values
 from svdcli.linalg.whitening import weighted_energies
-from svdcli.plan.decide import UNSOUND, Measured
+from svdcli.plan.decide import UNSOUND, LayerSpectrum
 from svdcli.plan.tensors import TensorInfo, module_of
 from svdcli.progress import Progress
 
 _TINY = 1e-140  # the squares of smaller numbers, or larger than one over it, leave float64
 
 
-def measure_layer(
+def measure_spectrum(
     w: Tensor,
     *,
     spectra: bool,
     device: torch.device,
     moments: LayerMoments | None = None,
     centred: bool = False,
-) -> Measured:
+) -> LayerSpectrum:
     """Is the weight finite, its squares included, and, where asked, what are its squared singular
     values, in the metric of its moments if any.
 
@@ -45,9 +45,9 @@ def measure_layer(
     if not math.isfinite(largest) or (
         w.dtype == torch.float64 and largest > 0 and not _TINY < largest < 1 / _TINY
     ):
-        return Measured(finite=False)
+        return LayerSpectrum(finite=False)
     if not spectra:
-        return Measured(finite=True)
+        return LayerSpectrum(finite=True)
     if moments is not None:
         where = torch.device("cpu") if device.type == "mps" else device
         matrix = (w.T if moments.transposed else w).to(where)
@@ -56,7 +56,7 @@ def measure_layer(
             weighed = torch.zeros_like(
                 weighed
             )  # solved as if all mattered alike, but worth nothing to the model
-        return Measured(finite=True, energies=tuple(weighed.tolist()))
+        return LayerSpectrum(finite=True, energies=tuple(weighed.tolist()))
     work = w.to(
         device,
         work_dtype(
@@ -70,11 +70,11 @@ def measure_layer(
         "cpu", torch.float64
     )
     energies = torch.ldexp(energies, torch.tensor(2 * exponent))
-    return Measured(finite=True, energies=tuple(energies.tolist()))
+    return LayerSpectrum(finite=True, energies=tuple(energies.tolist()))
 
 
 @dataclass(frozen=True)
-class Look:
+class SpectrumJob:
     """One layer to be measured: the tensor and where it is, in values."""
 
     tensor: TensorInfo
@@ -84,8 +84,8 @@ class Look:
     earlier: Line | None = None
 
 
-def look(job: Look) -> Line:
-    """What a look at one layer found, as a line of the journal; that of an earlier run where it
+def run_spectrum(job: SpectrumJob) -> Line:
+    """What the spectrum of one layer is, as a line of the journal; that of an earlier run where it
     says enough."""
     earlier, name = job.earlier, job.tensor.name
     if earlier is not None:
@@ -96,15 +96,15 @@ def look(job: Look) -> Line:
     # the weight, and the metric it is measured in
     opened = job.inputs.open()
     calibration = opened.calibration
-    kind, moments, loss = "", None, None
+    metric, moments, loss = "", None, None
     if calibration is not None:
-        kind = calibration.kind(name)
-        moments = calibration.cut(name, kind) if kind else None
-        loss = calibration.weight(name, kind)
+        metric = calibration.metric_name(name)
+        moments = calibration.cut(name, metric) if metric else None
+        loss = calibration.loss_scale(name, metric)
     refits = bias_of(opened.source, job.tensor, moments) is not None
     weight = opened.source.read_tensor(name)
 
-    found = measure_layer(
+    found = measure_spectrum(
         weight,
         spectra=job.spectra,
         device=torch.device(job.device),
@@ -115,13 +115,13 @@ def look(job: Look) -> Line:
         "measured": name,
         "finite": found.finite,
         "energies": found.energies,
-        "metric": kind,
+        "metric": metric,
         "refit": refits,
         "weight": loss,
     }
 
 
-def measure(
+def measure_spectra(
     source: Source,
     tensors: Sequence[TensorInfo],
     *,
@@ -130,38 +130,38 @@ def measure(
     workspace: Workspace | None,
     progress: Progress,
     calibration: Calibration | None = None,
-) -> dict[str, Measured]:
+) -> dict[str, LayerSpectrum]:
     """Measure every layer that the journal does not have yet; with a calibration, in its metric."""
     known = workspace.measured if workspace is not None else {}
     share = 0.3 if spectra else 0.0
     costs = {tensor.name: guess_seconds(tensor, share=share) for tensor in tensors}
     total, done = math.fsum(costs.values()), 0.0
-    found: dict[str, Measured] = {}
+    found: dict[str, LayerSpectrum] = {}
 
     def note(line: Line) -> None:
         if workspace is not None and line != known.get(line["measured"]):
             workspace.note(line)
 
     with shared(Opened(source, calibration)) as inputs:
-        jobs = [Look(t, inputs, spectra, str(device), known.get(t.name)) for t in tensors]
-        for line in spread(look, jobs, device, note):
+        jobs = [SpectrumJob(t, inputs, spectra, str(device), known.get(t.name)) for t in tensors]
+        for line in map_unordered(run_spectrum, jobs, device, note):
             name = line["measured"]
-            found[name] = _measured(source, line)
+            found[name] = _spectrum_of(source, line)
             done += costs[name]
             progress("measure", name, done, total)
     return {tensor.name: found[tensor.name] for tensor in tensors}
 
 
-def _measured(source: Source, line: Line) -> Measured:
+def _spectrum_of(source: Source, line: Line) -> LayerSpectrum:
     energies, bias = line["energies"], None
     if line["refit"]:
         bias = source.tensors[f"{module_of(line['measured'])}.bias"].info
-    return Measured(
+    return LayerSpectrum(
         finite=line["finite"],
         energies=None if energies is None else tuple(energies),
         metric=line["metric"],
         bias=bias,
-        weight=line["weight"],
+        loss_scale=line["weight"],
     )
 
 
