@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from svdcli.linalg.products import fill_gram, mirror
+from svdcli.linalg.machine import fill_gram, mirror
 from svdcli.text.tokens import Batch
 
 

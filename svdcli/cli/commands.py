@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import sys
 import warnings
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO
 import typer
 
 import svdcli
+from svdcli import startup
 from svdcli.cli.options import (
     AgainstToBench,
     AgainstToEval,
@@ -863,7 +863,7 @@ def _working(quiet: bool) -> Iterator[Progress]:
 
     from svdcli.render import bars
 
-    gc.enable()
+    startup.long_work_begins()
     for library in (
         "torchao",
         "torch.utils._pytree",

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import ctypes
 import itertools
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExecutor, wait
-from contextlib import suppress
 from functools import partial
 from typing import Any, TypeVar
 
 import torch
 
-from svdcli.linalg.scratch import keep_scratch, keeping_scratch
+from svdcli.linalg.machine import keep_temporaries, keeping_temporaries, return_freed_memory
 
 Item = TypeVar("Item")
 
@@ -24,27 +21,12 @@ Answer = TypeVar("Answer")
 _WORKERS = 2
 
 
-_MMAP_THRESHOLD = -3  # mallopt's name for it in glibc's malloc.h
-
-
-def _give_memory_back() -> None:
-    """Let glibc return every buffer of a megabyte or more when it is freed.
-
-    Its threshold grows with what it sees, up to 32 MB: freed matrices then stay in the heaps of the
-    two workers, in pieces. Reading and training, which need the same small buffers again and again,
-    do better without.
-    """
-    if sys.platform == "linux":
-        with suppress(OSError, AttributeError):  # another C library
-            ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, 2**20)
-
-
 class Inline(Executor):
     """Does what is submitted at once, in this thread: for accelerators, and for one thread."""
 
     def __init__(self) -> None:
-        self._scratch = keeping_scratch()
-        self._scratch.__enter__()
+        self._memory = keeping_temporaries()
+        self._memory.__enter__()
 
     def submit(self, fn: Callable[..., Answer], /, *args: Any, **kwargs: Any) -> Future[Answer]:
         future: Future[Answer] = Future()
@@ -55,7 +37,7 @@ class Inline(Executor):
         return future
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
-        self._scratch.__exit__(None, None, None)
+        self._memory.__exit__(None, None, None)
 
 
 def executor_for(device: torch.device) -> tuple[Executor, int]:
@@ -64,7 +46,7 @@ def executor_for(device: torch.device) -> tuple[Executor, int]:
     Each gets its share of the threads: reading and writing one layer then hides behind the
     mathematics of the other. Two, so that memory still follows the largest layer.
     """
-    _give_memory_back()
+    return_freed_memory()
     if device.type != "cpu" or torch.get_num_threads() < 2:
         return Inline(), 1
     share = (threads_each(device),)
@@ -116,4 +98,4 @@ def threads_each(device: torch.device) -> int:
 
 def _start_worker(threads: int) -> None:
     torch.set_num_threads(threads)
-    keep_scratch()
+    keep_temporaries()

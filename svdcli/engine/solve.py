@@ -15,8 +15,8 @@ from svdcli.files.dtypes import TORCH_DTYPES
 from svdcli.files.record import Result
 from svdcli.files.source import Source
 from svdcli.linalg.layouts import CODECS
-from svdcli.linalg.scratch import scratch
-from svdcli.linalg.solvers import SOLVERS, Factors, squared_norm, transposed
+from svdcli.linalg.machine import converted, squared_norm
+from svdcli.linalg.solvers import SOLVERS, Factors, transposed
 from svdcli.linalg.whitening import refit_bias, weighted, weighted_error
 from svdcli.models.modules import is_row_order
 from svdcli.plan.layouts import LAYOUTS
@@ -87,7 +87,7 @@ def solve_layer(
     fell_back: list[str] = []
     for solver, dtype in attempts:
         # solve, in the dtype of this attempt
-        work = _in_dtype(w, device, dtype)
+        work = converted(w, device, dtype)
         label = solver
         if dtype != attempts[0][1]:
             label += f" {str(dtype).removeprefix('torch.')}"
@@ -111,17 +111,6 @@ def solve_layer(
         relative = math.sqrt(max(0.0, error) / total) if total > 0 else 0.0
         return stored, Result(relative, label, tuple(fell_back))
     raise LayerFailedError(", ".join(fell_back))
-
-
-def _in_dtype(w: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """The weight to compute with: itself where nothing changes; `scratch`, its long side in rows,
-    where the CPU converts it."""
-    if device.type != "cpu" or w.dtype == dtype:
-        return w.to(device, dtype)
-    tall = w.shape[0] > w.shape[1]
-    lying = w.T.contiguous() if tall else w  # transposed first: both at once is eight times as slow
-    work = scratch("weight", tuple(lying.shape), w.new_empty(0, dtype=dtype)).copy_(lying)
-    return work.T if tall else work
 
 
 def _factor(

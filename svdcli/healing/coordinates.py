@@ -20,7 +20,7 @@ from svdcli.calibration.loss import ModelLoss
 from svdcli.healing.refit import put_factors
 from svdcli.linalg.balance import balanced
 from svdcli.linalg.damping import damped_root
-from svdcli.linalg.products import moment
+from svdcli.linalg.machine import moment
 from svdcli.linalg.solvers import Factors, transposed
 from svdcli.models.modules import LOW_RANK, factors_of, is_linear
 from svdcli.text.tokens import Batch

@@ -25,7 +25,7 @@ from svdcli.calibration.gather import FULL_OUTPUTS
 from svdcli.calibration.rows import without_padding
 from svdcli.calibration.stream import first_tensor
 from svdcli.linalg.layouts import CODECS
-from svdcli.linalg.products import moment
+from svdcli.linalg.machine import moment
 from svdcli.linalg.solvers import Factors, transposed
 from svdcli.linalg.whitening import Metric, weighted
 from svdcli.models.modules import LOW_RANK, is_linear, layout_of

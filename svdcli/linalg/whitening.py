@@ -17,19 +17,15 @@ an SVD was measured to be no sharper, and is dearer.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
 
-from svdcli.linalg.products import fill_gram
-from svdcli.linalg.solvers import Factors, eigh_lower, eigvalsh_lower
-
-# Below this damping a Cholesky factor of H may meet a zero pivot, and eigenvectors, far dearer,
-# have to do.
-CHOLESKY_DAMPING = 1e-6
+from svdcli.linalg.balance import equal_norms
+from svdcli.linalg.damping import Root, damp
+from svdcli.linalg.machine import gram_eigenvalues, gram_eigh
+from svdcli.linalg.solvers import Factors
 
 
 @dataclass(frozen=True)
@@ -60,19 +56,24 @@ def weighted(w: Tensor, rank: int, metric: Metric) -> Factors:
     if not 1 <= rank <= min(w.shape):
         raise ValueError(f"rank {rank} is not in 1 .. {min(w.shape)}")
     inputs, outputs = _moments(w, metric)
-    apply, undo = _root(outputs, metric.damping)
+    root = Root.of(outputs, metric.damping)
     del outputs
-    basis, short = None, apply(w.to(torch.float64))
+
+    # U and S^2 of K W G W^T K^T, on the short side of K W
+    basis, short = None, root.times(w.to(torch.float64))
     if w.shape[0] > w.shape[1]:
         basis, short = torch.linalg.qr(short)
-    values, vectors = eigh_lower(_short_side(short, inputs), short.shape[0], short)
+    values, vectors = gram_eigh(short, inputs)
     values, left = values.flip(0).clamp(min=0), vectors[:, -rank:].flip(1)
     del vectors
-    up, down = undo(left if basis is None else basis @ left), left.T @ short
-    up, down = _balanced(up, down)
-    return Factors(
-        up.to(w.dtype), down.to(w.dtype), values[:rank].sqrt(), float(values[rank:].sum())
-    )
+
+    # K^-1 U_r and U_r^T K W
+    down = left.T @ short
+    if basis is not None:
+        left = basis @ left
+    up, down = equal_norms(root.undo(left), down)
+    tail = float(values[rank:].sum())
+    return Factors(up.to(w.dtype), down.to(w.dtype), values[:rank].sqrt(), tail)
 
 
 def weighted_energies(w: Tensor, metric: Metric) -> Tensor:
@@ -82,10 +83,10 @@ def weighted_energies(w: Tensor, metric: Metric) -> Tensor:
     The sum from place r on is the error of `weighted` at rank r. Raises as `weighted` does.
     """
     inputs, outputs = _moments(w, metric)
-    short = _root(outputs, metric.damping)[0](w.to(torch.float64))
+    short = Root.of(outputs, metric.damping).times(w.to(torch.float64))
     if w.shape[0] > w.shape[1]:
         short = torch.linalg.qr(short, mode="r").R
-    return eigvalsh_lower(_short_side(short, inputs), short.shape[0], short).flip(0).clamp(min=0)
+    return gram_eigenvalues(short, inputs).flip(0).clamp(min=0)
 
 
 def weighted_error(w: Tensor, approx: Tensor, metric: Metric) -> float:
@@ -129,44 +130,4 @@ def _moments(w: Tensor, metric: Metric) -> tuple[Tensor | None, Tensor | None]:
     inputs = g.to(torch.float64) if g.any() else None
     if h is None or not h.any():
         return inputs, None
-    outputs = h.to(torch.float64, copy=True)
-    diagonal = outputs.diagonal() if h.ndim == 2 else outputs
-    diagonal.add_(metric.damping * diagonal.mean())
-    return inputs, outputs
-
-
-def _root(
-    h: Tensor | None, damping: float
-) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
-    """x -> K x and x -> K^+ x for some K with K^T K = h."""
-    if h is None:
-        return (lambda x: x), (lambda x: x)
-    if h.ndim == 1:
-        column = h.sqrt()[:, None]
-        return (lambda x: column * x), (lambda x: torch.where(column > 0, x / column, 0.0))
-    if damping >= CHOLESKY_DAMPING:
-        upper = torch.linalg.cholesky(h, upper=True)
-        return (lambda x: upper @ x), (
-            lambda x: torch.linalg.solve_triangular(upper, x, upper=True)
-        )
-    values, vectors = torch.linalg.eigh(h)
-    kept = values > values[-1] * h.shape[0] * torch.finfo(torch.float64).eps
-    root, inverse = (
-        torch.where(kept, values, 0.0).sqrt(),
-        torch.where(kept, values, torch.inf).rsqrt(),
-    )
-    return (lambda x: root[:, None] * (vectors.T @ x)), (lambda x: vectors @ (inverse[:, None] * x))
-
-
-def _short_side(a: Tensor, g: Tensor | None) -> Callable[[Tensor], object]:
-    """Writes a G a^T, or its lower triangle, into a tensor."""
-    return partial(fill_gram, a) if g is None else lambda out: torch.mm(a @ g, a.T, out=out)
-
-
-def _balanced(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
-    """The same product with equal column and row norms, which keeps both inside the range of
-    half-precision dtypes."""
-    tall, wide = torch.linalg.vector_norm(up, dim=0), torch.linalg.vector_norm(down, dim=1)
-    root = (tall * wide).sqrt()
-    tiny = torch.finfo(torch.float64).tiny
-    return up * (root / tall.clamp(min=tiny)), down * (root / wide.clamp(min=tiny))[:, None]
+    return inputs, damp(h, metric.damping)

@@ -15,7 +15,7 @@ from svdcli.engine.executor import map_unordered
 from svdcli.engine.solve import solve_layer
 from svdcli.errors import UsageError
 from svdcli.linalg.layouts import CODECS
-from svdcli.linalg.scratch import keeping_scratch
+from svdcli.linalg.machine import keeping_temporaries
 from svdcli.plan.plan import LayerPlan
 from svdcli.plan.tensors import TensorInfo
 
@@ -69,7 +69,7 @@ def test_layers_are_solved_whichever_side_is_long(solver: str, layout: str, dtyp
     """A weight that is converted is laid on its long side first; the same memory serves one after
     the other."""
     kinds = {"BF16": torch.bfloat16, "F32": torch.float32}
-    with keeping_scratch():
+    with keeping_temporaries():
         for shape in ((300, 170), (170, 300), (200, 200), (300, 170)):
             w = weight(*shape, dtype=kinds[dtype])
             layer = LayerPlan(TensorInfo("a.weight", dtype, shape), 40, layout, dtype, solver)

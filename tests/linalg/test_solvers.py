@@ -7,13 +7,8 @@ import pytest
 import torch
 from helpers import best_error, decaying
 
-from svdcli.linalg.solvers import (
-    SOLVERS,
-    eigh_lower,
-    eigvalsh_lower,
-    squared_norm,
-    squared_singular_values,
-)
+from svdcli.linalg.machine import squared_norm
+from svdcli.linalg.solvers import SOLVERS, squared_singular_values
 
 SHAPES = [(60, 40), (40, 60), (50, 50), (300, 20), (20, 300), (33, 1)]
 EXACT = ["svd", "gram"]
@@ -84,59 +79,3 @@ def test_squared_singular_values(shape: tuple[int, int]) -> None:
     torch.testing.assert_close(
         squared_singular_values(w), torch.linalg.svdvals(w).square(), rtol=1e-9, atol=1e-12
     )
-
-
-@pytest.mark.parametrize(
-    ("rows", "dtype"),
-    [(100, torch.float32), (1024, torch.float32), (512, torch.float64), (513, torch.float64)],
-)
-@pytest.mark.parametrize("scale", [1.0, 1e-12])
-def test_eigenvalues_and_vectors_of_a_lower_triangle(
-    rows: int, dtype: torch.dtype, scale: float
-) -> None:
-    """Rows of 4096 bytes are padded inside; nothing of that is seen."""
-    w = decaying(rows, rows + 40, 0.3).to(dtype) * scale
-    a = w @ w.T
-    lower = a.tril() + torch.full_like(a, torch.nan).triu(1)
-    values, vectors = eigh_lower(lambda out: out.copy_(lower), rows, a)
-    oracle = torch.linalg.eigvalsh(a.double())
-    eps = torch.finfo(dtype).eps
-    largest = float(oracle[-1])
-    torch.testing.assert_close(values.double(), oracle, rtol=0, atol=30 * eps * largest)
-    torch.testing.assert_close(
-        eigvalsh_lower(lambda out: out.copy_(lower), rows, a).double(),
-        oracle,
-        rtol=0,
-        atol=30 * eps * largest,
-    )
-    identity = torch.eye(rows, dtype=torch.float64)
-    torch.testing.assert_close(
-        vectors.double().T @ vectors.double(), identity, rtol=0, atol=50 * eps
-    )
-    torch.testing.assert_close(
-        a.double() @ vectors.double(), vectors.double() * oracle, rtol=0, atol=100 * eps * largest
-    )
-
-
-def test_eigenvalues_of_zero() -> None:
-    values, _ = eigh_lower(lambda out: out.zero_(), 1024, torch.empty(0))
-    assert values.shape == (1024,)
-    assert not values.any()
-
-
-@pytest.mark.parametrize("scale", [1.0, 1e-30, 1e30])
-def test_squared_norm(scale: float) -> None:
-    """Also where the squares do not fit into float32."""
-    w = torch.randn(300, 1000, generator=torch.Generator().manual_seed(0)) * scale
-    assert squared_norm(w) == pytest.approx(float(w.double().square().sum()), rel=1e-8)
-    assert squared_norm(w.T) == squared_norm(w)
-    assert squared_norm(w.double()) == pytest.approx(float(w.double().square().sum()), rel=1e-12)
-
-
-def test_squared_norm_where_every_row_rounds_alike() -> None:
-    w = torch.full((3000, 1000), 0.1)
-    assert squared_norm(w) == pytest.approx(3e6 * float(torch.tensor(0.1)) ** 2, rel=1e-7)
-
-
-def test_squared_norm_of_zero() -> None:
-    assert squared_norm(torch.zeros(3, 4)) == 0

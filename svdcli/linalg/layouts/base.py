@@ -8,10 +8,8 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
-from svdcli.linalg.solvers import Factors, squared_norm
-
-# Rows are worked on in blocks of at most this many numbers.
-_NUMBERS_AT_ONCE = 2**22
+from svdcli.linalg.machine import row_blocks, squared_norm
+from svdcli.linalg.solvers import Factors
 
 
 class Codec(ABC):
@@ -29,11 +27,5 @@ class Codec(ABC):
     def residual(self, w: Tensor, stored: tuple[Tensor, ...]) -> float:
         """||W - W_stored||_F^2 of what is stored, rounding included; products in w's dtype, sums
         as in `squared_norm`."""
-        parts = (squared_norm(w[at] - self.rows(stored, w.dtype, at)) for at in slices(w))
-        return math.fsum(parts)
-
-
-def slices(w: Tensor) -> list[slice]:
-    """Rows of w in blocks of at most a few million numbers."""
-    step = max(1, _NUMBERS_AT_ONCE // w.shape[1])
-    return [slice(start, start + step) for start in range(0, w.shape[0], step)]
+        errors = (squared_norm(w[at] - self.rows(stored, w.dtype, at)) for at in row_blocks(w))
+        return math.fsum(errors)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from svdcli.linalg.layouts.base import Codec
-from svdcli.linalg.products import product
+from svdcli.linalg.machine import product
 from svdcli.linalg.solvers import Factors
 
 

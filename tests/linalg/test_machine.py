@@ -1,5 +1,5 @@
-"""Products against float64, by either library, in every order of memory that the solvers hand
-over."""
+"""Products and distances against float64, by either library, in every order of memory that the
+solvers hand over."""
 
 from __future__ import annotations
 
@@ -8,10 +8,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import decaying
 from torch import Tensor
 
-from svdcli.linalg import products
-from svdcli.linalg.products import fill_gram, minus_product, mirror, moment, product
+from svdcli.linalg import machine
+from svdcli.linalg.machine import (
+    fill_gram,
+    gram_eigenvalues,
+    gram_eigh,
+    mirror,
+    moment,
+    product,
+    squared_distance,
+    squared_norm,
+)
 
 ORDERS = {
     "rows": lambda w: w.contiguous(),
@@ -26,7 +36,7 @@ ORDERS = {
 def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if request.param and not torch.backends.mkldnn.is_available():
         pytest.skip("this torch has no oneDNN")
-    monkeypatch.setattr(products, "_onednn_is_quicker", lambda: request.param)
+    monkeypatch.setattr(machine, "_onednn_is_faster", lambda: request.param)
 
 
 def random(rows: int, columns: int, seed: int = 0) -> Tensor:
@@ -47,13 +57,12 @@ def test_a_product(shape: tuple[int, int, int], left: str, right: str) -> None:
     m, k, n = shape
     a, b, c = ORDERS[left](random(m, k, 1)), ORDERS[right](random(k, n, 2)), random(m, n, 3)
     exact = a.double() @ b.double()
-    out = torch.full((m + 1, n + 2), torch.nan)[1:, :n]
     assert product(a, b).shape == (m, n)
     if m == 0:
         return
     assert off(product(a, b), exact) < 1e-6
-    assert minus_product(c, a, b, out) is out
-    assert off(out, c.double() - exact) < 1e-6
+    distance = float((c.double() - exact).square().sum())
+    assert squared_distance(c, a, b) == pytest.approx(distance, rel=1e-6)
 
 
 @pytest.mark.usefixtures("library")
@@ -86,9 +95,9 @@ def test_second_moments(full: int) -> None:
 
 @pytest.fixture
 def chosen_anew() -> Iterator[None]:
-    products._onednn_is_quicker.cache_clear()
+    machine._onednn_is_faster.cache_clear()
     yield
-    products._onednn_is_quicker.cache_clear()
+    machine._onednn_is_faster.cache_clear()
 
 
 @pytest.mark.usefixtures("chosen_anew")
@@ -110,7 +119,67 @@ def test_onednn_is_for_avx512_of_other_makers(
 ) -> None:
     if maker:
         (tmp_path / "cpuinfo").write_text(f"processor\t: 0\nvendor_id\t: {maker}\n")
-    monkeypatch.setattr(products, "_PROCESSORS", tmp_path / "cpuinfo")
+    monkeypatch.setattr(machine, "_PROCESSORS", tmp_path / "cpuinfo")
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
-    assert products._onednn_is_quicker() is chosen
+    assert machine._onednn_is_faster() is chosen
+
+
+@pytest.mark.parametrize(
+    ("rows", "dtype"),
+    [(100, torch.float32), (1024, torch.float32), (512, torch.float64), (513, torch.float64)],
+)
+@pytest.mark.parametrize("scale", [1.0, 1e-12])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_eigenvalues_and_vectors_of_a_gram_matrix(
+    rows: int, dtype: torch.dtype, scale: float, weighted: bool
+) -> None:
+    """Rows of 4096 bytes are padded inside; nothing of that is seen."""
+    w = decaying(rows, rows + 40, 0.3).to(dtype) * scale
+    inner = None
+    if weighted:
+        root = random(rows + 40, 30, 2).to(dtype) / 20
+        inner = torch.eye(rows + 40, dtype=dtype) + root @ root.T
+    values, vectors = gram_eigh(w, inner)
+    exact = w.double() @ (w.double().T if inner is None else inner.double() @ w.double().T)
+    oracle = torch.linalg.eigvalsh(exact)
+    eps = torch.finfo(dtype).eps
+    largest = float(oracle[-1])
+    torch.testing.assert_close(values.double(), oracle, rtol=0, atol=30 * eps * largest)
+    torch.testing.assert_close(
+        gram_eigenvalues(w, inner).double(),
+        oracle,
+        rtol=0,
+        atol=30 * eps * largest,
+    )
+    identity = torch.eye(rows, dtype=torch.float64)
+    torch.testing.assert_close(
+        vectors.double().T @ vectors.double(), identity, rtol=0, atol=50 * eps
+    )
+    torch.testing.assert_close(
+        exact @ vectors.double(), vectors.double() * oracle, rtol=0, atol=100 * eps * largest
+    )
+
+
+def test_eigenvalues_of_zero() -> None:
+    values, _ = gram_eigh(torch.zeros(1024, 5))
+    assert values.shape == (1024,)
+    assert not values.any()
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-30, 1e30])
+def test_squared_norm(scale: float) -> None:
+    """Also where the squares do not fit into float32."""
+    w = torch.randn(300, 1000, generator=torch.Generator().manual_seed(0)) * scale
+    assert squared_norm(w) == pytest.approx(float(w.double().square().sum()), rel=1e-8)
+    assert squared_norm(w.T) == squared_norm(w)
+    assert squared_norm(w.double()) == pytest.approx(float(w.double().square().sum()), rel=1e-12)
+
+
+def test_squared_norm_where_every_row_rounds_alike() -> None:
+    w = torch.full((3000, 1000), 0.1)
+    assert squared_norm(w) == pytest.approx(3e6 * float(torch.tensor(0.1)) ** 2, rel=1e-7)
+
+
+def test_squared_norm_of_zero() -> None:
+    assert squared_norm(torch.zeros(3, 4)) == 0
