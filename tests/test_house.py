@@ -18,9 +18,8 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "svdcli"
 COMMANDS = PACKAGE / "cli" / "commands.py"
 OPTIONS = PACKAGE / "cli" / "options.py"
-# From the ground up: a room's files import each other and what lies below. `version`, `errors`,
-# `progress` and `startup` import nothing of ours, and `__init__` gives the names of all rooms without importing
-# any.
+# From the ground up: a room's files import each other and what lies below. The files of the lowest
+# import nothing of ours, and `__init__` gives the names of all rooms without importing any.
 FLOORS = (
     {"version", "errors", "progress", "startup"},
     {"plan", "linalg"},

@@ -22,49 +22,52 @@ class Calibration:
     def unit(self) -> str:
         """Of the predicted losses: that of the model's own loss where gradients or sensitivities
         count, else none."""
-        known = self.moments.provenance
-        counts = (
-            known.sensitivity and not known.gradients
-            if self.metric == "inputs"
-            else known.gradients or known.sensitivity
-        )
-        return known.unit if counts else ""
+        measured = self.moments.provenance
+        if self.metric == "inputs":
+            # moments of gradients do not count then, nor sensitivities that were measured by them
+            counts = measured.sensitivity and not measured.gradients
+        else:
+            counts = measured.gradients or measured.sensitivity
+        return measured.unit if counts else ""
 
     def metric_name(self, name: str) -> str:
         """The metric of one layer: "" where the moments say nothing of it."""
-        known = self.moments.metric_name(name)
-        if self.moments.provenance.gradients and known == "inputs" and self.metric != "inputs":
+        measured = self.moments.metric_name(name)
+        provenance = self.moments.provenance
+        if provenance.gradients and measured == "inputs" and self.metric != "inputs":
             return ""  # no gradient reached it, so nothing compares it with the others
-        if self.moments.provenance.sensitivity and self.moments.loss_scale(name) is None:
+        if provenance.sensitivity and self.moments.loss_scale(name) is None:
             return ""
-        if self.metric == "diagonal" and known == "full":
+        if self.metric == "inputs" and measured:
+            return "inputs"
+        if self.metric == "diagonal" and measured == "full":
             return "diagonal"
-        return known if self.metric in ("auto", "full", "diagonal") or not known else "inputs"
+        return measured
 
     def loss_scale(self, name: str, metric: str) -> float | None:
         """The measured sensitivity of one layer, where it was measured in the metric that counts
         here."""
-        return (
-            self.moments.loss_scale(name)
-            if metric and metric == self.moments.metric_name(name)
-            else None
-        )
+        if not metric or metric != self.moments.metric_name(name):
+            return None
+        return self.moments.loss_scale(name)
 
     def of(self, layer: LayerPlan) -> LayerMoments | None:
         """The moments of one planned layer, cut to its metric."""
         return self.cut(layer.tensor.name, layer.metric) if layer.metric else None
 
     def cut(self, name: str, metric: str) -> LayerMoments:
-        found = self.moments.of(name)
-        if found is None:
+        """The moments of one layer as far as a metric counts them. Raises SvdcliError where the
+        file has none of it."""
+        whole = self.moments.of(name)
+        if whole is None:
             raise SvdcliError(
                 f"the calibration lacks {name}, which the plan needs",
                 "give the calibration it was made with",
             )
-        outputs = None if metric == "inputs" else found.outputs
+        outputs = None if metric == "inputs" else whole.outputs
         if metric == "diagonal" and outputs is not None and outputs.ndim == 2:
             outputs = outputs.diagonal().contiguous()
-        return LayerMoments(found.inputs, found.mean, outputs, found.transposed)
+        return LayerMoments(whole.inputs, whole.mean, outputs, whole.transposed)
 
 
 def check_metric(recipe: Recipe, moments: Moments) -> None:

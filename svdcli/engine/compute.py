@@ -34,16 +34,17 @@ class Compute:
 
         if self.threads is not None:
             torch.set_num_threads(self.threads)
-        available = {
-            "cpu": True,
-            "cuda": torch.cuda.is_available(),
-            "mps": torch.backends.mps.is_available(),
-        }
+        available = ["cpu"]
+        if torch.cuda.is_available():
+            available.append("cuda")
+        if torch.backends.mps.is_available():
+            available.append("mps")
         if self.device == "auto":
-            return torch.device("cuda" if available["cuda"] else "cpu")
-        if not available.get(self.device, False):
+            # never mps by itself, which has no float64
+            name = "cuda" if "cuda" in available else "cpu"
+            return torch.device(name)
+        if self.device not in available:
             raise UsageError(
-                f"--device {self.device} is not available here",
-                f"use {', '.join(d for d in available if available[d])}",
+                f"--device {self.device} is not available here", f"use {', '.join(available)}"
             )
         return torch.device(self.device)

@@ -52,13 +52,10 @@ _OPENED: dict[str, Opened] = {}
 @contextmanager
 def shared(opened: Opened) -> Iterator[Inputs]:
     """Inputs for the jobs of one run, which find them open in this process."""
-    calibration = opened.calibration
-    inputs = Inputs(
-        run=uuid.uuid4().hex,
-        source=opened.source.opener,
-        moments=None if calibration is None else calibration.moments.path,
-        metric="" if calibration is None else calibration.metric,
-    )
+    moments, metric = None, ""
+    if opened.calibration is not None:
+        moments, metric = opened.calibration.moments.path, opened.calibration.metric
+    inputs = Inputs(uuid.uuid4().hex, opened.source.opener, moments, metric)
     _OPENED[inputs.run] = opened
     try:
         yield inputs

@@ -46,8 +46,19 @@ class Request:
 
 
 def check_source(checkpoint: Checkpoint, recipe: Recipe) -> None:
-    """Raises SvdcliError for an input that svdcli wrote, or that another tool has quantised;
-    UsageError for odd options."""
+    """Raises SvdcliError for an input that is no original: written by svdcli, an adapter, or
+    quantised; UsageError for options that do not fit it."""
+    _check_original(checkpoint)
+    if recipe.keeps_factors:
+        _check_not_quantised(checkpoint)
+    if recipe.self_contained:
+        _check_takes_code(checkpoint)
+    if recipe.max_shard_size is not None and not checkpoint.is_directory:
+        raise UsageError("--max-shard-size is for directories", "leave it out for a single file")
+
+
+def _check_original(checkpoint: Checkpoint) -> None:
+    """Raises SvdcliError where the matrices are low-rank factors already."""
     if record_of(checkpoint) is not None:
         raise SvdcliError(
             f"{checkpoint.shown} was written by svdcli already",
@@ -59,39 +70,43 @@ def check_source(checkpoint: Checkpoint, recipe: Recipe) -> None:
             f"{checkpoint.shown} is {adapter}, whose matrices are small factors already",
             "merge it into its base model (PEFT: merge_and_unload), and compress that",
         )
+
+
+def _check_not_quantised(checkpoint: Checkpoint) -> None:
+    """Raises SvdcliError where config.json, or that of a part, tells of quantised weights."""
     config = checkpoint.config or {}
-    parts = [config, *(part for _, part in part_configs(config))]
-    quantised = next(
-        (part["quantization_config"] for part in parts if part.get("quantization_config")), None
-    )
-    if quantised and recipe.keeps_factors:
-        method = (
-            quantised.get("quant_method", "another tool")
-            if isinstance(quantised, dict)
-            else "another tool"
-        )
+    for part in (config, *(part for _, part in part_configs(config))):
+        quantisation = part.get("quantization_config")
+        if not quantisation:
+            continue
+        method = "another tool"
+        if isinstance(quantisation, dict):
+            method = quantisation.get("quant_method", method)
         raise SvdcliError(
             f"{checkpoint.shown} is quantised by {method}", "start from the unquantised model"
         )
-    if recipe.self_contained:
-        if not (checkpoint.is_directory and checkpoint.transformers_opens_it):
-            raise UsageError(
-                "--self-contained is for directories with a config.json of transformers",
-                "leave it out",
-            )
-        if config.get("auto_map"):
-            raise UsageError(
-                f"{checkpoint.shown} brings its own code (auto_map)", "leave out --self-contained"
-            )
-    if recipe.max_shard_size is not None and not checkpoint.is_directory:
-        raise UsageError("--max-shard-size is for directories", "leave it out for a single file")
+
+
+def _check_takes_code(checkpoint: Checkpoint) -> None:
+    """Raises UsageError where no Python file can be put beside the weights for transformers."""
+    if not (checkpoint.is_directory and checkpoint.transformers_opens_it):
+        raise UsageError(
+            "--self-contained is for directories with a config.json of transformers",
+            "leave it out",
+        )
+    if (checkpoint.config or {}).get("auto_map"):
+        raise UsageError(
+            f"{checkpoint.shown} brings its own code (auto_map)", "leave out --self-contained"
+        )
 
 
 def request_of(
     checkpoint: Checkpoint, recipe: Recipe, plan: Plan | None, calibration: str | Path | None
 ) -> Request:
+    """The layers that a plan names, or else that the recipe selects, and the calibration that they
+    are decided with. Raises SvdcliError where there are none, or the calibration does not fit."""
     fingerprint = checkpoint.fingerprint()
-    recipe, found = _calibrated(recipe, calibration, fingerprint, checkpoint.shown)
+    recipe, opened = _calibrated(recipe, calibration, fingerprint, checkpoint.shown)
     if plan is not None:
         plan = rerun(plan, {info.name: info for info in checkpoint.infos}, fingerprint)
         selected, skipped = tuple(layer.tensor for layer in plan.layers), plan.skipped
@@ -106,7 +121,7 @@ def request_of(
         )
     if not selected:
         raise nothing_selected(checkpoint.shown, skipped)
-    return Request(recipe, plan, selected, skipped, fingerprint, found)
+    return Request(recipe, plan, selected, skipped, fingerprint, opened)
 
 
 def _calibrated(
@@ -115,14 +130,7 @@ def _calibrated(
     """The recipe with the digest of its calibration, and the calibration, checked to be of this
     model."""
     if calibration is None:
-        if recipe.calibration is not None:
-            raise UsageError(
-                "the plan was made with a calibration", "give the same one with --calibration"
-            )
-        if recipe.metric != "auto":
-            raise UsageError(
-                f"--metric {recipe.metric} says how a calibration counts", "give --calibration too"
-            )
+        _check_needs_none(recipe)
         return recipe, None
     from svdcli.calibration.moments import check_provenance, open_moments
     from svdcli.engine.calibrated import Calibration, check_metric
@@ -137,37 +145,55 @@ def _calibrated(
     return replace(recipe, calibration=moments.digest), Calibration(moments, recipe.metric)
 
 
+def _check_needs_none(recipe: Recipe) -> None:
+    """Raises UsageError for a recipe that means nothing without a calibration."""
+    if recipe.calibration is not None:
+        raise UsageError(
+            "the plan was made with a calibration", "give the same one with --calibration"
+        )
+    if recipe.metric != "auto":
+        raise UsageError(
+            f"--metric {recipe.metric} says how a calibration counts", "give --calibration too"
+        )
+
+
 def make_plan(
     checkpoint: Checkpoint,
-    choice: Request,
+    request: Request,
     name: str | None,
     device: torch.device,
     workspace: Workspace | None,
     progress: Progress,
 ) -> Plan:
-    """Look at the weights, then fix every rank. Nothing is written but the journal's notes of what
-    was measured."""
+    """Measure the weights, then fix every rank. Nothing is written but lines of the journal.
+
+    Raises SvdcliError for weights that are not finite, unless such layers are to stay dense, and
+    NothingSelectedError where no layer would shrink.
+    """
     from svdcli.engine.spectra import check_finite, measure_spectra
 
-    recipe = choice.recipe
-    spectra = choice.plan is None and needs_spectra(recipe)
+    # A plan has its ranks: of the weights it only needs to know that they are finite.
+    recipe = request.recipe
+    spectra = request.plan is None and needs_spectra(recipe)
     measured = measure_spectra(
         checkpoint,
-        choice.selected,
+        request.selected,
         spectra=spectra,
         device=device,
         workspace=workspace,
         progress=progress,
-        calibration=choice.calibration,
+        calibration=request.calibration,
     )
-    bad = [tensor.name for tensor in choice.selected if not measured[tensor.name].finite]
+    bad = [tensor.name for tensor in request.selected if not measured[tensor.name].finite]
     if recipe.nonfinite == "error":
         check_finite(bad)
-    if choice.plan is not None:
-        plan = _rerun(checkpoint, _with_its_text(choice.plan, choice), name, bad)
+
+    # every rank, or the saved ones
+    if request.plan is not None:
+        plan = _rerun(checkpoint, _with_its_text(request.plan, request), name, bad)
         plan = replace(plan, notes=tuple(dict.fromkeys((*plan.notes, *checkpoint.notes))))
     else:
-        plan = _decide_ranks(checkpoint, choice, name, measured)
+        plan = _decide_ranks(checkpoint, request, name, measured)
     if not plan.factored:
         reason = plan.layers[0].reason or "nothing to do"
         raise NothingSelectedError(
@@ -177,23 +203,26 @@ def make_plan(
 
 
 def _decide_ranks(
-    checkpoint: Checkpoint, choice: Request, name: str | None, measured: Mapping[str, LayerSpectrum]
+    checkpoint: Checkpoint,
+    request: Request,
+    name: str | None,
+    measured: Mapping[str, LayerSpectrum],
 ) -> Plan:
-    notes = (*checkpoint.notes, *_little_read(choice), *_no_longer_tied(checkpoint, choice))
+    notes = (*checkpoint.notes, *_little_read(request), *_no_longer_tied(checkpoint, request))
 
     def complete(plan: Plan) -> Plan:
-        return _with_its_text(replace(plan, notes=(*plan.notes, *notes)), choice)
+        return _with_its_text(replace(plan, notes=(*plan.notes, *notes)), request)
 
     def predict(plan: Plan) -> int:
         return design_of(checkpoint, complete(plan), name).blueprint().total
 
-    unit = "" if choice.calibration is None else choice.calibration.unit
+    unit = "" if request.calibration is None else request.calibration.unit
     return complete(
         decide(
-            choice.recipe,
-            choice.fingerprint,
-            choice.selected,
-            choice.skipped,
+            request.recipe,
+            request.fingerprint,
+            request.selected,
+            request.skipped,
             measured,
             predict,
             unit,
@@ -201,11 +230,11 @@ def _decide_ranks(
     )
 
 
-def _with_its_text(plan: Plan, choice: Request) -> Plan:
+def _with_its_text(plan: Plan, request: Request) -> Plan:
     """The plan with what the calibration behind it has read."""
-    if choice.calibration is None:
+    if request.calibration is None:
         return plan
-    read = choice.calibration.moments.provenance
+    read = request.calibration.moments.provenance
     return replace(
         plan,
         calibration=TextRead(read.text, read.text_sha256, read.samples, read.seq_len, read.tokens),
@@ -230,14 +259,14 @@ def _rerun(checkpoint: Checkpoint, saved: Plan, name: str | None, bad: Sequence[
     return noting_a_miss(plan, missed)
 
 
-def _little_read(choice: Request) -> tuple[str, ...]:
+def _little_read(request: Request) -> tuple[str, ...]:
     """A note where the calibration cannot have seen every direction of some layer's input."""
-    if choice.calibration is None:
+    if request.calibration is None:
         return ()
-    moments = choice.calibration.moments
+    moments = request.calibration.moments
     widths = [
         t.shape[0 if moments.layers[t.name]["transposed"] else 1]
-        for t in choice.selected
+        for t in request.selected
         if t.name in moments.layers
     ]
     tokens, widest = moments.provenance.tokens, max(widths, default=0)
@@ -249,10 +278,10 @@ def _little_read(choice: Request) -> tuple[str, ...]:
     )
 
 
-def _no_longer_tied(checkpoint: Checkpoint, choice: Request) -> tuple[str, ...]:
+def _no_longer_tied(checkpoint: Checkpoint, request: Request) -> tuple[str, ...]:
     """A note for each head or embedding that is factored while its equal copy in the file is
     not."""
-    facts, selected = checkpoint.facts, {tensor.name for tensor in choice.selected}
+    facts, selected = checkpoint.facts, {tensor.name for tensor in request.selected}
     if facts is None or facts.tied is False:
         return ()
     apart = [
@@ -269,9 +298,9 @@ def _no_longer_tied(checkpoint: Checkpoint, choice: Request) -> tuple[str, ...]:
 
 
 def design_of(checkpoint: Checkpoint, plan: Plan, name: str | None) -> CompressDesign:
-    return CompressDesign(
-        checkpoint, plan, name, model_code() if plan.recipe.self_contained else None
-    )
+    """The output of a plan; name is that of a single file, None for a directory."""
+    code = model_code() if plan.recipe.self_contained else None
+    return CompressDesign(checkpoint, plan, name, code)
 
 
 def model_code() -> CompanionFile:
@@ -280,6 +309,7 @@ def model_code() -> CompanionFile:
 
 
 def predicted_report(checkpoint: Checkpoint, plan: Plan, name: str | None) -> Report:
+    """The report of an output that was not written, without measured errors."""
     sizes = design_of(checkpoint, plan, name).blueprint().sizes()
     planned = {layer.tensor.name: Result(0.0, layer.solver) for layer in plan.factored}
     source = source_json(checkpoint, plan.fingerprint)
@@ -295,12 +325,13 @@ def refusing(workspace: Workspace) -> Iterator[None]:
         yield
     except SvdcliError as error:
         if workspace.give_up():
-            where = f"the calibration waits in {workspace.folder} for the next try"
-            error.hint = f"{error.hint}; {where}" if error.hint else where
+            kept = f"the calibration waits in {workspace.folder} for the next try"
+            error.hint = "; ".join(filter(None, (error.hint, kept)))
         raise
 
 
 def check_smaller(design: CompressDesign, allow_larger: bool) -> None:
+    """Raises SvdcliError where the output would be no smaller than its source."""
     larger = not_smaller(design)
     if larger and not allow_larger:
         raise SvdcliError(

@@ -52,16 +52,13 @@ def write(
     Where solvers gave way to others on more layers than the record has room for, all is laid out
     once more, with more room.
     """
-    results, failed = _write_once(
-        design, layers, workspace, device, seed, progress, calibration, ready
-    )
+    settings = (layers, workspace, device, seed, progress, calibration, ready)
+    results, failed = _write_once(design, *settings)
     if failed or design.fits(results):
         return design, results, failed
     design = design.with_room()
     workspace.set_aside()
-    results, failed = _write_once(
-        design, layers, workspace, device, seed, progress, calibration, ready
-    )
+    results, failed = _write_once(design, *settings)
     return design, results, failed
 
 
@@ -81,12 +78,7 @@ def _write_once(
     from svdcli.files.writer import WeightWriter
 
     blueprint = design.blueprint()
-    claimed = sum(path.stat().st_size for path in workspace.data.rglob("*") if path.is_file())
-    free = shutil.disk_usage(workspace.out.parent).free
-    if blueprint.total - claimed > free:
-        raise OSError(
-            errno.ENOSPC, f"{blueprint.total - claimed} bytes are needed, {free} are free"
-        )
+    _check_free(workspace, blueprint.total)
     writer = WeightWriter(workspace.data, blueprint.files)
     by_name = {layer.tensor.name: layer for layer in layers}
     return run_units(
@@ -101,40 +93,62 @@ def _write_once(
     )
 
 
+def _check_free(workspace: Workspace, total: int) -> None:
+    """Raises OSError (ENOSPC) where the disk has no room for what is not written yet."""
+    written = sum(path.stat().st_size for path in workspace.data.rglob("*") if path.is_file())
+    missing, free = total - written, shutil.disk_usage(workspace.out.parent).free
+    if missing > free:
+        raise OSError(errno.ENOSPC, f"{missing} bytes are needed, {free} are free")
+
+
 def finish(
     design: Design, results: Mapping[str, Result], workspace: Workspace, progress: Progress
 ) -> None:
     """Headers, the files beside the weights, the record; read everything back with the reference
     reader; publish."""
-    import torch
-
-    from svdcli.engine.executor import map_unordered
     from svdcli.files.writer import WeightWriter, write_file
 
+    # a weight file is none until it has its header
     blueprint = design.blueprint()
     writer = WeightWriter(workspace.data, blueprint.files)
     for file in blueprint.files:
         writer.finish(file.name, design.metadata(file, results))
         _open_with_safetensors(workspace.data / file.name)
+
+    # what is rewritten, and what goes along as it is
     for name, text in blueprint.texts.items():
         write_file(workspace.data / name, [text])
     for name in blueprint.carried:
         with (design.checkpoint.path / name).open("rb") as source:
             write_file(workspace.data / name, iter(lambda: source.read(CHUNK), b""))
+
+    # the record names the digest of every other file, so it comes last
     if blueprint.record_bytes:
         others = {name: size for name, size in blueprint.sizes().items() if name != RECORD}
-        digests: dict[str, str] = {}
-        hashed = 0
-        for name, digest in map_unordered(
-            lambda name: (name, sha256_of(workspace.data / name)), others, torch.device("cpu")
-        ):
-            digests[name] = digest
-            hashed += others[name]
-            progress("check", name, hashed / 1e9, sum(others.values()) / 1e9)
+        digests = _digests(workspace.data, others, progress)
         files = {name: (size, digests[name]) for name, size in others.items()}
         write_file(workspace.data / RECORD, [design.record(results, files, blueprint.record_bytes)])
+
     _check_sizes(workspace.data, blueprint.sizes())
     workspace.publish(modes_of(design.checkpoint, blueprint))
+
+
+def _digests(folder: Path, sizes: Mapping[str, int], progress: Progress) -> dict[str, str]:
+    """SHA-256 of every file, by name; sizes are their bytes."""
+    import torch
+
+    from svdcli.engine.executor import map_unordered
+
+    def digest(name: str) -> tuple[str, str]:
+        return name, sha256_of(folder / name)
+
+    digests: dict[str, str] = {}
+    hashed, total = 0, sum(sizes.values())
+    for name, value in map_unordered(digest, sizes, torch.device("cpu")):
+        digests[name] = value
+        hashed += sizes[name]
+        progress("check", name, hashed / 1e9, total / 1e9)
+    return digests
 
 
 def _open_with_safetensors(path: Path) -> None:
@@ -147,10 +161,10 @@ def _open_with_safetensors(path: Path) -> None:
 
 def _check_sizes(folder: Path, sizes: Mapping[str, int]) -> None:
     for name, size in sizes.items():
-        found = (folder / name).stat().st_size
-        if found != size:
+        written = (folder / name).stat().st_size
+        if written != size:
             raise SvdcliError(
-                f"{name} has {found} bytes where {size} were laid out",
+                f"{name} has {written} bytes where {size} were laid out",
                 "the source changed while it was read",
             )
 
@@ -168,8 +182,12 @@ def identity(checkpoint: Checkpoint, *parts: object) -> str:
 def out_path(
     checkpoint: Checkpoint, out: str | Path | None, file_suffix: str, folder_suffix: str
 ) -> Path:
+    """Where an output goes: `out`, or a name beside the source. Raises UsageError where the source
+    has no name, or lies where no output belongs."""
     if out is not None and str(out) != STANDARD:
         return Path(out)
+
+    # what came through a pipe has no place of its own
     if checkpoint.temporary is not None:
         if out is None:
             raise UsageError(
@@ -177,15 +195,16 @@ def out_path(
                 "give -o FILE, or -o - for a pipe",
             )
         return Path("model.safetensors")
-    entry = in_hub_cache(checkpoint.path)
-    if entry is not None:
+    if in_hub_cache(checkpoint.path) is not None:
         raise UsageError(
             f"{checkpoint.shown} lies in the hub's cache, where no output belongs", "give -o PATH"
         )
+
+    # beside the source; `.` and `..` have a name only when they are resolved
     if checkpoint.is_directory:
-        folder = (
-            checkpoint.path if checkpoint.path.name not in ("", "..") else checkpoint.path.resolve()
-        )
+        folder = checkpoint.path
+        if folder.name in ("", ".."):
+            folder = folder.resolve()
         return folder.with_name(f"{folder.name}{folder_suffix}")
     stem = without_ending(checkpoint.path.name)
     return checkpoint.path.with_name(f"{stem.removesuffix('.svd')}{file_suffix}.safetensors")
@@ -206,12 +225,16 @@ def destination(
         _check_target(checkpoint, target, force)
         yield target
         return
+
+    # standard output takes one file, and no person's screen
     if checkpoint.is_directory:
         raise UsageError("a directory does not fit through standard output", "give -o FOLDER")
     if sys.__stdout__ is None:
         raise UsageError("standard output is closed", "pipe it on, or give -o FILE")
     if sys.stdout.isatty():
         raise UsageError("standard output is a terminal", "pipe it on, or give -o FILE")
+
+    # not a byte of it before all is well
     folder = Path(tempfile.mkdtemp(prefix="svdcli-"))
     try:
         target = folder / "model.safetensors"
@@ -232,9 +255,9 @@ def _check_target(checkpoint: Checkpoint, target: Path, force: bool) -> None:
             "give it another name",
         )
     ending = None if checkpoint.is_directory else ".safetensors"
-    begun = (
-        bool(target.name) and Workspace(target, is_file=not checkpoint.is_directory).folder.exists()
-    )
+    begun = False
+    if target.name:
+        begun = Workspace(target, is_file=not checkpoint.is_directory).folder.exists()
     check_place(target, ending, source=checkpoint.path, force=force or begun)
     if force and target.is_dir() and not _looks_like_a_model(target):
         raise SvdcliError(

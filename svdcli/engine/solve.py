@@ -120,11 +120,9 @@ def _factor(
     if solver != WEIGHTED or moments is None:
         return SOLVERS[solver](work, rank, seed)
     metric = metric_of(moments, work.device, centred=layer.bias is not None)
-    return (
-        transposed(weighted(work.T, rank, metric))
-        if moments.transposed
-        else weighted(work, rank, metric)
-    )
+    if moments.transposed:
+        return transposed(weighted(work.T, rank, metric))
+    return weighted(work, rank, metric)
 
 
 def _dense(
@@ -155,7 +153,8 @@ def _weighted_problem(
         return "not finite"
     total = factors.tail + float(factors.sigma.square().sum())
     rounding = FACTORED_DTYPES[layer.stored_dtype] ** 2 * LAYOUTS[layer.layout].most_rounding
-    return "missed its spectrum" if error > 1.01 * factors.tail + (rounding + 1e-9) * total else ""
+    promised = 1.01 * factors.tail + (rounding + 1e-9) * total
+    return "missed its spectrum" if error > promised else ""
 
 
 def refitted(
@@ -172,7 +171,8 @@ def refitted(
     if moments is None:
         return bias
     approx = _dense(stored, layer, moments, torch.device("cpu"))
-    return refit_bias(w.T if moments.transposed else w, approx, moments.mean, bias)
+    upright = w.T if moments.transposed else w
+    return refit_bias(upright, approx, moments.mean, bias)
 
 
 def has_row_order(compressed: Source, layer: LayerPlan) -> bool:
@@ -190,21 +190,25 @@ def stored_error(original: Source, compressed: Source, layer: LayerPlan) -> floa
 
 
 def _relative_error(weight: Tensor, stored: tuple[Tensor, ...], layer: LayerPlan) -> float:
-    work = weight.to(
-        torch.float64 if "F64" in (layer.tensor.dtype, layer.stored_dtype) else torch.float32
-    )
+    wide = "F64" in (layer.tensor.dtype, layer.stored_dtype)
+    dtype = torch.float64 if wide else torch.float32
+    work = weight.to(dtype)
     total = squared_norm(work)
-    return math.sqrt(CODECS[layer.layout].residual(work, stored) / total) if total > 0 else 0.0
+    if not total > 0:
+        return 0.0
+    return math.sqrt(CODECS[layer.layout].residual(work, stored) / total)
 
 
 def _attempts(layer: LayerPlan, device: torch.device) -> list[tuple[str, torch.dtype]]:
-    wide = layer.tensor.dtype == "F64" or layer.stored_dtype == "F64"
-    first = (layer.solver, work_dtype(device, torch.float64 if wide else torch.float32))
-    later = _LADDER if layer.solver in ("randomized", WEIGHTED) else _LADDER[1:]
-    ladder = [
-        (solver, work_dtype(device, torch.float64 if wide else dtype)) for solver, dtype in later
-    ]
-    return list(dict.fromkeys([first, *ladder]))
+    """The planned solver, then the more robust ones, each with the dtype it computes in."""
+    wide = "F64" in (layer.tensor.dtype, layer.stored_dtype)
+    ladder = _LADDER if layer.solver in ("randomized", WEIGHTED) else _LADDER[1:]
+    attempts = []
+    for solver, narrowest in ((layer.solver, torch.float32), *ladder):
+        dtype = torch.float64 if wide else narrowest
+        attempts.append((solver, work_dtype(device, dtype)))
+    # a float64 weight would have a solver tried twice in the same dtype
+    return list(dict.fromkeys(attempts))
 
 
 def work_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
@@ -218,22 +222,19 @@ def _problem(
     """What is wrong with a result, in a few words, or nothing."""
     if not math.isfinite(error):
         return "not finite"
-    if (
-        solver == "gram"
-        and factors.tail < _GRAM_FLOOR[dtype] * total
-        and FACTORED_DTYPES[layer.stored_dtype] < 1e-6
-    ):
+    drowns = solver == "gram" and factors.tail < _GRAM_FLOOR[dtype] * total
+    if drowns and FACTORED_DTYPES[layer.stored_dtype] < 1e-6:
         return "tail below its precision"
+
+    # the tail, and what rounding can add: of the stored numbers, of the products that measure the
+    # error, and of the tail itself
     growth = LAYOUTS[layer.layout].most_rounding
-    rounding = growth * FACTORED_DTYPES[layer.stored_dtype] ** 2
-    noise = max(layer.tensor.shape) * torch.finfo(dtype).eps ** 2
+    stored = growth * FACTORED_DTYPES[layer.stored_dtype] ** 2
+    products = max(layer.tensor.shape) * torch.finfo(dtype).eps ** 2
     subnormal = growth * layer.tensor.parameters * _finest(layer.stored_dtype) ** 2
-    if (
-        error
-        > 1.001 * factors.tail + (rounding + noise + _tail_noise(solver, dtype)) * total + subnormal
-    ):
-        return "missed its spectrum"
-    return ""
+    relative = stored + products + _tail_noise(solver, dtype)
+    promised = 1.001 * factors.tail + relative * total + subnormal
+    return "missed its spectrum" if error > promised else ""
 
 
 def _finest(dtype: str) -> float:

@@ -41,36 +41,48 @@ def measure_spectrum(
     Weights of 16 bits are measured through a float32 Gram matrix, whose noise is below their own
     rounding; others in float64.
     """
+    # finite, also when squared
     largest = max(abs(value) for value in map(float, w.aminmax()))
-    if not math.isfinite(largest) or (
-        w.dtype == torch.float64 and largest > 0 and not _TINY < largest < 1 / _TINY
-    ):
+    squares = w.dtype != torch.float64 or largest == 0 or _TINY < largest < 1 / _TINY
+    if not (math.isfinite(largest) and squares):
         return LayerSpectrum(finite=False)
     if not spectra:
         return LayerSpectrum(finite=True)
+
+    # in the metric of its moments, or else plain
     if moments is not None:
-        where = torch.device("cpu") if device.type == "mps" else device
-        matrix = (w.T if moments.transposed else w).to(where)
-        weighed = weighted_energies(matrix, metric_of(moments, where, centred=centred))
-        if not moments.inputs.any() or (moments.outputs is not None and not moments.outputs.any()):
-            weighed = torch.zeros_like(
-                weighed
-            )  # solved as if all mattered alike, but worth nothing to the model
-        return LayerSpectrum(finite=True, energies=tuple(weighed.tolist()))
-    work = w.to(
-        device,
-        work_dtype(
-            device, torch.float64 if w.dtype in (torch.float32, torch.float64) else torch.float32
-        ),
-    )
-    exponent = math.frexp(largest)[1]
+        energies = _weighted(w, device, moments, centred=centred)
+    else:
+        energies = _plain(w, device, largest)
+    return LayerSpectrum(finite=True, energies=tuple(energies.tolist()))
+
+
+def _weighted(w: Tensor, device: torch.device, moments: LayerMoments, *, centred: bool) -> Tensor:
+    """Squared singular values in the metric of the moments, descending, in float64."""
+    # mps has no float64
+    capable = torch.device("cpu") if device.type == "mps" else device
+    matrix = (w.T if moments.transposed else w).to(capable)
+    energies = weighted_energies(matrix, metric_of(moments, capable, centred=centred))
+    measured = [moments.inputs]
+    if moments.outputs is not None:
+        measured.append(moments.outputs)
+    if not all(moment.any() for moment in measured):
+        # such a layer is solved as if all mattered alike, but is worth nothing to the model
+        return torch.zeros_like(energies)
+    return energies
+
+
+def _plain(w: Tensor, device: torch.device, largest: float) -> Tensor:
+    """Squared singular values, descending, in float64; largest is that of the magnitudes in w."""
+    wide = w.dtype in (torch.float32, torch.float64)
+    dtype = torch.float64 if wide else torch.float32
+    work = w.to(device, work_dtype(device, dtype))
     # A power of two keeps every bit, and squares of very large or small weights inside the dtype's
     # range.
-    energies = squared_singular_values(torch.ldexp(work, torch.tensor(-exponent))).to(
-        "cpu", torch.float64
-    )
-    energies = torch.ldexp(energies, torch.tensor(2 * exponent))
-    return LayerSpectrum(finite=True, energies=tuple(energies.tolist()))
+    exponent = math.frexp(largest)[1]
+    scaled = torch.ldexp(work, torch.tensor(-exponent))
+    energies = squared_singular_values(scaled).to("cpu", torch.float64)
+    return torch.ldexp(energies, torch.tensor(2 * exponent))
 
 
 @dataclass(frozen=True)
@@ -104,7 +116,7 @@ def run_spectrum(job: SpectrumJob) -> Line:
     refits = bias_of(opened.source, job.tensor, moments) is not None
     weight = opened.source.read_tensor(name)
 
-    found = measure_spectrum(
+    spectrum = measure_spectrum(
         weight,
         spectra=job.spectra,
         device=torch.device(job.device),
@@ -113,8 +125,8 @@ def run_spectrum(job: SpectrumJob) -> Line:
     )
     return {
         "measured": name,
-        "finite": found.finite,
-        "energies": found.energies,
+        "finite": spectrum.finite,
+        "energies": spectrum.energies,
         "metric": metric,
         "refit": refits,
         "weight": loss,
@@ -132,33 +144,36 @@ def measure_spectra(
     calibration: Calibration | None = None,
 ) -> dict[str, LayerSpectrum]:
     """Measure every layer that the journal does not have yet; with a calibration, in its metric."""
-    known = workspace.measured if workspace is not None else {}
+    earlier = workspace.measured if workspace is not None else {}
     share = 0.3 if spectra else 0.0
     costs = {tensor.name: guess_seconds(tensor, share=share) for tensor in tensors}
     total, done = math.fsum(costs.values()), 0.0
-    found: dict[str, LayerSpectrum] = {}
+    spectrum_of: dict[str, LayerSpectrum] = {}
 
     def note(line: Line) -> None:
-        if workspace is not None and line != known.get(line["measured"]):
+        if workspace is not None and line != earlier.get(line["measured"]):
             workspace.note(line)
 
     with shared(Opened(source, calibration)) as inputs:
-        jobs = [SpectrumJob(t, inputs, spectra, str(device), known.get(t.name)) for t in tensors]
+        jobs = [SpectrumJob(t, inputs, spectra, str(device), earlier.get(t.name)) for t in tensors]
         for line in map_unordered(run_spectrum, jobs, device, note):
             name = line["measured"]
-            found[name] = _spectrum_of(source, line)
+            spectrum_of[name] = _spectrum_of(source, line)
             done += costs[name]
             progress("measure", name, done, total)
-    return {tensor.name: found[tensor.name] for tensor in tensors}
+    return {tensor.name: spectrum_of[tensor.name] for tensor in tensors}
 
 
 def _spectrum_of(source: Source, line: Line) -> LayerSpectrum:
+    """A line of the journal as a value."""
     energies, bias = line["energies"], None
+    if energies is not None:
+        energies = tuple(energies)
     if line["refit"]:
         bias = source.tensors[f"{module_of(line['measured'])}.bias"].info
     return LayerSpectrum(
         finite=line["finite"],
-        energies=None if energies is None else tuple(energies),
+        energies=energies,
         metric=line["metric"],
         bias=bias,
         loss_scale=line["weight"],

@@ -137,8 +137,10 @@ def fill_gram(w: Tensor, out: Tensor, *, add: bool = False) -> None:
     if _suits_onednn(w, w):
         _gram_by_strips(w, out, add)
         return
-    on_cpu = w.device.type == "cpu"
-    _gram_by_halves(w, out, int(add), 128 * torch.get_num_threads() if on_cpu else 2048)
+    whole = 2048
+    if w.device.type == "cpu":
+        whole = 128 * torch.get_num_threads()
+    _gram_by_halves(w, out, int(add), whole)
 
 
 def mirror(lower: Tensor) -> Tensor:
@@ -152,7 +154,8 @@ def mirror(lower: Tensor) -> Tensor:
 
 
 def _gram_by_halves(w: Tensor, out: Tensor, beta: int, whole: int) -> None:
-    """Both diagonal blocks by themselves and the one below: the upper one is never computed."""
+    """Both diagonal blocks by themselves, down to `whole` rows, and the one below: the upper one is
+    never computed."""
     half = w.shape[0] // 2
     if w.shape[0] <= whole:
         out.addmm_(w, w.T, beta=beta)
