@@ -133,8 +133,8 @@ def _tensors_of(layers: Sequence[str], names: Sequence[str], roles: Roles) -> se
 
 
 def _no_such(problem: str, pattern: str, names: Sequence[str], roles: Roles) -> UsageError:
-    """The error of a name that is not there. Of a head and an embedding that are tied only one is in
-    the file: that one is meant."""
+    """The error of a name that is not there. Of a head and an embedding that are tied only one is
+    in the file: that one is meant."""
     stored = roles.stands_for(module_of(pattern))
     if not stored:
         return UsageError(problem, near_names(pattern, names))

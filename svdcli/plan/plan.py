@@ -148,7 +148,9 @@ class Plan:
         layers = []
         for layer in self.layers:
             reason = reasons.get(layer.tensor.name)
-            layers.append(layer if reason is None else layer.left_dense(reason))
+            if reason is not None:
+                layer = layer.left_dense(reason)
+            layers.append(layer)
         return replace(self, layers=tuple(layers))
 
     def to_json(self) -> dict[str, Any]:
@@ -185,9 +187,8 @@ class Plan:
     def from_json(data: Any) -> Plan:
         """Read a plan back; also accepts the larger record that an output carries. Raises
         UsageError where it is not one."""
-        # A newer format may mean anything; an older one has fewer keys at most. What is not there,
-        # or not of its type, is an error of reading like any other.
         try:
+            # A newer format may mean anything; what an older one lacks has a default below.
             if data["format"] > FORMAT:
                 raise UsageError(
                     f"the plan has format {data['format']}, this svdcli knows {FORMAT}",
