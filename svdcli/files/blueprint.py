@@ -167,7 +167,8 @@ class CompressDesign:
 
     def _draw(self, shared: Mapping[str, Any]) -> Blueprint:
         # Weight files, whose headers have spare bytes for the results that are still to come.
-        usual, widest = self._record(self._usual), self._record(self._widest)
+        usual = self._record(self._usual)
+        widest = self._record(self._widest)
         groups = group_units(self.units, self.plan.recipe.max_shard_size)
         if self.out_name is not None:
             groups = {self.out_name: self.units}
@@ -185,9 +186,10 @@ class CompressDesign:
         if self.model_code is not None:
             texts[self.model_code.name] = self.model_code.text
             carried.pop(self.model_code.name, None)
-        sizes = Blueprint(tuple(files), texts, carried, 0).sizes()
+        blueprint = Blueprint(tuple(files), texts, carried, 0)
+        sizes = blueprint.sizes()
         _check_names(sizes)
-        return Blueprint(tuple(files), texts, carried, self._record_bytes(files, sizes, shared))
+        return replace(blueprint, record_bytes=self._record_bytes(files, sizes, shared))
 
     def fits(self, results: Mapping[str, Result]) -> bool:
         """Is there room for the final results."""
@@ -427,7 +429,8 @@ def directory_texts(
     if len(files) > 1 or (checkpoint.index_name is not None and files[0].name != lone):
         texts[index_name] = render_json(_index_of(files, checkpoint.index_metadata))
 
-    return texts, {name: size for name, size in checkpoint.carried.items() if name not in texts}
+    carried = {name: size for name, size in checkpoint.carried.items() if name not in texts}
+    return texts, carried
 
 
 def _index_of(files: Sequence[OutFile], metadata: Mapping[str, Any]) -> dict[str, Any]:

@@ -101,11 +101,11 @@ def without_note(config: Mapping[str, Any], *, self_contained: bool) -> dict[str
 def render_like(text: str, data: Mapping[str, Any]) -> bytes | None:
     """`data` written as `text` is, a JSON file; None where no plain way of writing gives `text` for
     what it says."""
-    said = json.loads(text)
+    original = json.loads(text)
     body = text.rstrip()
     ending = text[len(body) :]  # such as a final newline
     for options in _options_of_dumps(text):
-        if json.dumps(said, **options) == body:
+        if json.dumps(original, **options) == body:
             return (json.dumps(data, **options) + ending).encode()
     return None
 

@@ -347,7 +347,10 @@ def _is_half_a_file(name: str) -> bool:
     if name.endswith((".crdownload", ".!qB")) or _HALF_BY_RSYNC.match(name):
         return True
     match = _UNFINISHED.search(name)
-    return match is not None and _HALF_A_FILE.search(name[: match.start()]) is not None
+    if match is None:
+        return False
+    name_when_finished = name[: match.start()]
+    return _HALF_A_FILE.search(name_when_finished) is not None
 
 
 def _no_weights(folder: Path, names: Sequence[str]) -> BadCheckpointError:
@@ -443,12 +446,14 @@ def _snapshots(folder: Path) -> list[str]:
     """The revisions of a hub cache's entry, the one that `main` names first."""
     if not (folder / "snapshots").is_dir():
         return []
-    revisions = sorted(entry for entry in (folder / "snapshots").iterdir() if entry.is_dir())
+    revisions = [entry for entry in (folder / "snapshots").iterdir() if entry.is_dir()]
     try:
         main = (folder / "refs" / "main").read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError):
         main = ""
-    return [str(path) for path in sorted(revisions, key=lambda path: path.name != main)]
+    revisions.sort()
+    revisions.sort(key=lambda path: path.name != main)
+    return [str(path) for path in revisions]
 
 
 def _is_distributed(folder: Path, names: Sequence[str]) -> bool:

@@ -196,7 +196,10 @@ def _in_json(path: Path) -> Format:
 
 def without_ending(name: str) -> str:
     """A weight file's name without the ending that tells its format: model.pth.tar -> model."""
-    for ending in sorted((".safetensors", *PICKLE_ENDINGS), key=len, reverse=True):
+    endings = sorted(
+        (".safetensors", *PICKLE_ENDINGS), key=len, reverse=True
+    )  # the longest that fits
+    for ending in endings:
         if name.lower().endswith(ending) and len(name) > len(ending):
             return name[: -len(ending)]
     return name.rsplit(".", 1)[0]

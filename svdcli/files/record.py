@@ -133,9 +133,11 @@ def _uncondensed(record: Mapping[str, Any], shown: str) -> dict[str, Any]:
     """A condensed record as it was before."""
     if not all(isinstance(layer, dict) for layer in record["layers"].values()):
         raise _damaged(shown)
-    layers = {name: record[EVERY] | layer for name, layer in record["layers"].items()}
-    rest = {key: value for key, value in record.items() if key != EVERY}
-    return rest | {"format": FORMAT, "layers": layers}
+    shared = record[EVERY]
+    layers = {name: shared | layer for name, layer in record["layers"].items()}
+    whole_record = {**record, "format": FORMAT, "layers": layers}
+    del whole_record[EVERY]
+    return whole_record
 
 
 def is_inside(name: str) -> bool:

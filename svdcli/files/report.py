@@ -66,7 +66,7 @@ class Total:
 
 @dataclass(frozen=True)
 class Report:
-    """The truth about one output, or, with predicted=True, about a plan for one.
+    """What a record says of one output, or, with predicted=True, of a plan for one.
 
     predicted_loss is the sum over the layers in loss_unit ("nats" a prediction, "1 - cosine", ""
     where layers' losses are shares of their own energy and do not add up); expected_loss is what
@@ -186,9 +186,10 @@ def _skipped(record: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
 
 def _with_optional_fields(report: Report, record: Mapping[str, Any]) -> Report:
     """The report with what only some records have, checked as it is read."""
-    healing, calibration = record.get("healing"), record.get("calibration")
+    healing = record.get("healing")
     if healing is not None:
         report = replace(report, healing=Healing.from_json(healing).to_json())
+    calibration = record.get("calibration")
     if calibration is not None:
         report = replace(report, calibration=TextRead.from_json(calibration).to_json())
     left_out_bytes = record.get("left_out_bytes", {})
@@ -263,14 +264,18 @@ def _row(name: str, layer: Mapping[str, Any], predicted: bool) -> LayerRow:
 
     # A dense layer: its values before are those after.
     stored: Sequence[TensorInfo] = (tensor,)
-    layout, stored_dtype, solver = "dense", tensor.dtype, ""
+    layout = "dense"
+    stored_dtype = tensor.dtype
+    solver = ""
     parameters = tensor.parameters
     error = energy_kept = None
 
     # A factored one. Numbers of rows are bytes, and no parameters: they have a dtype of their own.
     rank = layer["rank"]
     if rank is not None:
-        layout, stored_dtype, solver = layer["layout"], layer["stored_dtype"], layer["solver"]
+        layout = layer["layout"]
+        stored_dtype = layer["stored_dtype"]
+        solver = layer["solver"]
         stored = LAYOUTS[layout].tensors(tensor, rank, stored_dtype)
         parameters = sum(part.parameters for part in stored if part.dtype == stored_dtype)
     if rank is not None and not predicted:

@@ -139,8 +139,9 @@ def staying_dense(dense: Mapping[str, str], count: int) -> str:
     layers to their reasons."""
     reasons = list(dense.values())
     main = max(dict.fromkeys(reasons), key=reasons.count)  # the first one where counts are equal
-    example = module_of(next(name for name, reason in dense.items() if reason == main))
-    share = "" if reasons.count(main) == len(dense) else f"{reasons.count(main)} of them: "
+    with_it = [module_of(name) for name, reason in dense.items() if reason == main]
+    example = with_it[0]
+    share = f"{len(with_it)} of them: " if len(with_it) < len(dense) else ""
     return f"{len(dense)} of {count} selected layers stay dense ({share}{main}; such as {example})"
 
 
@@ -160,7 +161,8 @@ def _excluding(dense: Sequence[str], others: Sequence[str]) -> str:
     that tells them apart."""
     if len(dense) <= 2:
         return " ".join(f"--exclude {module_of(name)}" for name in dense)
-    shared = set.intersection(*(set(module_of(name).split(".")) for name in dense))
+    parts = [set(module_of(name).split(".")) for name in dense]
+    shared = set.intersection(*parts)
     for part in reversed(module_of(dense[0]).split(".")):  # the most telling ones come last
         for pattern in (f"*.{part}.*", f"{part}.*", f"*.{part}"):
             matches_all = all(fnmatchcase(module_of(name), pattern) for name in dense)

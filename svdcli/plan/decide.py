@@ -58,13 +58,16 @@ class LayerSpectrum:
 
     def tails(self) -> list[float]:
         """Share of the energy beyond each rank 0 .. min(m, n)."""
-        return tails_of(self.energies or (), math.fsum(self.energies or ()))
+        energies = self.energies or ()
+        return tails_of(energies, math.fsum(energies))
 
     def losses(self) -> list[float]:
         """What each rank gives up: the predicted rise of the model's loss where it was measured
         (its share of loss_scale) or follows from gradients (half the tail); else tails()."""
-        scale = self.loss_scale if self.loss_scale is not None else 1.0
-        if self.loss_scale is None and self.metric in ("diagonal", "full"):
+        scale = 1.0
+        if self.loss_scale is not None:
+            scale = self.loss_scale
+        elif self.metric in ("diagonal", "full"):
             scale = 0.5 * math.fsum(self.energies or ())
         return [scale * tail for tail in self.tails()]
 
@@ -101,13 +104,14 @@ def decide(
 
     def plan_with(choices: Sequence[Choice]) -> Plan:
         """The plan where every sound layer has its choice of these."""
-        by_name = {tensor.name: choice for tensor, choice in zip(sound, choices, strict=True)}
-        by_name |= {name: Choice(None, reason) for name, reason in unsound.items()}
+        by_name = {name: Choice(None, reason) for name, reason in unsound.items()}
+        for tensor, choice in zip(sound, choices, strict=True):
+            by_name[tensor.name] = choice
         layers = []
         for tensor in selected:
             name = tensor.name
-            choice = by_name[name]
-            layers.append(_layer_plan(tensor, choice, recipe, losses.get(name), measured[name]))
+            layer = _layer_plan(tensor, by_name[name], recipe, losses.get(name), measured[name])
+            layers.append(layer)
         return Plan(recipe, fingerprint, tuple(layers), tuple(skipped), loss_unit=loss_unit)
 
     # Costs are counted in what the budget is given in.
@@ -119,7 +123,10 @@ def decide(
     if recipe.target == "size":
         return _within_size(recipe, options, loss_at, plan_with, predict)
     if recipe.target in ("energy", "error"):
-        bounded = [_bounded(o, recipe, measured[o.tensor.name].tails()) for o in options]
+        bounded = []
+        for option in options:
+            tails = measured[option.tensor.name].tails()
+            bounded.append(_bounded(option, recipe, tails))
         return plan_with(bounded)
 
     # A share or a rank gives every layer its even part; global allocation may spend their sum in

@@ -36,7 +36,10 @@ class ModelFacts:
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> ModelFacts:
         """What a config.json says, the configs inside it included. Odd values count as not said."""
-        vocabularies, codes, labels, experts = set(), set(), set(), set()
+        vocabularies: set[int] = set()
+        codes: set[int] = set()
+        labels: set[int] = set()
+        experts: set[int] = set()
         for key, number in _numbers_in(config):
             if _VOCABULARY.search(key) and not _NO_VOCABULARY.search(key):
                 vocabularies.add(number)

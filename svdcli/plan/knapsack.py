@@ -40,12 +40,14 @@ def allocate_globally(
     Zoltners, 1979), then branch and bound among the layers for which it is a close call. Where even
     the floors do not fit, they give way.
     """
-    menus = [_menu(o, loss, floor) for o, loss, floor in zip(options, losses, floors, strict=True)]
+    menus = _menus(options, losses, floors)
     if sum(menu.smallest.cost for menu in menus) > budget:
-        menus = [_menu(o, loss, 1) for o, loss in zip(options, losses, strict=True)]
+        menus = _menus(options, losses, [1] * len(floors))
     best = _search(menus, budget)
     reason = "worth more whole than the same bytes elsewhere"
-    return [choice_of(o, point.rank, reason) for o, point in zip(options, best, strict=True)]
+    return [
+        choice_of(option, point.rank, reason) for option, point in zip(options, best, strict=True)
+    ]
 
 
 @dataclass(frozen=True)
@@ -60,14 +62,22 @@ class _Menu:
         return self.ranked[0] if self.ranked else self.dense
 
 
+def _menus(
+    options: Sequence[Options], losses: Sequence[Callable[[int], float]], floors: Sequence[int]
+) -> list[_Menu]:
+    return [
+        _menu(option, loss, floor)
+        for option, loss, floor in zip(options, losses, floors, strict=True)
+    ]
+
+
 def _menu(options: Options, loss: Callable[[int], float], floor: int) -> _Menu:
     """The choices of one layer from its floor on; its largest rank where the floor is above it."""
     last = max(0, len(options.ranks) - 1)
     first = min(bisect.bisect_left(options.ranks, floor), last)
-    ranked = [
-        _Point(cost, loss(rank), rank)
-        for rank, cost in zip(options.ranks[first:], options.costs[first:], strict=True)
-    ]
+    ranks = options.ranks[first:]
+    costs = options.costs[first:]
+    ranked = [_Point(cost, loss(rank), rank) for rank, cost in zip(ranks, costs, strict=True)]
     return _Menu(ranked, _Point(options.dense_cost, 0.0, None))
 
 
@@ -144,11 +154,14 @@ def _search(menus: Sequence[_Menu], budget: int) -> list[_Point]:
     """The best choices that are found for every layer: the hulls first, what is left over next,
     close calls last."""
     hulls = [_hull([*menu.ranked, menu.dense]) for menu in menus]
-    relaxed, price = _climb(menus, [hull[0] for hull in hulls], _steps(hulls), budget)
+    cheapest = [hull[0] for hull in hulls]
+    relaxed, price = _climb(menus, cheapest, _steps(hulls), budget)
     best = _fill(menus, relaxed, budget)
     if price == 0:  # the budget holds every layer at its best
         return best
-    by_closeness = sorted(range(len(menus)), key=lambda layer: _indifference(menus[layer], price))
+
+    indifference = [_indifference(menu, price) for menu in menus]
+    by_closeness = sorted(range(len(menus)), key=lambda layer: indifference[layer])
     better = _polish(menus, by_closeness[:_CLOSE_CALLS], best, price, budget)
     for layer, point in better.items():
         best[layer] = point
@@ -161,12 +174,14 @@ def _fill(menus: Sequence[_Menu], chosen: Sequence[_Point], budget: int) -> list
     filled = list(chosen)
     left = budget - sum(point.cost for point in filled)
     while left > 0:
-        layer, best = -1, None
+        best = None
+        layer = -1
         for candidate, (menu, point) in enumerate(zip(menus, filled, strict=True)):
             change = _affordable(menu, point, left)
             removed = point.loss - change.loss
             if best is None or removed > filled[layer].loss - best.loss:
-                layer, best = candidate, change
+                best = change
+                layer = candidate
         if best is None or best.loss >= filled[layer].loss:
             break
         left -= best.cost - filled[layer].cost
@@ -177,10 +192,11 @@ def _fill(menus: Sequence[_Menu], chosen: Sequence[_Point], budget: int) -> list
 def _affordable(menu: _Menu, point: _Point, left: int) -> _Point:
     """The best choice that costs at most `left` more; loss falls with cost, so it is the dearest
     one."""
-    if point.rank is None or menu.dense.cost <= point.cost + left:
+    most = point.cost + left
+    if point.rank is None or menu.dense.cost <= most:
         return menu.dense
-    after = bisect.bisect_right(menu.ranked, point.cost + left, key=lambda p: p.cost)
-    return menu.ranked[max(0, after - 1)]
+    above = bisect.bisect_right(menu.ranked, most, key=lambda ranked: ranked.cost)
+    return menu.ranked[max(0, above - 1)]
 
 
 # Branch and bound among the close calls -----------------------------------------------------------
@@ -197,9 +213,12 @@ class _Reduced:
 def _reduced(menu: _Menu, price: float) -> list[_Reduced]:
     """Every choice of a layer with its reduced loss at this price of cost, least first."""
     points = [*menu.ranked, menu.dense]
-    values = [point.loss + price * point.cost for point in points]
-    least = min(values)
-    reduced = [_Reduced(value - least, point) for value, point in zip(values, points, strict=True)]
+    priced = [point.loss + price * point.cost for point in points]
+    least = min(priced)
+    reduced = [
+        _Reduced(priced_loss - least, point)
+        for priced_loss, point in zip(priced, points, strict=True)
+    ]
     return sorted(reduced, key=lambda choice: choice.loss)
 
 
@@ -235,8 +254,9 @@ def _polish(
     # gap between the bound and the solution at hand cannot be in a better one.
     loss_at_hand = math.fsum(best[layer].loss for layer in close)
     reduced = [_reduced(menus[layer], price) for layer in close]
-    firsts = [choices[0].point for choices in reduced]
-    bound = math.fsum(point.loss + price * point.cost for point in firsts) - price * allowed
+    best_at_price = [choices[0].point for choices in reduced]
+    priced_loss = math.fsum(point.loss + price * point.cost for point in best_at_price)
+    bound = priced_loss - price * allowed
     gap = loss_at_hand - bound
 
     # Grow partial solutions layer by layer. Each must leave the cheapest choice to every layer that
@@ -245,7 +265,8 @@ def _polish(
     partials = [_Partial(0, 0.0, 0.0, ())]
     for i, choices in enumerate(reduced):
         most = allowed - sum(cheapest[i + 1 :])
-        partials = _undominated(_grown(partials, choices, gap, most))
+        grown = _grown(partials, choices, gap, most)
+        partials = _undominated(grown)
 
     solution = min(partials, key=lambda partial: partial.loss, default=None)
     if solution is None or solution.loss >= loss_at_hand:
@@ -275,7 +296,9 @@ def _undominated(partials: Sequence[_Partial]) -> list[_Partial]:
     """Partial solutions that no other beats in both cost and loss, the _PARTIAL_SOLUTIONS most
     promising of them."""
     kept: list[_Partial] = []
-    for partial in sorted(partials, key=lambda partial: (partial.cost, partial.loss)):
+    by_cost = sorted(partials, key=lambda partial: (partial.cost, partial.loss))
+    for partial in by_cost:
         if not kept or partial.loss < kept[-1].loss:
             kept.append(partial)
-    return sorted(kept, key=lambda partial: partial.reduced)[:_PARTIAL_SOLUTIONS]
+    most_promising = sorted(kept, key=lambda partial: partial.reduced)
+    return most_promising[:_PARTIAL_SOLUTIONS]

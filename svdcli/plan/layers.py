@@ -51,7 +51,8 @@ def choose_layers(
     _check_ties(named, shared)
 
     # The first reason counts; a tensor that was named is not asked for its role.
-    selected, skipped = [], []
+    selected: list[TensorInfo] = []
+    skipped: list[Skipped] = []
     for tensor in tensors:
         reason = _not_asked_for(tensor.name, include, exclude, wanted)
         reason = reason or _reason_by_shape(tensor, roles)
@@ -87,26 +88,37 @@ def nothing_selected(shown: str, skipped: Sequence[Skipped]) -> NothingSelectedE
 
 def near_names(pattern: str, names: Iterable[str]) -> str:
     """A hint with the names of which a part looks most like `pattern`."""
-    # Parts of module names that have as many words as the pattern, and a module with each.
     modules = list(dict.fromkeys(map(module_of, names)))
-    plain = re.sub(r"[^\w.]", "", module_of(pattern.removeprefix("re:"))).strip(".")
+    name = module_of(pattern.removeprefix("re:"))
+    plain = re.sub(r"[^\w.]", "", name).strip(".")  # without wildcards and brackets
+
+    # Parts of module names that have as many words as the pattern, and a module with each.
     depth = plain.count(".") + 1
     parts: dict[str, str] = {}
     for module in modules:
         words = module.split(".")
         for start in range(len(words) - depth + 1):
-            parts.setdefault(".".join(words[start : start + depth]), module)
+            part = ".".join(words[start : start + depth])
+            parts.setdefault(part, module)
 
     # Whole names where no part is near; the first ones where those are not either.
-    close = [parts[part] for part in difflib.get_close_matches(plain, list(parts), n=3, cutoff=0.6)]
-    close = close or difflib.get_close_matches(plain, modules, n=3, cutoff=0.3) or modules[:3]
-    return f"near names: {', '.join(close)}" if close else "the checkpoint is empty"
+    near_parts = difflib.get_close_matches(plain, list(parts), n=3, cutoff=0.6)
+    near = [parts[part] for part in near_parts]
+    if not near:
+        near = difflib.get_close_matches(plain, modules, n=3, cutoff=0.3)
+    if not near:
+        near = modules[:3]
+    if not near:
+        return "the checkpoint is empty"
+    return f"near names: {', '.join(near)}"
 
 
 def break_even(shape: tuple[int, ...]) -> int:
     """The largest rank at which the factored layout has fewer parameters than the (m, n) weight."""
     m, n = shape
-    return (m * n - 1) // (m + n) if m and n else 0
+    if not m or not n:
+        return 0
+    return (m * n - 1) // (m + n)
 
 
 def _matches(pattern: str, name: str) -> bool:
@@ -125,7 +137,8 @@ def _matches(pattern: str, name: str) -> bool:
 
 def _tensors_of(layers: Sequence[str], names: Sequence[str], roles: Roles) -> set[str]:
     """The tensors of these layers, which are named with `.weight` or without."""
-    tensors = {module_of(name): name for name in names} | {name: name for name in names}
+    tensors = {module_of(name): name for name in names}
+    tensors |= {name: name for name in names}
     for layer in layers:
         if layer not in tensors:
             raise _no_such(f"there is no tensor {layer!r}", layer, names, roles)

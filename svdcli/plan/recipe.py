@@ -197,7 +197,7 @@ def recipe_for(wanted: Mapping[str, object], *, calibrated: bool) -> Recipe:
     asked: dict[str, Any] = {name: value for name, value in wanted.items() if value is not None}
     given: list[Target] = [name for name in TARGETS if name in asked]
     if len(given) != 1:
-        names = ", ".join(f"--{name}" for name in TARGETS)
+        names = ", ".join(f"--{target}" for target in TARGETS)
         raise UsageError(f"give exactly one target, not {len(given)}", f"one of {names}, or --plan")
     [target] = given
     value = float(asked.pop(target))
