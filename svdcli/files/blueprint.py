@@ -1,4 +1,4 @@
-"""The whole output before any of it exists: every file, every offset, every byte."""
+"""The layout of an output, fixed before any work: every file, every offset, every byte count."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ from typing import Any
 from svdcli.errors import BadCheckpointError, UsageError
 from svdcli.files.formats import PICKLE_ENDINGS, format_of
 
-# Never carried over and not worth a word.
+# Never carried over, and not listed as left out.
 _HIDDEN = frozenset({".git", ".cache", ".DS_Store", "__pycache__", ".ipynb_checkpoints"})
 _INDEX = re.compile(
     r"^(?P<stem>.+)\.(?P<ending>safetensors|bin)\.index(\.(?P<variant>[^.]+))?\.json$"

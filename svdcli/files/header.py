@@ -1,5 +1,5 @@
-"""Safetensors headers: read with suspicion, written into space that was reserved for them. Stdlib
-only."""
+"""Safetensors headers: checked as hostile input, written into space that was reserved for them.
+Stdlib only."""
 
 from __future__ import annotations
 

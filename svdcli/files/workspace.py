@@ -1,5 +1,5 @@
-"""`OUT.partial`: where an output grows until it is whole. A lock, a journal, and one rename at the
-end."""
+"""`OUT.partial`: the folder in which an output is written until it is complete, with a lock and a
+journal. One rename publishes it."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class Workspace:
         SvdcliError where another run has it, or where the folder is not svdcli's."""
         path = self.folder / "lock"
         while True:
-            self.folder.mkdir(mode=0o700, exist_ok=True)  # what grows here may be private
+            self.folder.mkdir(mode=0o700, exist_ok=True)  # what is written here may be private
             self._check_folder()
 
             # The kernel holds the lock: it ends with the process, however that ends.

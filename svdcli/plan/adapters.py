@@ -1,5 +1,5 @@
-"""Adapters (LoRA and its kin) are told by the names of their tensors: they are small factors, and
-no model."""
+"""Adapters (LoRA and others) are recognised by the names of their tensors: they are small factors,
+not a model."""
 
 from __future__ import annotations
 

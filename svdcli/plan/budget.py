@@ -1,5 +1,4 @@
-"""Budgets are met by all selected layers together, or it is an error that says what it would
-take."""
+"""Budgets: all selected layers together meet them, or the error says what would."""
 
 from __future__ import annotations
 
@@ -23,13 +22,13 @@ def ranks_within_share(
     recipe: Recipe,
     selected: Sequence[TensorInfo],
     options: Sequence[Options],
-    left: Mapping[str, str],
+    without_options: Mapping[str, str],
 ) -> tuple[list[Choice], int]:
     """Uniform ranks for `--keep`, and the parameters that the layers of `options` may keep in all.
 
-    left names the selected layers that have no options, with the reason: they stay dense and count
-    in full, as do layers without a rank that saves, and the others make up for them. Raises
-    UsageError where even the least ranks are above the budget.
+    without_options names the other selected layers, with the reason: they stay dense and count in
+    full, as do layers without a rank that saves, and the others make up for them. Raises UsageError
+    where even the least ranks are above the budget.
     """
     # The share counts every selected layer; those that stay dense take theirs first.
     selected_parameters = sum(tensor.parameters for tensor in selected)
@@ -47,7 +46,8 @@ def ranks_within_share(
     # Elsewhere the layers with ranks make up for the others, as far as they can.
     least = sum(option.least_cost for option in options)
     if least > budget:
-        raise _unreachable(recipe, (least + fixed) / selected_parameters, options, left)
+        least_share = (least + fixed) / selected_parameters
+        raise _unreachable(recipe, least_share, options, without_options)
     return uniform_within(options, budget), budget
 
 
@@ -107,11 +107,14 @@ def _share_of(plan: Plan) -> float:
 
 
 def _unreachable(
-    recipe: Recipe, least: float, options: Sequence[Options], left: Mapping[str, str]
+    recipe: Recipe,
+    least: float,
+    options: Sequence[Options],
+    without_options: Mapping[str, str],
 ) -> UsageError:
     """The error of a share below `least`, which the least ranks keep."""
-    # Layers that stay dense whatever the share: left names some, the others have no rank to choose.
-    dense = dict(left)
+    # Layers that stay dense whatever the share: they have no options, or no rank that saves.
+    dense = dict(without_options)
     ranked = []
     for option in options:
         if option.ranks:
@@ -127,7 +130,7 @@ def _unreachable(
         why = f"{stay}, and with the least ranks elsewhere {least:.3g} remain"
         exclude = _excluding(list(dense), ranked)
         hints.append(f"leave the dense ones out of the count with {exclude}")
-    if any(reason.startswith(NOT_CALIBRATED) for reason in left.values()):
+    if any(reason.startswith(NOT_CALIBRATED) for reason in without_options.values()):
         hints.append("calibrate with more text")
     if recipe.multiple_of > 1:
         hints.append("give a smaller --multiple-of")

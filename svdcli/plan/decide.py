@@ -123,11 +123,7 @@ def decide(
     if recipe.target == "size":
         return _within_size(recipe, options, loss_at, plan_with, predict)
     if recipe.target in ("energy", "error"):
-        bounded = []
-        for option in options:
-            tails = measured[option.tensor.name].tails()
-            bounded.append(_bounded(option, recipe, tails))
-        return plan_with(bounded)
+        return plan_with([_bounded(o, recipe, measured[o.tensor.name]) for o in options])
 
     # A share or a rank gives every layer its even part; global allocation may spend their sum in
     # another way.
@@ -188,7 +184,7 @@ def _layer_plan(
     )
 
 
-def _bounded(options: Options, recipe: Recipe, tails: Sequence[float]) -> Choice:
+def _bounded(options: Options, recipe: Recipe, spectrum: LayerSpectrum) -> Choice:
     """The smallest rank that keeps the bound after the factors were rounded to their dtype."""
     target = f"--{recipe.target} {recipe.value:g}"
     allowed = recipe.value**2 if recipe.target == "error" else 1 - recipe.value
@@ -197,7 +193,7 @@ def _bounded(options: Options, recipe: Recipe, tails: Sequence[float]) -> Choice
         allowed -= rounding_energy(dtype, recipe.layout)
         if allowed <= 0:
             return Choice(None, f"{target} is below what rounding to {dtype} alone may cost")
-    return by_tail(options, tails, allowed, target)
+    return by_tail(options, spectrum.tails(), allowed, target)
 
 
 def _globally(
