@@ -53,6 +53,7 @@ class Blueprint:
 
     @property
     def total(self) -> int:
+        """Bytes of the whole output."""
         return sum(self.sizes().values())
 
     def sizes(self) -> dict[str, int]:
@@ -404,10 +405,10 @@ def expand_units(checkpoint: Checkpoint, layers: Sequence[LayerPlan]) -> list[Un
             if not (name in may_be_tripwires and ref.info.parameters == 0):
                 units.append(Unit(name, "copy", (name,), (ref.info,), ref.file))
         elif owner.tensor.name not in expanded:  # a layer stands where its first factor does
-            layer = owner
-            expanded.add(layer.tensor.name)
-            reads = tuple(tensor.name for tensor in layer.stored())
-            units.append(Unit(layer.tensor.name, "expand", reads, (layer.tensor,), ref.file))
+            weight = owner.tensor
+            expanded.add(weight.name)
+            reads = tuple(tensor.name for tensor in owner.stored())
+            units.append(Unit(weight.name, "expand", reads, (weight,), ref.file))
     return units
 
 

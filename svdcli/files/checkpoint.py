@@ -89,6 +89,7 @@ class Checkpoint:
 
     @property
     def parameters(self) -> int:
+        """Elements of all tensors together."""
         return sum(info.parameters for info in self.infos)
 
     @property
@@ -115,6 +116,7 @@ class Checkpoint:
 
     @property
     def transformers_opens_it(self) -> bool:
+        """Does config.json name a class of transformers."""
         return self.config is not None and (
             "model_type" in self.config or "architectures" in self.config
         )
@@ -285,6 +287,7 @@ def read_file_header(path: Path) -> Header:
 
 
 def sha256_of(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal digits."""
     digest = hashlib.sha256()
     with path.open("rb") as stream:
         while data := stream.read(CHUNK):

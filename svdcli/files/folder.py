@@ -161,7 +161,7 @@ def _named_set(folder: Path, name: str) -> WeightSet:
 
 
 def _plain_set(folder: Path, names: Sequence[str]) -> WeightSet | None:
-    """What transformers opens when it is told nothing."""
+    """What transformers opens where neither config nor caller names anything."""
     for single, index in (
         ("model.safetensors", "model.safetensors.index.json"),
         ("pytorch_model.bin", "pytorch_model.bin.index.json"),

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from svdcli.files.blueprint import Blueprint
 
 _NEW_FILE = 0o666  # less what the umask takes
-_OWNER_WORKS = 0o700
+_OWNER_WORKS = 0o700  # what the owner of a folder needs to move it and what is in it
 
 
 def modes_of(checkpoint: Checkpoint, blueprint: Blueprint) -> dict[str, int]:
@@ -71,7 +71,7 @@ def _mode_of_folder(path: Path) -> int:
 
 
 def _umask() -> int:
-    """The process's own; the system tells it only in exchange for another."""
+    """The process's own. The system returns it only when another one is set."""
     mask = os.umask(0o077)
     os.umask(mask)
     return mask

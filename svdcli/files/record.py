@@ -331,7 +331,7 @@ def check_record(data: Any, shown: str) -> dict[str, Any]:
 
 
 def _check_note(note: Any) -> None:
-    """Raises TypeError where what the config held before is not told as `source_json` tells it."""
+    """Raises TypeError where a note of what the config held is not one of `config.change`."""
     for entry in note:
         path = entry["path"]
         is_path = isinstance(path, list) and len(path) > 0

@@ -95,8 +95,8 @@ class Workspace:
 
     @contextmanager
     def beginning(self) -> Iterator[None]:
-        """Around what goes before `resume`: the journal tells that work goes on, before it is known
-        what exactly it will be. A refusal leaves nothing behind that was not there."""
+        """Surround what comes before `resume`: the journal says that work has begun, before it is
+        known what exactly it will be. An SvdcliError removes the folder, unless it was there."""
         if not self._had_journal:
             self.note({"begun": True})
         try:
@@ -202,8 +202,7 @@ class Workspace:
         self.remove()
 
     def remove(self) -> None:
-        """Remove the folder, the journal last: what a kill leaves behind then still tells what
-        happened."""
+        """Remove the folder, the journal last: after a kill on the way it is there to be read."""
         self._clear()
         shutil.rmtree(self.folder, ignore_errors=True)
 

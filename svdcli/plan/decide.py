@@ -73,6 +73,7 @@ class LayerSpectrum:
 
 
 def needs_spectra(recipe: Recipe) -> bool:
+    """Do the ranks of this recipe go by singular values, rather than by shapes alone."""
     return (
         recipe.allocate == "global"
         or recipe.target in ("energy", "error")

@@ -45,7 +45,8 @@ class ModelFacts:
                 vocabularies.add(number)
             if key == "num_embeddings":
                 codes.add(number)
-            if _LABELS.search(key) and number > 2:  # two rows are too few to say anything
+            # Two labels are too few to say anything, and one expert is no mixture.
+            if _LABELS.search(key) and number > 2:
                 labels.add(number)
             if _EXPERTS.search(key) and number > 1:
                 experts.add(number)

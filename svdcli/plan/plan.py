@@ -46,6 +46,7 @@ class LayerPlan:
         return LAYOUTS[self.layout].tensors(self.tensor, self.rank, self.stored_dtype)
 
     def left_dense(self, reason: str) -> LayerPlan:
+        """The same layer, which stays dense for `reason`."""
         return replace(self, rank=None, reason=reason, loss=None, bias=None)
 
 
@@ -141,6 +142,7 @@ class Plan:
 
     @property
     def factored(self) -> tuple[LayerPlan, ...]:
+        """The layers that have a rank."""
         return tuple(layer for layer in self.layers if layer.rank is not None)
 
     def with_dense(self, reasons: dict[str, str]) -> Plan:

@@ -1,5 +1,5 @@
-"""What a layer does, told from its name, its shape, the layers beside it and the model's config:
-the ones that stay dense."""
+"""Layers that stay dense for what they do, recognised by their names, their shapes, the layers
+beside them and the model's config."""
 
 from __future__ import annotations
 
