@@ -1,4 +1,4 @@
-"""The whole output before any of it exists: every file, every offset, every byte."""
+"""The layout of an output, fixed before any work: every file, every offset, every byte count."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ from svdcli.plan.tensors import TensorInfo
 
 Metadata = dict[str, str]
 
-# Room that a record gets for layers on which a solver gives way to another: for one in so many
-# layers, or a share of the weights.
-_ROOM = 256
-_LAYERS_A_ROOM = 64
+# Spare bytes of a record, for layers on which a solver gives way to another: so many for one in so
+# many layers, or a share of the weights.
+_SPARE_FOR_A_LAYER = 256
+_LAYERS_THAT_SHARE_IT = 64
 _SHARE_OF_WEIGHTS = 2048
 
 
@@ -53,17 +53,17 @@ class Blueprint:
 
     @property
     def total(self) -> int:
+        """Bytes of the whole output."""
         return sum(self.sizes().values())
 
     def sizes(self) -> dict[str, int]:
         """Bytes of every file of the output, by name."""
-        record = {RECORD: self.record_bytes} if self.record_bytes else {}
-        return (
-            {f.name: f.size for f in self.files}
-            | {n: len(t) for n, t in self.texts.items()}
-            | dict(self.carried)
-            | record
-        )
+        sizes = {file.name: file.size for file in self.files}
+        sizes |= {name: len(text) for name, text in self.texts.items()}
+        sizes |= self.carried
+        if self.record_bytes:
+            sizes[RECORD] = self.record_bytes
+        return sizes
 
 
 @dataclass(frozen=True)
@@ -124,19 +124,18 @@ class CompressDesign:
         *,
         roomy: bool = False,
     ) -> None:
-        """out_name is the name of a file output, None for a directory; beside is what makes a
-        directory self-contained."""
-        self.checkpoint, self.plan, self.out_name, self.model_code = (
-            checkpoint,
-            plan,
-            out_name,
-            model_code,
-        )
+        """out_name is the name of a file output, None for a directory; model_code is what makes a
+        directory self-contained; roomy gives records room for any results."""
+        self.checkpoint = checkpoint
+        self.plan = plan
+        self.out_name = out_name
+        self.model_code = model_code
         self.roomy = roomy or plan.recipe.target == "size"
         self.units = compress_units(checkpoint, plan)
         self._config, changed = self._changed_config()
         self._source = source_json(checkpoint, plan.fingerprint, changed)
-        self._usual, self._widest = usual_results(plan), widest_results(plan)
+        self._usual = usual_results(plan)
+        self._widest = widest_results(plan)
         self._shared, self._blueprint = self._choose_form()
 
     @property
@@ -158,53 +157,55 @@ class CompressDesign:
         """(fields that a file's layers share and that are said once, the blueprint): only where
         that makes the output smaller than its source, which it is not with a record that has every
         layer's own fields."""
-        full, source = self._draw({}), self.source_bytes
-        if not self.plan.recipe.keeps_factors or full.total < source:
+        full = self._draw({})
+        if not self.plan.recipe.keeps_factors or full.total < self.source_bytes:
             return {}, full
         shared = shared_fields(self._record(self._usual))
-        short = self._draw(shared)
-        return (shared, short) if short.total < source else ({}, full)
+        condensed_form = self._draw(shared)
+        if condensed_form.total < self.source_bytes:
+            return shared, condensed_form
+        return {}, full
 
     def _draw(self, shared: Mapping[str, Any]) -> Blueprint:
-        usual, widest = self._record(self._usual), self._record(self._widest)
+        # Weight files, whose headers have spare bytes for the results that are still to come.
+        usual = self._record(self._usual)
+        widest = self._record(self._widest)
         groups = group_units(self.units, self.plan.recipe.max_shard_size)
         if self.out_name is not None:
             groups = {self.out_name: self.units}
         files = []
         for name, group in groups.items():
             file = lay_out(name, group, self._metadata(group, usual, shared))
-            wide = header_size(file.tensors, self._metadata(group, widest, shared))
-            files.append(replace(file, header_bytes=self._room(file.header_bytes, wide, [file])))
+            widest_header = header_size(file.tensors, self._metadata(group, widest, shared))
+            reserved = self._with_spare(file.header_bytes, widest_header, [file])
+            files.append(replace(file, header_bytes=reserved))
         if self.out_name is not None:
             return Blueprint(tuple(files), {}, {}, 0)
+
+        # In a directory, everything else too; the record lists all of it, so its size comes last.
         texts, carried = directory_texts(self.checkpoint, files, self._config)
         if self.model_code is not None:
             texts[self.model_code.name] = self.model_code.text
             carried.pop(self.model_code.name, None)
-        sizes = Blueprint(tuple(files), texts, carried, 0).sizes()
+        blueprint = Blueprint(tuple(files), texts, carried, 0)
+        sizes = blueprint.sizes()
         _check_names(sizes)
-        return Blueprint(tuple(files), texts, carried, self._record_bytes(files, sizes, shared))
+        return replace(blueprint, record_bytes=self._record_bytes(files, sizes, shared))
 
     def fits(self, results: Mapping[str, Result]) -> bool:
         """Is there room for the final results."""
         blueprint = self._blueprint
-        if any(
-            header_size(file.tensors, self.metadata(file, results)) > file.header_bytes
-            for file in blueprint.files
-        ):
-            return False
+        for file in blueprint.files:
+            if header_size(file.tensors, self.metadata(file, results)) > file.header_bytes:
+                return False
         if not blueprint.record_bytes:
             return True
         return self._record_size(results, blueprint.sizes(), self._shared) <= blueprint.record_bytes
 
     def metadata(self, file: OutFile, results: Mapping[str, Result]) -> Metadata:
         """The final metadata of one weight file."""
-        members = set(file.units)
-        return self._metadata(
-            [unit for unit in self.units if unit.name in members],
-            self._record(results),
-            self._shared,
-        )
+        group = _units_of(file, self.units)
+        return self._metadata(group, self._record(results), self._shared)
 
     def record(
         self, results: Mapping[str, Result], files: Mapping[str, tuple[int, str]], reserved: int
@@ -215,10 +216,9 @@ class CompressDesign:
     def _record_bytes(
         self, files: Sequence[OutFile], sizes: Mapping[str, int], shared: Mapping[str, Any]
     ) -> int:
-        usual, wide = (
-            self._record_size(results, sizes, shared) for results in (self._usual, self._widest)
-        )
-        return self._room(usual, wide, files)
+        usual = self._record_size(self._usual, sizes, shared)
+        widest = self._record_size(self._widest, sizes, shared)
+        return self._with_spare(usual, widest, files)
 
     def _record_size(
         self, results: Mapping[str, Result], sizes: Mapping[str, int], shared: Mapping[str, Any]
@@ -226,13 +226,18 @@ class CompressDesign:
         files = {name: (size, "") for name, size in sizes.items() if name != RECORD}
         return len(render_record(condensed(self._record(results, files), shared)))
 
-    def _room(self, usual: int, wide: int, files: Sequence[OutFile]) -> int:
-        """Bytes between the usual and the widest record: all of it where weights are large, little
-        where they are not."""
+    def _with_spare(self, usual: int, widest: int, files: Sequence[OutFile]) -> int:
+        """Bytes to reserve for a record, between the usual one and the widest: all of it where
+        weights are large, little where they are not."""
+        if self.roomy:
+            return widest
         layers = sum(unit.kind == "factor" for unit in self.units)
-        weights = sum(tensor.nbytes for file in files for tensor in file.tensors)
-        spare = max(_ROOM * (1 + layers // _LAYERS_A_ROOM), weights // _SHARE_OF_WEIGHTS // 8 * 8)
-        return wide if self.roomy else min(wide, usual + spare)
+        weights = sum(file.size - file.header_bytes for file in files)
+        spare = max(
+            _SPARE_FOR_A_LAYER * (1 + layers // _LAYERS_THAT_SHARE_IT),
+            weights // _SHARE_OF_WEIGHTS // 8 * 8,  # headers are multiples of 8 bytes
+        )
+        return min(widest, usual + spare)
 
     def _record(
         self, results: Mapping[str, Result], files: Mapping[str, tuple[int, str]] | None = None
@@ -249,14 +254,13 @@ class CompressDesign:
     def _metadata(
         self, group: Sequence[Unit], record: Mapping[str, Any], shared: Mapping[str, Any]
     ) -> Metadata:
-        own = (
-            record
-            if self.out_name is not None
-            else part_of_record(record, {unit.name for unit in group})
-        )
-        return _base_metadata(self.checkpoint, group) | {
-            METADATA_KEY: render_metadata(condensed(own, shared))
-        }
+        """The metadata of one weight file: a lone one has the whole record, one of a directory the
+        part about its own layers."""
+        if self.out_name is None:
+            record = part_of_record(record, {unit.name for unit in group})
+        metadata = _base_metadata(self.checkpoint, group)
+        metadata[METADATA_KEY] = render_metadata(condensed(record, shared))
+        return metadata
 
     def _changed_config(self) -> tuple[dict[str, Any] | None, list[dict[str, Any]] | None]:
         """(the config.json of the output, a note of what it says in place of what); (None, None)
@@ -282,15 +286,17 @@ class ExpandDesign:
         layers: Sequence[LayerPlan],
         out_name: str | None,
     ) -> None:
-        self.checkpoint, self._record, self.out_name = checkpoint, record, out_name
+        """record is that of the output that is expanded, layers are those that it lists as
+        factored; out_name is the name of a file output, None for a directory."""
+        self.checkpoint = checkpoint
+        self._record = record
+        self.out_name = out_name
         self.units = expand_units(checkpoint, layers)
 
     def blueprint(self) -> Blueprint:
-        groups = (
-            {self.out_name: self.units}
-            if self.out_name is not None
-            else group_units(self.units, None)
-        )
+        groups = group_units(self.units, None)
+        if self.out_name is not None:
+            groups = {self.out_name: self.units}
         files = [
             lay_out(name, group, _base_metadata(self.checkpoint, group))
             for name, group in groups.items()
@@ -321,7 +327,8 @@ class ExpandDesign:
     def _config_of_before(self) -> dict[str, Any] | None:
         """The config.json of the source. Outputs of early versions have no note of what was changed
         in it."""
-        config, source = self.checkpoint.config, self._record.get("source") or {}
+        config = self.checkpoint.config
+        source = self._record.get("source") or {}
         if config is None:
             return None
         if CONFIG_WAS in source:
@@ -329,33 +336,39 @@ class ExpandDesign:
         return without_note(config, self_contained=self._self_contained)
 
     def metadata(self, file: OutFile, results: Mapping[str, Result]) -> Metadata:
-        members = set(file.units)
-        return _base_metadata(
-            self.checkpoint, [unit for unit in self.units if unit.name in members]
-        )
+        return _base_metadata(self.checkpoint, _units_of(file, self.units))
+
+
+def _units_of(file: OutFile, units: Sequence[Unit]) -> list[Unit]:
+    """The units whose tensors are in one weight file."""
+    names = set(file.units)
+    return [unit for unit in units if unit.name in names]
 
 
 def _check_names(names: Iterable[str]) -> None:
     """Raises SvdcliError for a file that no reader of the record would take for one of the
     output."""
-    odd = next((name for name in names if not is_inside(name)), None)
-    if odd is not None:
-        raise SvdcliError(
-            f"the file {odd!r} cannot be carried over: its name is a path on other systems",
-            "rename it",
-        )
+    for name in names:
+        if not is_inside(name):
+            raise SvdcliError(
+                f"the file {name!r} cannot be carried over: its name is a path on other systems",
+                "rename it",
+            )
 
 
 def compress_units(checkpoint: Checkpoint, plan: Plan) -> list[Unit]:
-    """One unit a tensor of the source. In a directory that transformers would open, one factored
-    layer of every part also gets a zero-size tensor under its old name: a loader without svdcli
-    then fails loudly instead of making weights up. Which layer that is may change when another one
-    stays dense, so it is a unit of its own."""
+    """One unit a tensor of the source.
+
+    In a directory that transformers would open, one factored layer of every part also gets a
+    zero-size tensor under its old name, the tripwire: a loader without svdcli then fails loudly
+    instead of making weights up.
+    """
     layers = {layer.tensor.name: layer for layer in plan.factored}
     refitted = {layer.bias.name for layer in plan.factored if layer.bias is not None}
     warned: set[str] = set()
     if checkpoint.is_directory and checkpoint.transformers_opens_it and plan.recipe.keeps_factors:
         warned.update(tripwires(layer.tensor.module for layer in plan.factored))
+
     units = []
     for name, ref in checkpoint.tensors.items():
         layer = layers.get(name)
@@ -364,34 +377,38 @@ def compress_units(checkpoint: Checkpoint, plan: Plan) -> list[Unit]:
         if layer is None:
             units.append(Unit(name, "copy", (name,), (ref.info,), ref.file))
             continue
+        # Which layer has the tripwire may change when another one stays dense, so it is a unit of
+        # its own.
         if layer.tensor.module in warned:
-            units.append(
-                Unit(
-                    f"{name} of no size",
-                    "warn",
-                    (),
-                    (TensorInfo(name, layer.stored_dtype, (0,)),),
-                    ref.file,
-                )
-            )
-        writes = layer.stored() if layer.bias is None else (*layer.stored(), layer.bias)
+            tripwire = TensorInfo(name, layer.stored_dtype, (0,))
+            units.append(Unit(f"{name} of no size", "warn", (), (tripwire,), ref.file))
+        writes = layer.stored()
+        if layer.bias is not None:
+            writes = (*writes, layer.bias)
         units.append(Unit(name, "factor", (name,), writes, ref.file))
     return units
 
 
 def expand_units(checkpoint: Checkpoint, layers: Sequence[LayerPlan]) -> list[Unit]:
-    owner = {tensor.name: layer for layer in layers for tensor in layer.stored()}
-    tripwires = {layer.tensor.name for layer in layers if layer.keeps_factors}
-    units, seen = [], set()
+    """One unit a layer that was factored, and one for each other tensor but tripwires."""
+    layer_of: dict[str, LayerPlan] = {}
+    for layer in layers:
+        for tensor in layer.stored():
+            layer_of[tensor.name] = layer
+    may_be_tripwires = {layer.tensor.name for layer in layers if layer.keeps_factors}
+
+    units = []
+    expanded: set[str] = set()
     for name, ref in checkpoint.tensors.items():
-        layer = owner.get(name)
-        if layer is None:
-            if not (name in tripwires and ref.info.parameters == 0):
+        owner = layer_of.get(name)
+        if owner is None:
+            if not (name in may_be_tripwires and ref.info.parameters == 0):
                 units.append(Unit(name, "copy", (name,), (ref.info,), ref.file))
-        elif layer.tensor.name not in seen:
-            seen.add(layer.tensor.name)
-            reads = tuple(tensor.name for tensor in layer.stored())
-            units.append(Unit(layer.tensor.name, "expand", reads, (layer.tensor,), ref.file))
+        elif owner.tensor.name not in expanded:  # a layer stands where its first factor does
+            weight = owner.tensor
+            expanded.add(weight.name)
+            reads = tuple(tensor.name for tensor in owner.stored())
+            units.append(Unit(weight.name, "expand", reads, (weight,), ref.file))
     return units
 
 
@@ -400,26 +417,36 @@ def directory_texts(
 ) -> tuple[dict[str, bytes], dict[str, int]]:
     """The files of a directory that are written anew (index, changed config), and those carried
     over with their sizes."""
+    # config.json, written as the source's is.
     texts: dict[str, bytes] = {}
     if config is not None and config != checkpoint.config:
         text = checkpoint.file_path(checkpoint.config_name).read_text(encoding="utf-8")
         texts[checkpoint.config_name] = render_like(text, config) or render_json(config)
+
+    # An index where loaders need one: for several files, and for a lone one under another name than
+    # they look for.
     index_name = _index_name(checkpoint, files)
     lone = _lone_file(checkpoint, index_name)
     if len(files) > 1 or (checkpoint.index_name is not None and files[0].name != lone):
-        totals = {"total_size": sum(tensor.nbytes for file in files for tensor in file.tensors)}
-        if "total_parameters" in checkpoint.index_metadata:
-            totals["total_parameters"] = sum(
-                tensor.parameters for file in files for tensor in file.tensors
-            )
-        index = {
-            "metadata": checkpoint.index_metadata | totals,
-            "weight_map": dict(
-                sorted((tensor.name, file.name) for file in files for tensor in file.tensors)
-            ),
-        }
-        texts[index_name] = render_json(index)
-    return texts, {name: size for name, size in checkpoint.carried.items() if name not in texts}
+        texts[index_name] = render_json(_index_of(files, checkpoint.index_metadata))
+
+    carried = {name: size for name, size in checkpoint.carried.items() if name not in texts}
+    return texts, carried
+
+
+def _index_of(files: Sequence[OutFile], metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """The index of these files. metadata is that of the source's index, whose totals change."""
+    places: list[tuple[str, str]] = []
+    nbytes = parameters = 0
+    for file in files:
+        for tensor in file.tensors:
+            places.append((tensor.name, file.name))
+            nbytes += tensor.nbytes
+            parameters += tensor.parameters
+    totals = {"total_size": nbytes}
+    if "total_parameters" in metadata:
+        totals["total_parameters"] = parameters
+    return {"metadata": {**metadata, **totals}, "weight_map": dict(sorted(places))}
 
 
 def _index_name(checkpoint: Checkpoint, files: Sequence[OutFile]) -> str:
@@ -432,13 +459,13 @@ def _index_name(checkpoint: Checkpoint, files: Sequence[OutFile]) -> str:
     stem = PurePosixPath(shard_stem(files[0].name)).name
     if checkpoint.variant is None:
         return f"{stem}.safetensors.index.json"
-    return (
-        f"{stem.removesuffix(f'.{checkpoint.variant}')}.safetensors.index.{checkpoint.variant}.json"
-    )
+    stem = stem.removesuffix(f".{checkpoint.variant}")
+    return f"{stem}.safetensors.index.{checkpoint.variant}.json"
 
 
-def _as_safetensors_index(found: re.Match[str]) -> str:
-    return f"{safetensors_name(f'{found[1]}.{found[2]}')}.index"
+def _as_safetensors_index(match: re.Match[str]) -> str:
+    """pytorch_model.bin.index -> model.safetensors.index"""
+    return safetensors_name(f"{match[1]}.{match[2]}") + ".index"
 
 
 def _lone_file(checkpoint: Checkpoint, index: str) -> str:
@@ -450,6 +477,9 @@ def _lone_file(checkpoint: Checkpoint, index: str) -> str:
 
 
 def _base_metadata(checkpoint: Checkpoint, group: Sequence[Unit]) -> Metadata:
-    own = checkpoint.metadata.get(group[0].file, {}) if group else {}
-    kept = {key: value for key, value in own.items() if key != METADATA_KEY}
-    return {"format": "pt"} | kept
+    """The metadata that a weight file has from its source, without the record of another output."""
+    metadata = {"format": "pt"}  # which transformers asks for
+    if group:
+        metadata |= checkpoint.metadata.get(group[0].file, {})
+    metadata.pop(METADATA_KEY, None)
+    return metadata

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from svdcli.errors import BadCheckpointError, SvdcliError, UsageError
-from svdcli.files.folder import WeightSet, choose_weights, list_companions, read_json, shard_note
+from svdcli.files.folder import choose_weights, list_companions, read_json, shard_note
 from svdcli.files.formats import FIRST_BYTES, SAFETENSORS, Format, by_bytes, format_of
 from svdcli.files.header import Header, read_header
 from svdcli.plan.facts import ModelFacts
@@ -29,11 +29,11 @@ if TYPE_CHECKING:
     from svdcli.files.pickled import PickledFile
 
 STANDARD = "-"  # standard input or output, where a path is expected
-CHUNK = 1 << 24
+CHUNK = 1 << 24  # bytes that are read at once
 METADATA_KEY = "svdcli"
 RECORD = "svdcli.json"
 STANDALONE = "svdcli_model.py"  # what `compress --self-contained` puts beside the weights
-_SAMPLE = 4096
+_SAMPLE = 4096  # bytes at either end of a tensor by which it is told from others
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -48,8 +48,8 @@ class TensorRef:
 
 @dataclass
 class Checkpoint:
-    """A checkpoint's tensors (names to places), files and configuration. Nothing but headers has
-    been read.
+    """A checkpoint's tensors by name, its files and its configuration. Of the weights, only headers
+    have been read.
 
     files maps the name of each weight file to its size in bytes; carried lists the other files of a
     directory, left_out those that are not carried over, with the reason, left_out_bytes their
@@ -89,6 +89,7 @@ class Checkpoint:
 
     @property
     def parameters(self) -> int:
+        """Elements of all tensors together."""
         return sum(info.parameters for info in self.infos)
 
     @property
@@ -115,6 +116,7 @@ class Checkpoint:
 
     @property
     def transformers_opens_it(self) -> bool:
+        """Does config.json name a class of transformers."""
         return self.config is not None and (
             "model_type" in self.config or "architectures" in self.config
         )
@@ -125,16 +127,18 @@ class Checkpoint:
         return None if self.config is None else ModelFacts.of(self.config)
 
     def file_path(self, name: str) -> Path:
+        """Where a file of this checkpoint is on disk."""
         return self.path / name if self.is_directory else self.path
 
     def chunks(self, name: str) -> Iterator[bytes | memoryview]:
         """The bytes of one tensor, at most CHUNK at a time."""
         ref = self.tensors[name]
         if ref.file in self.pickled:
-            whole = self.pickled[ref.file].read_bytes(name)
-            for at in range(0, len(whole), CHUNK):
-                yield whole[at : at + CHUNK]
+            data = self.pickled[ref.file].read_bytes(name)
+            for begin in range(0, len(data), CHUNK):
+                yield data[begin : begin + CHUNK]
             return
+        # One buffer for all: who asks for the next piece has done with the last.
         buffer = memoryview(bytearray(min(CHUNK, ref.info.nbytes)))
         with self.file_path(ref.file).open("rb", buffering=0) as stream:
             stream.seek(ref.offset)
@@ -174,17 +178,14 @@ class Checkpoint:
                 digest.update(sample)
         return digest.hexdigest()
 
-    def look_equal(self, one: str, other: str) -> bool:
+    def look_equal(self, first: str, second: str) -> bool:
         """Do two tensors of the same shape and dtype begin and end with the same bytes, 4 KiB of
         each."""
-        return all(
-            a == b
-            for a, b in zip(
-                *(self._samples(self.tensors[name]) for name in (one, other)), strict=True
-            )
-        )
+        samples = self._samples(self.tensors[first]), self._samples(self.tensors[second])
+        return all(a == b for a, b in zip(*samples, strict=True))
 
     def _samples(self, ref: TensorRef) -> Iterator[bytes]:
+        """The first and the last bytes of a tensor, _SAMPLE of each or all that there are."""
         if ref.file in self.pickled:
             data = self.pickled[ref.file].read_bytes(ref.info.name)
             yield bytes(data[:_SAMPLE])
@@ -192,8 +193,8 @@ class Checkpoint:
             return
         with self.file_path(ref.file).open("rb", buffering=0) as stream:
             size = min(_SAMPLE, ref.info.nbytes)
-            for at in (ref.offset, ref.offset + ref.info.nbytes - size):
-                stream.seek(at)
+            for begin in (ref.offset, ref.offset + ref.info.nbytes - size):
+                stream.seek(begin)
                 sample = bytearray(size)
                 _read_exactly(stream, memoryview(sample), ref)
                 yield bytes(sample)
@@ -203,9 +204,10 @@ class Checkpoint:
         standard input held."""
         if self.spooled_digest is not None:
             return self.spooled_digest
-        stats = [
-            (name, (s := self.file_path(name).stat()).st_size, s.st_mtime_ns) for name in self.files
-        ]
+        stats = []
+        for name in self.files:
+            status = self.file_path(name).stat()
+            stats.append((name, status.st_size, status.st_mtime_ns))
         return hashlib.sha256(repr(stats).encode()).hexdigest()
 
     def close(self) -> None:
@@ -255,7 +257,9 @@ def open_checkpoint(
     checkpoint = Checkpoint(path=path, name=path.name, is_directory=False)
     _add_file(checkpoint, path.name, state_dict)
     _check_state_dict(checkpoint, state_dict)
-    checkpoint.notes += filter(None, (shard_note(path.name),))
+    note = shard_note(path.name)
+    if note:
+        checkpoint.notes.append(note)
     return checkpoint
 
 
@@ -277,11 +281,13 @@ def _check_state_dict(checkpoint: Checkpoint, state_dict: str | None) -> None:
 
 
 def read_file_header(path: Path) -> Header:
+    """The header of a safetensors file. Raises BadCheckpointError where it is none."""
     with path.open("rb") as stream:
         return read_header(stream, os.fstat(stream.fileno()).st_size, str(path))
 
 
 def sha256_of(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal digits."""
     digest = hashlib.sha256()
     with path.open("rb") as stream:
         while data := stream.read(CHUNK):
@@ -290,6 +296,8 @@ def sha256_of(path: Path) -> str:
 
 
 def _read_exactly(stream: Any, view: memoryview, ref: TensorRef) -> None:
+    """Fill `view` from the stream, which may give less than it is asked for. Raises
+    BadCheckpointError where it ends before."""
     while len(view):
         count = stream.readinto(view)
         if not count:
@@ -305,25 +313,27 @@ def _add_file(
     state_dict: str | None,
     places: Mapping[str, str] | None = None,
 ) -> list[str]:
-    """Read one weight file's header: the names of tensors that an earlier file has too.
+    """Read one weight file's header, and return the names of tensors that an earlier file has too.
 
     places tells which file counts for those; without it they are an error.
     """
     path = checkpoint.file_path(name)
-    told = format_of(path)
-    if not told.reader:
-        raise BadCheckpointError(f"{path} is {told.name}", told.hint)
-    if told.reader == "pickle":
-        found = _add_pickle(checkpoint, name, state_dict)
+    file_format = format_of(path)
+    if not file_format.reader:
+        raise BadCheckpointError(f"{path} is {file_format.name}", file_format.hint)
+    if file_format.reader == "pickle":
+        refs = _add_pickle(checkpoint, name, state_dict)
     else:
         header = read_file_header(path)
         checkpoint.metadata[name] = header.metadata
-        found = [TensorRef(entry.info, name, entry.offset) for entry in header.entries]
+        refs = [TensorRef(entry.info, name, entry.offset) for entry in header.entries]
     checkpoint.files[name] = path.stat().st_size
-    return [ref.info.name for ref in found if _add_tensor(checkpoint, ref, places or {})]
+    return [ref.info.name for ref in refs if _add_tensor(checkpoint, ref, places or {})]
 
 
 def _add_pickle(checkpoint: Checkpoint, name: str, state_dict: str | None) -> list[TensorRef]:
+    """Open a PyTorch file, note what it says beside its tensors, and return these."""
+    # Here, since it imports torch, which takes longer than most commands.
     from svdcli.files.pickled import PickledFile
 
     pickled = PickledFile(checkpoint.file_path(name), state_dict)
@@ -336,43 +346,45 @@ def _add_pickle(checkpoint: Checkpoint, name: str, state_dict: str | None) -> li
 
 
 def _add_tensor(checkpoint: Checkpoint, ref: TensorRef, places: Mapping[str, str]) -> bool:
-    """Was this tensor there already. The index says which one counts; without an index that is an
-    error."""
+    """Add one tensor; was it there already. The index says which one counts; without an index that
+    is an error."""
     name = ref.info.name
-    other = checkpoint.tensors.get(name)
-    if other is not None and places.get(name) not in (ref.file, other.file):
+    earlier = checkpoint.tensors.get(name)
+    if earlier is not None and places.get(name) not in (ref.file, earlier.file):
         raise BadCheckpointError(
-            f"tensor {name!r} is in both {other.file} and {ref.file}", "remove the stray file"
+            f"tensor {name!r} is in both {earlier.file} and {ref.file}", "remove the stray file"
         )
-    if other is None or places[name] == ref.file:
+    if earlier is None or places[name] == ref.file:
         checkpoint.tensors.pop(name, None)  # so that it stands among those of its file
         checkpoint.tensors[name] = ref
-    return other is not None
+    return earlier is not None
 
 
 def _open_directory(path: Path, state_dict: str | None, carry: Sequence[str]) -> Checkpoint:
+    # config.json comes first: it may name the weights, and tells a nested copy of the model.
     checkpoint = Checkpoint(path=path, name=path.name or path.resolve().name, is_directory=True)
     config = path / checkpoint.config_name
     if config.is_file():
         checkpoint.config = read_json(config)
+
+    # The weights that a loader of this folder opens.
     weights = choose_weights(path, checkpoint.config)
-    twice = [
-        tensor
-        for name in weights.files
-        for tensor in _add_file(checkpoint, name, state_dict, weights.places)
-    ]
-    if twice:
-        what = (
-            f"{twice[0]} lies in several files"
-            if len(twice) == 1
-            else f"{len(twice)} tensors such as {twice[0]} lie in several files"
-        )
+    repeated: list[str] = []
+    for name in weights.files:
+        repeated += _add_file(checkpoint, name, state_dict, weights.places)
+    if repeated:
+        what = f"{repeated[0]} lies in several files"
+        if len(repeated) > 1:
+            what = f"{len(repeated)} tensors such as {repeated[0]} lie in several files"
         checkpoint.notes.append(f"{what}; taken from the one that {weights.index} names")
     _check_state_dict(checkpoint, state_dict)
     checkpoint.variant = weights.variant
+
+    # What an output writes anew, and what goes along with the weights.
+    own = {*weights.files, RECORD}
     if weights.index is not None:
-        _read_index(checkpoint, weights)
-    own = {*weights.files, RECORD, *filter(None, (weights.index,))}
+        _read_index(checkpoint, weights.index, weights.places)
+        own.add(weights.index)
     companions = list_companions(path, weights, own, checkpoint.config, carry)
     checkpoint.carried = companions.carried
     checkpoint.left_out |= companions.left_out
@@ -381,30 +393,26 @@ def _open_directory(path: Path, state_dict: str | None, carry: Sequence[str]) ->
     return checkpoint
 
 
-def _read_index(checkpoint: Checkpoint, weights: WeightSet) -> None:
-    """Keep the index's own metadata. Tensors that it promises and no shard has are told: a loader
-    misses them too."""
-    assert weights.index is not None
-    absent = [name for name in weights.places if name not in checkpoint.tensors]
+def _read_index(checkpoint: Checkpoint, index: str, places: Mapping[str, str]) -> None:
+    """Keep the index's own metadata, and note where it is wrong. places maps a tensor to its file,
+    as the index says."""
+    # Tensors that it promises and no shard has: a loader misses them too.
+    absent = [name for name in places if name not in checkpoint.tensors]
     if absent:
-        many = f" and {len(absent) - 1} more" if len(absent) > 1 else ""
+        others = f" and {len(absent) - 1} more" if len(absent) > 1 else ""
         checkpoint.notes.append(
-            f"{weights.index} names {absent[0]}{many}, which no shard holds; the output "
-            f"lacks it too"
+            f"{index} names {absent[0]}{others}, which no shard holds; the output lacks it too"
         )
-    elsewhere = [
-        n
-        for n, shard in weights.places.items()
-        if n not in absent and checkpoint.tensors[n].file != shard
-    ]
-    if elsewhere:
-        where = checkpoint.tensors[elsewhere[0]].file
-        checkpoint.notes.append(
-            f"{weights.index} has {elsewhere[0]} in {weights.places[elsewhere[0]]}, it is "
-            f"in {where}"
-        )
-    metadata = read_json(checkpoint.path / weights.index).get("metadata")
-    checkpoint.index_name = weights.index
+
+    # Tensors that are in another shard than it says.
+    for name, shard in places.items():
+        ref = checkpoint.tensors.get(name)
+        if ref is not None and ref.file != shard:
+            checkpoint.notes.append(f"{index} has {name} in {shard}, it is in {ref.file}")
+            break  # one is enough of a warning
+
+    metadata = read_json(checkpoint.path / index).get("metadata")
+    checkpoint.index_name = index
     checkpoint.index_metadata = metadata if isinstance(metadata, dict) else {}
 
 
@@ -415,26 +423,26 @@ def _open_stdin(state_dict: str | None) -> Checkpoint:
         )
     import tempfile
 
-    told = _format_of_stdin()
+    # Spool it to a file, whose name tells the format where the bytes do not.
+    reader = _format_of_stdin().reader
     folder = Path(tempfile.mkdtemp(prefix="svdcli-"))
     try:
-        path = folder / ("model.pt" if told.reader == "pickle" else "model.safetensors")
+        path = folder / ("model.pt" if reader == "pickle" else "model.safetensors")
         with path.open("wb") as spool:
-            if told.reader == "pickle":
+            if reader == "pickle":
                 digest = _copy_to_the_end(sys.stdin.buffer, spool)
             else:
-                _, digest = _copy_whole(
-                    sys.stdin.buffer, spool, room=shutil.disk_usage(folder).free
-                )
+                free = shutil.disk_usage(folder).free
+                _, digest = _copy_safetensors(sys.stdin.buffer, spool, free=free)
         checkpoint = open_checkpoint(path, state_dict=state_dict)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
-    checkpoint.name, checkpoint.temporary, checkpoint.spooled_digest = (
-        "standard input",
-        folder,
-        digest,
-    )
+
+    # The spool is removed when the checkpoint is closed, and no message names it.
+    checkpoint.name = "standard input"
+    checkpoint.temporary = folder
+    checkpoint.spooled_digest = digest
     return checkpoint
 
 
@@ -442,12 +450,12 @@ def _format_of_stdin() -> Format:
     """What the pipe brings, by its first bytes; they stay in it. Raises BadCheckpointError for what
     svdcli does not read."""
     peek = getattr(sys.stdin.buffer, "peek", None)
-    told = by_bytes(peek(FIRST_BYTES)) if peek is not None else None
-    if told is None:
+    stdin_format = by_bytes(peek(FIRST_BYTES)) if peek is not None else None
+    if stdin_format is None:
         return SAFETENSORS
-    if not told.reader:
-        raise BadCheckpointError(f"standard input is {told.name}", told.hint)
-    return told
+    if not stdin_format.reader:
+        raise BadCheckpointError(f"standard input is {stdin_format.name}", stdin_format.hint)
+    return stdin_format
 
 
 def _copy_to_the_end(source: BinaryIO, spool: BinaryIO) -> str:
@@ -464,33 +472,41 @@ def open_from_pipe() -> Header:
     Raises BadCheckpointError where it ends early or goes on too long.
     """
     with open(os.devnull, "wb") as nowhere:
-        return _copy_whole(sys.stdin.buffer, nowhere)[0]
+        return _copy_safetensors(sys.stdin.buffer, nowhere)[0]
 
 
-def _copy_whole(
-    source: BinaryIO, spool: BinaryIO, *, room: int | None = None
+def _copy_safetensors(
+    source: BinaryIO, spool: BinaryIO, *, free: int | None = None
 ) -> tuple[Header, str]:
-    """Copy one safetensors file from a pipe: (its header, the SHA-256 of all of it). A header that
-    lies is refused early."""
+    """Copy one safetensors file from a pipe: (its header, the SHA-256 of all of it).
+
+    free is the room that there is for it, in bytes. Raises BadCheckpointError where the header
+    promises more than that, or anything else than what comes.
+    """
     tee = _Tee(source, spool)
     header = read_header(tee, None, "standard input")
-    if room is not None and header.size > room:
+    if free is not None and header.size > free:
         raise BadCheckpointError(
             f"standard input promises {header.size} bytes, more than the disk holds", "set TMPDIR"
         )
     while tee.count <= header.size and tee.read(CHUNK):
         pass
     if tee.count != header.size:
-        kind = "is cut short" if tee.count < header.size else "goes on after its last tensor"
+        problem = "is cut short" if tee.count < header.size else "goes on after its last tensor"
         raise BadCheckpointError(
-            f"standard input {kind}", f"the header promises {header.size} bytes"
+            f"standard input {problem}", f"the header promises {header.size} bytes"
         )
     return header, tee.digest.hexdigest()
 
 
 class _Tee:
+    """Reads from a stream, and writes, counts and hashes all that it reads."""
+
     def __init__(self, source: BinaryIO, spool: BinaryIO) -> None:
-        self.source, self.spool, self.count, self.digest = source, spool, 0, hashlib.sha256()
+        self.source = source
+        self.spool = spool
+        self.count = 0
+        self.digest = hashlib.sha256()
 
     def read(self, count: int) -> bytes:
         data = self.source.read(count)

@@ -13,6 +13,7 @@ from svdcli.plan.plan import FORMAT, Plan
 
 METHOD = "svdcli"
 _DTYPE_KEYS = ("dtype", "torch_dtype")  # the key of today, and that of older files
+# What configs call dtypes.
 _DTYPE_NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
 
 Path = tuple[str, ...]
@@ -34,8 +35,10 @@ def changes_of(
         if factored:
             changes[(*path, "quantization_config")] = quantization_config(plan.recipe.layout)
         if transformers and plan.recipe.dtype is not None:
-            keys = [key for key in _DTYPE_KEYS if part.get(key) is not None] or [_DTYPE_KEYS[0]]
-            changes |= {(*path, key): _DTYPE_NAMES[plan.recipe.dtype] for key in keys}
+            # Under the keys that say it already, so that they do not contradict each other.
+            keys = [key for key in _DTYPE_KEYS if part.get(key) is not None]
+            for key in keys or _DTYPE_KEYS[:1]:
+                changes[(*path, key)] = _DTYPE_NAMES[plan.recipe.dtype]
     if factored and auto_map is not None:
         changes[("auto_map",)] = dict(auto_map)
     return changes
@@ -55,54 +58,61 @@ def asks_for_plugin(config: Mapping[str, Any]) -> bool:
 def change(config: Mapping[str, Any], changes: Mapping[Path, Any]) -> tuple[dict[str, Any], Note]:
     """(the config with these changes, a note of what was there before: `path`, and `was` unless
     nothing was)."""
-    new, note = copy.deepcopy(dict(config)), []
+    changed = copy.deepcopy(dict(config))
+    note: Note = []
     for path, value in changes.items():
-        owner = _owner(new, path)
-        if path[-1] in owner and owner[path[-1]] == value:
+        key = path[-1]
+        owner = _owner(changed, path)
+        if key in owner and owner[key] == value:
             continue
-        was = {"was": owner[path[-1]]} if path[-1] in owner else {}
-        note.append({"path": list(path)} | was)
-        owner[path[-1]] = value
-    return new, note
+        entry: dict[str, Any] = {"path": list(path)}
+        if key in owner:
+            entry["was"] = owner[key]
+        note.append(entry)
+        owner[key] = value
+    return changed, note
 
 
 def change_back(config: Mapping[str, Any], note: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The config as it was before the changes that `note` tells of; whatever else changed since
     then stays."""
-    old = copy.deepcopy(dict(config))
-    for item in note:
-        *path, key = item["path"]
-        owner = _owner(old, (*path, key))
-        if "was" in item:
-            owner[key] = item["was"]
+    restored = copy.deepcopy(dict(config))
+    for entry in note:
+        path = tuple(entry["path"])
+        owner = _owner(restored, path)
+        if "was" in entry:
+            owner[path[-1]] = entry["was"]
         else:
-            owner.pop(key, None)
-    return old
+            owner.pop(path[-1], None)
+    return restored
 
 
 def without_note(config: Mapping[str, Any], *, self_contained: bool) -> dict[str, Any]:
     """The config of an output that has no note of its changes, without what compress is known to
     have added."""
-    old = dict(config)
-    if asks_for_plugin(old):
-        del old["quantization_config"]
+    restored = dict(config)
+    if asks_for_plugin(restored):
+        del restored["quantization_config"]
     if self_contained:
-        old.pop("auto_map", None)
-    return old
+        restored.pop("auto_map", None)
+    return restored
 
 
 def render_like(text: str, data: Mapping[str, Any]) -> bytes | None:
     """`data` written as `text` is, a JSON file; None where no plain way of writing gives `text` for
     what it says."""
-    said, body = json.loads(text), text.rstrip()
-    for how in _ways_to_write(text):
-        if json.dumps(said, **how) == body:
-            return (json.dumps(data, **how) + text[len(body) :]).encode()
+    original = json.loads(text)
+    body = text.rstrip()
+    ending = text[len(body) :]  # such as a final newline
+    for options in _options_of_dumps(text):
+        if json.dumps(original, **options) == body:
+            return (json.dumps(data, **options) + ending).encode()
     return None
 
 
-def _ways_to_write(text: str) -> list[dict[str, Any]]:
-    """Options of json.dumps that may have given `text`."""
+def _options_of_dumps(text: str) -> list[dict[str, Any]]:
+    """Options of json.dumps that may have given `text`: by its indent, or, on one line, with either
+    kind of separators; with letters beyond ASCII as they are, or escaped."""
     indent = re.match(r"\{\n([ \t]+)", text)
     if indent is not None:
         layouts: list[dict[str, Any]] = [{"indent": indent[1]}]
@@ -114,8 +124,8 @@ def _ways_to_write(text: str) -> list[dict[str, Any]]:
 
 
 def _owner(config: dict[str, Any], path: Path) -> dict[str, Any]:
-    """The dictionary in `config` that the last step of `path` is a key of; one that nobody holds
-    where there is none."""
+    """The dictionary in `config` that the last step of `path` is a key of; where there is none, an
+    empty one that is not in it."""
     owner = config
     for step in path[:-1]:
         below = owner.get(step)

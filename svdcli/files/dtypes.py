@@ -6,6 +6,7 @@ import ctypes
 
 import torch
 
+# torch's dtypes by their names in safetensors; not every version of torch has all of them.
 TORCH_DTYPES = {
     name: getattr(torch, attribute)
     for name, attribute in {

@@ -9,13 +9,13 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-FIRST_BYTES = 512
+FIRST_BYTES = 512  # enough for every signature below
 PICKLE_ENDINGS = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".pth.tar", ".pt.tar", ".th")
 _ZIP = b"PK\x03\x04"
 # Pickle protocol 2, then the magic number with which `torch.save` began files before PyTorch 1.6.
 _LEGACY_TORCH = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
-_TAR_AT = 257
-_LARGEST_TEXT = 1 << 26
+_TAR_OFFSET = 257  # where a tar archive has its signature
+_LARGEST_JSON = 1 << 26  # a larger file is not read to learn what its JSON is
 
 
 @dataclass(frozen=True)
@@ -123,22 +123,23 @@ def format_of(path: Path) -> Format:
         return _SHARD_OF_DCP
     if first.startswith(_ZIP):
         return _in_zip(path)
-    told = by_bytes(first)
-    if told is None and first.lstrip()[:1] == b"{":
-        told = _in_json(path)
-    return told or _by_name(path.name)
+    file_format = by_bytes(first)
+    if file_format is None and first.lstrip()[:1] == b"{":
+        file_format = _in_json(path)
+    return file_format or _by_name(path.name)
 
 
 def by_bytes(first: bytes) -> Format | None:
     """What a file is that begins with `first` (FIRST_BYTES of it are enough), or None."""
+    # A safetensors header begins behind its length, which takes 8 bytes.
     if first[8:9] == b"{" and not first.startswith(_ZIP):
         return SAFETENSORS
-    for beginning, known in _BEGINNINGS:
+    for beginning, file_format in _BEGINNINGS:
         if first.startswith(beginning):
-            return known
+            return file_format
     if first.startswith(_ZIP) or re.match(rb"\x80[\x02-\x05]", first):
         return PICKLE
-    if first[_TAR_AT : _TAR_AT + 5] == b"ustar":
+    if first[_TAR_OFFSET : _TAR_OFFSET + 5] == b"ustar":
         return _ARCHIVE
     if first[4:8] == b"TFL3":
         return _TFLITE
@@ -155,10 +156,12 @@ def _markup(first: bytes) -> Format | None:
 
 
 def _by_name(name: str) -> Format:
-    for pattern, known in _BY_NAME:
+    for pattern, file_format in _BY_NAME:
         if pattern.search(name):
-            return known
-    return PICKLE if name.lower().endswith(PICKLE_ENDINGS) else SAFETENSORS
+            return file_format
+    if name.lower().endswith(PICKLE_ENDINGS):
+        return PICKLE
+    return SAFETENSORS
 
 
 def _in_zip(path: Path) -> Format:
@@ -180,18 +183,23 @@ def _in_zip(path: Path) -> Format:
 
 
 def _in_json(path: Path) -> Format:
-    if path.stat().st_size > _LARGEST_TEXT:
+    if path.stat().st_size > _LARGEST_JSON:
         return _by_name(path.name)
     try:
         data = json.loads(path.read_bytes())
     except (ValueError, RecursionError):
         return _by_name(path.name)
-    return _INDEX if isinstance(data, dict) and "weight_map" in data else _JSON
+    if isinstance(data, dict) and "weight_map" in data:
+        return _INDEX
+    return _JSON
 
 
 def without_ending(name: str) -> str:
     """A weight file's name without the ending that tells its format: model.pth.tar -> model."""
-    for ending in sorted((".safetensors", *PICKLE_ENDINGS), key=len, reverse=True):
+    endings = sorted(
+        (".safetensors", *PICKLE_ENDINGS), key=len, reverse=True
+    )  # the longest that fits
+    for ending in endings:
         if name.lower().endswith(ending) and len(name) > len(ending):
             return name[: -len(ending)]
     return name.rsplit(".", 1)[0]

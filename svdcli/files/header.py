@@ -1,5 +1,5 @@
-"""Safetensors headers: read with suspicion, written into space that was reserved for them. Stdlib
-only."""
+"""Safetensors headers: checked as hostile input, written into space that was reserved for them.
+Stdlib only."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ from svdcli.errors import BadCheckpointError
 from svdcli.plan.tensors import DTYPE_BITS, TensorInfo
 
 LARGEST_HEADER = 100_000_000  # the limit of the reference reader
-_PREFIX = 8
+_PREFIX = 8  # bytes of the number before the header, which is the header's length
+_READ_AT_ONCE = 1 << 20
+_SHOWN_LETTERS = 60  # of a shape or offsets in a message: hostile ones may be endless
 
 
 @dataclass(frozen=True)
@@ -40,39 +42,43 @@ class Readable(Protocol):
     def read(self, count: int, /) -> bytes: ...
 
 
-def read_header(stream: Readable, size: int | None, where: str) -> Header:
+def read_header(stream: Readable, size: int | None, shown: str) -> Header:
     """Read and check the header at the front of `stream`.
 
     size is the file's length, None where it is not known (a pipe); then nothing is read beyond the
-    header. Raises BadCheckpointError where the header breaks the format in any way; never allocates
-    more than the header's limit.
+    header. shown is what messages call the file. Raises BadCheckpointError where the header breaks
+    the format in any way; never allocates more than the header's limit.
     """
+    # The length of the header, which is not to be trusted before it was compared with what there
+    # is.
     prefix = _read_up_to(stream, _PREFIX)
     if len(prefix) == 0:
-        raise BadCheckpointError(f"{where} is empty", "give a safetensors file")
+        raise BadCheckpointError(f"{shown} is empty", "give a safetensors file")
     if len(prefix) < _PREFIX:
-        raise _not_safetensors(where, f"it has only {len(prefix)} bytes")
+        raise _not_safetensors(shown, f"it has only {len(prefix)} bytes")
     length = struct.unpack("<Q", prefix)[0]
     if length > LARGEST_HEADER:
-        raise _not_safetensors(
-            where, f"its header would be {length} bytes, more than {LARGEST_HEADER}"
-        )
+        problem = f"its header would be {length} bytes, more than {LARGEST_HEADER}"
+        raise _not_safetensors(shown, problem)
     if size is not None and _PREFIX + length > size:
-        raise _not_safetensors(where, f"its header would be {length} bytes in a file of {size}")
+        raise _not_safetensors(shown, f"its header would be {length} bytes in a file of {size}")
+
+    # The header itself.
     raw = _read_up_to(stream, length)
     if len(raw) < length:
-        raise _damaged(where, f"it ends inside its header, after {_PREFIX + len(raw)} bytes")
-    fields = _parse(raw, where)
-    metadata = _check_metadata(fields.pop("__metadata__", {}), where)
-    entries = _check_entries(fields, _PREFIX + length, where)
-    end = max((entry.offset + entry.info.nbytes for entry in entries), default=_PREFIX + length)
-    if size is not None and size != end:
-        kind = (
-            f"it is cut short: {end - size} bytes are missing"
-            if size < end
-            else f"{size - end} bytes follow its last tensor"
-        )
-        raise _damaged(where, kind)
+        raise _damaged(shown, f"it ends inside its header, after {_PREFIX + len(raw)} bytes")
+    fields = _parse(raw, shown)
+    metadata = _check_metadata(fields.pop("__metadata__", {}), shown)
+    entries = _check_entries(fields, _PREFIX + length, shown)
+
+    # The file holds the tensors that the header promises, and nothing else.
+    end = _PREFIX + length
+    if entries:
+        end = max(entry.offset + entry.info.nbytes for entry in entries)
+    if size is not None and size < end:
+        raise _damaged(shown, f"it is cut short: {end - size} bytes are missing")
+    if size is not None and size > end:
+        raise _damaged(shown, f"{size - end} bytes follow its last tensor")
     return Header(entries, metadata, end)
 
 
@@ -85,6 +91,7 @@ def render_header(
     reserved is the number of bytes to fill; without it the next multiple of 8. Raises ValueError
     where it does not fit.
     """
+    # Tensors follow each other without holes, as the format demands.
     fields: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     offset = 0
     for tensor in tensors:
@@ -96,6 +103,8 @@ def render_header(
         }
         offset = end
     raw = json.dumps(fields, separators=(",", ":"), ensure_ascii=False).encode()
+
+    # Readers accept spaces behind the JSON, and nothing else.
     total = reserved if reserved is not None else _PREFIX + -(-len(raw) // 8) * 8
     if len(raw) + _PREFIX > total:
         raise ValueError(f"a header of {len(raw)} bytes does not fit into {total}")
@@ -108,9 +117,11 @@ def header_size(tensors: Sequence[TensorInfo], metadata: Mapping[str, str]) -> i
 
 
 def _read_up_to(stream: Readable, count: int) -> bytes:
+    """The next `count` bytes, or what there is of them, a piece at a time: a header that lies about
+    its length then takes no more memory than the file has bytes."""
     parts: list[bytes] = []
     while count:
-        part = stream.read(min(count, 1 << 20))
+        part = stream.read(min(count, _READ_AT_ONCE))
         if not part:
             break
         parts.append(part)
@@ -118,14 +129,14 @@ def _read_up_to(stream: Readable, count: int) -> bytes:
     return b"".join(parts)
 
 
-def _not_safetensors(where: str, why: str) -> BadCheckpointError:
+def _not_safetensors(shown: str, why: str) -> BadCheckpointError:
     return BadCheckpointError(
-        f"{where} is not a safetensors file: {why}", "check the path, or download the file again"
+        f"{shown} is not a safetensors file: {why}", "check the path, or download the file again"
     )
 
 
-def _damaged(where: str, why: str) -> BadCheckpointError:
-    return BadCheckpointError(f"{where} is damaged: {why}", "download or write the file again")
+def _damaged(shown: str, why: str) -> BadCheckpointError:
+    return BadCheckpointError(f"{shown} is damaged: {why}", "download or write the file again")
 
 
 class _DuplicateKeyError(ValueError):
@@ -133,103 +144,116 @@ class _DuplicateKeyError(ValueError):
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    fields = dict(pairs)
-    if len(fields) != len(pairs):
-        seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise _DuplicateKeyError(f"its header names {twice!r} twice")
+    """A JSON object as a dict. Raises _DuplicateKeyError where it has a key twice, for which json
+    alone would take the last."""
+    fields: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in fields:
+            raise _DuplicateKeyError(f"its header names {key!r} twice")
+        fields[key] = value
     return fields
 
 
 def _count(text: str) -> int:
-    """JSON knows -0, the reference reader does not."""
+    """A whole number of a header. JSON knows -0, the reference reader does not."""
     if text.startswith("-"):
         raise ValueError(f"{text} is negative")
     return int(text)
 
 
-def _parse(raw: bytes, where: str) -> dict[str, Any]:
+def _parse(raw: bytes, shown: str) -> dict[str, Any]:
+    """The JSON object of a header."""
     if not raw.startswith(b"{"):
-        raise _not_safetensors(where, "its header does not begin with '{'")
+        raise _not_safetensors(shown, "its header does not begin with '{'")
     try:
         fields = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique, parse_int=_count)
     except _DuplicateKeyError as error:
-        raise _damaged(where, str(error)) from error
+        raise _damaged(shown, str(error)) from error
     except (ValueError, RecursionError) as error:
         raise _not_safetensors(
-            where, "its header is not JSON, or holds numbers or nesting that no header has"
+            shown, "its header is not JSON, or holds numbers or nesting that no header has"
         ) from error
     if not isinstance(fields, dict):
-        raise _not_safetensors(where, "its header is not a JSON object")
+        raise _not_safetensors(shown, "its header is not a JSON object")
     return fields
 
 
-def _check_metadata(metadata: object, where: str) -> dict[str, str]:
-    if not isinstance(metadata, dict) or not all(
-        isinstance(value, str) for value in metadata.values()
-    ):
-        raise _damaged(where, "its __metadata__ is not a map of strings")
+def _check_metadata(metadata: object, shown: str) -> dict[str, str]:
+    """The metadata, where it maps strings to strings that UTF-8 can write."""
+    if not isinstance(metadata, dict):
+        raise _damaged(shown, "its __metadata__ is not a map of strings")
+    if not all(isinstance(value, str) for value in metadata.values()):
+        raise _damaged(shown, "its __metadata__ is not a map of strings")
     try:
         "".join(itertools.chain(metadata, metadata.values())).encode("utf-8")
     except UnicodeEncodeError as error:
-        raise _damaged(where, "its __metadata__ is not Unicode text") from error
+        raise _damaged(shown, "its __metadata__ is not Unicode text") from error
     return metadata
 
 
-def _check_entries(fields: dict[str, Any], data_start: int, where: str) -> tuple[Entry, ...]:
+def _check_entries(fields: dict[str, Any], data_start: int, shown: str) -> tuple[Entry, ...]:
+    """The tensors in the order of their bytes, where these follow each other without overlap or
+    hole."""
     spans = sorted(
-        (_check_one(name, item, where) for name, item in fields.items()), key=lambda span: span[1:]
+        (_check_tensor(name, field, shown) for name, field in fields.items()),
+        key=lambda span: span[1:],
     )
-    at = 0
+    position = 0
     entries = []
     for info, begin, end in spans:
-        if begin != at:
-            kind = (
-                "overlaps the tensor before it"
-                if begin < at
-                else f"leaves a hole of {begin - at} bytes before it"
-            )
-            raise _damaged(where, f"tensor {info.name!r} {kind}")
+        if begin < position:
+            raise _damaged(shown, f"tensor {info.name!r} overlaps the tensor before it")
+        if begin > position:
+            hole = begin - position
+            raise _damaged(shown, f"tensor {info.name!r} leaves a hole of {hole} bytes before it")
         entries.append(Entry(info, data_start + begin))
-        at = end
+        position = end
     return tuple(entries)
 
 
-def _check_one(name: str, item: object, where: str) -> tuple[TensorInfo, int, int]:
+def _check_tensor(name: str, field: object, shown: str) -> tuple[TensorInfo, int, int]:
+    """One tensor of a header, and where its bytes begin and end behind the header. Raises
+    BadCheckpointError for what the reference reader refuses too."""
+    # The types of everything: Python's JSON knows more than a header may hold.
     try:
         name.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise _damaged(where, f"the tensor name {name!r} is not Unicode text") from error
-    if not isinstance(item, dict) or item.keys() != {"dtype", "shape", "data_offsets"}:
+        raise _damaged(shown, f"the tensor name {name!r} is not Unicode text") from error
+    if not isinstance(field, dict) or field.keys() != {"dtype", "shape", "data_offsets"}:
         raise _damaged(
-            where, f"tensor {name!r} does not have dtype, shape and data_offsets, and nothing else"
+            shown, f"tensor {name!r} does not have dtype, shape and data_offsets, and nothing else"
         )
-    dtype, shape, offsets = item["dtype"], item["shape"], item["data_offsets"]
+    dtype, shape, offsets = field["dtype"], field["shape"], field["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
-        raise _damaged(where, f"tensor {name!r} has the unknown dtype {dtype!r}")
-    if not isinstance(shape, list) or not all(_is_count(size) for size in shape):
-        raise _damaged(where, f"tensor {name!r} has the shape {str(shape)[:60]}")
-    if (
-        not isinstance(offsets, list)
-        or len(offsets) != 2
-        or not all(_is_count(value) for value in offsets)
-    ):
-        raise _damaged(where, f"tensor {name!r} has the offsets {str(offsets)[:60]}")
+        raise _damaged(shown, f"tensor {name!r} has the unknown dtype {dtype!r}")
+    if not _are_counts(shape):
+        raise _damaged(shown, f"tensor {name!r} has the shape {str(shape)[:_SHOWN_LETTERS]}")
+    if not _are_counts(offsets) or len(offsets) != 2:
+        raise _damaged(shown, f"tensor {name!r} has the offsets {str(offsets)[:_SHOWN_LETTERS]}")
+
+    # The numbers fit each other. Every product on the way counts: one zero among the sizes does not
+    # make up for others that overflow.
+    products = itertools.accumulate((*shape, DTYPE_BITS[dtype]), operator.mul)
+    if any(product >= 2**64 for product in products):
+        raise _damaged(
+            shown,
+            f"tensor {name!r} has the shape {str(shape)[:_SHOWN_LETTERS]}, more than 64 bits can "
+            f"count",
+        )
     info = TensorInfo(name, dtype, tuple(shape))
-    if any(
-        product >= 2**64
-        for product in itertools.accumulate((*shape, DTYPE_BITS[dtype]), operator.mul)
-    ):
+    begin, end = offsets
+    in_whole_bytes = info.parameters * DTYPE_BITS[dtype] % 8 == 0
+    if not in_whole_bytes or end - begin != info.nbytes:
         raise _damaged(
-            where, f"tensor {name!r} has the shape {str(shape)[:60]}, more than 64 bits can count"
+            shown,
+            f"tensor {name!r} holds {end - begin} bytes, its shape and dtype need {info.nbytes}",
         )
-    if (info.parameters * DTYPE_BITS[dtype]) % 8 or offsets[1] - offsets[0] != info.nbytes:
-        raise _damaged(
-            where,
-            f"tensor {name!r} holds {offsets[1] - offsets[0]} bytes, its shape and dtype need "
-            f"{info.nbytes}",
-        )
-    return info, offsets[0], offsets[1]
+    return info, begin, end
+
+
+def _are_counts(value: Any) -> bool:
+    """Is this a list of whole numbers from 0 on that 63 bits hold."""
+    return isinstance(value, list) and all(_is_count(number) for number in value)
 
 
 def _is_count(value: object) -> bool:

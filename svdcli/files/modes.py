@@ -14,8 +14,8 @@ from svdcli.files.checkpoint import RECORD, Checkpoint
 if TYPE_CHECKING:
     from svdcli.files.blueprint import Blueprint
 
-_NEW_FILE = 0o666
-_OWNER_WORKS = 0o700
+_NEW_FILE = 0o666  # less what the umask takes
+_OWNER_WORKS = 0o700  # what the owner of a folder needs to move it and what is in it
 
 
 def modes_of(checkpoint: Checkpoint, blueprint: Blueprint) -> dict[str, int]:
@@ -30,14 +30,17 @@ def modes_of(checkpoint: Checkpoint, blueprint: Blueprint) -> dict[str, int]:
         return {"": _NEW_FILE & ~_umask()}
     if not checkpoint.is_directory:
         return {"": _mode(checkpoint.path)}
-    weights = 0o777
+
+    # Weight files may be split anew, so they have the permissions that all of the source's have.
+    of_weights = 0o777
     for name in checkpoint.files:
-        weights &= _mode(checkpoint.path / name)
+        of_weights &= _mode(checkpoint.path / name)
+
     modes = {"": _mode(checkpoint.path)}
     for name in blueprint.sizes():
         source = checkpoint.path / name
-        kept = source.is_file() and name not in checkpoint.files and name != RECORD
-        modes[name] = _mode(source) if kept else weights
+        is_carried = source.is_file() and name not in checkpoint.files and name != RECORD
+        modes[name] = _mode(source) if is_carried else of_weights
         for folder in PurePosixPath(name).parents:
             if folder.name:
                 modes[str(folder)] = _mode_of_folder(checkpoint.path / folder)
@@ -52,13 +55,14 @@ def set_modes(target: Path, modes: Mapping[str, int]) -> None:
     """
     for name in sorted(modes, key=lambda name: name.count("/"), reverse=True):
         path = target / name if name else target
+        mode = modes[name]
         if path.is_dir():
-            path.chmod(modes[name] | _OWNER_WORKS)
-        else:
-            path.chmod(modes[name])
+            mode |= _OWNER_WORKS
+        path.chmod(mode)
 
 
 def _mode(path: Path) -> int:
+    """The permissions of a file or folder, less what the umask takes, as `cp -r` would have it."""
     return stat.S_IMODE(path.stat().st_mode) & 0o777 & ~_umask()
 
 
@@ -67,7 +71,7 @@ def _mode_of_folder(path: Path) -> int:
 
 
 def _umask() -> int:
-    """The process's own; the system tells it only in exchange for another."""
+    """The process's own. The system returns it only when another one is set."""
     mask = os.umask(0o077)
     os.umask(mask)
     return mask

@@ -17,13 +17,14 @@ from svdcli.errors import BadCheckpointError, UsageError
 from svdcli.files.dtypes import DTYPE_NAMES, bytes_of
 from svdcli.plan.tensors import TensorInfo
 
+# What torch says of a pickle that holds more than its safe list allows.
 _NEEDS_CODE = re.compile(r"Unsupported (global|class)|Trying to |Can only (build|create|SETITEM)")
 _UNKNOWN_GLOBAL = re.compile(r"Unsupported global: GLOBAL (\S+) was not")
 _WANTS_A_DICT = re.compile(r"Can only SETITEMS? for .* but got <class '([^']+)'>")
-_MOST_PLACEHOLDERS = 200
+_MOST_PLACEHOLDERS = 200  # each costs another try to load
 # What a training script saves beside the weights: its tensors are as large as theirs.
 _NO_WEIGHTS = re.compile(r"optim|sched|exp_avg|momentum|scaler|callback|rng", re.IGNORECASE)
-_DEEPEST = 12
+_DEEPEST = 12  # levels of dicts in dicts that are looked through
 # Dicts with less than this share of the chosen one's bytes are counters and buffers, not a choice.
 _WORTH_TELLING = 0.01
 
@@ -54,13 +55,16 @@ class PickledFile:
         level = loaded
         for key in keys:
             inside = _inside(level)
-            for other in inside:
-                if other != key:
-                    name = ".".join((*above, other))
+            for sibling in inside:
+                if sibling != key:
+                    name = ".".join((*above, sibling))
                     self.left_out[name] = f"beside {key!r} in {self.path.name}"
-            above, level = (*above, key), inside[key]
+            above = (*above, key)
+            level = inside[key]
 
     def _take(self, tensors: Mapping[Any, Any]) -> None:
+        """Check and keep the tensors of the chosen dict, and tie those that share memory to the
+        first of them."""
         seen: dict[tuple[int, tuple[int, ...], tuple[int, ...]], str] = {}
         for key, value in tensors.items():
             name = str(key)
@@ -77,14 +81,16 @@ class PickledFile:
             self._tensors[name] = value
 
     def _check(self, name: str, value: torch.Tensor) -> None:
+        """Raises BadCheckpointError for a tensor that no safetensors file can hold."""
         if name in self._tensors:
             raise BadCheckpointError(f"{self.path} has two tensors called {name!r}", "rename one")
         if value.is_meta or value.layout != torch.strided or value.dtype not in DTYPE_NAMES:
-            kind = f"{value.layout} {value.dtype}"
             raise BadCheckpointError(
-                f"{self.path}: tensor {name!r} is {kind}, which safetensors cannot hold",
+                f"{self.path}: tensor {name!r} is {value.layout} {value.dtype}, which safetensors "
+                f"cannot hold",
                 "convert it first",
             )
+        # Views repeat few numbers many times: a small file may ask for any amount of memory.
         if value.nbytes > 16 * self.path.stat().st_size:
             raise BadCheckpointError(
                 f"{self.path}: tensor {name!r} needs {value.nbytes} bytes, far more than its file",
@@ -102,8 +108,8 @@ class PickledFile:
         return bytes_of(self._tensors[name])
 
     def read_tensor(self, name: str) -> torch.Tensor:
-        whole = self._tensors[name].detach().resolve_conj()
-        return whole.clone(memory_format=torch.contiguous_format)
+        tensor = self._tensors[name].detach().resolve_conj()
+        return tensor.clone(memory_format=torch.contiguous_format)
 
 
 # Unpickling ---------------------------------------------------------------------------------------
@@ -145,35 +151,41 @@ def _load(path: Path) -> tuple[object, bool]:
                 with torch.serialization.safe_globals(list(placeholders.values())):
                     return _load_safely(path), bool(placeholders)
             except pickle.UnpicklingError as error:
-                said = " ".join(str(error).split())
-                if _add_placeholder(placeholders, said):
+                message = " ".join(str(error).split())
+                if _add_placeholder(placeholders, message):
                     continue
-                if _NEEDS_CODE.search(said):
+                if _NEEDS_CODE.search(message):
                     raise _needs_code(path) from error
-                raise _no_pytorch_file(path, said) from error
+                raise _no_pytorch_file(path, message) from error
             except (FileNotFoundError, PermissionError):
                 raise
             except _DAMAGED as error:
                 raise _no_pytorch_file(path, str(error)) from error
 
 
-def _add_placeholder(placeholders: dict[str, type], said: str) -> bool:
-    """Make one for the class that torch says it does not know, or one that fits better."""
-    unknown, wants_dict = _UNKNOWN_GLOBAL.search(said), _WANTS_A_DICT.search(said)
+def _add_placeholder(placeholders: dict[str, type], message: str) -> bool:
+    """Make one for the class that torch says it does not know, or one that fits better. False where
+    that does not help."""
     if len(placeholders) >= _MOST_PLACEHOLDERS:
         return False
+
+    # A class that has no placeholder yet.
+    unknown = _UNKNOWN_GLOBAL.search(message)
     if unknown is not None:
-        name = (
-            unknown[1] if "." in unknown[1] else f"builtins.{unknown[1]}"
-        )  # torch leaves that away
+        name = unknown[1]
+        if "." not in name:
+            name = f"builtins.{name}"  # torch leaves that away
         if name not in placeholders:
             placeholders[name] = _class_called(name, _Placeholder)
             return True
-    if wants_dict is not None and issubclass(
-        placeholders.get(wants_dict[1], _PlainDict), _Placeholder
-    ):
-        placeholders[wants_dict[1]] = _class_called(wants_dict[1], _PlainDict)
-        return True
+
+    # A class whose placeholder is asked to be a dict.
+    wants_dict = _WANTS_A_DICT.search(message)
+    if wants_dict is not None:
+        name = wants_dict[1]
+        if issubclass(placeholders.get(name, _PlainDict), _Placeholder):
+            placeholders[name] = _class_called(name, _PlainDict)
+            return True
     return False
 
 
@@ -183,6 +195,7 @@ def _class_called(full_name: str, base: type) -> type:
     return type(name, (base,), {"__module__": module, "__qualname__": name})
 
 
+# What torch raises for files that are cut short, or are no pickles at all.
 _DAMAGED = (
     RuntimeError,
     OSError,
@@ -196,6 +209,7 @@ _DAMAGED = (
 
 
 def _load_safely(path: Path) -> object:
+    """What the file holds, mapped into memory where its format allows: only zip archives do."""
     if path.suffix == ".safetensors":  # torch goes by the name, and would take it for one
         with path.open("rb") as stream:
             return torch.load(stream, map_location="cpu", weights_only=True)
@@ -215,9 +229,9 @@ def _needs_code(path: Path) -> BadCheckpointError:
     )
 
 
-def _no_pytorch_file(path: Path, said: str) -> BadCheckpointError:
-    """What the file is in place of one: text, a pickle of another kind, or what torch said of it,
-    where that is words."""
+def _no_pytorch_file(path: Path, message: str) -> BadCheckpointError:
+    """What the file is in place of one: text, a pickle of another kind, or torch's message, where
+    that is words and no advice to load it unsafely."""
     with path.open("rb") as stream:
         first = stream.read(60)
     if first and all(32 <= byte < 127 or byte in b"\r\n\t" for byte in first):
@@ -230,8 +244,8 @@ def _no_pytorch_file(path: Path, said: str) -> BadCheckpointError:
         return BadCheckpointError(
             f"{path} is not a PyTorch file but a pickle of another kind", hint
         )
-    told = re.search("[a-z]{3}", said) and "weights_only" not in said
-    detail = f" ({said[:80]})" if told else ""
+    is_useful = re.search("[a-z]{3}", message) and "weights_only" not in message
+    detail = f" ({message[:80]})" if is_useful else ""
     return BadCheckpointError(f"{path} is not a PyTorch file{detail}", "download it again")
 
 
@@ -267,26 +281,32 @@ def _choose(
         if placeholders:
             raise _needs_code(path)
         raise BadCheckpointError(f"{path} holds no dict of tensors", "save model.state_dict()")
+
+    # The one that was asked for, or the largest.
     if asked is not None:
         return _asked_for(candidates, path, asked), ()
     ordered = sorted(candidates, key=lambda c: (c.nbytes, "ema" in c.shown.lower()), reverse=True)
     best = ordered[0]
-    others = [c for c in ordered[1:] if c.nbytes >= _WORTH_TELLING * best.nbytes]
-    if not others:
+
+    # A person should know what else could have been meant.
+    passed_over = [c for c in ordered[1:] if c.nbytes >= _WORTH_TELLING * best.nbytes]
+    if not passed_over:
         return best, ()
-    listed = ", ".join(f"{c.shown} ({c.nbytes} bytes)" for c in others[:4])
-    more = f" and {len(others) - 4} more" if len(others) > 4 else ""
+    listed = ", ".join(f"{c.shown} ({c.nbytes} bytes)" for c in passed_over[:4])
+    if len(passed_over) > 4:
+        listed = f"{listed} and {len(passed_over) - 4} more"
     note = (
-        f"{path.name} holds several dicts of tensors: {best.shown} ({best.nbytes} bytes) was taken"
+        f"{path.name} holds several dicts of tensors: {best.shown} ({best.nbytes} bytes) was "
+        f"taken, not {listed}; --state-dict KEY decides"
     )
-    return best, (f"{note}, not {listed}{more}; --state-dict KEY decides",)
+    return best, (note,)
 
 
 def _asked_for(candidates: list[_Candidate], path: Path, asked: str) -> _Candidate:
     """By its whole path of keys, or by its last key where only one has that."""
-    whole = [c for c in candidates if ".".join(c.keys) == asked]
-    last = [c for c in candidates if c.keys and c.keys[-1] == asked]
-    matching = whole or last
+    by_path = [c for c in candidates if ".".join(c.keys) == asked]
+    by_last_key = [c for c in candidates if c.keys and c.keys[-1] == asked]
+    matching = by_path or by_last_key
     if len(matching) == 1:
         return matching[0]
     names = ", ".join(c.shown for c in candidates[:8])
@@ -296,22 +316,24 @@ def _asked_for(candidates: list[_Candidate], path: Path, asked: str) -> _Candida
 
 def _candidates(value: object, keys: tuple[str, ...], seen: set[int]) -> Iterator[_Candidate]:
     """Every dict that holds tensors itself, outside of what training keeps for itself."""
-    if id(value) in seen or len(keys) > _DEEPEST:
+    if id(value) in seen or len(keys) > _DEEPEST:  # pickles may hold themselves
         return
     seen.add(id(value))
-    if isinstance(value, Mapping) and any(
-        isinstance(item, torch.Tensor) for item in value.values()
-    ):
+    if isinstance(value, Mapping) and _holds_tensors(value):
         yield _Candidate(keys, value)
-    for key, item in _inside(value).items():
+    for key, child in _inside(value).items():
         if not _NO_WEIGHTS.search(key):
-            yield from _candidates(item, (*keys, key), seen)
+            yield from _candidates(child, (*keys, key), seen)
+
+
+def _holds_tensors(mapping: Mapping[Any, Any]) -> bool:
+    return any(isinstance(value, torch.Tensor) for value in mapping.values())
 
 
 def _inside(value: object) -> dict[str, object]:
-    """What a dict, list or tuple holds, by key or place; nothing of anything else."""
+    """What a dict, list or tuple holds, by key or index; nothing of anything else."""
     if isinstance(value, Mapping):
-        return {str(key): item for key, item in value.items()}
+        return {str(key): child for key, child in value.items()}
     if isinstance(value, (list, tuple)):
-        return {str(place): item for place, item in enumerate(value)}
+        return {str(index): child for index, child in enumerate(value)}
     return {}

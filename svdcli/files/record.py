@@ -19,6 +19,7 @@ from svdcli.errors import BadCheckpointError, UsageError
 from svdcli.files.checkpoint import METADATA_KEY, RECORD, Checkpoint, read_file_header
 from svdcli.files.folder import read_json
 from svdcli.plan.plan import FORMAT, LayerPlan, Plan, layer_from_json
+from svdcli.plan.tensors import TensorInfo
 from svdcli.version import __version__
 
 
@@ -32,11 +33,13 @@ class Result:
     fell_back: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        item: dict[str, Any] = {
+        data: dict[str, Any] = {
             "relative_error": float(f"{self.relative_error:.6e}"),
             "solver": self.solver,
         }
-        return item if not self.fell_back else item | {"fell_back": list(self.fell_back)}
+        if self.fell_back:
+            data["fell_back"] = list(self.fell_back)
+        return data
 
 
 # As wide as a result can get: solvers and reasons come from short fixed lists.
@@ -44,10 +47,13 @@ WIDEST = Result(1.234567e-100, "randomized float64", ("randomized float32: no co
 _USUAL_ERROR = 1.234567e-10  # as many letters as the error of a solver that did not fail can take
 EVERY = "every_layer"
 CONDENSED = 2  # the format of a record in which `every_layer` says what its layers share
+# What layers may share.
 _SHARED = ("shape", "dtype", "rank", "layout", "stored_dtype", "solver", "metric")
 _SHA_WIDTH = 64
+# What every record says of its source.
 _SOURCE = {"name", "fingerprint", "bytes", "parameters"}
 CONFIG_WAS = "config_was"
+# Halves of surrogate pairs, in which Python reads file names that are not UTF-8.
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -78,15 +84,13 @@ def make_record(
     files: Mapping[str, tuple[int, str]] | None = None,
 ) -> dict[str, Any]:
     """The whole record. A digest that is not known yet, "", takes as much room as one that is."""
-    record = (
-        {"svdcli": __version__}
-        | plan.to_json()
-        | {"source": dict(source), "left_out": dict(left_out)}
-    )
+    record: dict[str, Any] = {"svdcli": __version__, **plan.to_json()}
+    record["source"] = dict(source)
+    record["left_out"] = dict(left_out)
     if left_out_bytes:
         record["left_out_bytes"] = dict(left_out_bytes)
-    for name, item in record["layers"].items():
-        item.update(results[name].to_json())
+    for name, layer in record["layers"].items():
+        layer.update(results[name].to_json())
     if files is not None:
         record["files"] = {
             name: {"bytes": size, "sha256": digest or "0" * _SHA_WIDTH}
@@ -116,22 +120,24 @@ def condensed(record: Mapping[str, Any], shared: Mapping[str, Any]) -> dict[str,
     every layer its own again."""
     if not shared:
         return dict(record)
-    layers = {
-        name: {
-            key: value for key, value in item.items() if key not in shared or shared[key] != value
-        }
-        for name, item in record["layers"].items()
-    }
+    layers = {name: _without(layer, shared) for name, layer in record["layers"].items()}
     return {**record, "format": CONDENSED, EVERY: dict(shared), "layers": layers}
 
 
-def _spread(record: Mapping[str, Any], where: str) -> dict[str, Any]:
+def _without(layer: Mapping[str, Any], shared: Mapping[str, Any]) -> dict[str, Any]:
+    """What a layer says that is not shared."""
+    return {key: value for key, value in layer.items() if key not in shared or shared[key] != value}
+
+
+def _uncondensed(record: Mapping[str, Any], shown: str) -> dict[str, Any]:
     """A condensed record as it was before."""
-    if not all(isinstance(item, dict) for item in record["layers"].values()):
-        raise BadCheckpointError(f"{where}: its svdcli record is damaged", "write the output again")
-    layers = {name: record[EVERY] | item for name, item in record["layers"].items()}
-    rest = {key: value for key, value in record.items() if key != EVERY}
-    return rest | {"format": FORMAT, "layers": layers}
+    if not all(isinstance(layer, dict) for layer in record["layers"].values()):
+        raise _damaged(shown)
+    shared = record[EVERY]
+    layers = {name: shared | layer for name, layer in record["layers"].items()}
+    whole_record = {**record, "format": FORMAT, "layers": layers}
+    del whole_record[EVERY]
+    return whole_record
 
 
 def is_inside(name: str) -> bool:
@@ -140,18 +146,23 @@ def is_inside(name: str) -> bool:
     return bool(path.parts) and not path.anchor and ".." not in path.parts and "\0" not in name
 
 
-def _check_files(files: Any, where: str) -> None:
+def _damaged(shown: str, detail: str = "") -> BadCheckpointError:
+    return BadCheckpointError(
+        f"{shown}: its svdcli record is damaged{detail}", "write the output again"
+    )
+
+
+def _check_files(files: Any, shown: str) -> None:
+    """Raises BadCheckpointError where a record's `files` is no map of files below its folder."""
     if files is None:
         return
-    if not isinstance(files, dict) or not all(isinstance(item, dict) for item in files.values()):
-        raise BadCheckpointError(
-            f"{where}: its svdcli record is damaged (files)", "write the output again"
-        )
-    outside = next((name for name in files if not is_inside(name)), None)
-    if outside is not None:
-        raise BadCheckpointError(
-            f"{where} names {outside!r}, outside its folder", "do not trust this output"
-        )
+    if not isinstance(files, dict) or not all(isinstance(file, dict) for file in files.values()):
+        raise _damaged(shown, " (files)")
+    for name in files:
+        if not is_inside(name):
+            raise BadCheckpointError(
+                f"{shown} names {name!r}, outside its folder", "do not trust this output"
+            )
 
 
 def part_of_record(record: Mapping[str, Any], names: set[str]) -> dict[str, Any]:
@@ -160,19 +171,22 @@ def part_of_record(record: Mapping[str, Any], names: set[str]) -> dict[str, Any]
         "svdcli": record["svdcli"],
         "format": FORMAT,
         "fingerprint": record["fingerprint"],
-        "layers": {name: item for name, item in record["layers"].items() if name in names},
+        "layers": {name: layer for name, layer in record["layers"].items() if name in names},
     }
 
 
 def render_metadata(record: Mapping[str, Any]) -> str:
+    """A record as a safetensors file's metadata holds it."""
     return unicode_json(record, separators=(",", ":"))
 
 
-def unicode_json(data: Any, **how: Any) -> str:
+def unicode_json(data: Any, **options: Any) -> str:
     """JSON in plain letters, or in escapes where half a surrogate pair (a file name that is not
     UTF-8) has no letters."""
-    text = json.dumps(data, ensure_ascii=False, **how)
-    return text if text.isascii() or not _SURROGATE.search(text) else json.dumps(data, **how)
+    text = json.dumps(data, ensure_ascii=False, **options)
+    if not text.isascii() and _SURROGATE.search(text):
+        return json.dumps(data, **options)
+    return text
 
 
 def render_json(data: Mapping[str, Any]) -> bytes:
@@ -196,11 +210,10 @@ def render_record(record: Mapping[str, Any], reserved: int | None = None) -> byt
 
 def _lines(value: Any) -> str:
     """A line for each entry of a map of maps; anything else on one."""
-    if not isinstance(value, dict) or not any(isinstance(item, dict) for item in value.values()):
+    if not isinstance(value, dict) or not any(isinstance(v, dict) for v in value.values()):
         return unicode_json(value)
-    entries = ",\n".join(
-        f"    {unicode_json(key)}: {unicode_json(item)}" for key, item in value.items()
-    )
+    lines = [f"    {unicode_json(key)}: {unicode_json(entry)}" for key, entry in value.items()]
+    entries = ",\n".join(lines)
     return f"{{\n{entries}\n  }}"
 
 
@@ -219,10 +232,11 @@ def record_of(checkpoint: Checkpoint) -> dict[str, Any] | None:
     """The record of an open checkpoint, or None where svdcli did not write it."""
     if checkpoint.is_directory:
         return read_record(checkpoint.path)
-    return next(
-        (r for name, m in checkpoint.metadata.items() if (r := record_in(m, name)) is not None),
-        None,
-    )
+    for name, metadata in checkpoint.metadata.items():
+        record = record_in(metadata, name)
+        if record is not None:
+            return record
+    return None
 
 
 def stored_layers(checkpoint: Checkpoint, record: Mapping[str, Any]) -> list[LayerPlan]:
@@ -232,27 +246,32 @@ def stored_layers(checkpoint: Checkpoint, record: Mapping[str, Any]) -> list[Lay
     record says.
     """
     try:
-        layers = [layer_from_json(name, item) for name, item in record["layers"].items()]
+        layers = [layer_from_json(name, layer) for name, layer in record["layers"].items()]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise BadCheckpointError(
             f"{checkpoint.shown}: its svdcli record is damaged ({error})", "write it again"
         ) from error
     for layer in layers:
-        for expected in layer.stored():
-            ref = checkpoint.tensors.get(expected.name)
-            if ref is None:
-                raise BadCheckpointError(
-                    f"{checkpoint.shown} lacks {expected.name!r}, a factor",
-                    "write the output again",
-                )
-            if ref.info != expected:
-                raise BadCheckpointError(
-                    f"{checkpoint.shown} has {expected.name!r} as {ref.info.dtype} "
-                    f"{list(ref.info.shape)}, its record as "
-                    f"{expected.dtype} {list(expected.shape)}",
-                    "write the output again",
-                )
+        for factor in layer.stored():
+            _check_factor(checkpoint, factor)
     return layers
+
+
+def _check_factor(checkpoint: Checkpoint, factor: TensorInfo) -> None:
+    """Raises BadCheckpointError where the checkpoint does not hold this factor as the record has
+    it."""
+    ref = checkpoint.tensors.get(factor.name)
+    if ref is None:
+        raise BadCheckpointError(
+            f"{checkpoint.shown} lacks {factor.name!r}, a factor", "write the output again"
+        )
+    stored = ref.info
+    if stored != factor:
+        raise BadCheckpointError(
+            f"{checkpoint.shown} has {factor.name!r} as {stored.dtype} {list(stored.shape)}, "
+            f"its record as {factor.dtype} {list(factor.shape)}",
+            "write the output again",
+        )
 
 
 def check_listed(checkpoint: Checkpoint, record: Mapping[str, Any]) -> None:
@@ -266,39 +285,40 @@ def check_listed(checkpoint: Checkpoint, record: Mapping[str, Any]) -> None:
             )
 
 
-def record_in(metadata: Mapping[str, str], where: str) -> dict[str, Any] | None:
-    """The record in a safetensors file's metadata, or None."""
+def record_in(metadata: Mapping[str, str], shown: str) -> dict[str, Any] | None:
+    """The record in a safetensors file's metadata, or None. shown is what messages call it."""
     if METADATA_KEY not in metadata:
         return None
     try:
         record = json.loads(metadata[METADATA_KEY])
     except (ValueError, RecursionError) as error:
         raise BadCheckpointError(
-            f"{where}: its svdcli metadata is not JSON", "write it again"
+            f"{shown}: its svdcli metadata is not JSON", "write it again"
         ) from error
-    return check_record(record, where)
+    return check_record(record, shown)
 
 
-def check_record(data: Any, where: str) -> dict[str, Any]:
+def check_record(data: Any, shown: str) -> dict[str, Any]:
     """The record, with every layer's own fields.
 
     Raises BadCheckpointError where it is of a newer format, lacks what every record has, or names
     files that are not in the output's folder.
     """
-    if (
-        not isinstance(data, dict)
-        or not isinstance(data.get("format"), int)
-        or not isinstance(data.get("layers"), dict)
-    ):
-        raise BadCheckpointError(f"{where}: its svdcli record is damaged", "write the output again")
+    # What every record has, that of a newer format too.
+    if not isinstance(data, dict):
+        raise _damaged(shown)
+    if not isinstance(data.get("format"), int) or not isinstance(data.get("layers"), dict):
+        raise _damaged(shown)
     record: dict[str, Any] = data
     if record["format"] == CONDENSED and isinstance(record.get(EVERY), dict):
-        record = _spread(record, where)
-    _check_files(record.get("files"), where)
+        record = _uncondensed(record, shown)
+    _check_files(record.get("files"), shown)
     if record["format"] > FORMAT:
         raise BadCheckpointError(
-            f"{where} has format {record['format']}, this svdcli knows {FORMAT}", "upgrade svdcli"
+            f"{shown} has format {record['format']}, this svdcli knows {FORMAT}", "upgrade svdcli"
         )
+
+    # What the record of a whole output has, and one weight file's part of it has not.
     if "recipe" in record:
         try:
             Plan.from_json(record)
@@ -306,17 +326,14 @@ def check_record(data: Any, where: str) -> dict[str, Any]:
                 raise KeyError("source")
             _check_note(record["source"].get(CONFIG_WAS, []))
         except (UsageError, KeyError, TypeError, AttributeError) as error:
-            raise BadCheckpointError(
-                f"{where}: its svdcli record is damaged", "write the output again"
-            ) from error
+            raise _damaged(shown) from error
     return record
 
 
 def _check_note(note: Any) -> None:
-    """Raises TypeError where what the config held before is not told as `source_json` tells it."""
-    paths = [item["path"] for item in note]
-    if not all(
-        isinstance(path, list) and path and all(isinstance(step, str) for step in path)
-        for path in paths
-    ):
-        raise TypeError("a path that is none")
+    """Raises TypeError where a note of what the config held is not one of `config.change`."""
+    for entry in note:
+        path = entry["path"]
+        is_path = isinstance(path, list) and len(path) > 0
+        if not is_path or not all(isinstance(step, str) for step in path):
+            raise TypeError("a path that is none")

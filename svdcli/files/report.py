@@ -17,6 +17,10 @@ from svdcli.plan.plan import Healing, TextRead
 from svdcli.plan.tensors import TensorInfo
 
 JSON_VERSION = 1
+SOLVERS_FAILED = "every solver failed"  # so begins the reason of a layer that stays dense for it
+MISSED = "the target is missed:"  # so begins a note of it
+# An error counts as above the bound from here on: the record has it in seven digits.
+_ABOVE = 1 + 1e-6
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,7 @@ class Total:
 
 @dataclass(frozen=True)
 class Report:
-    """The truth about one output, or, with predicted=True, about a plan for one.
+    """What a record says of one output, or, with predicted=True, of a plan for one.
 
     predicted_loss is the sum over the layers in loss_unit ("nats" a prediction, "1 - cosine", ""
     where layers' losses are shares of their own energy and do not add up); expected_loss is what
@@ -105,9 +109,8 @@ def read_report(path: Path) -> Report:
         )
     sizes, gone = _sizes(path, record)
     report = report_of(record, sizes, str(path))
-    return replace(
-        report, notes=(*report.notes, *(f"{name} was written too, and is gone" for name in gone))
-    )
+    gone_notes = [f"{name} was written too, and is gone" for name in gone]
+    return replace(report, notes=(*report.notes, *gone_notes))
 
 
 def report_of(
@@ -122,54 +125,76 @@ def report_of(
             f"{path} is one weight file of a directory", "report on the directory"
         )
     try:
-        rows = [
-            _row(name, item, predicted)
-            for kind in ("layers", "dense")
-            for name, item in record[kind].items()
-        ]
-        selected = _total(rows)
-        source = record["source"]
-        parameters = source["parameters"] - selected.saved_parameters
-        total = _sums(source["parameters"], parameters, source["bytes"], sum(sizes.values()))
-        unit, healing, read = (
-            str(record.get("loss_unit", "")),
-            record.get("healing"),
-            record.get("calibration"),
-        )
-        loss = (
-            math.fsum(row.predicted_loss or 0.0 for row in rows)
-            if unit and healing is None
-            else None
-        )
-        return Report(
-            path=path,
-            predicted=predicted,
-            source=source,
-            recipe=record["recipe"],
-            layers=tuple(sorted(rows, key=lambda row: _natural(row.name))),
-            skipped=tuple(
-                {"name": name, **item, "reason": str(item["reason"])}
-                for name, item in record["skipped"].items()
-            ),
-            left_out=record["left_out"],
-            notes=(*record["notes"], *_above_the_bound(record["recipe"], rows)),
-            selected=selected,
-            total=total,
-            files=dict(sizes),
-            failed=tuple(row.name for row in rows if row.reason.startswith(SOLVERS_FAILED)),
-            loss_unit=unit,
-            predicted_loss=loss,
-            expected_loss=None if loss is None else expected_loss(loss, unit),
-            healing=None if healing is None else Healing.from_json(healing).to_json(),
-            calibration=None if read is None else TextRead.from_json(read).to_json(),
-            left_out_bytes={
-                str(name): int(size) for name, size in record.get("left_out_bytes", {}).items()
-            },
-        )
+        return _report_of(record, sizes, path, predicted=predicted)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise BadCheckpointError(
             f"{path}: its svdcli record is damaged ({error})", "write the output again"
         ) from error
+
+
+def _report_of(
+    record: Mapping[str, Any], sizes: Mapping[str, int], path: str, *, predicted: bool
+) -> Report:
+    # A row for every selected layer, and sums over them and over the whole output.
+    rows = []
+    for group in ("layers", "dense"):
+        for name, layer in record[group].items():
+            rows.append(_row(name, layer, predicted))
+    selected = _total(rows)
+    source = record["source"]
+    total = _sums(
+        source["parameters"],
+        source["parameters"] - selected.saved_parameters,
+        source["bytes"],
+        sum(sizes.values()),
+    )
+
+    # Losses add up where they are the model's own, and hold until the factors are healed.
+    loss_unit = str(record.get("loss_unit", ""))
+    predicted_loss = None
+    expected = None
+    if loss_unit and record.get("healing") is None:
+        predicted_loss = math.fsum(row.predicted_loss or 0.0 for row in rows)
+        expected = expected_loss(predicted_loss, loss_unit)
+
+    report = Report(
+        path=path,
+        predicted=predicted,
+        source=source,
+        recipe=record["recipe"],
+        layers=tuple(sorted(rows, key=lambda row: _natural(row.name))),
+        skipped=_skipped(record),
+        left_out=record["left_out"],
+        notes=(*record["notes"], *_above_the_bound(record["recipe"], rows)),
+        selected=selected,
+        total=total,
+        files=dict(sizes),
+        failed=tuple(row.name for row in rows if row.reason.startswith(SOLVERS_FAILED)),
+        loss_unit=loss_unit,
+        predicted_loss=predicted_loss,
+        expected_loss=expected,
+    )
+    return _with_optional_fields(report, record)
+
+
+def _skipped(record: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
+    return tuple(
+        {"name": name, **tensor, "reason": str(tensor["reason"])}
+        for name, tensor in record["skipped"].items()
+    )
+
+
+def _with_optional_fields(report: Report, record: Mapping[str, Any]) -> Report:
+    """The report with what only some records have, checked as it is read."""
+    healing = record.get("healing")
+    if healing is not None:
+        report = replace(report, healing=Healing.from_json(healing).to_json())
+    calibration = record.get("calibration")
+    if calibration is not None:
+        report = replace(report, calibration=TextRead.from_json(calibration).to_json())
+    left_out_bytes = record.get("left_out_bytes", {})
+    nbytes = {str(name): int(size) for name, size in left_out_bytes.items()}
+    return replace(report, left_out_bytes=nbytes)
 
 
 def _above_the_bound(recipe: Mapping[str, Any], rows: Sequence[LayerRow]) -> list[str]:
@@ -177,38 +202,40 @@ def _above_the_bound(recipe: Mapping[str, Any], rows: Sequence[LayerRow]) -> lis
     before, and measured after."""
     if recipe["target"] != "error":
         return []
-    above = [row for row in rows if (row.relative_error or 0.0) > recipe["value"] * (1 + 1e-6)]
-    worst = max(above, key=lambda row: row.relative_error or 0.0, default=None)
-    if worst is None:
+    bound = recipe["value"]
+    above = [row for row in rows if (row.relative_error or 0.0) > bound * _ABOVE]
+    if not above:
         return []
-    what = (
-        f"{len(above)} of {len(rows)} layers have a larger error than --error "
-        f"{recipe['value']:g}, once rounded"
-    )
-    return [f"{what}: the largest is {worst.relative_error:.4g} ({worst.name})"]
-
-
-SOLVERS_FAILED = "every solver failed"
-MISSED = "the target is missed:"  # so begins a note of it
+    worst = max(above, key=lambda row: row.relative_error or 0.0)
+    return [
+        f"{len(above)} of {len(rows)} layers have a larger error than --error {bound:g}, once "
+        f"rounded: the largest is {worst.relative_error:.4g} ({worst.name})"
+    ]
 
 
 def newest_output(folder: Path) -> Path:
     """The output of svdcli in `folder` that was written last. Raises BadCheckpointError where there
     is none."""
-    found = []
+    outputs = []
     for path in folder.iterdir():
         try:
-            if (path.is_dir() and (path / RECORD).is_file()) or (
-                path.suffix == ".safetensors" and read_record(path)
-            ):
-                found.append((path.stat().st_mtime_ns, path))
+            if _is_output(path):
+                outputs.append((path.stat().st_mtime_ns, path))
         except (BadCheckpointError, OSError):
             continue
-    if not found:
+    if not outputs:
         raise BadCheckpointError(
             "there is no output of svdcli in this folder", "name one: svdcli report PATH"
         )
-    return max(found)[1]
+    return max(outputs)[1]
+
+
+def _is_output(path: Path) -> bool:
+    """Did svdcli write this directory or file. Raises BadCheckpointError or OSError where it cannot
+    be read."""
+    if path.is_dir() and (path / RECORD).is_file():
+        return True
+    return path.suffix == ".safetensors" and bool(read_record(path))
 
 
 def _sizes(path: Path, record: Mapping[str, Any]) -> tuple[dict[str, int], list[str]]:
@@ -221,45 +248,59 @@ def _sizes(path: Path, record: Mapping[str, Any]) -> tuple[dict[str, int], list[
     if not isinstance(files, dict):
         raise BadCheckpointError(f"{path / RECORD} lists no files", "write the output again")
     gone = [name for name in files if not (path / name).is_file()]
-    lost = next((name for name in gone if name.endswith(".safetensors")), None)
-    if lost is not None:
-        raise BadCheckpointError(
-            f"{path} lacks {lost!r}, which its record lists", "write the output again"
-        )
-    return {
-        name: (path / name).stat().st_size for name in [*files, RECORD] if name not in gone
-    }, gone
+    for name in gone:
+        if name.endswith(".safetensors"):
+            raise BadCheckpointError(
+                f"{path} lacks {name!r}, which its record lists", "write the output again"
+            )
+    present = [name for name in [*files, RECORD] if name not in gone]
+    return {name: (path / name).stat().st_size for name in present}, gone
 
 
-def _row(name: str, item: Mapping[str, Any], predicted: bool) -> LayerRow:
-    tensor = TensorInfo(name, item["dtype"], tuple(item["shape"]))
+def _row(name: str, layer: Mapping[str, Any], predicted: bool) -> LayerRow:
+    """One layer of a record; it has no error yet where the record is that of a plan."""
+    tensor = TensorInfo(name, layer["dtype"], tuple(layer["shape"]))
     m, n = tensor.shape
-    rank, error = item["rank"], None
-    after: Sequence[TensorInfo] = (tensor,)
+
+    # A dense layer: its values before are those after.
+    stored: Sequence[TensorInfo] = (tensor,)
+    layout = "dense"
+    stored_dtype = tensor.dtype
+    solver = ""
+    parameters = tensor.parameters
+    error = energy_kept = None
+
+    # A factored one. Numbers of rows are bytes, and no parameters: they have a dtype of their own.
+    rank = layer["rank"]
     if rank is not None:
-        after = LAYOUTS[item["layout"]].tensors(tensor, rank, item["stored_dtype"])
-        error = None if predicted else float(item["relative_error"])
-    nbytes = sum(t.nbytes for t in after)
+        layout = layer["layout"]
+        stored_dtype = layer["stored_dtype"]
+        solver = layer["solver"]
+        stored = LAYOUTS[layout].tensors(tensor, rank, stored_dtype)
+        parameters = sum(part.parameters for part in stored if part.dtype == stored_dtype)
+    if rank is not None and not predicted:
+        error = float(layer["relative_error"])
+        energy_kept = 1 - error**2
+
+    nbytes = sum(part.nbytes for part in stored)
     return LayerRow(
         name=name,
         shape=(m, n),
         dtype=tensor.dtype,
         rank=rank,
-        layout=item["layout"] if rank is not None else "dense",
-        stored_dtype=item["stored_dtype"] if rank is not None else tensor.dtype,
+        layout=layout,
+        stored_dtype=stored_dtype,
         parameters_before=tensor.parameters,
-        parameters_after=sum(t.parameters for t in after if t.dtype == item["stored_dtype"])
-        if rank
-        else tensor.parameters,
+        parameters_after=parameters,
         bytes_before=tensor.nbytes,
         bytes_after=nbytes,
         saved_bytes=tensor.nbytes - nbytes,
         relative_error=error,
-        energy_kept=None if error is None else 1 - error**2,
-        predicted_loss=item.get("loss"),
-        solver=item["solver"] if rank is not None else "",
-        fell_back=tuple(item.get("fell_back", ())),
-        reason=item.get("reason", ""),
+        energy_kept=energy_kept,
+        predicted_loss=layer.get("loss"),
+        solver=solver,
+        fell_back=tuple(layer.get("fell_back", ())),
+        reason=layer.get("reason", ""),
     )
 
 
@@ -275,6 +316,7 @@ def _total(rows: Sequence[LayerRow]) -> Total:
 def _sums(
     parameters_before: int, parameters_after: int, bytes_before: int, bytes_after: int
 ) -> Total:
+    keep = parameters_after / parameters_before if parameters_before else 1.0
     return Total(
         parameters_before=parameters_before,
         parameters_after=parameters_after,
@@ -282,10 +324,10 @@ def _sums(
         bytes_after=bytes_after,
         saved_parameters=parameters_before - parameters_after,
         saved_bytes=bytes_before - bytes_after,
-        keep=parameters_after / parameters_before if parameters_before else 1.0,
+        keep=keep,
     )
 
 
 def _natural(name: str) -> list[tuple[int, str]]:
-    """Layer 10 after layer 9."""
+    """A key that sorts layer 10 after layer 9."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]

@@ -1,5 +1,5 @@
-"""`OUT.partial`: where an output grows until it is whole. A lock, a journal, and one rename at the
-end."""
+"""`OUT.partial`: the folder in which an output is written until it is complete, with a lock and a
+journal. One rename publishes it."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from svdcli.files.writer import sync
 SUFFIX = ".partial"
 MOMENTS = "moments.safetensors"
 BLOCKS = "blocks"
+# What may be in the folder of a workspace.
 _OWN = frozenset({"lock", "journal.jsonl", "data", "before", "replaced", MOMENTS, BLOCKS})
 
 
@@ -40,7 +41,7 @@ class Workspace:
         self.measured: dict[str, dict[str, Any]] = {}
         self.done: dict[str, dict[str, Any]] = {}
         self.healed: dict[str, dict[str, Any]] = {}
-        self.started_over = False
+        self.started_over = False  # the journal was another command's
         self.before = self.folder / "before"
         self._noting = threading.Lock()
         self._was_there = self.folder.exists()
@@ -58,19 +59,14 @@ class Workspace:
             os.close(descriptor)
 
     def _lock(self) -> int:
+        """Make the folder where it is not there, and take its lock: an open descriptor. Raises
+        SvdcliError where another run has it, or where the folder is not svdcli's."""
         path = self.folder / "lock"
         while True:
-            self.folder.mkdir(mode=0o700, exist_ok=True)  # what grows here may be private
-            strange = [
-                path.name
-                for path in self.folder.iterdir()
-                if path.name not in _OWN and MOMENTS not in path.name
-            ]
-            if strange:
-                raise SvdcliError(
-                    f"{self.folder} holds {strange[0]!r}, not svdcli's",
-                    "move it, or choose another -o",
-                )
+            self.folder.mkdir(mode=0o700, exist_ok=True)  # what is written here may be private
+            self._check_folder()
+
+            # The kernel holds the lock: it ends with the process, however that ends.
             try:
                 descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
             except FileNotFoundError:
@@ -82,14 +78,25 @@ class Workspace:
                 raise SvdcliError(
                     f"another svdcli run is writing {self.out}", "wait for it, or choose another -o"
                 ) from None
+
+            # Between the two the other run may have removed this file, and a third made it anew.
             if path.exists() and os.fstat(descriptor).st_ino == path.stat().st_ino:
                 return descriptor
             os.close(descriptor)
 
+    def _check_folder(self) -> None:
+        """Raises SvdcliError where the folder holds anything that is not a workspace's."""
+        for path in self.folder.iterdir():
+            if path.name not in _OWN and MOMENTS not in path.name:
+                raise SvdcliError(
+                    f"{self.folder} holds {path.name!r}, not svdcli's",
+                    "move it, or choose another -o",
+                )
+
     @contextmanager
     def beginning(self) -> Iterator[None]:
-        """Around what goes before `resume`: the journal tells that work goes on, before it is known
-        what exactly it will be. A refusal leaves nothing behind that was not there."""
+        """Surround what comes before `resume`: the journal says that work has begun, before it is
+        known what exactly it will be. An SvdcliError removes the folder, unless it was there."""
         if not self._had_journal:
             self.note({"begun": True})
         try:
@@ -107,17 +114,22 @@ class Workspace:
         was stopped while it cleaned up; raises SvdcliError where OUT exists for any other reason,
         unless force.
         """
+        # The same command may have published, and been stopped before it removed its workspace.
         lines = self._read_journal()
         same = bool(lines) and lines[0].get("identity") == identity
         if same and "publishing" in lines[-1] and self.out.exists() and not self.target.exists():
             self.remove()
             return False
+
+        # Any other output is not to be replaced unasked.
         if self.out.exists() and not force:
             if not lines:  # nothing is lost with what is left of a workspace without a journal
                 self.remove()
             raise SvdcliError(
                 f"{self.out} exists", "use --force to replace it, or choose another -o"
             )
+
+        # Go on from the same command's journal, or start over.
         if same:
             self.measured = {line["measured"]: line for line in lines if "measured" in line}
             self.done = {line["unit"]: line for line in lines if "unit" in line}
@@ -136,19 +148,20 @@ class Workspace:
         self.data.rename(self.before)
 
     def drop_before(self) -> None:
+        """Remove what `set_aside` kept."""
         shutil.rmtree(self.before, ignore_errors=True)
 
     def _read_journal(self) -> list[dict[str, Any]]:
-        lines = []
+        """The journal's lines, up to the first that is not JSON."""
         try:
             raw = self._journal.read_bytes()
         except FileNotFoundError:
             return []
-        if not raw.endswith(
-            b"\n"
-        ):  # a line that a kill cut short; drop it before the next one is appended
+        # A line that a kill cut short is dropped before the next one is appended.
+        if not raw.endswith(b"\n"):
             raw = raw[: raw.rfind(b"\n") + 1]
             self._journal.write_bytes(raw)
+        lines = []
         for line in raw.splitlines():
             try:
                 lines.append(json.loads(line))
@@ -177,10 +190,11 @@ class Workspace:
         """
         set_modes(self.target, modes)
         self.note({"publishing": True})
-        old = self.folder / "replaced"
+        # A rename replaces a file, but no folder that is not empty.
+        replaced = self.folder / "replaced"
         if self.out.is_dir():
-            shutil.rmtree(old, ignore_errors=True)
-            self.out.rename(old)
+            shutil.rmtree(replaced, ignore_errors=True)
+            self.out.rename(replaced)
         os.replace(self.target, self.out)
         if self.out.is_dir() and "" in modes:
             self.out.chmod(modes[""])
@@ -188,8 +202,7 @@ class Workspace:
         self.remove()
 
     def remove(self) -> None:
-        """Remove the folder, the journal last: what a kill leaves behind then still tells what
-        happened."""
+        """Remove the folder, the journal last: after a kill on the way it is there to be read."""
         self._clear()
         shutil.rmtree(self.folder, ignore_errors=True)
 

@@ -4,6 +4,7 @@ last."""
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import re
 import zlib
@@ -15,6 +16,7 @@ from svdcli.errors import SvdcliError
 from svdcli.files.header import header_size, render_header
 from svdcli.plan.tensors import DTYPE_BITS, TensorInfo
 
+_CHUNK = 1 << 24  # bytes that are read at once
 _SHARD_STEM = re.compile(r"-\d{5,}-of-\d{5,}$")
 
 
@@ -53,11 +55,12 @@ class OutFile:
 
     def offsets(self) -> dict[str, int]:
         """Where each tensor begins, from the start of the file."""
-        places, at = {}, self.header_bytes
+        offsets = {}
+        position = self.header_bytes
         for tensor in self.tensors:
-            places[tensor.name] = at
-            at += tensor.nbytes
-        return places
+            offsets[tensor.name] = position
+            position += tensor.nbytes
+        return offsets
 
 
 def group_units(units: Sequence[Unit], largest: int | None) -> dict[str, list[Unit]]:
@@ -71,18 +74,24 @@ def group_units(units: Sequence[Unit], largest: int | None) -> dict[str, list[Un
         by_file.setdefault(unit.file, []).append(unit)
     if largest is None:
         return {safetensors_name(file): group for file, group in by_file.items()}
+
+    # Shards are packed file by file, each as full as the next unit lets it be.
     shards: list[list[Unit]] = [[]]
-    for unit in (unit for group in by_file.values() for unit in group):
-        taken = sum(u.nbytes for u in shards[-1])
+    taken = 0
+    for unit in itertools.chain.from_iterable(by_file.values()):
         if taken and taken + unit.nbytes > largest:
             shards.append([])
+            taken = 0
         shards[-1].append(unit)
+        taken += unit.nbytes
+
+    # Their names are those that transformers gives to shards, behind the stem of the source's.
     stem = shard_stem(next(iter(by_file), "model.safetensors"))
     if len(shards) == 1:
         return {f"{stem}.safetensors": shards[0]}
     return {
-        f"{stem}-{i:05d}-of-{len(shards):05d}.safetensors": shard
-        for i, shard in enumerate(shards, 1)
+        f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors": shard
+        for number, shard in enumerate(shards, 1)
     }
 
 
@@ -94,15 +103,18 @@ def safetensors_name(file: str) -> str:
 
 
 def shard_stem(file: str) -> str:
+    """The name that a weight file's shards share: model-00001-of-00002.safetensors -> model."""
     return _SHARD_STEM.sub("", safetensors_name(file).removesuffix(".safetensors"))
 
 
 def lay_out(name: str, units: Sequence[Unit], metadata: Mapping[str, str]) -> OutFile:
     """Fix the size and every offset of one file whose header has room for this metadata.
 
-    Wide dtypes come first, so that every tensor is aligned to its element.
+    Wide dtypes come first, so that every tensor is aligned to its element. Raises SvdcliError where
+    two tensors have the same name.
     """
-    tensors = sorted((t for unit in units for t in unit.writes), key=lambda t: -DTYPE_BITS[t.dtype])
+    written = itertools.chain.from_iterable(unit.writes for unit in units)
+    tensors = sorted(written, key=lambda tensor: -DTYPE_BITS[tensor.dtype])
     seen: set[str] = set()
     for tensor in tensors:
         if tensor.name in seen:
@@ -112,7 +124,10 @@ def lay_out(name: str, units: Sequence[Unit], metadata: Mapping[str, str]) -> Ou
             )
         seen.add(tensor.name)
     return OutFile(
-        name, tuple(unit.name for unit in units), tuple(tensors), header_size(tensors, metadata)
+        name=name,
+        units=tuple(unit.name for unit in units),
+        tensors=tuple(tensors),
+        header_bytes=header_size(tensors, metadata),
     )
 
 
@@ -127,8 +142,10 @@ class WeightWriter:
     def __init__(self, folder: Path, files: Sequence[OutFile]) -> None:
         self._folder = folder
         self._files = {file.name: file for file in files}
-        self._places = {t: (f.name, at) for f in files for t, at in f.offsets().items()}
+        self._places: dict[str, tuple[str, int]] = {}
         for file in files:
+            for tensor, offset in file.offsets().items():
+                self._places[tensor] = (file.name, offset)
             path = folder / file.name
             path.parent.mkdir(parents=True, exist_ok=True)
             with path.open("ab") as stream:
@@ -136,6 +153,7 @@ class WeightWriter:
                 stream.truncate(file.size)
 
     def place(self, tensor: str) -> tuple[Path, int]:
+        """The path of one tensor's file, and its offset there."""
         file, offset = self._places[tensor]
         return self._folder / file, offset
 
@@ -163,7 +181,7 @@ def write_at(path: Path, offset: int, chunks: Iterable[bytes | bytearray | memor
         for chunk in chunks:
             view = memoryview(chunk)
             checksum = zlib.crc32(view, checksum)
-            while len(view):
+            while len(view):  # an unbuffered stream may take less than it is given
                 view = view[stream.write(view) or 0 :]
     return checksum
 
@@ -172,7 +190,10 @@ def chunks_at(path: Path, offset: int, count: int) -> Iterator[bytes]:
     """A stretch of a file in pieces; ends early where the file does."""
     with path.open("rb", buffering=0) as stream:
         stream.seek(offset)
-        while count and (data := stream.read(min(count, 1 << 24))):
+        while count:
+            data = stream.read(min(count, _CHUNK))
+            if not data:
+                return
             yield data
             count -= len(data)
 
@@ -197,6 +218,8 @@ def write_file(path: Path, chunks: Iterable[bytes]) -> None:
 
 
 def _claim(descriptor: int, size: int) -> None:
+    """Take the space of a file on disk; nothing on systems or disks that cannot. Raises OSError
+    where the disk is full."""
     if not size or not hasattr(os, "posix_fallocate"):
         return
     try:
@@ -207,4 +230,5 @@ def _claim(descriptor: int, size: int) -> None:
 
 
 def sync(descriptor: int) -> None:
+    """Wait until a file or folder is on disk."""
     os.fsync(descriptor)

@@ -1,5 +1,5 @@
-"""Adapters (LoRA and its kin) are told by the names of their tensors: they are small factors, and
-no model."""
+"""Adapters (LoRA and others) are recognised by the names of their tensors: they are small factors,
+not a model."""
 
 from __future__ import annotations
 
@@ -33,9 +33,11 @@ def adapter_kind(tensors: Sequence[TensorInfo], beside: Collection[str] = ()) ->
     matrices = [tensor for tensor in tensors if len(tensor.shape) >= 2]
     factors = [tensor for tensor in matrices if is_adapter_factor(tensor.name)]
     in_factors = sum(tensor.parameters for tensor in factors)
-    if factors and 2 * in_factors >= sum(tensor.parameters for tensor in matrices):
-        named_lora = any("lora" in tensor.name for tensor in factors)
-        return "a LoRA adapter" if named_lora else "an adapter"
+    in_all = sum(tensor.parameters for tensor in matrices)
+    if factors and 2 * in_factors >= in_all:  # a model with adapters in it is mostly a model
+        if any("lora" in tensor.name for tensor in factors):
+            return "a LoRA adapter"
+        return "an adapter"
     if _ADAPTER_CONFIG in beside and all(_IN_AN_ADAPTER.search(tensor.name) for tensor in matrices):
         return "an adapter"
     return ""

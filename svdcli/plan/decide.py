@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from svdcli.errors import UsageError
 from svdcli.plan.budget import (
     NOT_CALIBRATED,
-    cost_of,
     note_of_missed_share,
     ranks_within_share,
     staying_dense,
@@ -20,6 +19,7 @@ from svdcli.plan.ranks import (
     Choice,
     Options,
     by_tail,
+    cost_of,
     fixed_rank,
     options_of,
     rounding_energy,
@@ -33,18 +33,21 @@ from svdcli.plan.words import WEIGHTED
 # Up to this short side LAPACK's SVD takes milliseconds, and there is nothing to win with a Gram
 # matrix.
 _SVD_IS_CHEAP = 128
+# So many budgets are tried for `--size`; a plan less than this part of the size below it (a 5000th)
+# ends the search early.
 _SIZE_ROUNDS = 12
+_CLOSE_ENOUGH = 5000
 UNSOUND = "NaN or infinity, or float64 numbers whose squares leave its range"
 
 
 @dataclass(frozen=True)
 class LayerSpectrum:
-    """What a look at one layer's numbers found.
+    """What the numbers of one layer say.
 
     energies are its squared singular values in descending order, in the metric of the calibration
     where there is one; None where no policy needs them. metric says which that is ("" plain). bias
-    is the layer's own, where it will be refitted. weight is the loss of the model that its whole
-    energy stands for, where that was measured.
+    is the layer's own, where it will be refitted. loss_scale is the loss of the model that its
+    whole energy stands for, where that was measured.
     """
 
     finite: bool
@@ -55,18 +58,22 @@ class LayerSpectrum:
 
     def tails(self) -> list[float]:
         """Share of the energy beyond each rank 0 .. min(m, n)."""
-        return tails_of(self.energies or (), math.fsum(self.energies or ()))
+        energies = self.energies or ()
+        return tails_of(energies, math.fsum(energies))
 
     def losses(self) -> list[float]:
         """What each rank gives up: the predicted rise of the model's loss where it was measured
-        (its share of weight) or follows from gradients (half the tail); else tails()."""
-        scale = self.loss_scale if self.loss_scale is not None else 1.0
-        if self.loss_scale is None and self.metric in ("diagonal", "full"):
+        (its share of loss_scale) or follows from gradients (half the tail); else tails()."""
+        scale = 1.0
+        if self.loss_scale is not None:
+            scale = self.loss_scale
+        elif self.metric in ("diagonal", "full"):
             scale = 0.5 * math.fsum(self.energies or ())
         return [scale * tail for tail in self.tails()]
 
 
 def needs_spectra(recipe: Recipe) -> bool:
+    """Do the ranks of this recipe go by singular values, rather than by shapes alone."""
     return (
         recipe.allocate == "global"
         or recipe.target in ("energy", "error")
@@ -88,44 +95,67 @@ def decide(
     predict gives the bytes of the whole output under a plan; only --size asks for it.
     Raises UsageError where --size or --keep is below what can be reached.
     """
-    out = {t.name: f"holds {UNSOUND}" for t in selected if not measured[t.name].finite}
-    if recipe.calibration is not None:
-        out |= {
-            t.name: f"{NOT_CALIBRATED}: no input reached it, or no gradient"
-            for t in selected
-            if not measured[t.name].metric and t.name not in out
-        }
-    sound = [tensor for tensor in selected if tensor.name not in out]
-    tails = {t.name: measured[t.name].tails() for t in sound} if needs_spectra(recipe) else {}
-    lost = {t.name: measured[t.name].losses() for t in sound} if needs_spectra(recipe) else {}
+    # Layers for which no rank can be chosen stay dense, whatever the target; the others get a loss
+    # for every rank.
+    unsound = _unsound_layers(recipe, selected, measured)
+    sound = [tensor for tensor in selected if tensor.name not in unsound]
+    losses: dict[str, Sequence[float]] = {}
+    if needs_spectra(recipe):
+        losses = {tensor.name: measured[tensor.name].losses() for tensor in sound}
 
     def plan_with(choices: Sequence[Choice]) -> Plan:
-        by_name = {tensor.name: choice for tensor, choice in zip(sound, choices, strict=True)}
-        by_name |= {name: Choice(None, reason) for name, reason in out.items()}
-        layers = tuple(
-            _layer_plan(t, by_name[t.name], recipe, lost.get(t.name), measured[t.name])
-            for t in selected
-        )
-        return Plan(recipe, fingerprint, layers, tuple(skipped), loss_unit=loss_unit)
+        """The plan where every sound layer has its choice of these."""
+        by_name = {name: Choice(None, reason) for name, reason in unsound.items()}
+        for tensor, choice in zip(sound, choices, strict=True):
+            by_name[tensor.name] = choice
+        layers = []
+        for tensor in selected:
+            name = tensor.name
+            layer = _layer_plan(tensor, by_name[name], recipe, losses.get(name), measured[name])
+            layers.append(layer)
+        return Plan(recipe, fingerprint, tuple(layers), tuple(skipped), loss_unit=loss_unit)
 
+    # Costs are counted in what the budget is given in.
     unit = "bytes" if recipe.target == "size" else "parameters"
     options = [options_of(tensor, recipe, unit=unit) for tensor in sound]
-    losses = [lost.get(tensor.name, []).__getitem__ for tensor in sound]
+    loss_at = [losses.get(tensor.name, ()).__getitem__ for tensor in sound]
+
+    # A size is met by trying whole plans; a bound holds for each layer by itself.
     if recipe.target == "size":
-        return _within_size(recipe, options, losses, plan_with, predict)
+        return _within_size(recipe, options, loss_at, plan_with, predict)
     if recipe.target in ("energy", "error"):
-        return plan_with([_bounded(o, recipe, tails[o.tensor.name]) for o in options])
+        return plan_with([_bounded(o, recipe, measured[o.tensor.name]) for o in options])
+
+    # A share or a rank gives every layer its even part; global allocation may spend their sum in
+    # another way.
     if recipe.target == "keep":
-        choices, budget = ranks_within_share(recipe, selected, options, out)
+        choices, budget = ranks_within_share(recipe, selected, options, unsound)
     else:
         choices = [fixed_rank(option, int(recipe.value)) for option in options]
         budget = cost_of(options, choices)
     if recipe.allocate == "global":
-        choices = _globally(recipe, options, losses, choices, budget)
-    notes = (
-        note_of_missed_share(recipe, selected, options, choices) if recipe.target == "keep" else ()
-    )
+        choices = _globally(recipe, options, loss_at, choices, budget)
+    notes: tuple[str, ...] = ()
+    if recipe.target == "keep":
+        notes = note_of_missed_share(recipe, selected, options, choices)
     return replace(plan_with(choices), notes=notes)
+
+
+def _unsound_layers(
+    recipe: Recipe, selected: Sequence[TensorInfo], measured: Mapping[str, LayerSpectrum]
+) -> dict[str, str]:
+    """Layers for which no rank can be chosen, with the reason: their numbers are not finite, or the
+    calibration has nothing on them."""
+    reasons = {}
+    for tensor in selected:
+        spectrum = measured[tensor.name]
+        if not spectrum.finite:
+            reasons[tensor.name] = f"holds {UNSOUND}"
+    for tensor in selected:
+        spectrum = measured[tensor.name]
+        if recipe.calibration is not None and spectrum.finite and not spectrum.metric:
+            reasons[tensor.name] = f"{NOT_CALIBRATED}: no input reached it, or no gradient"
+    return reasons
 
 
 def _layer_plan(
@@ -133,11 +163,15 @@ def _layer_plan(
     choice: Choice,
     recipe: Recipe,
     losses: Sequence[float] | None,
-    measured: LayerSpectrum,
+    spectrum: LayerSpectrum,
 ) -> LayerPlan:
-    solver = WEIGHTED if measured.metric else recipe.solver
+    solver = WEIGHTED if spectrum.metric else recipe.solver
     if solver == "auto":
         solver = "svd" if min(tensor.shape) <= _SVD_IS_CHEAP else "gram"
+    loss = None
+    bias = None if choice.rank is None else spectrum.bias
+    if losses is not None and choice.rank is not None:
+        loss = float(f"{losses[choice.rank]:.6e}")  # as many digits as the record keeps
     return LayerPlan(
         tensor=tensor,
         rank=choice.rank,
@@ -145,13 +179,13 @@ def _layer_plan(
         stored_dtype=recipe.dtype or tensor.dtype,
         solver=solver,
         reason=choice.reason,
-        loss=None if losses is None or choice.rank is None else float(f"{losses[choice.rank]:.6e}"),
-        metric=measured.metric,
-        bias=None if choice.rank is None else measured.bias,
+        loss=loss,
+        metric=spectrum.metric,
+        bias=bias,
     )
 
 
-def _bounded(options: Options, recipe: Recipe, tails: Sequence[float]) -> Choice:
+def _bounded(options: Options, recipe: Recipe, spectrum: LayerSpectrum) -> Choice:
     """The smallest rank that keeps the bound after the factors were rounded to their dtype."""
     target = f"--{recipe.target} {recipe.value:g}"
     allowed = recipe.value**2 if recipe.target == "error" else 1 - recipe.value
@@ -160,7 +194,7 @@ def _bounded(options: Options, recipe: Recipe, tails: Sequence[float]) -> Choice
         allowed -= rounding_energy(dtype, recipe.layout)
         if allowed <= 0:
             return Choice(None, f"{target} is below what rounding to {dtype} alone may cost")
-    return by_tail(options, tails, allowed, target)
+    return by_tail(options, spectrum.tails(), allowed, target)
 
 
 def _globally(
@@ -173,19 +207,30 @@ def _globally(
     """Global allocation with its floor taken from the uniform ranks; the uniform one where that is
     no worse."""
     floors = [
-        math.ceil(recipe.floor * (option.ranks[-1] if choice.rank is None else choice.rank))
-        if option.ranks
-        else 1
-        for option, choice in zip(options, even, strict=True)
+        _floor(option, choice, recipe.floor) for option, choice in zip(options, even, strict=True)
     ]
     best = allocate_globally(options, losses, budget, floors)
+    even_fits = cost_of(options, even) <= budget
+    if even_fits and _total_loss(even, losses) <= _total_loss(best, losses):
+        return list(even)
+    return best
 
-    def total(choices: Sequence[Choice]) -> float:
-        return math.fsum(
-            0.0 if c.rank is None else loss(c.rank) for c, loss in zip(choices, losses, strict=True)
-        )
 
-    return list(even) if cost_of(options, even) <= budget and total(even) <= total(best) else best
+def _floor(option: Options, even: Choice, share: float) -> int:
+    """The least rank that global allocation may give a layer: a share of its uniform rank, or
+    of its largest one where uniform ranks leave it dense."""
+    if not option.ranks:
+        return 1
+    rank = option.ranks[-1] if even.rank is None else even.rank
+    return math.ceil(share * rank)
+
+
+def _total_loss(choices: Sequence[Choice], losses: Sequence[Callable[[int], float]]) -> float:
+    lost = []
+    for choice, loss in zip(choices, losses, strict=True):
+        if choice.rank is not None:
+            lost.append(loss(choice.rank))
+    return math.fsum(lost)
 
 
 def _within_size(
@@ -195,27 +240,18 @@ def _within_size(
     plan_with: Callable[[Sequence[Choice]], Plan],
     predict: Callable[[Plan], int],
 ) -> Plan:
-    """Never above the size, as close below as whole ranks allow. Headers grow with the plan, so it
-    is asked again and again."""
+    """Never above the size, as close below as whole ranks allow. Headers grow with the plan, so its
+    bytes are predicted again and again."""
     size = int(recipe.value)
-    smallest = plan_with(
-        [Choice(o.ranks[0]) if o.ranks else Choice(None, "no rank saves bytes") for o in options]
-    )
+    smallest = plan_with([_least(option) for option in options])
     reachable = predict(smallest)
     if reachable > size:
-        for _ in range(3):  # the record holds the size that was asked for, so its digits count too
-            reachable = predict(replace(smallest, recipe=replace(recipe, value=reachable)))
-        dense = {layer.tensor.name: layer.reason for layer in smallest.layers if layer.rank is None}
-        why = f", since {staying_dense(dense, len(smallest.layers))}" if dense else ""
-        raise UsageError(
-            f"--size {size} is not reachable: the smallest output has {reachable} bytes{why}",
-            f"use --size {reachable} or more",
-        )
+        raise _size_unreachable(recipe, smallest, reachable, predict)
+
+    # The layers may spend what all else in the output leaves: other tensors, carried files,
+    # headers, the record. The last two differ from plan to plan, so that each corrects the budget.
     best, best_bytes = smallest, reachable
-    overhead = reachable - sum(
-        option.cost(layer.rank) for option, layer in _paired(options, smallest)
-    )
-    budget = size - overhead
+    budget = size - (reachable - _spent(options, smallest))
     for _ in range(_SIZE_ROUNDS):
         choices = uniform_within(options, budget)
         if recipe.allocate == "global":
@@ -224,47 +260,74 @@ def _within_size(
         total = predict(plan)
         if best_bytes < total <= size:
             best, best_bytes = plan, total
-        if total <= size and size - total < max(1, size // 5000):
+        if total <= size and size - total < max(1, size // _CLOSE_ENOUGH):
             break
-        spent = sum(option.cost(layer.rank) for option, layer in _paired(options, plan))
-        following = size - (total - spent)
+
+        # A budget whose plan fits shrinks by half the difference: a better one may lie between.
+        following = size - (total - _spent(options, plan))
         if following == budget:
             break
-        budget = (
-            following
-            if total > size or following > budget
-            else budget - max(1, (budget - following) // 2)
-        )
+        if total > size or following > budget:
+            budget = following
+        else:
+            budget -= max(1, (budget - following) // 2)
     return best
 
 
-def _paired(options: Sequence[Options], plan: Plan) -> list[tuple[Options, LayerPlan]]:
-    layers = {layer.tensor.name: layer for layer in plan.layers}
-    return [(option, layers[option.tensor.name]) for option in options]
+def _least(option: Options) -> Choice:
+    """The smallest choice for a layer."""
+    if not option.ranks:
+        return Choice(None, "no rank saves bytes")
+    return Choice(option.ranks[0])
+
+
+def _spent(options: Sequence[Options], plan: Plan) -> int:
+    """What the layers of `options` cost under a plan."""
+    ranks = {layer.tensor.name: layer.rank for layer in plan.layers}
+    return sum(option.cost(ranks[option.tensor.name]) for option in options)
+
+
+def _size_unreachable(
+    recipe: Recipe, smallest: Plan, reachable: int, predict: Callable[[Plan], int]
+) -> UsageError:
+    """The error of a size below the `reachable` bytes of the smallest plan, with the size that can
+    be reached."""
+    for _ in range(3):  # the record holds the size that was asked for, so its digits count too
+        reachable = predict(replace(smallest, recipe=replace(recipe, value=reachable)))
+    dense = {layer.tensor.name: layer.reason for layer in smallest.layers if layer.rank is None}
+    why = f", since {staying_dense(dense, len(smallest.layers))}" if dense else ""
+    return UsageError(
+        f"--size {int(recipe.value)} is not reachable: the smallest output has {reachable} "
+        f"bytes{why}",
+        f"use --size {reachable} or more",
+    )
 
 
 def rerun(plan: Plan, tensors: Mapping[str, TensorInfo], fingerprint: str) -> Plan:
-    """A saved plan for another look at a checkpoint that has the same tensors. Raises UsageError
+    """A saved plan for another run on a checkpoint that has the same tensors. Raises UsageError
     where it does not."""
+    # The checkpoint may be another one, as long as every layer of the plan is in it as it was.
     for layer in plan.layers:
-        there = tensors.get(layer.tensor.name)
-        if there is None:
+        planned = layer.tensor
+        stored = tensors.get(planned.name)
+        if stored is None:
             raise UsageError(
-                f"the plan names {layer.tensor.name!r}, which the checkpoint lacks",
+                f"the plan names {planned.name!r}, which the checkpoint lacks",
                 "use the model it was made for",
             )
-        if (there.shape, there.dtype) != (layer.tensor.shape, layer.tensor.dtype):
+        if (stored.shape, stored.dtype) != (planned.shape, planned.dtype):
             raise UsageError(
-                f"the plan has {layer.tensor.name!r} as {layer.tensor.dtype} "
-                f"{list(layer.tensor.shape)}, the checkpoint as "
-                f"{there.dtype} {list(there.shape)}",
+                f"the plan has {planned.name!r} as {planned.dtype} {list(planned.shape)}, the "
+                f"checkpoint as {stored.dtype} {list(stored.shape)}",
                 "use the model it was made for",
             )
-    known = {layer.tensor.name for layer in plan.layers}
-    old = {item.tensor.name: item.reason for item in plan.skipped}
+
+    # Tensors that the plan skips keep their reasons; what it does not name is skipped too.
+    planned_names = {layer.tensor.name for layer in plan.layers}
+    reasons = {entry.tensor.name: entry.reason for entry in plan.skipped}
     skipped = tuple(
-        Skipped(t, old.get(t.name, "not in the plan"))
-        for t in tensors.values()
-        if t.name not in known
+        Skipped(tensor, reasons.get(tensor.name, "not in the plan"))
+        for tensor in tensors.values()
+        if tensor.name not in planned_names
     )
     return replace(plan, fingerprint=fingerprint, skipped=skipped, healing=None, calibration=None)

@@ -36,28 +36,39 @@ class ModelFacts:
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> ModelFacts:
         """What a config.json says, the configs inside it included. Odd values count as not said."""
-        pairs = list(_walk(config))
+        vocabularies: set[int] = set()
+        codes: set[int] = set()
+        labels: set[int] = set()
+        experts: set[int] = set()
+        for key, number in _numbers_in(config):
+            if _VOCABULARY.search(key) and not _NO_VOCABULARY.search(key):
+                vocabularies.add(number)
+            if key == "num_embeddings":
+                codes.add(number)
+            # Two labels are too few to say anything, and one expert is no mixture.
+            if _LABELS.search(key) and number > 2:
+                labels.add(number)
+            if _EXPERTS.search(key) and number > 1:
+                experts.add(number)
         return cls(
-            "model_type" in config or "architectures" in config,
-            frozenset(
-                n for key, n in pairs if _VOCABULARY.search(key) and not _NO_VOCABULARY.search(key)
-            ),
-            frozenset(n for key, n in pairs if key == "num_embeddings"),
-            frozenset(n for key, n in pairs if _LABELS.search(key) and n > 2),
-            frozenset(n for key, n in pairs if _EXPERTS.search(key) and n > 1),
-            _depth(config),
-            _tied(config),
+            by_class="model_type" in config or "architectures" in config,
+            vocabularies=frozenset(vocabularies),
+            codes=frozenset(codes),
+            labels=frozenset(labels),
+            experts=frozenset(experts),
+            depth=_depth(config),
+            tied=_tied(config),
         )
 
 
-def _walk(config: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
+def _numbers_in(config: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
     """(key, whole number above 0) of a config and of those inside it; a table of labels counts as
     their number."""
     for key, value in config.items():
         if key == "id2label" and isinstance(value, Mapping):
             yield "num_labels", len(value)
         elif isinstance(value, Mapping):
-            yield from _walk(value)
+            yield from _numbers_in(value)
         for number in value if isinstance(value, list) else [value]:
             if _is_count(number):
                 yield key, number
@@ -69,17 +80,26 @@ def _is_count(value: Any) -> bool:
 
 def _text_configs(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """The config of the text stack and those around it, innermost first."""
-    inner = next((config[key] for key in _TEXT if isinstance(config.get(key), Mapping)), None)
-    return [config] if inner is None else [*_text_configs(inner), config]
+    for key in _TEXT:
+        inner = config.get(key)
+        if isinstance(inner, Mapping):
+            return [*_text_configs(inner), config]
+    return [config]
 
 
 def _depth(config: Mapping[str, Any]) -> int | None:
     text = _text_configs(config)[0]
-    return next((text[key] for key in _DEPTHS if _is_count(text.get(key))), None)
+    for key in _DEPTHS:
+        if _is_count(text.get(key)):
+            return int(text[key])
+    return None
 
 
 def _tied(config: Mapping[str, Any]) -> bool | None:
     """transformers asks the config of the whole first; files written before its version 5 say it in
     the text stack's."""
-    said = [part.get("tie_word_embeddings") for part in reversed(_text_configs(config))]
-    return next((value for value in said if isinstance(value, bool)), None)
+    for part in reversed(_text_configs(config)):
+        tied = part.get("tie_word_embeddings")
+        if isinstance(tied, bool):
+            return tied
+    return None

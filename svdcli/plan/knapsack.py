@@ -7,14 +7,20 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from svdcli.plan.ranks import Choice, Options, choice_of
 
-# Global allocation --------------------------------------------------------------------------------
+# Branch and bound looks at so many layers at most: the closest calls at the price of the budget.
+_CLOSE_CALLS = 16
+# So many partial solutions go on from one layer to the next.
+_PARTIAL_SOLUTIONS = 1000
 
 
 @dataclass(frozen=True)
 class _Point:
+    """One choice for a layer: its cost, its loss, and the rank, or None for staying dense."""
+
     cost: int
     loss: float
     rank: int | None
@@ -34,12 +40,14 @@ def allocate_globally(
     Zoltners, 1979), then branch and bound among the layers for which it is a close call. Where even
     the floors do not fit, they give way.
     """
-    menus = [_menu(o, loss, floor) for o, loss, floor in zip(options, losses, floors, strict=True)]
+    menus = _menus(options, losses, floors)
     if sum(menu.smallest.cost for menu in menus) > budget:
-        menus = [_menu(o, loss, 1) for o, loss in zip(options, losses, strict=True)]
+        menus = _menus(options, losses, [1] * len(floors))
     best = _search(menus, budget)
     reason = "worth more whole than the same bytes elsewhere"
-    return [choice_of(o, point.rank, reason) for o, point in zip(options, best, strict=True)]
+    return [
+        choice_of(option, point.rank, reason) for option, point in zip(options, best, strict=True)
+    ]
 
 
 @dataclass(frozen=True)
@@ -54,13 +62,26 @@ class _Menu:
         return self.ranked[0] if self.ranked else self.dense
 
 
-def _menu(options: Options, loss: Callable[[int], float], floor: int) -> _Menu:
-    at = min(bisect.bisect_left(options.ranks, floor), max(0, len(options.ranks) - 1))
-    ranked = [
-        _Point(options.costs[i], loss(options.ranks[i]), options.ranks[i])
-        for i in range(at, len(options.ranks))
+def _menus(
+    options: Sequence[Options], losses: Sequence[Callable[[int], float]], floors: Sequence[int]
+) -> list[_Menu]:
+    return [
+        _menu(option, loss, floor)
+        for option, loss, floor in zip(options, losses, floors, strict=True)
     ]
+
+
+def _menu(options: Options, loss: Callable[[int], float], floor: int) -> _Menu:
+    """The choices of one layer from its floor on; its largest rank where the floor is above it."""
+    last = max(0, len(options.ranks) - 1)
+    first = min(bisect.bisect_left(options.ranks, floor), last)
+    ranks = options.ranks[first:]
+    costs = options.costs[first:]
+    ranked = [_Point(cost, loss(rank), rank) for rank, cost in zip(ranks, costs, strict=True)]
     return _Menu(ranked, _Point(options.dense_cost, 0.0, None))
+
+
+# The convex hulls, steepest segments first --------------------------------------------------------
 
 
 def _hull(points: Sequence[_Point]) -> list[_Point]:
@@ -82,8 +103,11 @@ def _gain(low: _Point, high: _Point) -> float:
 
 @dataclass(frozen=True)
 class _Step:
+    """One segment of a layer's hull: the choice that it leads to, what that costs more, and the
+    loss removed per unit of cost."""
+
     gain: float
-    at: int
+    layer: int
     target: _Point
     extra: int
 
@@ -92,11 +116,11 @@ def _steps(hulls: Sequence[Sequence[_Point]]) -> list[_Step]:
     """Every segment of every hull, the one that removes most loss per cost first, each layer's in
     order."""
     steps = []
-    for at, hull in enumerate(hulls):
+    for layer, hull in enumerate(hulls):
         gain = math.inf
         for low, high in itertools.pairwise(hull):
             gain = min(gain, _gain(low, high))  # rounding must not turn two equal segments round
-            steps.append(_Step(gain, at, high, high.cost - low.cost))
+            steps.append(_Step(gain, layer, high, high.cost - low.cost))
     return sorted(steps, key=lambda step: -step.gain)
 
 
@@ -104,96 +128,44 @@ def _climb(
     menus: Sequence[_Menu], start: Sequence[_Point], steps: Sequence[_Step], budget: int
 ) -> tuple[list[_Point], float]:
     """Take steps while they fit; a layer whose next step does not fit stops as far on the way as it
-    can. Also the gain at which the budget ran out."""
-    chosen, blocked, price = list(start), set[int](), math.inf
+    can.
+
+    Also the price: the gain at which the budget ran out, 0 where it never did.
+    """
+    chosen = list(start)
+    blocked: set[int] = set()
+    price = math.inf
     left = budget - sum(point.cost for point in start)
     for step in steps:
-        if step.at in blocked:
+        layer = step.layer
+        if layer in blocked:
             continue
+        target = step.target
         if step.extra > left:
-            blocked.add(step.at)
+            blocked.add(layer)
             price = min(price, step.gain)
-            partial = _affordable(menus[step.at], chosen[step.at], left)
-            chosen[step.at], left = partial, left - (partial.cost - chosen[step.at].cost)
-        else:
-            chosen[step.at], left = step.target, left - step.extra
+            target = _affordable(menus[layer], chosen[layer], left)
+        left -= target.cost - chosen[layer].cost
+        chosen[layer] = target
     return chosen, 0.0 if math.isinf(price) else price
 
 
-_CLOSE_CALLS = 16
-
-
-_LABELS = 1000
-
-
 def _search(menus: Sequence[_Menu], budget: int) -> list[_Point]:
+    """The best choices that are found for every layer: the hulls first, what is left over next,
+    close calls last."""
     hulls = [_hull([*menu.ranked, menu.dense]) for menu in menus]
-    relaxed, price = _climb(menus, [hull[0] for hull in hulls], _steps(hulls), budget)
+    cheapest = [hull[0] for hull in hulls]
+    relaxed, price = _climb(menus, cheapest, _steps(hulls), budget)
     best = _fill(menus, relaxed, budget)
-    if price == 0:
+    if price == 0:  # the budget holds every layer at its best
         return best
-    close = sorted(range(len(menus)), key=lambda at: _indifference(menus[at], price))[:_CLOSE_CALLS]
-    for at, point in _polish(menus, close, best, price, budget).items():
-        best[at] = point
+
+    indifference = [_indifference(menu, price) for menu in menus]
+    by_closeness = sorted(range(len(menus)), key=lambda layer: indifference[layer])
+    better = _polish(menus, by_closeness[:_CLOSE_CALLS], best, price, budget)
+    for layer, point in better.items():
+        best[layer] = point
     return best
-
-
-def _reduced(menu: _Menu, price: float) -> list[tuple[float, _Point]]:
-    """What each choice loses against the layer's best one when cost has this price, least first."""
-    prices = [(point.loss + price * point.cost, point) for point in (*menu.ranked, menu.dense)]
-    least = min(value for value, _ in prices)
-    return sorted(((value - least, point) for value, point in prices), key=lambda item: item[0])
-
-
-def _indifference(menu: _Menu, price: float) -> float:
-    """How little the second best choice loses against the best one."""
-    return _reduced(menu, price)[1][0] if menu.ranked else math.inf
-
-
-def _polish(
-    menus: Sequence[_Menu], close: Sequence[int], best: Sequence[_Point], price: float, budget: int
-) -> dict[int, _Point]:
-    """The best choices for the layers in `close` while the others stay: branch and bound with the
-    Lagrangian bound.
-
-    A choice whose reduced losses add up to more than the gap between what is known and the bound
-    cannot be in a better solution. Exact where never more than _LABELS partial solutions are
-    undominated; else the most promising go on.
-    """
-    room = budget - sum(point.cost for at, point in enumerate(best) if at not in set(close))
-    known = math.fsum(best[at].loss for at in close)
-    reduced = [_reduced(menus[at], price) for at in close]
-    bound = (
-        math.fsum(items[0][1].loss + price * items[0][1].cost for items in reduced) - price * room
-    )
-    gap = known - bound
-    cheapest = [min(point.cost for _, point in items) for items in reduced]
-    labels: list[tuple[int, float, float, tuple[_Point, ...]]] = [(0, 0.0, 0.0, ())]
-    for i, items in enumerate(reduced):
-        rest = room - sum(cheapest[i + 1 :])
-        grown = [
-            (cost + point.cost, loss + point.loss, spent + extra, (*path, point))
-            for cost, loss, spent, path in labels
-            for extra, point in itertools.takewhile(lambda item: item[0] <= gap, items)
-            if spent + extra <= gap and cost + point.cost <= rest
-        ]
-        labels = _undominated(grown)
-    better = min(labels, key=lambda label: label[1], default=None)
-    if better is None or better[1] >= known:
-        return {}
-    return dict(zip(close, better[3], strict=True))
-
-
-def _undominated(
-    labels: list[tuple[int, float, float, tuple[_Point, ...]]],
-) -> list[tuple[int, float, float, tuple[_Point, ...]]]:
-    """Partial solutions that no other beats in both cost and loss, the _LABELS most promising of
-    them."""
-    kept: list[tuple[int, float, float, tuple[_Point, ...]]] = []
-    for label in sorted(labels, key=lambda label: label[:2]):
-        if not kept or label[1] < kept[-1][1]:
-            kept.append(label)
-    return sorted(kept, key=lambda label: label[2])[:_LABELS]
 
 
 def _fill(menus: Sequence[_Menu], chosen: Sequence[_Point], budget: int) -> list[_Point]:
@@ -202,24 +174,131 @@ def _fill(menus: Sequence[_Menu], chosen: Sequence[_Point], budget: int) -> list
     filled = list(chosen)
     left = budget - sum(point.cost for point in filled)
     while left > 0:
-        found = [
-            (_affordable(menu, point, left), at)
-            for at, (menu, point) in enumerate(zip(menus, filled, strict=True))
-        ]
-        best, at = max(
-            found, key=lambda item: filled[item[1]].loss - item[0].loss, default=(None, -1)
-        )
-        if best is None or best.loss >= filled[at].loss:
+        best = None
+        layer = -1
+        for candidate, (menu, point) in enumerate(zip(menus, filled, strict=True)):
+            change = _affordable(menu, point, left)
+            removed = point.loss - change.loss
+            if best is None or removed > filled[layer].loss - best.loss:
+                best = change
+                layer = candidate
+        if best is None or best.loss >= filled[layer].loss:
             break
-        left -= best.cost - filled[at].cost
-        filled[at] = best
+        left -= best.cost - filled[layer].cost
+        filled[layer] = best
     return filled
 
 
 def _affordable(menu: _Menu, point: _Point, left: int) -> _Point:
     """The best choice that costs at most `left` more; loss falls with cost, so it is the dearest
     one."""
-    if point.rank is None or menu.dense.cost <= point.cost + left:
+    most = point.cost + left
+    if point.rank is None or menu.dense.cost <= most:
         return menu.dense
-    at = bisect.bisect_right(menu.ranked, point.cost + left, key=lambda p: p.cost)
-    return menu.ranked[max(0, at - 1)]
+    above = bisect.bisect_right(menu.ranked, most, key=lambda ranked: ranked.cost)
+    return menu.ranked[max(0, above - 1)]
+
+
+# Branch and bound among the close calls -----------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Reduced:
+    """A choice, and what it loses against its layer's best one when cost has a price."""
+
+    loss: float
+    point: _Point
+
+
+def _reduced(menu: _Menu, price: float) -> list[_Reduced]:
+    """Every choice of a layer with its reduced loss at this price of cost, least first."""
+    points = [*menu.ranked, menu.dense]
+    priced = [point.loss + price * point.cost for point in points]
+    least = min(priced)
+    reduced = [
+        _Reduced(priced_loss - least, point)
+        for priced_loss, point in zip(priced, points, strict=True)
+    ]
+    return sorted(reduced, key=lambda choice: choice.loss)
+
+
+def _indifference(menu: _Menu, price: float) -> float:
+    """How little the second best choice loses against the best one."""
+    return _reduced(menu, price)[1].loss if menu.ranked else math.inf
+
+
+class _Partial(NamedTuple):  # there are many, and dataclasses are slower to make
+    """Choices for the first of the layers in question, with their sums: cost, loss, and what they
+    lose against the layers' best choices at the price of the budget."""
+
+    cost: int
+    loss: float
+    reduced: float
+    points: tuple[_Point, ...]
+
+
+def _polish(
+    menus: Sequence[_Menu], close: Sequence[int], best: Sequence[_Point], price: float, budget: int
+) -> dict[int, _Point]:
+    """The best choices for the layers in `close` while the others stay: branch and bound with the
+    Lagrangian bound.
+
+    Exact where never more than _PARTIAL_SOLUTIONS partial solutions are undominated; else the most
+    promising go on. Empty where nothing better than `best` is found.
+    """
+    # What the layers in question may cost together, once the others have theirs.
+    fixed = set(range(len(menus))) - set(close)
+    allowed = budget - sum(best[layer].cost for layer in fixed)
+
+    # No solution loses less than the bound. Choices whose reduced losses add up to more than the
+    # gap between the bound and the solution at hand cannot be in a better one.
+    loss_at_hand = math.fsum(best[layer].loss for layer in close)
+    reduced = [_reduced(menus[layer], price) for layer in close]
+    best_at_price = [choices[0].point for choices in reduced]
+    priced_loss = math.fsum(point.loss + price * point.cost for point in best_at_price)
+    bound = priced_loss - price * allowed
+    gap = loss_at_hand - bound
+
+    # Grow partial solutions layer by layer. Each must leave the cheapest choice to every layer that
+    # is still to come.
+    cheapest = [min(choice.point.cost for choice in choices) for choices in reduced]
+    partials = [_Partial(0, 0.0, 0.0, ())]
+    for i, choices in enumerate(reduced):
+        most = allowed - sum(cheapest[i + 1 :])
+        grown = _grown(partials, choices, gap, most)
+        partials = _undominated(grown)
+
+    solution = min(partials, key=lambda partial: partial.loss, default=None)
+    if solution is None or solution.loss >= loss_at_hand:
+        return {}
+    return dict(zip(close, solution.points, strict=True))
+
+
+def _grown(
+    partials: Sequence[_Partial], choices: Sequence[_Reduced], gap: float, most: int
+) -> list[_Partial]:
+    """Every partial solution with every choice for one more layer, within the gap and at a cost of
+    at most `most`."""
+    grown = []
+    for partial in partials:
+        for choice in choices:
+            reduced = partial.reduced + choice.loss
+            if reduced > gap:
+                break  # choices come by rising loss
+            cost = partial.cost + choice.point.cost
+            if cost <= most:
+                loss = partial.loss + choice.point.loss
+                grown.append(_Partial(cost, loss, reduced, (*partial.points, choice.point)))
+    return grown
+
+
+def _undominated(partials: Sequence[_Partial]) -> list[_Partial]:
+    """Partial solutions that no other beats in both cost and loss, the _PARTIAL_SOLUTIONS most
+    promising of them."""
+    kept: list[_Partial] = []
+    by_cost = sorted(partials, key=lambda partial: (partial.cost, partial.loss))
+    for partial in by_cost:
+        if not kept or partial.loss < kept[-1].loss:
+            kept.append(partial)
+    most_promising = sorted(kept, key=lambda partial: partial.reduced)
+    return most_promising[:_PARTIAL_SOLUTIONS]

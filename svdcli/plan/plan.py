@@ -9,11 +9,7 @@ from svdcli.errors import UsageError
 from svdcli.plan.layouts import LAYOUTS
 from svdcli.plan.recipe import Recipe, recipe_from_json, recipe_to_json
 from svdcli.plan.tensors import FACTORED_DTYPES, TensorInfo
-from svdcli.plan.words import (
-    METRICS,
-    SOLVERS,
-    WEIGHTED,
-)
+from svdcli.plan.words import METRICS, SOLVERS, WEIGHTED
 
 FORMAT = 1
 
@@ -50,6 +46,7 @@ class LayerPlan:
         return LAYOUTS[self.layout].tensors(self.tensor, self.rank, self.stored_dtype)
 
     def left_dense(self, reason: str) -> LayerPlan:
+        """The same layer, which stays dense for `reason`."""
         return replace(self, rank=None, reason=reason, loss=None, bias=None)
 
 
@@ -77,8 +74,13 @@ class TextRead:
 
     @staticmethod
     def from_json(data: dict[str, Any]) -> TextRead:
-        numbers = (int(data[name]) for name in ("samples", "seq_len", "tokens"))
-        return TextRead(str(data["text"]), str(data["text_sha256"]), *numbers)
+        return TextRead(
+            text=str(data["text"]),
+            text_sha256=str(data["text_sha256"]),
+            samples=int(data["samples"]),
+            seq_len=int(data["seq_len"]),
+            tokens=int(data["tokens"]),
+        )
 
 
 @dataclass(frozen=True)
@@ -108,17 +110,16 @@ class Healing:
     @staticmethod
     def from_json(data: dict[str, Any]) -> Healing:
         blocks = {
-            str(name): (float(item["before"]), float(item["after"]), int(item["steps"]))
-            for name, item in data["blocks"].items()
+            str(name): (float(block["before"]), float(block["after"]), int(block["steps"]))
+            for name, block in data["blocks"].items()
         }
-        hard = float(data.get("hard_labels", 0.0))
         return Healing(
-            str(data["text"]),
-            str(data["text_sha256"]),
-            int(data["samples"]),
-            int(data["seq_len"]),
-            blocks,
-            hard,
+            text=str(data["text"]),
+            text_sha256=str(data["text_sha256"]),
+            samples=int(data["samples"]),
+            seq_len=int(data["seq_len"]),
+            blocks=blocks,
+            hard_labels=float(data.get("hard_labels", 0.0)),  # early records do not have it
         )
 
 
@@ -141,67 +142,77 @@ class Plan:
 
     @property
     def factored(self) -> tuple[LayerPlan, ...]:
+        """The layers that have a rank."""
         return tuple(layer for layer in self.layers if layer.rank is not None)
 
     def with_dense(self, reasons: dict[str, str]) -> Plan:
         """The same plan with the named layers left dense."""
-        layers = tuple(
-            layer.left_dense(reasons[layer.tensor.name]) if layer.tensor.name in reasons else layer
-            for layer in self.layers
-        )
-        return replace(self, layers=layers)
+        layers = []
+        for layer in self.layers:
+            reason = reasons.get(layer.tensor.name)
+            if reason is not None:
+                layer = layer.left_dense(reason)
+            layers.append(layer)
+        return replace(self, layers=tuple(layers))
 
     def to_json(self) -> dict[str, Any]:
         """The plan as plain JSON; `layers`, `dense` and `skipped` map tensor names to what was
         decided."""
-        more: dict[str, Any] = {"loss_unit": self.loss_unit} if self.loss_unit else {}
-        if self.healing is not None:
-            more["healing"] = self.healing.to_json()
-        if self.calibration is not None:
-            more["calibration"] = self.calibration.to_json()
-        return {
+        # What every plan has. The order of keys is that of the record in an output.
+        dense = [layer for layer in self.layers if layer.rank is None]
+        data: dict[str, Any] = {
             "format": FORMAT,
             "recipe": recipe_to_json(self.recipe),
             "fingerprint": self.fingerprint,
             "layers": {layer.tensor.name: _layer_to_json(layer) for layer in self.factored},
             "dense": {
                 layer.tensor.name: _layer_to_json(layer) | {"reason": layer.reason}
-                for layer in self.layers
-                if layer.rank is None
+                for layer in dense
             },
             "skipped": {
-                s.tensor.name: _tensor_to_json(s.tensor) | {"reason": s.reason}
-                for s in self.skipped
+                skipped.tensor.name: _tensor_to_json(skipped.tensor) | {"reason": skipped.reason}
+                for skipped in self.skipped
             },
             "notes": list(self.notes),
-        } | more
+        }
+
+        # What only plans with a calibration, or of a healed output, have.
+        if self.loss_unit:
+            data["loss_unit"] = self.loss_unit
+        if self.healing is not None:
+            data["healing"] = self.healing.to_json()
+        if self.calibration is not None:
+            data["calibration"] = self.calibration.to_json()
+        return data
 
     @staticmethod
     def from_json(data: Any) -> Plan:
         """Read a plan back; also accepts the larger record that an output carries. Raises
         UsageError where it is not one."""
         try:
+            # A newer format may mean anything; what an older one lacks has a default below.
             if data["format"] > FORMAT:
                 raise UsageError(
                     f"the plan has format {data['format']}, this svdcli knows {FORMAT}",
                     "upgrade svdcli",
                 )
-            chosen = {**data["layers"], **data["dense"]}
-            return Plan(
+            selected = {**data["layers"], **data["dense"]}
+            plan = Plan(
                 recipe=recipe_from_json(data["recipe"]),
                 fingerprint=str(data["fingerprint"]),
-                layers=tuple(layer_from_json(name, item) for name, item in chosen.items()),
+                layers=tuple(layer_from_json(name, layer) for name, layer in selected.items()),
                 skipped=tuple(
-                    Skipped(_tensor_from_json(n, item), str(item["reason"]))
-                    for n, item in data["skipped"].items()
+                    Skipped(_tensor_from_json(name, tensor), str(tensor["reason"]))
+                    for name, tensor in data["skipped"].items()
                 ),
                 notes=tuple(str(note) for note in data["notes"]),
                 loss_unit=str(data.get("loss_unit", "")),
-                healing=None if data.get("healing") is None else Healing.from_json(data["healing"]),
-                calibration=None
-                if data.get("calibration") is None
-                else TextRead.from_json(data["calibration"]),
             )
+            if data.get("healing") is not None:
+                plan = replace(plan, healing=Healing.from_json(data["healing"]))
+            if data.get("calibration") is not None:
+                plan = replace(plan, calibration=TextRead.from_json(data["calibration"]))
+            return plan
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UsageError(
                 f"not a plan of svdcli ({error})", "write one with --save-plan"
@@ -217,46 +228,56 @@ def _tensor_from_json(name: str, data: dict[str, Any]) -> TensorInfo:
 
 
 def _layer_to_json(layer: LayerPlan) -> dict[str, Any]:
-    item = _tensor_to_json(layer.tensor) | {
+    data = _tensor_to_json(layer.tensor) | {
         "rank": layer.rank,
         "layout": layer.layout,
         "stored_dtype": layer.stored_dtype,
         "solver": layer.solver,
     }
     if layer.loss is not None:
-        item["loss"] = layer.loss
+        data["loss"] = layer.loss
     if layer.metric:
-        item["metric"] = layer.metric
+        data["metric"] = layer.metric
     if layer.bias is not None:
-        item["bias"] = {"name": layer.bias.name} | _tensor_to_json(layer.bias)
-    return item
+        data["bias"] = {"name": layer.bias.name} | _tensor_to_json(layer.bias)
+    return data
 
 
 def layer_from_json(name: str, data: dict[str, Any]) -> LayerPlan:
+    """One layer of a plan or record. Raises ValueError, KeyError or TypeError where that is not
+    what `data` is: it may come from anywhere."""
+    # The shape, and a rank that fits it.
     tensor = _tensor_from_json(name, data)
     if len(tensor.shape) != 2:
         raise ValueError(f"{name} is not a matrix")
-    rank = data["rank"] if data["rank"] is None else int(data["rank"])
+    rank = None if data["rank"] is None else int(data["rank"])
     if rank is not None and not 1 <= rank <= min(tensor.shape):
         raise ValueError(f"{name}: rank {rank} does not fit its shape {tensor.shape}")
+
+    # Words are ones that svdcli writes. Records may name a solver with its precision, which is no
+    # part of the word.
     for key in ("dtype", "stored_dtype"):
         if data[key] not in FACTORED_DTYPES:
             raise ValueError(f"{name}: {key} {data[key]!r} cannot be factored")
-    if str(data["solver"]).split(" ")[0] not in (*SOLVERS[1:], WEIGHTED):
+    solver = str(data["solver"]).split(" ")[0]
+    if solver not in (*SOLVERS[1:], WEIGHTED):
         raise ValueError(f"{name}: solver {data['solver']!r} is unknown")
     if data.get("metric", "") not in ("", *METRICS[1:]):
         raise ValueError(f"{name}: metric {data['metric']!r} is unknown")
-    bias = data.get("bias")
     if data["layout"] not in LAYOUTS:
         raise ValueError(f"{name}: layout {data['layout']!r} is unknown")
+
+    bias = None
+    if data.get("bias") is not None:
+        bias = _tensor_from_json(str(data["bias"]["name"]), data["bias"])
     return LayerPlan(
         tensor=tensor,
         rank=rank,
         layout=str(data["layout"]),
         stored_dtype=str(data["stored_dtype"]),
-        solver=str(data["solver"]).split(" ")[0],
+        solver=solver,
         reason=str(data.get("reason", "")),
         loss=data.get("loss"),
         metric=str(data.get("metric", "")),
-        bias=None if bias is None else _tensor_from_json(str(bias["name"]), bias),
+        bias=bias,
     )

@@ -23,7 +23,8 @@ class Options:
     """The ranks open to one layer and what each costs.
 
     ranks ascend; every one of them saves bytes. costs[i] belongs to ranks[i]; dense_cost to leaving
-    the layer as it is.
+    the layer as it is. largest is the largest rank that saves, a multiple of the rank step or not;
+    0 where none does.
     """
 
     tensor: TensorInfo
@@ -38,6 +39,7 @@ class Options:
         return self.costs[0] if self.ranks else self.dense_cost
 
     def cost(self, rank: int | None) -> int:
+        """Of one of `ranks`, or of staying dense for None."""
         return self.dense_cost if rank is None else self.costs[self.ranks.index(rank)]
 
     def affordable(self, cost: float) -> int | None:
@@ -45,8 +47,8 @@ class Options:
         saves."""
         if not self.ranks or cost >= self.dense_cost:
             return None
-        at = bisect.bisect_right(self.costs, cost)
-        return self.ranks[max(0, at - 1)]
+        above = bisect.bisect_right(self.costs, cost)
+        return self.ranks[max(0, above - 1)]
 
 
 @dataclass(frozen=True)
@@ -63,10 +65,9 @@ def options_of(tensor: TensorInfo, recipe: Recipe, *, unit: str) -> Options:
     layout = LAYOUTS[recipe.layout]
     largest = layout.largest_saving_rank(tensor, dtype)
     ranks = range(recipe.multiple_of, largest + 1, recipe.multiple_of)
-    costs: list[int]
     if unit == "bytes":
-        costs = [layout.nbytes(tensor, rank, dtype) for rank in ranks]
-        return Options(tensor, ranks, costs, tensor.nbytes, largest)
+        sizes = [layout.nbytes(tensor, rank, dtype) for rank in ranks]
+        return Options(tensor, ranks, sizes, tensor.nbytes, largest)
     costs = [layout.parameters(tensor.shape, rank) for rank in ranks]
     return Options(tensor, ranks, costs, tensor.parameters, largest)
 
@@ -77,40 +78,45 @@ def fixed_rank(options: Options, rank: int) -> Choice:
     if not options.ranks:
         return _no_rank(options)
     step = options.ranks[0]
-    wanted = max(step, rank // step * step)
-    if wanted > options.ranks[-1]:
-        limit = options.largest
-        clip = (
-            f" (clipped to {min(options.tensor.shape)})" if rank > min(options.tensor.shape) else ""
-        )
-        return Choice(None, f"rank {rank}{clip} would not save bytes; at most {limit} does")
-    return Choice(wanted)
+    rounded = max(step, rank // step * step)
+    if rounded <= options.ranks[-1]:
+        return Choice(rounded)
+    full_rank = min(options.tensor.shape)
+    clip = f" (clipped to {full_rank})" if rank > full_rank else ""
+    return Choice(None, f"rank {rank}{clip} would not save bytes; at most {options.largest} does")
 
 
 def uniform(options: Sequence[Options], keep: float) -> list[Choice]:
     """Every layer keeps the same share of its own cost."""
-    return [
-        choice_of(o, o.affordable(keep * o.dense_cost), f"keep {keep:g} leaves nothing to remove")
-        for o in options
-    ]
+    reason = f"keep {keep:g} leaves nothing to remove"
+    return [choice_of(o, o.affordable(keep * o.dense_cost), reason) for o in options]
 
 
 def uniform_within(options: Sequence[Options], budget: int) -> list[Choice]:
     """The largest common share that fits the budget, then single ranks where they still fit."""
+    reason = "the size holds it whole"
+    if sum(option.dense_cost for option in options) <= budget:
+        return [choice_of(option, None, reason) for option in options]
+
+    # The common share, by bisection: as many halvings as a float has digits, and some more.
     low, high = 0.0, 1.0
-    if sum(o.dense_cost for o in options) <= budget:
-        return [choice_of(option, None, "the size holds it whole") for option in options]
     for _ in range(60):
         middle = (low + high) / 2
-        spent = sum(o.cost(c.rank) for o, c in zip(options, uniform(options, middle), strict=True))
-        low, high = (middle, high) if spent <= budget else (low, middle)
-    ranks = [c.rank for c in uniform(options, low)]
-    left = budget - sum(o.cost(rank) for o, rank in zip(options, ranks, strict=True))
-    _round_up(options, ranks, left)
-    return [
-        choice_of(o, rank, "the size holds it whole")
-        for o, rank in zip(options, ranks, strict=True)
-    ]
+        if cost_of(options, uniform(options, middle)) <= budget:
+            low = middle
+        else:
+            high = middle
+
+    # Whole ranks leave a rest, which single layers can use.
+    even = uniform(options, low)
+    ranks = [choice.rank for choice in even]
+    _round_up(options, ranks, budget - cost_of(options, even))
+    return [choice_of(option, rank, reason) for option, rank in zip(options, ranks, strict=True)]
+
+
+def cost_of(options: Sequence[Options], choices: Sequence[Choice]) -> int:
+    """What these choices cost in all."""
+    return sum(option.cost(choice.rank) for option, choice in zip(options, choices, strict=True))
 
 
 def _round_up(options: Sequence[Options], ranks: list[int | None], left: int) -> None:
@@ -118,14 +124,16 @@ def _round_up(options: Sequence[Options], ranks: list[int | None], left: int) ->
     grew = True
     while grew:
         grew = False
-        for at, option in enumerate(options):
-            rank = ranks[at]
-            following = None if rank is None else rank + option.ranks[0]
-            if rank is None or following is None or following > option.ranks[-1]:
+        for layer, option in enumerate(options):
+            rank = ranks[layer]
+            if rank is None or rank == option.ranks[-1]:
                 continue
+            following = rank + option.ranks[0]  # the first rank is the step
             extra = option.cost(following) - option.cost(rank)
             if extra <= left:
-                ranks[at], left, grew = following, left - extra, True
+                ranks[layer] = following
+                left -= extra
+                grew = True
 
 
 def by_tail(options: Options, tails: Sequence[float], allowed: float, target: str) -> Choice:
@@ -138,13 +146,12 @@ def by_tail(options: Options, tails: Sequence[float], allowed: float, target: st
     needed = bisect.bisect_left(tails, -allowed, key=lambda tail: -tail)
     step = options.ranks[0]
     rank = max(step, math.ceil(needed / step) * step)
-    if rank > options.ranks[-1]:
-        return Choice(
-            None,
-            f"{target} needs rank {rank}, which would not save bytes; at most "
-            f"{options.largest} does",
-        )
-    return Choice(rank)
+    if rank <= options.ranks[-1]:
+        return Choice(rank)
+    return Choice(
+        None,
+        f"{target} needs rank {rank}, which would not save bytes; at most {options.largest} does",
+    )
 
 
 def rounding_energy(dtype: str, layout: str) -> float:
@@ -155,8 +162,11 @@ def rounding_energy(dtype: str, layout: str) -> float:
 def tails_of(energies: Sequence[float], total: float) -> list[float]:
     """Share of `total` beyond each rank 0 .. len(energies), from squared singular values in
     descending order."""
-    backwards = itertools.accumulate(reversed(energies), initial=0.0)
-    tails = [min(1.0, max(0.0, tail / total)) if total > 0 else 0.0 for tail in backwards]
+    if total <= 0:
+        return [0.0] * (len(energies) + 1)
+    # Summed from the smallest value on, so that none is lost beside a large one.
+    from_the_end = itertools.accumulate(reversed(energies), initial=0.0)
+    tails = [min(1.0, max(0.0, tail / total)) for tail in from_the_end]
     return tails[::-1]
 
 
@@ -169,6 +179,9 @@ def _no_rank(options: Options) -> Choice:
 
 
 def choice_of(options: Options, rank: int | None, reason: str) -> Choice:
+    """This rank, or dense for `reason`; for a layer without ranks, dense for that."""
     if not options.ranks:
         return _no_rank(options)
-    return Choice(rank, "" if rank is not None else reason)
+    if rank is None:
+        return Choice(None, reason)
+    return Choice(rank)

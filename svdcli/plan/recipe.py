@@ -1,4 +1,4 @@
-"""What was asked (Recipe) and what was decided (Plan): frozen values with JSON both ways."""
+"""What was asked: a Recipe, a frozen value with JSON both ways."""
 
 from __future__ import annotations
 
@@ -57,7 +57,8 @@ class Recipe:
     metric: MetricName = "auto"
 
     def __post_init__(self) -> None:
-        for name, value, known in (
+        # Words first: what follows asks for the layout and the target by their names.
+        for name, value, words in (
             ("target", self.target, TARGETS),
             ("--allocate", self.allocate, ALLOCATIONS),
             ("--layout", self.layout, tuple(LAYOUTS)),
@@ -65,8 +66,10 @@ class Recipe:
             ("--nonfinite", self.nonfinite, NONFINITE),
             ("--metric", self.metric, METRICS),
         ):
-            if value not in known:
-                raise UsageError(f"{name} {value!r} is unknown", f"use one of {', '.join(known)}")
+            if value not in words:
+                raise UsageError(f"{name} {value!r} is unknown", f"use one of {', '.join(words)}")
+
+        # A dtype may come as a person or as a checkpoint calls it; a saved plan has the latter.
         if self.dtype is not None:
             object.__setattr__(self, "dtype", STORED_AS.get(self.dtype, self.dtype))
         if self.dtype is not None and self.dtype not in FACTORED_DTYPES:
@@ -79,8 +82,9 @@ class Recipe:
                 "--self-contained has nothing to add to the dense layout",
                 "any loader opens it as it is",
             )
+        self._check_target()
         self._check_numbers()
-        if self.target in ("rank", "size"):
+        if self.target in ("rank", "size"):  # whole numbers, and JSON shows them so
             object.__setattr__(self, "value", int(self.value))
 
     @property
@@ -88,9 +92,12 @@ class Recipe:
         """Are factors in the output, rather than their products."""
         return LAYOUTS[self.layout].keeps_factors
 
-    def _check_numbers(self) -> None:
-        whole = math.isfinite(self.value) and self.value >= 1 and self.value == int(self.value)
-        if self.target in ("rank", "size") and not whole:
+    def _check_target(self) -> None:
+        """Raises UsageError where the target's number is no such number, or where another choice
+        does not go with the target."""
+        # The number itself.
+        is_count = math.isfinite(self.value) and self.value >= 1 and self.value == int(self.value)
+        if self.target in ("rank", "size") and not is_count:
             raise UsageError(
                 f"--{self.target} {self.value:g} is not a whole number above 0", "give at least 1"
             )
@@ -102,6 +109,8 @@ class Recipe:
             raise UsageError(
                 f"--error {self.value:g} is outside (0, 1)", "give a relative error such as 0.1"
             )
+
+        # What else was chosen.
         if self.allocate == "global" and self.target in ("energy", "error"):
             raise UsageError(
                 f"--allocate global needs a budget, and --{self.target} is a bound for each layer",
@@ -121,6 +130,9 @@ class Recipe:
                 "--size cannot be met in the dense layout, which saves no bytes",
                 "use --layout factored or pivoted",
             )
+
+    def _check_numbers(self) -> None:
+        """Raises UsageError for a number out of its range, whatever the target."""
         if not 0 <= self.floor <= 1:
             raise UsageError(
                 f"--floor {self.floor:g} is outside [0, 1]",
@@ -137,26 +149,18 @@ class Recipe:
                 f"--max-shard-size {self.max_shard_size} is not a size", "give bytes such as 5GB"
             )
 
-    @property
-    def shown_target(self) -> str:
-        return (
-            f"{self.target} {self.value:g}"
-            if self.target != "size"
-            else f"size {int(self.value)} bytes"
-        )
-
 
 def best_defaults(target: Target, *, calibrated: bool) -> dict[str, Any]:
-    """What --allocate, --floor and --layout are where a person does not say. With a calibration,
-    losses of different layers compare, and the best is what was measured to be best: ranks where
-    they are worth most, without a floor, stored pivoted."""
+    """What --allocate, --floor and --layout are where a person does not say.
+
+    With a calibration, losses of different layers compare, and the best is what was measured to be
+    best: ranks where they are worth most, without a floor, stored pivoted.
+    """
     if not calibrated:
         return {"allocate": "uniform", "floor": 0.6, "layout": "factored"}
-    return {
-        "allocate": "uniform" if target in ("energy", "error") else "global",
-        "floor": 0.0,
-        "layout": "pivoted",
-    }
+    # A bound for each layer leaves nothing to allocate.
+    allocate = "uniform" if target in ("energy", "error") else "global"
+    return {"allocate": allocate, "floor": 0.0, "layout": "pivoted"}
 
 
 class Wanted(TypedDict, total=False):
@@ -193,7 +197,7 @@ def recipe_for(wanted: Mapping[str, object], *, calibrated: bool) -> Recipe:
     asked: dict[str, Any] = {name: value for name, value in wanted.items() if value is not None}
     given: list[Target] = [name for name in TARGETS if name in asked]
     if len(given) != 1:
-        names = ", ".join(f"--{name}" for name in TARGETS)
+        names = ", ".join(f"--{target}" for target in TARGETS)
         raise UsageError(f"give exactly one target, not {len(given)}", f"one of {names}, or --plan")
     [target] = given
     value = float(asked.pop(target))
@@ -209,8 +213,9 @@ def recipe_to_json(recipe: Recipe) -> dict[str, Any]:
 
 
 def recipe_from_json(data: dict[str, Any]) -> Recipe:
-    known = dict(data)
-    for name in ("include", "exclude", "layers"):
-        if known.get(name) is not None:
-            known[name] = tuple(known[name])
-    return Recipe(**known)
+    """A recipe from its fields. Raises UsageError or TypeError where they are none."""
+    fields = dict(data)
+    for name in ("include", "exclude", "layers"):  # JSON has lists for them
+        if fields.get(name) is not None:
+            fields[name] = tuple(fields[name])
+    return Recipe(**fields)

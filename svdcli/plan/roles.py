@@ -1,5 +1,5 @@
-"""What a layer does, told from its name, its shape, the layers beside it and the model's config:
-the ones that stay dense."""
+"""Layers that stay dense for what they do, recognised by their names, their shapes, the layers
+beside them and the model's config."""
 
 from __future__ import annotations
 
@@ -71,35 +71,42 @@ class Roles:
         self.mixtures = set(chain.from_iterable(map(self._mixtures_around, tensors)))
         self.tables = [tensor for tensor in tensors if self._is_vocabulary(tensor)]
         self.table_shapes = {table.shape for table in self.tables}
-        others = [
-            tensor for tensor in tensors if len(tensor.shape) == 2 and not _is_embedding(tensor)
+        matrices = [tensor for tensor in tensors if len(tensor.shape) == 2]
+        self.heads = [
+            tensor
+            for tensor in matrices
+            if not _is_embedding(tensor) and self._head(tensor, tensor.module.split("."))
         ]
-        self.heads = [tensor for tensor in others if self._head(tensor, tensor.module.split("."))]
 
     def reason(self, tensor: TensorInfo) -> str:
         """Why a matrix stays dense for what it does, or an empty string."""
         parts = tensor.module.split(".")
-        return (
-            self._not_in_the_class(tensor)
-            or (
-                "a factor of an adapter that is not merged"
-                if is_adapter_factor(tensor.name)
-                else ""
-            )
-            or ("embedding" if _is_embedding(tensor) else "")
-            or self._head(tensor, parts)
-            or ("norm" if "norm" in parts[-1].lower() else "")
-            or self._router(tensor, parts)
-            or next((f"feeds a choice ({part})" for part in parts if _CHOOSER.search(part)), "")
-        )
+        left_out = self._not_in_the_class(tensor)
+        if left_out:
+            return left_out
+        if is_adapter_factor(tensor.name):
+            return "a factor of an adapter that is not merged"
+        if _is_embedding(tensor):
+            return "embedding"
+        head = self._head(tensor, parts)
+        if head:
+            return head
+        if "norm" in parts[-1].lower():
+            return "norm"
+        router = self._router(tensor, parts)
+        if router:
+            return router
+        for part in parts:
+            if _CHOOSER.search(part):
+                return f"feeds a choice ({part})"
+        return ""
 
     def copies(self) -> list[tuple[TensorInfo, TensorInfo]]:
         """(head, embedding) that a class which ties them makes one weight of, where they are
         equal."""
-        pairs = product(self.heads, self.tables)
         return [
             (head, table)
-            for head, table in pairs
+            for head, table in product(self.heads, self.tables)
             if (head.shape, head.dtype) == (table.shape, table.dtype)
         ]
 
@@ -108,32 +115,33 @@ class Roles:
         because the two are tied; "" where that is not so."""
         if self.facts.tied is False or self.copies():
             return ""
-        parts, vocabularies = module.split("."), self.facts.vocabularies
-        held: list[TensorInfo] = []
+        parts = module.split(".")
+        vocabularies = self.facts.vocabularies
+        candidates: list[TensorInfo] = []
+        # T5 and its kin store one table, and call it shared.
         if parts[-2:] in (["encoder", "embed_tokens"], ["decoder", "embed_tokens"]):
-            held = [table for table in self.tables if table.module.split(".")[-1] == "shared"]
+            candidates = [t for t in self.tables if t.module.split(".")[-1] == "shared"]
+        # The embedding is not there: the head has its weight.
         elif _EMBEDDING.search(module) and not _NO_VOCABULARY.search(module) and not self.tables:
-            held = [head for head in self.heads if head.shape[0] in vocabularies]
+            candidates = [head for head in self.heads if head.shape[0] in vocabularies]
+        # The head is not there: the embedding has its weight.
         elif parts[0] in _HEAD_TOPS or _HEAD_PART.search(parts[-1]):
-            held = [
+            candidates = [
                 table for table in self.tables if not vocabularies or table.shape[0] in vocabularies
             ]
-        return max(held, key=lambda tensor: tensor.parameters).module if held else ""
+        if not candidates:
+            return ""
+        return max(candidates, key=lambda tensor: tensor.parameters).module
 
     def _is_vocabulary(self, tensor: TensorInfo) -> bool:
         """A table of what the model reads and writes, whose shape a head may have. Square ones
         (queries, positions) have the shape of a layer by chance, unless config.json says that so
         many rows are a vocabulary."""
-        if (
-            len(tensor.shape) != 2
-            or not tensor.name.endswith(".weight")
-            or not _is_embedding(tensor)
-        ):
+        is_weight = len(tensor.shape) == 2 and tensor.name.endswith(".weight")
+        if not is_weight or not _is_embedding(tensor) or _NO_VOCABULARY.search(tensor.module):
             return False
         rows, columns = tensor.shape
-        return not _NO_VOCABULARY.search(tensor.module) and (
-            rows != columns or rows in self.facts.vocabularies
-        )
+        return rows != columns or rows in self.facts.vocabularies
 
     def _not_in_the_class(self, tensor: TensorInfo) -> str:
         """Layers that predict further tokens lie in the files of many models whose classes leave
@@ -148,20 +156,21 @@ class Roles:
         return ""
 
     def _head(self, tensor: TensorInfo, parts: Sequence[str]) -> str:
+        """Why a matrix is an output head, or an empty string. parts are those of its module's
+        name."""
+        # Names that are a head's alone. One at the top may be a whole network, whose blocks have
+        # layers like any other.
         below = _below_blocks(tensor.module).split(".")
         in_a_block = any(part.isdigit() for part in parts)
-        in_a_stack = (
-            in_a_block and len(below) > 1 and not parts[-1].isdigit()
-        )  # a head may be a whole network
-        if _DETECTION_HEAD.search(tensor.module):
+        in_a_stack = in_a_block and len(below) > 1 and not parts[-1].isdigit()
+        is_top = parts[0] in _HEAD_TOPS and not in_a_stack
+        is_leaf = parts[-1] in _HEAD_LEAVES and not in_a_block
+        if _DETECTION_HEAD.search(tensor.module) or is_top or is_leaf:
             return "output head"
-        if (parts[0] in _HEAD_TOPS and not in_a_stack) or (
-            parts[-1] in _HEAD_LEAVES and not in_a_block
-        ):
-            return "output head"
-        named = any(
-            _HEAD_PART.search(part) for part in [part for part in parts if not part.isdigit()][-2:]
-        )
+
+        # Names that speak of a head, and shapes. In a block only both together count.
+        words = [part for part in parts if not part.isdigit()]
+        named = any(_HEAD_PART.search(part) for part in words[-2:])
         if in_a_block and not named:
             return ""
         if tensor.shape in self.table_shapes:
@@ -178,43 +187,38 @@ class Roles:
         return ""
 
     def _router(self, tensor: TensorInfo, parts: Sequence[str]) -> str:
+        """Why a matrix is the router of a mixture of experts, or an empty string."""
         if any(map(_ROUTER.search, parts)):
             return "expert router"
         if not self.mixtures:
             return ""
-        scores = tensor.shape[0] in self.facts.experts
-        for place, part in enumerate(parts):
-            beside = ".".join(parts[:place]) in self.mixtures
-            if _GATE.search(part) and (beside or scores):
+        scores_experts = tensor.shape[0] in self.facts.experts
+        for depth, part in enumerate(parts):
+            beside_experts = ".".join(parts[:depth]) in self.mixtures
+            if _GATE.search(part) and (beside_experts or scores_experts):
                 return "expert router"
-        return (
-            "expert router (as many rows as experts)"
-            if scores and ".".join(parts[:-1]) in self.mixtures
-            else ""
-        )
+        if scores_experts and ".".join(parts[:-1]) in self.mixtures:
+            return "expert router (as many rows as experts)"
+        return ""
 
     def _mixtures_around(self, tensor: TensorInfo) -> list[str]:
         """The blocks whose experts this tensor belongs to: what holds `experts`, is called a
         mixture, or holds one stack of matrices for all experts."""
         parts = tensor.module.split(".")
-        around = [
-            ".".join(parts[:place]) for place, part in enumerate(parts) if _EXPERTS.search(part)
-        ]
-        around += [
-            ".".join(parts[: place + 1])
-            for place, part in enumerate(parts[:-1])
-            if _MIXTURE.search(part)
-        ]
-        if (
-            len(tensor.shape) == 3
-            and tensor.shape[0] in self.facts.experts
-            and min(tensor.shape) > 1
-        ):
-            around.append(".".join(parts[:-1]))
-        return around
+        mixtures = []
+        for depth, part in enumerate(parts):
+            if _EXPERTS.search(part):
+                mixtures.append(".".join(parts[:depth]))
+            if _MIXTURE.search(part) and depth < len(parts) - 1:
+                mixtures.append(".".join(parts[: depth + 1]))
+        is_stack = len(tensor.shape) == 3 and tensor.shape[0] in self.facts.experts
+        if is_stack and min(tensor.shape) > 1:
+            mixtures.append(".".join(parts[:-1]))
+        return mixtures
 
 
 def _is_embedding(tensor: TensorInfo) -> bool:
+    """Is this a table of which single rows are read."""
     if _DETECTION_HEAD.search(tensor.module):
         return False
     return _EMBEDDING.search(_below_blocks(tensor.module)) is not None or _is_queries(tensor)
@@ -232,5 +236,7 @@ def _below_blocks(module: str) -> str:
     parts = module.split(".")
     while len(parts) > 1 and parts[-1].isdigit():
         parts.pop()
-    numbers = [place for place, part in enumerate(parts) if part.isdigit()]
-    return ".".join(parts[numbers[-1] + 1 :]) if numbers else ".".join(parts)
+    for depth in reversed(range(len(parts))):
+        if parts[depth].isdigit():
+            return ".".join(parts[depth + 1 :])
+    return ".".join(parts)

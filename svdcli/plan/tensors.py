@@ -58,4 +58,5 @@ class TensorInfo:
 
 
 def module_of(name: str) -> str:
+    """A tensor's name without its `.weight`."""
     return name.removesuffix(".weight")

@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from svdcli.errors import UsageError
-from svdcli.plan.budget import cost_of, missed_target, ranks_within_share
+from svdcli.plan.budget import missed_target, ranks_within_share
 from svdcli.plan.layers import choose_layers
 from svdcli.plan.plan import LayerPlan, Plan
-from svdcli.plan.ranks import options_of, uniform
+from svdcli.plan.ranks import cost_of, options_of, uniform
 from svdcli.plan.recipe import Recipe
 from svdcli.plan.tensors import TensorInfo
 

@@ -46,8 +46,8 @@ class Layout(ABC):
         m, n = layer.shape
         stored = []
         for part, shape in self.parts(m, n, rank).items():
-            kind = ROW_NUMBERS if part == ROWS else dtype
-            stored.append(TensorInfo(_part_name(layer.name, part), kind, shape))
+            part_dtype = ROW_NUMBERS if part == ROWS else dtype
+            stored.append(TensorInfo(_part_name(layer.name, part), part_dtype, shape))
         return tuple(stored)
 
     def nbytes(self, layer: TensorInfo, rank: int, dtype: str) -> int:
@@ -57,6 +57,7 @@ class Layout(ABC):
     def largest_saving_rank(self, layer: TensorInfo, dtype: str) -> int:
         """The largest rank whose stored bytes and parameters are both below those of the dense
         weight; 0 if there is none."""
+        # By bisection: what saves at one rank saves at every smaller one.
         low, high = 0, self.largest_rank(layer.shape)
         while low < high:
             rank = (low + high + 1) // 2
