@@ -9,7 +9,7 @@ there is worth the same in every direction, whatever the layout stores.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from svdcli.calibration.loss import ModelLoss
+from svdcli.calibration.rows import MomentSums, without_padding
 from svdcli.healing.refit import put_factors
 from svdcli.linalg.balance import balanced
 from svdcli.linalg.damping import damped_root
-from svdcli.linalg.products import moment
 from svdcli.linalg.solvers import Factors, transposed
 from svdcli.models.modules import LOW_RANK, factors_of, is_linear
 from svdcli.text.tokens import Batch
@@ -37,7 +37,7 @@ class WhitenedLinear(nn.Module):
         super().__init__()
         # The dense layer's two factors, (m, r) and (r, n), whatever the layout
         up, down, rows = factors_of(module)
-        if rows is not None:
+        if rows is not None:  # pivoted: the kept rows are those of `down` themselves
             up = torch.cat((torch.eye(down.shape[0]).to(up), up))[rows.long()]
         if conv:  # stored as (in, out)
             up, down = down.T, up.T
@@ -149,7 +149,9 @@ class WhitenedLayers:
         for name, layer in self.layers.items():
             up, down = (factor.detach() for factor in layer.factors())
             factors = Factors(up, down, up.new_empty(0), 0.0)
-            put_factors(self.originals[name], transposed(factors) if layer.conv else factors)
+            if layer.conv:  # stored as (in, out)
+                factors = transposed(factors)
+            put_factors(self.originals[name], factors)
         self._use(self.originals)
         try:
             yield
@@ -163,46 +165,42 @@ class WhitenedLayers:
 
 def moments_of(
     model: nn.Module,
-    names: Mapping[str, object],
+    names: Collection[str],
     batches: Sequence[Batch],
     call: Callable[..., Any] | None = None,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Second moments of the inputs and of the loss gradients at the outputs of the named layers,
     summed over the batches, from ordinary passes of a model in memory; diagonals beyond `FULL`.
     Padding counts as zeros in gradients only."""
-    inputs: dict[str, Tensor] = {}
-    gradients: dict[str, Tensor] = {}
-    caught: dict[str, list[Tensor]] = {}
+    inputs, gradients = MomentSums(FULL), MomentSums(FULL)
+    ends: list[tuple[str, Tensor]] = []
 
-    def add(sums: dict[str, Tensor], name: str, values: Tensor) -> None:
-        more = moment(values.detach().reshape(-1, values.shape[-1]), FULL)
-        sums[name] = sums[name] + more if name in sums else more
-
-    def hook(name: str) -> Callable[..., Tensor]:
-        def catch(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            add(inputs, name, args[0])
+    def watch(name: str) -> Callable[..., Tensor]:
+        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            inputs.add(name, without_padding(args[0].detach(), None))
             if not output.requires_grad:  # nothing before this layer is differentiated
                 output = output.detach().requires_grad_().clone()
-            caught.setdefault(name, []).append(output)
+            ends.append((name, output))
             return output
 
-        return catch
+        return hook
 
     loss = ModelLoss()
-    handles = [model.get_submodule(name).register_forward_hook(hook(name)) for name in names]
+    handles = [model.get_submodule(name).register_forward_hook(watch(name)) for name in names]
     try:
         for batch in batches:
-            caught.clear()
+            # Forwards, noting every output that a gradient is wanted at
+            ends.clear()
             with torch.enable_grad():
-                tensor, gradient = loss.cotangent(batch, (call or model)(**batch))
-            ends = [(name, output) for name, outputs in caught.items() for output in outputs]
-            found = torch.autograd.grad(
-                tensor, [output for _, output in ends], gradient, allow_unused=True
-            )
-            for (name, _), value in zip(ends, found, strict=True):
-                if value is not None:
-                    add(gradients, name, value)
+                tensor, cotangent = loss.cotangent(batch, (call or model)(**batch))
+
+            # Backwards; an output that the loss does not depend on has no gradient
+            outputs = [output for _, output in ends]
+            found = torch.autograd.grad(tensor, outputs, cotangent, allow_unused=True)
+            for (name, _), gradient in zip(ends, found, strict=True):
+                if gradient is not None:
+                    gradients.add(name, without_padding(gradient, None))
     finally:
         for handle in handles:
             handle.remove()
-    return inputs, gradients
+    return inputs.take(), gradients.take()
