@@ -35,7 +35,8 @@ class ModelLoss:
         self.nats = getattr(output, "logits", None) is not None
 
     def cotangents(self, batches: Sequence[Batch]) -> Callable[[int, Any], tuple[Tensor, Tensor]]:
-        """(index of one of these batches, the model's output) -> `cotangent` of it."""
+        """A function of the index of one of these batches, and of the model's output: its
+        `cotangent`."""
         return lambda index, output: self.cotangent(batches[index], output)
 
     def cotangent(self, batch: Batch, output: Any) -> tuple[Tensor, Tensor]:
@@ -43,19 +44,23 @@ class ModelLoss:
         self.note_kind(0, output)
         mask = batch.get("attention_mask")
         if self.nats:
-            return output.logits, self._sampled(output.logits, mask)
+            return output.logits, self._gradient_at(output.logits, mask)
+
+        # The gradient of e . z at the encoder's rows, with z drawn on the CPU on every device
         rows = rows_of(output)
         leaf = rows.detach().requires_grad_()
         with torch.enable_grad():
             embedding = embedding_of(leaf, mask)
-            (embedding * torch.randn(embedding.shape).to(embedding)).sum().backward()
+            z = torch.randn(embedding.shape).to(embedding)
+            (embedding * z).sum().backward()
         self.events += leaf.shape[0]
         assert leaf.grad is not None
         return rows, leaf.grad
 
-    def _sampled(self, logits: Tensor, mask: Tensor | None) -> Tensor:
+    def _gradient_at(self, logits: Tensor, mask: Tensor | None) -> Tensor:
         """Gradient of the summed loss at logits (..., classes) for labels drawn from the
-        predictions themselves."""
+        predictions themselves. Raises SvdcliError where these are not finite."""
+        # The gradient of a cross entropy at its logits: the predictions, less 1 at the label
         gradient = logits.detach().float().softmax(-1)
         if not bool(torch.isfinite(gradient.sum())):
             raise SvdcliError(
@@ -65,6 +70,8 @@ class ModelLoss:
         flat = gradient.view(-1, gradient.shape[-1])
         labels = torch.multinomial(flat.cpu(), 1).to(flat.device)
         flat.scatter_add_(1, labels, torch.full_like(labels, -1, dtype=flat.dtype))
+
+        # Padding predicts nothing
         if mask is not None and mask.shape == logits.shape[:-1]:
             gradient = gradient * mask.to(gradient)[..., None]
             self.events += int(mask.sum())
@@ -79,7 +86,8 @@ def embedding_of(rows: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def answer_of(output: Any, batch: Batch) -> tuple[Tensor, Callable[[Tensor, Tensor], Tensor]]:
-    """Rows to compare, and the summed distance between two sets of them."""
+    """Rows to compare, and the summed distance between two sets of them: log probabilities of
+    predictions and their KL divergence, or sentence embeddings and 1 - cosine."""
     mask = batch.get("attention_mask")
     logits = getattr(output, "logits", None)
     if logits is None:
@@ -88,27 +96,33 @@ def answer_of(output: Any, batch: Batch) -> tuple[Tensor, Callable[[Tensor, Tens
     return without_padding(rows, padding_mask(batch)), _divergence
 
 
-def divergence_terms(whole: Tensor, cut: Tensor) -> Tensor:
-    """KL(whole || cut) before it is summed over the last axis, of log probabilities."""
-    return whole.exp() * (whole - cut)
+def divergence_terms(original: Tensor, compressed: Tensor) -> Tensor:
+    """KL(original || compressed) before it is summed over the last axis, of log probabilities."""
+    return original.exp() * (original - compressed)
 
 
-def _divergence(whole: Tensor, cut: Tensor) -> Tensor:
-    return divergence_terms(whole, cut).sum(dtype=torch.float64)
+def _divergence(original: Tensor, compressed: Tensor) -> Tensor:
+    return divergence_terms(original, compressed).sum(dtype=torch.float64)
 
 
-def _cosine_distance(whole: Tensor, cut: Tensor) -> Tensor:
-    return (1 - (whole.double() * cut.double()).sum(-1)).sum()
+def _cosine_distance(original: Tensor, compressed: Tensor) -> Tensor:
+    """Of normalised embeddings."""
+    cosines = (original.double() * compressed.double()).sum(-1)
+    return (1 - cosines).sum()
 
 
-def excess_of(whole: Tensor, cut: Tensor, ids: Tensor) -> Tensor:
-    """By how much more, in nats a token, a decoder loses on the tokens ids (batch, length) than its
-    original. whole and cut (batch * length, vocabulary) are the log probabilities of the original
-    and of the decoder."""
-    theirs, ours = (
-        rows.view(*ids.shape, -1)[:, :-1].gather(-1, ids[:, 1:, None]) for rows in (whole, cut)
-    )
-    return (theirs - ours).mean()
+def excess_of(original: Tensor, compressed: Tensor, ids: Tensor) -> Tensor:
+    """By how much more, in nats a token, the compressed decoder loses on the tokens ids (batch,
+    length) than its original. original and compressed (batch * length, vocabulary) are their log
+    probabilities."""
+    difference = _log_likelihoods(original, ids) - _log_likelihoods(compressed, ids)
+    return difference.mean()
+
+
+def _log_likelihoods(rows: Tensor, ids: Tensor) -> Tensor:
+    """(batch, length - 1, 1): of every token but the first of each row, which nothing predicts."""
+    predictions = rows.view(*ids.shape, -1)[:, :-1]
+    return predictions.gather(-1, ids[:, 1:, None])
 
 
 def block_moments(
@@ -120,7 +134,7 @@ def block_moments(
     call: Callable[..., Any] | None = None,
 ) -> dict[str, Tensor]:
     """Second moments (width, width) of the loss gradient at the output of every block, averaged
-    over predictions.
+    over predictions; a block that no gradient reaches has none.
 
     at_a_time bounds how many batches are under way together; call is what is called with each, if
     not the whole model.
@@ -134,6 +148,6 @@ def block_moments(
 
     stream = Stream(model, device, torch.float32, call=call, gradients=add)
     for start in range(0, len(batches), at_a_time):
-        some = batches[start : start + at_a_time]
-        stream.run(some, loss.cotangents(some))
+        group = batches[start : start + at_a_time]
+        stream.run(group, loss.cotangents(group))
     return {unit: total / max(1, loss.events) for unit, total in sums.take().items()}
