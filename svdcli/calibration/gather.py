@@ -23,9 +23,12 @@ from svdcli.text.tokens import Batch
 # would dwarf the rest.
 FULL_OUTPUTS = 4096
 
-
 # Sensitivities compare whole distributions, which says much with little text.
 SENSITIVITY_BATCHES = 4
+
+# What a unit costs: backwards its block is computed again and differentiated twice.
+_STEPS_FORWARD = 1
+_STEPS_BACKWARD = 3
 
 
 class Gather:
@@ -45,8 +48,12 @@ class Gather:
         progress: Progress,
         rounds: int,
     ) -> None:
-        self.model, self.width, self.layers = model, width, layers
-        self.spool, self.progress, self.rounds = spool, progress, rounds
+        self.model = model
+        self.width = width
+        self.layers = layers
+        self.spool = spool
+        self.progress = progress
+        self.rounds = rounds
         self.loss = ModelLoss()
         self.rows: dict[str, int] = {}
         self.leaders: dict[str, str] = {}
@@ -57,20 +64,23 @@ class Gather:
     ) -> Iterator[Visit]:
         """Sum what the layers meet in one run over these batches, which has to call what this
         yields before every unit (`Stream.run`)."""
-        one = _Round(self, number, batches, units * (4 if backwards else 1))
+        # A step forwards for every unit, and three steps backwards
+        steps = units * (_STEPS_FORWARD + _STEPS_BACKWARD) if backwards else units * _STEPS_FORWARD
+        sums = _Round(self, number, batches, steps)
         handles = []
         for name, target in self.layers.items():
             module = self.model.get_submodule(target)
-            handles.append(module.register_forward_pre_hook(one.input_hook(name)))
-            handles.append(module.register_forward_hook(one.output_hook(name)))
+            handles.append(module.register_forward_pre_hook(sums.input_hook(name)))
+            handles.append(module.register_forward_hook(sums.output_hook(name)))
         try:
-            yield one.visit
+            yield sums.visit
         finally:
             for handle in handles:
                 handle.remove()
 
     def add_sensitivities(self, stream: Stream, batches: Sequence[Batch], room: int) -> None:
-        """Measure them on batches spread over the text, and put them beside the moments."""
+        """Measure the sensitivities on batches spread over the text, and put them beside the
+        moments. room is the memory for hidden states, in bytes."""
         count = min(SENSITIVITY_BATCHES, len(batches))
         few = [batches[len(batches) * i // SENSITIVITY_BATCHES] for i in range(count)]
 
@@ -83,14 +93,18 @@ class Gather:
             self.spool.add(f"sensitivity.{name}", torch.tensor(values))
 
     def _moments_of(self, name: str) -> LayerMoments:
+        """A layer's moments as they will be in the file."""
         keys, scales = self.keys()[name], self.scales()
 
-        def get(key: str) -> Tensor:
+        def scaled(key: str) -> Tensor:
             return self.spool.get(key) * scales[key]
 
-        outputs = None if keys["output"] is None else get(keys["output"])
+        outputs = None if keys["output"] is None else scaled(keys["output"])
         return LayerMoments(
-            get(f"input.{keys['input']}"), get(f"mean.{keys['input']}"), outputs, keys["transposed"]
+            inputs=scaled(f"input.{keys['input']}"),
+            mean=scaled(f"mean.{keys['input']}"),
+            outputs=outputs,
+            transposed=keys["transposed"],
         )
 
     def keys(self) -> dict[str, dict[str, Any]]:
@@ -111,10 +125,10 @@ class Gather:
         every row that a loss reads."""
         scales = {}
         for key in self.spool.shapes:
-            kind, name = key.split(".", 1)
-            if kind == "output":
+            quantity, name = key.split(".", 1)
+            if quantity == "output":
                 count = self.loss.events or self.rows[name]
-            elif kind == "sensitivity":
+            elif quantity == "sensitivity":
                 count = 1
             else:
                 count = self.rows[name]
@@ -127,17 +141,22 @@ class _Round:
     many there will be."""
 
     def __init__(self, gather: Gather, number: int, batches: Sequence[Batch], steps: int) -> None:
-        self.gather, self.number, self.batches, self.steps = gather, number, batches, steps
+        self.gather = gather
+        self.number = number
+        self.batches = batches
+        self.steps = steps
         self.phase = ""
         self.mask: Tensor | None = None
         self.steps_done = 0
-        # Inputs and outputs of the unit, and the inputs that its layers read so far
+        # Sums over the unit's inputs and outputs
         self.sums = MomentSums(FULL_OUTPUTS)
+        # What its layers read so far of this batch, with the first layer that read it
         self.seen: list[tuple[Tensor, str]] = []
 
     def visit(self, phase: str, unit: str, batch: int, total: int) -> None:
         """What comes is of this batch in this unit; when a unit is done its sums are spooled."""
-        self.phase, self.seen = phase, []
+        self.phase = phase
+        self.seen = []
         if not phase.endswith("done"):
             self.mask = padding_mask(self.batches[batch])
             return
@@ -146,9 +165,8 @@ class _Round:
         self._report(unit)
 
     def _report(self, unit: str) -> None:
-        """A step forwards counts as one, a step backwards as three: the block is computed again and
-        differentiated twice."""
-        self.steps_done += 1 if self.phase == "forward done" else 3
+        forwards = self.phase == "forward done"
+        self.steps_done += _STEPS_FORWARD if forwards else _STEPS_BACKWARD
         done = self.number + min(1.0, self.steps_done / self.steps)
         self.gather.progress("calibrate", unit, done, self.gather.rounds)
 
@@ -173,9 +191,9 @@ class _Round:
 
     def _leader(self, x: Tensor, name: str) -> str:
         """The first layer of this unit and batch that read x: this one, if there is none."""
-        for tensor, other in self.seen:
+        for tensor, leader in self.seen:
             if tensor is x or _same_memory(tensor, x):
-                return other
+                return leader
         return name
 
     def _add_inputs(self, name: str, rows: Tensor) -> None:
@@ -199,6 +217,7 @@ class _Round:
         """(tokens, width) in float32, without padding. Raises SvdcliError where a value is not
         finite."""
         rows = without_padding(values.float(), self.mask)
+        # One sum instead of a mask: a single NaN or infinity shows in it
         if not bool(torch.isfinite(rows.sum())):
             raise SvdcliError(
                 f"{name} meets NaN or infinity",
@@ -207,9 +226,6 @@ class _Round:
         return rows
 
 
-def _same_memory(one: Tensor, other: Tensor) -> bool:
-    return (
-        one.data_ptr() == other.data_ptr()
-        and one.shape == other.shape
-        and one.stride() == other.stride()
-    )
+def _same_memory(a: Tensor, b: Tensor) -> bool:
+    """Are two tensors the same view of the same memory?"""
+    return a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride()

@@ -77,13 +77,14 @@ def metric_of(moments: LayerMoments, device: torch.device, *, centred: bool) -> 
 
 
 class Spool:
-    """Sums that are kept on disk between rounds, one file each."""
+    """Sums that are kept on disk between rounds, one file each. shapes has the shape of each."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.shapes: dict[str, tuple[int, ...]] = {}
 
     def add(self, key: str, value: Tensor) -> None:
+        """Add to the sum under this key, which starts from zero."""
         path = self._path(key)
         if key in self.shapes:
             value = value + torch.load(path, weights_only=True)
@@ -91,10 +92,12 @@ class Spool:
         torch.save(value.to("cpu", torch.float32).contiguous(), path)
 
     def get(self, key: str) -> Tensor:
+        """The sum so far, float32, on the CPU."""
         value: Tensor = torch.load(self._path(key), weights_only=True)
         return value
 
     def _path(self, key: str) -> Path:
+        # By digest: names of layers may hold anything, and be longer than a file's name
         return self.folder / f"{hashlib.sha256(key.encode()).hexdigest()}.pt"
 
 
@@ -112,6 +115,8 @@ def write_moments(
     """
     metadata = {METADATA: json.dumps({"format": FORMAT} | asdict(provenance) | {"layers": layers})}
     infos = tuple(TensorInfo(key, "F32", shape) for key, shape in spool.shapes.items())
+
+    # Written beside the path and moved there when it is complete
     with tempfile.TemporaryDirectory(dir=path.absolute().parent, prefix=f".{path.name}.") as folder:
         file = lay_out(path.name, [Unit("moments", "copy", (), infos, path.name)], metadata)
         writer = WeightWriter(Path(folder), [file])
@@ -126,9 +131,8 @@ class Moments:
 
     def __init__(self, checkpoint: Checkpoint, data: Mapping[str, Any]) -> None:
         self._checkpoint = checkpoint
-        self.provenance = Provenance(
-            **{name: data[name] for name in Provenance.__dataclass_fields__}
-        )
+        fields = {name: data[name] for name in Provenance.__dataclass_fields__}
+        self.provenance = Provenance(**fields)
         self.layers: Mapping[str, Mapping[str, Any]] = data["layers"]
 
     @property
@@ -142,18 +146,19 @@ class Moments:
         keys = self.layers.get(name)
         if keys is None:
             return None
-        inputs, mean, outputs = (
-            None if key is None else self._checkpoint.read_tensor(key) for key in _keys_of(keys)
-        )
-        assert inputs is not None
-        assert mean is not None
-        measured = [tensor for tensor in (inputs, mean, outputs) if tensor is not None]
-        if not all(bool(tensor.isfinite().all()) for tensor in measured):
+        input_key, mean_key, output_key = _keys_of(keys)
+        inputs, mean = self._read(name, input_key), self._read(name, mean_key)
+        outputs = None if output_key is None else self._read(name, output_key)
+        return LayerMoments(inputs, mean, outputs, bool(keys["transposed"]))
+
+    def _read(self, name: str, key: str) -> Tensor:
+        tensor: Tensor = self._checkpoint.read_tensor(key)
+        if not bool(tensor.isfinite().all()):
             raise BadCheckpointError(
                 f"{self._checkpoint.shown}: the moments of {name} hold NaN or infinity",
                 "calibrate again",
             )
-        return LayerMoments(inputs, mean, outputs, bool(keys["transposed"]))
+        return tensor
 
     def loss_scale(self, name: str) -> float | None:
         """Loss of the model for the whole of a layer's energy, from its measured sensitivity; None
@@ -161,6 +166,7 @@ class Moments:
         if f"sensitivity.{name}" not in self._checkpoint.tensors:
             return None
         loss, share = self._checkpoint.read_tensor(f"sensitivity.{name}").tolist()
+        # Where the cut gave nothing up the layer is of a lower rank, and costs nothing
         return float(loss / share) if share > 0 else 0.0
 
     def metric_name(self, name: str) -> str:
@@ -183,12 +189,15 @@ class Moments:
 
 def open_moments(path: str | Path) -> Moments:
     """Open a file of `svdcli calibrate`. Raises BadCheckpointError where it is none, or damaged."""
+    # The metadata of the one file that it is
     checkpoint = open_checkpoint(path)
     text = next(iter(checkpoint.metadata.values()), {}).get(METADATA)
     if text is None:
         raise BadCheckpointError(
             f"{path} was not written by svdcli calibrate", "run `svdcli calibrate` first"
         )
+
+    # What it says must be what the tensors are; whatever may be wrong in it is one error
     try:
         data = json.loads(text)
         if data["format"] > FORMAT:
@@ -197,23 +206,29 @@ def open_moments(path: str | Path) -> Moments:
             )
         moments = Moments(checkpoint, data)
         for name, keys in moments.layers.items():
-            inputs, mean, output = (
-                (0,) if key is None else checkpoint.tensors[key].info.shape
-                for key in _keys_of(keys)
-            )
-            fit = (
-                len(mean) == 1
-                and inputs == mean * 2
-                and len(output) in (1, 2)
-                and len({*output}) == 1
-            )
-            if not fit or not isinstance(keys["transposed"], bool):
+            if not _fits(checkpoint, keys):
                 raise KeyError(name)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise BadCheckpointError(
             f"{path}: its moments are damaged ({error})", "calibrate again"
         ) from error
     return moments
+
+
+def _fits(checkpoint: Checkpoint, keys: Mapping[str, Any]) -> bool:
+    """Have a layer's moments the shapes of moments? Raises KeyError where one is missing."""
+    input_key, mean_key, output_key = _keys_of(keys)
+    inputs = checkpoint.tensors[input_key].info.shape
+    mean = checkpoint.tensors[mean_key].info.shape
+    if len(mean) != 1 or inputs != mean * 2:
+        return False
+
+    # Full (m, m) or a diagonal (m,)
+    if output_key is not None:
+        output = checkpoint.tensors[output_key].info.shape
+        if len(output) not in (1, 2) or len({*output}) != 1:
+            return False
+    return isinstance(keys["transposed"], bool)
 
 
 def _keys_of(keys: Mapping[str, Any]) -> tuple[str, str, str | None]:

@@ -44,12 +44,15 @@ def read_batches(
     Raises SvdcliError where the text is too short, or the tokenizer is another model's.
     """
     length = window_length(side.longest, seq_len)
+    # Windows all have one length, and need no padding
     if side.in_windows:
         ids = windows_of(tokenizer, texts, length, amount.windows(length)).ids
         batches = [{"input_ids": part} for part in ids.split(rows_at_a_time(ids.shape[1]))]
         if side.decodes:
             batches = [batch | {"decoder_input_ids": batch["input_ids"]} for batch in batches]
         samples, tokens, length = ids.shape[0], ids.numel(), ids.shape[1]
+
+    # Sentences as the tokenizer reads them one by one, special tokens included
     else:
         padding_token(tokenizer)
         sentences = sentences_of(tokenizer, texts, length, amount)

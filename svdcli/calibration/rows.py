@@ -33,7 +33,8 @@ class MomentSums:
     """
 
     def __init__(self, full: int | None = None, dtype: torch.dtype | None = None) -> None:
-        self._full, self._dtype = full, dtype
+        self._full = full
+        self._dtype = dtype
         self._sums: dict[str, Tensor] = {}
         # Keys of sums of which only the lower triangle is up to date
         self._lower: set[str] = set()

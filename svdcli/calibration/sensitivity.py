@@ -68,7 +68,9 @@ class _CutCopies:
         batches: Sequence[Batch],
         moments_of: Callable[[str], LayerMoments],
     ) -> None:
-        self.model, self.layers, self.batches = model, layers, batches
+        self.model = model
+        self.layers = layers
+        self.batches = batches
         self.moments_of = moments_of
         # The weight that is cut at present, and what it was
         self._uncut: tuple[nn.Parameter, Tensor] | None = None

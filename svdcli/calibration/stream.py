@@ -242,7 +242,10 @@ class Stream:
         call: Callable[..., Any] | None = None,
         gradients: Gradients | None = None,
     ) -> None:
-        self.model, self.device, self.dtype, self.visit = model, device, dtype, visit
+        self.model = model
+        self.device = device
+        self.dtype = dtype
+        self.visit = visit
         self.call = model if call is None else call
         self.units = units_of(model)
         self.gradients = gradients
@@ -358,8 +361,10 @@ class Stream:
         outputs, out_spec = tree_flatten(result)
         outer: list[Tensor | None] = []
         for leaf in leaves:
-            in_graph = isinstance(leaf, Tensor) and leaf.requires_grad
-            outer.append(leaf if in_graph else None)
+            if isinstance(leaf, Tensor) and leaf.requires_grad:
+                outer.append(leaf)
+            else:
+                outer.append(None)
         kept = [_Gradient(out.detach()) for out in outputs if _differentiable(out)]
         batch.calls.append(_Call(name, inner, spec, outer, kept, _versions(inner)))
 
@@ -525,7 +530,9 @@ def _buffer_moved(
         yield
     finally:
         present = getattr(module, name)
-        setattr(module, name, buffer if present is moved else present.to(buffer.device))
+        if present is not moved:
+            buffer = present.to(buffer.device)
+        setattr(module, name, buffer)
 
 
 def first_tensor(result: Any) -> Tensor:

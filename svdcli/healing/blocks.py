@@ -207,7 +207,8 @@ class _Timetable:
     those after it. done counts the blocks that took time."""
 
     def __init__(self, seconds: float | None, blocks: int) -> None:
-        self.seconds, self.blocks = seconds, blocks
+        self.seconds = seconds
+        self.blocks = blocks
         self.done = 0
         self._begin = time.monotonic()
 
@@ -292,8 +293,11 @@ class _Healer:
         name: str,
         moment: Tensor | None,
     ) -> None:
-        self.block, self.read, self.held_out = block, read, held_out
-        self.tensors, self.name = tensors, name
+        self.block = block
+        self.read = read
+        self.held_out = held_out
+        self.tensors = tensors
+        self.name = name
         # ||d L||^2 is d^T H d for H = L L^T
         self.root: Tensor | None = None
         if moment is not None:
@@ -396,8 +400,11 @@ class _Whole:
         hard: float,
         device: torch.device,
     ) -> None:
-        self.teacher, self.student, self.hard = teacher, student, hard
-        self.batches, self.device = batches, device
+        self.teacher = teacher
+        self.student = student
+        self.hard = hard
+        self.batches = batches
+        self.device = device
 
     def loss(self, index: int) -> Tensor:
         """What one batch is trained on."""

@@ -46,7 +46,8 @@ class WhitenedLinear(nn.Module):
         left, undo_left = _root(outputs, _DAMPING_OUTPUTS)
         right, undo_right = _root(inputs, _DAMPING_INPUTS)
         a, b = balanced(_times(_turned(left), up), _times(_turned(right), down.T).T)
-        self.conv, self.bias = conv, getattr(module, "bias", None)
+        self.conv = conv
+        self.bias = getattr(module, "bias", None)
         self.a = nn.Parameter(a.float(), requires_grad=False)
         self.b = nn.Parameter(b.float(), requires_grad=False)
         self.register_buffer("outputs", _turned(undo_left).float())

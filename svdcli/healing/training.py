@@ -28,7 +28,9 @@ class Schedule:
     def __init__(
         self, steps: int | None, seconds: float | None, report: Callable[[float], None]
     ) -> None:
-        self.steps, self.seconds, self.report = steps, seconds, report
+        self.steps = steps
+        self.seconds = seconds
+        self.report = report
         self.step = 0
         self._begin = time.monotonic()
 
@@ -68,7 +70,9 @@ class Best:
         dtypes: Mapping[str, torch.dtype],
         error: Callable[[], float],
     ) -> None:
-        self.tensors, self.dtypes, self._error = tensors, dtypes, error
+        self.tensors = tensors
+        self.dtypes = dtypes
+        self._error = error
         self.first = self.error = self._held_out_error()
         self.weights = self._rounded()
 
@@ -77,7 +81,8 @@ class Best:
         error = self._held_out_error()
         better = error < self.error
         if better:
-            self.error, self.weights = error, self._rounded()
+            self.error = error
+            self.weights = self._rounded()
         return better
 
     @torch.no_grad()

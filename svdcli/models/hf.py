@@ -90,13 +90,11 @@ class SvdConfig(QuantizationConfigMixin):  # type: ignore[misc]
                 f"this model has svdcli's format {format}, this svdcli knows {FORMAT}; "
                 f"upgrade svdcli"
             )
-        self.quant_method, self.format, self.layout, self.dequantize, self.extra = (
-            METHOD,
-            format,
-            layout,
-            dequantize,
-            extra,
-        )
+        self.quant_method = METHOD
+        self.format = format
+        self.layout = layout
+        self.dequantize = dequantize
+        self.extra = extra
 
     def get_loading_attributes(self) -> dict[str, Any]:
         """What `from_pretrained(quantization_config=SvdConfig(...))` decides, whatever the
@@ -125,7 +123,9 @@ class MergeFactors(ConversionOps):  # type: ignore[misc]
         parts: dict[str, tuple[str, str]],
         original: WeightConverter | None = None,
     ) -> None:
-        self.hf_quantizer, self.parts, self.original = hf_quantizer, parts, original
+        self.hf_quantizer = hf_quantizer
+        self.parts = parts
+        self.original = original
 
     def convert(
         self,

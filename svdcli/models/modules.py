@@ -20,7 +20,9 @@ class LowRankLinear(nn.Module):
         self, in_features: int, out_features: int, rank: int, *, bias: bool, **how: Any
     ) -> None:
         super().__init__()
-        self.in_features, self.out_features, self.rank = in_features, out_features, rank
+        self.in_features = in_features
+        self.out_features = out_features
+        self.rank = rank
         self.svd_down = nn.Linear(in_features, rank, bias=False, **how)
         self.svd_up = nn.Linear(rank, out_features, bias=False, **how)
         self.bias = nn.Parameter(torch.empty(out_features, **how)) if bias else None
@@ -48,7 +50,9 @@ class PivotedLinear(nn.Module):
         self, in_features: int, out_features: int, rank: int, *, bias: bool, **how: Any
     ) -> None:
         super().__init__()
-        self.in_features, self.out_features, self.rank = in_features, out_features, rank
+        self.in_features = in_features
+        self.out_features = out_features
+        self.rank = rank
         self.svd_down = nn.Linear(in_features, rank, bias=False, **how)
         self.svd_up = nn.Linear(rank, out_features - rank, bias=False, **how)
         self.register_buffer("svd_rows", _rows(out_features, how))
@@ -84,11 +88,11 @@ class LowRankConv1D(nn.Module):
 
     def __init__(self, in_features: int, out_features: int, rank: int, **how: Any) -> None:
         super().__init__()
-        self.nx, self.nf, self.rank = in_features, out_features, rank
-        self.svd_up, self.svd_down = (
-            Matrix(in_features, rank, **how),
-            Matrix(rank, out_features, **how),
-        )
+        self.nx = in_features
+        self.nf = out_features
+        self.rank = rank
+        self.svd_up = Matrix(in_features, rank, **how)
+        self.svd_down = Matrix(rank, out_features, **how)
         self.bias = nn.Parameter(torch.empty(out_features, **how))
 
     @property
@@ -109,11 +113,11 @@ class PivotedConv1D(nn.Module):
 
     def __init__(self, in_features: int, out_features: int, rank: int, **how: Any) -> None:
         super().__init__()
-        self.nx, self.nf, self.rank = in_features, out_features, rank
-        self.svd_up, self.svd_down = (
-            Matrix(in_features - rank, rank, **how),
-            Matrix(rank, out_features, **how),
-        )
+        self.nx = in_features
+        self.nf = out_features
+        self.rank = rank
+        self.svd_up = Matrix(in_features - rank, rank, **how)
+        self.svd_down = Matrix(rank, out_features, **how)
         self.register_buffer("svd_rows", _rows(in_features, how))
         self.bias = nn.Parameter(torch.empty(out_features, **how))
 
@@ -137,12 +141,10 @@ class LowRankEmbedding(nn.Module):
         self, num: int, dim: int, rank: int, padding_idx: int | None = None, **how: Any
     ) -> None:
         super().__init__()
-        self.num_embeddings, self.embedding_dim, self.rank, self.padding_idx = (
-            num,
-            dim,
-            rank,
-            padding_idx,
-        )
+        self.num_embeddings = num
+        self.embedding_dim = dim
+        self.rank = rank
+        self.padding_idx = padding_idx
         self.svd_up = nn.Embedding(num, rank, padding_idx=padding_idx, **how)
         self.svd_down = Matrix(rank, dim, **how)
 
@@ -165,12 +167,10 @@ class PivotedEmbedding(nn.Module):
         self, num: int, dim: int, rank: int, padding_idx: int | None = None, **how: Any
     ) -> None:
         super().__init__()
-        self.num_embeddings, self.embedding_dim, self.rank, self.padding_idx = (
-            num,
-            dim,
-            rank,
-            padding_idx,
-        )
+        self.num_embeddings = num
+        self.embedding_dim = dim
+        self.rank = rank
+        self.padding_idx = padding_idx
         self.svd_up = nn.Embedding(num - rank, rank, **how)
         self.svd_down = Matrix(rank, dim, **how)
         self.register_buffer("svd_rows", _rows(num, how))
