@@ -44,7 +44,6 @@ _MOMENT_BATCHES = 8
 HELD_OUT = 4  # batches: more would cost as much as the training
 _REFIT_SHARE = 0.8  # of a block's time
 
-
 Call = Callable[[nn.Module], Callable[..., Any]]
 
 
@@ -75,6 +74,8 @@ class Batches:
         SvdcliError for a single row."""
         if len(batches) == 1:
             batches = list(_halves(batches[0]))
+
+        # A quarter at most, but one of two or three; each from the middle of an equal part
         count = min(HELD_OUT, len(batches) // 4 or len(batches) // 2)
         held_out = {len(batches) * (2 * i + 1) // (2 * count) for i in range(count)}
         train = [batch for index, batch in enumerate(batches) if index not in held_out]
@@ -88,6 +89,7 @@ class Batches:
 
 
 def _halves(batch: Batch) -> tuple[Batch, Batch]:
+    """The first rows and the others."""
     count = len(batch["input_ids"])
     if count < 2:
         raise SvdcliError(
@@ -140,18 +142,18 @@ def heal_blocks(
     each batch. Raises SvdcliError where the two models do not have the same blocks, and where a
     block answers with NaN.
     """
-    where = device or torch.device("cpu")
-    student_stream = Stream(student, where, torch.float32, call=call(student))
-    teacher_stream = Stream(teacher, where, torch.float32, call=call(teacher))
+    device = device or torch.device("cpu")
+    student_stream = Stream(student, device, torch.float32, call=call(student))
+    teacher_stream = Stream(teacher, device, torch.float32, call=call(teacher))
     dtypes = {name: tensor.dtype for name, tensor in _tensors(student)}
 
     # The blocks that will be refined, known beforehand so that they can share the time
-    to_refine = {
-        name
-        for name in blocks_of(student)
-        if name in student_stream.units and (moments is None or name in moments)
-        if _trainable(student_stream.units[name], name, trainable)
-    }
+    to_refine: set[str] = set()
+    for name in blocks_of(student):
+        unit = student_stream.units.get(name)
+        reached = moments is None or name in moments
+        if unit is not None and reached and _trainable(unit, name, trainable):
+            to_refine.add(name)
     timetable = _Timetable(effort.seconds, len(to_refine))
 
     every = [*batches.train, *batches.held_out]
@@ -170,10 +172,10 @@ def heal_blocks(
         healed = finished(ours.name)
         if healed is None:
             block = Block(
-                BlockRun(ours.unit, ours.call, ours.arguments),
-                BlockRun(theirs.unit, theirs.call, teacher_arguments),
-                targets,
-                [padding_mask(every[batch.index]) for batch in ours.batches],
+                student=BlockRun(ours.unit, ours.call, ours.arguments),
+                teacher=BlockRun(theirs.unit, theirs.call, teacher_arguments),
+                targets=targets,
+                masks=[padding_mask(every[batch.index]) for batch in ours.batches],
             )
             read, held_out = _parted(ours, len(batches.train))
             moment = None if moments is None else moments[ours.name]
@@ -183,7 +185,7 @@ def heal_blocks(
             timetable.done += 1
 
         # What comes after the block meets it as it is now
-        assign(healed, tensors, where)
+        assign(healed, tensors, device)
         number += 1
         yield healed
         ours.send_on()
@@ -246,16 +248,19 @@ def _trainable(unit: nn.Module, name: str, allowed: Callable[[str], bool]) -> di
     names in the whole model."""
     tensors: dict[str, Tensor] = {}
     for path, module in unit.named_modules(prefix=name):
-        if isinstance(module, LOW_RANK):
-            tensors |= {full: tensor for full, tensor in _tensors(module, path) if allowed(full)}
+        if not isinstance(module, LOW_RANK):
+            continue
+        for full_name, tensor in _tensors(module, path):
+            if allowed(full_name):
+                tensors[full_name] = tensor
     return tensors
 
 
-def assign(healed: HealedBlock, tensors: Mapping[str, Tensor], where: torch.device) -> None:
-    """Set the tensors to the healed weights, in float32."""
+def assign(healed: HealedBlock, tensors: Mapping[str, Tensor], device: torch.device) -> None:
+    """Set the tensors to the healed weights, in float32; orders of rows stay integers."""
     for name, value in healed.weights.items():
         dtype = torch.float32 if value.is_floating_point() else value.dtype
-        tensors[name].data = value.to(where, dtype)
+        tensors[name].data = value.to(device, dtype)
 
 
 def _parted(turn: Turn, count: int) -> tuple[list[int], list[int]]:
@@ -281,7 +286,8 @@ def _parted(turn: Turn, count: int) -> tuple[list[int], list[int]]:
 
 class _Healer:
     """One block: what it should answer, and how far it is from that. read and held_out are indices
-    of batches."""
+    of batches; tensors are those that may change, by their names in the model; moment is H at the
+    block's output, None where every direction counts the same."""
 
     def __init__(
         self,
@@ -307,8 +313,8 @@ class _Healer:
     def heal(
         self, steps: int | None, seconds: float | None, seed: int, report: Callable[[float], None]
     ) -> HealedBlock:
-        """In closed form, then by gradient for what is left of the time. The block itself ends as
-        it was."""
+        """Refine in closed form, then by gradient for what is left of the time. The block itself
+        ends as it was."""
         before = {name: tensor.data for name, tensor in self.tensors.items()}
 
         # In closed form, from as many batches as there is time for
@@ -323,6 +329,7 @@ class _Healer:
         better = self.best.keep_if_better
         train(weights, schedule, BLOCK_RATE, self.read, self._loss, better, seed)
 
+        # The best weights are on record; the caller decides when they take effect
         for name, tensor in self.tensors.items():
             tensor.data = before[name]
         return HealedBlock(
@@ -338,16 +345,19 @@ class _Healer:
         time."""
         if seconds is None:
             return 1
-        # Each low-rank layer takes about two passes over the batches, one in either model
+        # What one batch takes, by a pass over those that are held out
         begin = time.monotonic()
         self._error()
-        a_batch = (time.monotonic() - begin) / len(self.held_out)
+        seconds_a_batch = (time.monotonic() - begin) / len(self.held_out)
+
+        # Each low-rank layer takes about two passes over the batches, one in either model
         modules = self.block.student.unit.modules()
         passes = 2 * sum(isinstance(module, LOW_RANK) for module in modules)
-        all_of_it = passes * a_batch * len(self.read)
-        return max(1, math.ceil(all_of_it / max(1e-9, _REFIT_SHARE * seconds)))
+        needed = passes * seconds_a_batch * len(self.read)
+        return max(1, math.ceil(needed / max(1e-9, _REFIT_SHARE * seconds)))
 
     def _loss(self, index: int) -> Tensor:
+        """What one batch is trained on: its relative error."""
         error, energy = self._errors(index)
         return error / energy
 
@@ -358,13 +368,16 @@ class _Healer:
         target = self.block.rows(self.block.targets[index], index)
         difference = output - target
         if self.root is not None:
-            difference, target = difference @ self.root, target @ self.root
+            difference = difference @ self.root
+            target = target @ self.root
         return difference.square().sum(), target.square().sum()
 
     @torch.no_grad()
     def _error(self) -> float:
-        """The relative error on the batches that are held out."""
-        error = energy = 0.0
+        """The relative error on the batches that are held out. Raises SvdcliError where it is not
+        finite."""
+        error = 0.0
+        energy = 0.0
         for index in self.held_out:
             batch_error, batch_energy = self._errors(index)
             error += float(batch_error)
@@ -415,25 +428,27 @@ class _Whole:
         """(loss, distance alone) on held-out text. Raises SvdcliError where the loss is not
         finite."""
         means = [self._means(batch) for batch in self.batches.held_out]
-        rows = sum(one.rows for one in means)
-        distance = sum(float(one.distance) * one.rows for one in means) / rows
-        excess = sum(float(one.excess) * one.rows for one in means)
+        # A batch counts by its predictions: the last one may be smaller
+        rows = sum(batch.rows for batch in means)
+        distance = sum(float(batch.distance) * batch.rows for batch in means) / rows
+        excess = sum(float(batch.excess) * batch.rows for batch in means)
         loss = (1 - self.hard) * distance + self.hard * excess / rows
         if not math.isfinite(loss):
             raise SvdcliError("the model answers with NaN or infinity", "see `svdcli verify`")
         return loss, distance
 
     def _means(self, batch: Batch) -> _Means:
-        """No excess loss where it does not count."""
+        """How far the student is from the teacher on one batch; the excess loss is 0 where it does
+        not count, as an encoder has none."""
         batch = _moved(batch, self.device)
         with torch.no_grad():
-            wanted, distance = answer_of(self.teacher(**batch), batch)
+            target, distance = answer_of(self.teacher(**batch), batch)
         answer, _ = answer_of(self.student(**batch), batch)
         if self.hard:
-            excess = excess_of(wanted, answer, batch["input_ids"])
+            excess = excess_of(target, answer, batch["input_ids"])
         else:
             excess = answer.new_zeros(())
-        return _Means(distance(wanted, answer) / len(wanted), excess, len(wanted))
+        return _Means(distance(target, answer) / len(target), excess, len(target))
 
 
 def _moved(batch: Batch, device: torch.device) -> Batch:

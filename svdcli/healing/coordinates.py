@@ -26,7 +26,8 @@ from svdcli.models.modules import LOW_RANK, factors_of, is_linear
 from svdcli.text.tokens import Batch
 
 FULL = 2048  # wider sides are scaled by their diagonal
-_DAMPING_INPUTS, _DAMPING_OUTPUTS = 0.01, 0.1  # of the mean diagonal
+_DAMPING_INPUTS = 0.01  # of the mean diagonal
+_DAMPING_OUTPUTS = 0.1
 
 
 class WhitenedLinear(nn.Module):
@@ -45,19 +46,21 @@ class WhitenedLinear(nn.Module):
         # In the coordinates of the moments, with the same size of entries in both
         left, undo_left = _root(outputs, _DAMPING_OUTPUTS)
         right, undo_right = _root(inputs, _DAMPING_INPUTS)
-        a, b = balanced(_times(_turned(left), up), _times(_turned(right), down.T).T)
+        whitened_up = _times(_transpose(left), up)
+        whitened_down = _times(_transpose(right), down.T).T
+        a, b = balanced(whitened_up, whitened_down)
         self.conv = conv
         self.bias = getattr(module, "bias", None)
         self.a = nn.Parameter(a.float(), requires_grad=False)
         self.b = nn.Parameter(b.float(), requires_grad=False)
-        self.register_buffer("outputs", _turned(undo_left).float())
-        self.register_buffer("inputs", _turned(undo_right).float())
+        self.register_buffer("outputs", _transpose(undo_left).float())
+        self.register_buffer("inputs", _transpose(undo_right).float())
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """(up, down) of the weight as (out, in)."""
-        return _times(self.get_buffer("outputs"), self.a), _times(
-            self.get_buffer("inputs"), self.b.T
-        ).T
+        up = _times(self.get_buffer("outputs"), self.a)
+        down = _times(self.get_buffer("inputs"), self.b.T).T
+        return up, down
 
     @property
     def weight(self) -> Tensor:
@@ -80,12 +83,13 @@ def _root(moment: Tensor, damping: float) -> tuple[Tensor, Tensor]:
     return root, torch.linalg.solve_triangular(root, eye, upper=False)
 
 
-def _turned(root: Tensor) -> Tensor:
+def _transpose(root: Tensor) -> Tensor:
     """The transpose; of a diagonal, the diagonal."""
     return root.mT if root.ndim == 2 else root
 
 
 def _times(scale: Tensor, x: Tensor) -> Tensor:
+    """scale @ x for a matrix; each row of x times its scale for a diagonal."""
     return scale.to(x.dtype) @ x if scale.ndim == 2 else scale.to(x.dtype)[:, None] * x
 
 
@@ -118,7 +122,9 @@ class WhitenedLayers:
         self.layers: dict[str, WhitenedLinear] = {}
         for name, original in dense.items():
             conv = not isinstance(original, nn.Linear)
-            m, n = original.get_parameter("weight").shape[:: -1 if conv else 1]
+            m, n = original.get_parameter("weight").shape
+            if conv:  # stored as (in, out)
+                m, n = n, m
             unknown = torch.ones(max(m, n), device=tensors[f"{name}.svd_up.weight"].device)
             input_moment = inputs.get(name, unknown[:n])
             output_moment = outputs.get(name, unknown[:m])
@@ -137,7 +143,7 @@ class WhitenedLayers:
 
     @contextmanager
     def training(self) -> Iterator[None]:
-        """The layers to train in the model."""
+        """The layers to train in place of the model's own, which come back afterwards."""
         self._use(self.layers)
         try:
             yield

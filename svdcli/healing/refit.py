@@ -317,7 +317,8 @@ def _solve(pair: LayerPair, sums: _Sums) -> None:
 
     # A bias that follows the mean leaves only what varies around it; one that stays is given
     if pair.refits_bias:
-        cross, inputs = cross - torch.outer(y, x), inputs - torch.outer(x, x)
+        cross = cross - torch.outer(y, x)
+        inputs = inputs - torch.outer(x, x)
     elif bias is not None:
         cross = cross - torch.outer(bias.data.to(torch.float64), x)
 
@@ -339,8 +340,10 @@ def _solve(pair: LayerPair, sums: _Sums) -> None:
 
 def put_factors(module: nn.Module, factors: Factors) -> None:
     """Set the tensors of a low-rank module to factors of its stored weight, in float32."""
-    state, layout = module.state_dict(keep_vars=True), layout_of(module)
-    m, n, rank = factors.up.shape[0], factors.down.shape[1], factors.down.shape[0]
+    layout = layout_of(module)
+    state = module.state_dict(keep_vars=True)
+    m, rank = factors.up.shape
+    n = factors.down.shape[1]
     names = LAYOUTS[layout].parts(m, n, rank)
     stored = CODECS[layout].encode(factors, torch.float32)
     for name, tensor in zip(names, stored, strict=True):

@@ -10,14 +10,15 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-WARM_UP = 0.05
-_CHECKS = 6
-# checks in the second half: before that, steps are large, and what they find is hidden in their
-# noise
+WARM_UP = 0.05  # of the training
+_CHECKS = 6  # looks at the held-out text, evenly spread
+# Checks in a row that may find nothing better. Those of the first half do not count: steps are
+# large there, and what they find is hidden in their noise.
 _PATIENCE = 3
 
 
@@ -121,7 +122,9 @@ def train(
     training ended.
     """
     # A group for each weight, since the size of its steps follows the size of its entries
-    groups = [{"params": [weight], "lr": 0.0, "scale": rate * _rms(weight)} for weight in weights]
+    groups: list[dict[str, Any]] = []
+    for weight in weights:
+        groups.append({"params": [weight], "lr": 0.0, "scale": rate * _rms(weight)})
     optimiser = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.0)
     generator = torch.Generator().manual_seed(seed)
     order: list[int] = []
@@ -158,4 +161,5 @@ def train(
 
 
 def _rms(weight: Tensor) -> float:
+    """The root mean square of a weight's entries."""
     return float(weight.detach().square().mean().sqrt())
