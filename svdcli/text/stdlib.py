@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 HELD_OUT_ONE_IN = 16
+# Folders of tests, generated tables and installed packages.
 _SKIPPED_PARTS = frozenset(
     {
         "test",
@@ -42,23 +43,23 @@ def stdlib_modules(*, held_out: bool) -> list[tuple[str, str]]:
     over.
     """
     root = Path(sysconfig.get_paths()["stdlib"])
-    found = []
+    modules: list[tuple[str, str]] = []
     for path in sorted(_sources(root)):
         name = path.relative_to(root).as_posix()
         if is_held_out(name) != held_out:
             continue
         try:
-            found.append((name, path.read_text(encoding="utf-8")))
+            modules.append((name, path.read_text(encoding="utf-8")))
         except (UnicodeDecodeError, OSError):
             continue
-    return found
+    return modules
 
 
 def _sources(root: Path) -> Iterator[Path]:
     """Every module below root, without ever walking into what is left out: site-packages may be
     larger than all the rest."""
     for folder, below, files in os.walk(root):
-        below[:] = [
-            part for part in below if part not in _SKIPPED_PARTS and not part.startswith("config-")
-        ]
+        # In place: what is taken out of this list is not walked into. config-* holds build files
+        kept = [part for part in below if not part.startswith("config-")]
+        below[:] = [part for part in kept if part not in _SKIPPED_PARTS]
         yield from (Path(folder, file) for file in files if file.endswith(".py"))

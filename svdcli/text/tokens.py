@@ -19,10 +19,13 @@ from svdcli.text.texts import Texts
 Batch = dict[str, Tensor]
 Item = TypeVar("Item")
 
+# How much text calibration reads: so many tokens, or so many for every input of the widest layer,
+# where that is more.
 TOKENS = 131_072
 TOKENS_AN_INPUT = 16
+
 TOKENS_IN_A_BATCH = 2048
-_LONGEST = 2048
+_LONGEST = 2048  # tokens of a window, where nothing else is asked for
 _FIRST_LOOK = 256  # sentences whose tokens are counted before it is known how many will do
 
 
@@ -54,12 +57,13 @@ class Amount:
 
     def times(self, factor: int) -> Amount:
         """So many times as much."""
-        more = [None if value is None else factor * value for value in (self.samples, self.tokens)]
-        return Amount(*more)
+        samples = None if self.samples is None else factor * self.samples
+        tokens = None if self.tokens is None else factor * self.tokens
+        return Amount(samples, tokens)
 
     def batches(self, samples: int, tokens: int, count: int) -> int:
-        """How many of `count` batches, which hold so many samples and tokens, are this much: at
-        least one."""
+        """How many of `count` batches, which hold so many samples and tokens together, are this
+        much: at least one."""
         if self.samples is not None:
             share = self.samples / samples
         else:
@@ -83,6 +87,7 @@ def evenly(items: Sequence[Item], count: int | None) -> list[Item]:
     all."""
     if count is None or count >= len(items):
         return list(items)
+    # A single one is the first
     return [items[round(i * (len(items) - 1) / max(1, count - 1))] for i in range(count)]
 
 
@@ -107,16 +112,17 @@ def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> Any:
 
 
 def padding_token(tokenizer: Any) -> None:
-    """Give a tokenizer that has no token for padding its first one: what is padded does not
-    count."""
+    """Give a tokenizer that has no token for padding its first one: which it is does not matter,
+    since padding is left out of everything."""
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(0)
 
 
 def window_length(longest: int | None, asked: int | None) -> int:
-    """As asked, by default 2048 tokens; at most `longest`, what the model takes. Raises SvdcliError
-    for less than 2."""
-    length = min(longest or _LONGEST, _LONGEST if asked is None else asked)
+    """As asked, by default 2048 tokens; at most `longest`, what the model takes, or 2048 where it
+    does not say. Raises SvdcliError for less than 2."""
+    wanted = _LONGEST if asked is None else asked
+    length = min(wanted, longest or _LONGEST)
     if length < 2:
         raise SvdcliError(f"--seq-len {length} leaves nothing to predict", "give at least 2")
     return length
@@ -147,22 +153,31 @@ def windows_of(tokenizer: Any, texts: Texts, length: int, count: int | None = No
     """
     ids, first = _encode(tokenizer, texts.documents)
     length = min(length, len(ids) + len(first))
-    step = length - len(first) - (0 if first else 1)
+
+    # Behind a beginning-of-text token every token is predicted; without one the first of a window
+    # is not, and is the last of the window before
+    take = length - len(first)
+    step = take if first else take - 1
     if step < 1:
         raise SvdcliError(f"{texts.name} has only {len(ids)} tokens", "give more text")
-    take = length - len(first)
-    chosen = evenly(range(0, len(ids) - take + 1, step), count)
+
+    # Windows that are full, and of these as many as are wanted
+    starts = evenly(range(0, len(ids) - take + 1, step), count)
     flat = torch.tensor(ids, dtype=torch.long)
     begin = torch.tensor(first, dtype=torch.long)
-    rows = [torch.cat((begin, flat[start : start + take])) for start in chosen]
+    rows = [torch.cat((begin, flat[start : start + take])) for start in starts]
     return Windows(torch.stack(rows), texts.nbytes / max(1, len(ids)), len(ids))
 
 
 def _encode(tokenizer: Any, documents: Sequence[str]) -> tuple[list[int], list[int]]:
     """(all tokens without special ones, the token that the tokenizer puts before a text, if
     any)."""
+    # Whether it puts one there is seen only by trying
+    first: list[int] = []
     bos = tokenizer.bos_token_id
-    first = [bos] if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else []
+    if bos is not None and tokenizer("a")["input_ids"][:1] == [bos]:
+        first = [bos]
+
     ids: list[int] = []
     for document in documents:
         ids += tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
@@ -187,14 +202,15 @@ def sentences_of(tokenizer: Any, texts: Texts, length: int, amount: Amount) -> l
 
     Raises SvdcliError where there are none.
     """
-    lines = [
-        line.strip()
-        for document in texts.documents
-        for line in document.splitlines()
-        if len(line.split()) > 2
-    ]
+    lines: list[str] = []
+    for document in texts.documents:
+        for line in document.splitlines():
+            if len(line.split()) > 2:
+                lines.append(line.strip())
     if not lines:
         raise SvdcliError(f"{texts.name} has no lines of three words or more", "give more text")
+
+    # How many lines hold the tokens is guessed from those that were counted, until they do
     take = amount.samples if amount.tokens is None else _FIRST_LOOK
     while True:
         sentences = _counted(tokenizer, evenly(lines, take), length)
@@ -202,6 +218,8 @@ def sentences_of(tokenizer: Any, texts: Texts, length: int, amount: Amount) -> l
         if amount.tokens is None or take is None or tokens >= amount.tokens or take >= len(lines):
             break
         take = 1 + math.ceil(take * amount.tokens / max(1, tokens))
+
+    # A tokenizer of other text may answer with nothing at all
     if not sentences:
         raise SvdcliError(
             f"{texts.name} has only 0 tokens",
@@ -211,6 +229,7 @@ def sentences_of(tokenizer: Any, texts: Texts, length: int, amount: Amount) -> l
 
 
 def _counted(tokenizer: Any, lines: Sequence[str], length: int) -> list[Sentence]:
+    """Lines with their numbers of tokens, without those that have none."""
     ids = tokenizer(list(lines), truncation=True, max_length=length)["input_ids"]
     return [Sentence(line, len(row)) for line, row in zip(lines, ids, strict=True) if len(row) > 0]
 
@@ -222,10 +241,11 @@ def grouped(sentences: Sequence[Sentence], *, padded: bool) -> list[list[Sentenc
     Where they cannot be padded those of the same number of tokens come together.
     """
     groups: list[list[Sentence]] = []
-    for sentence in sorted(sentences, key=lambda one: one.tokens):
+    for sentence in sorted(sentences, key=lambda sentence: sentence.tokens):
         last = groups[-1] if groups else []
-        alike = padded or (bool(last) and last[-1].tokens == sentence.tokens)
-        if last and alike and len(last) < rows_at_a_time(sentence.tokens):
+        fits = bool(last) and (padded or last[-1].tokens == sentence.tokens)
+        # The longest of a group, to which the others are padded, is the one that comes last
+        if fits and len(last) < rows_at_a_time(sentence.tokens):
             last.append(sentence)
         else:
             groups.append([sentence])
@@ -234,11 +254,12 @@ def grouped(sentences: Sequence[Sentence], *, padded: bool) -> list[list[Sentenc
 
 def batch_of(tokenizer: Any, lines: Sequence[str], length: int) -> Batch:
     """Tokenised lines with their attention mask, padded to the longest of them."""
-    how = {
-        "truncation": True,
-        "max_length": length,
-        "return_attention_mask": True,
-        "return_tensors": "pt",
-    }
-    batch = tokenizer(list(lines), padding=True, **how)
+    batch = tokenizer(
+        list(lines),
+        padding=True,
+        truncation=True,
+        max_length=length,
+        return_attention_mask=True,
+        return_tensors="pt",
+    )
     return {key: value for key, value in batch.items() if isinstance(value, Tensor)}
