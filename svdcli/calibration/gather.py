@@ -78,18 +78,20 @@ class Gather:
             for handle in handles:
                 handle.remove()
 
-    def add_sensitivities(self, stream: Stream, batches: Sequence[Batch], room: int) -> None:
+    def add_sensitivities(self, stream: Stream, batches: Sequence[Batch], memory: int) -> None:
         """Measure the sensitivities on batches spread over the text, and put them beside the
-        moments. room is the memory for hidden states, in bytes."""
+        moments. memory is what hidden states may take, in bytes."""
         count = min(SENSITIVITY_BATCHES, len(batches))
-        few = [batches[len(batches) * i // SENSITIVITY_BATCHES] for i in range(count)]
+        sample = [batches[len(batches) * i // SENSITIVITY_BATCHES] for i in range(count)]
 
-        # As many copies of them at a time as their hidden states fit into the room
-        each = sum(state_bytes(self.model, self.width, [batch], gradients=False) for batch in few)
-        at_a_time = max(1, room // each)
+        # As many copies of them at a time as their hidden states fit into the memory
+        copy_bytes = 0
+        for batch in sample:
+            copy_bytes += state_bytes(self.model, self.width, [batch], gradients=False)
+        at_a_time = max(1, memory // copy_bytes)
         reached = {name: self.layers[name] for name in self.leaders}
-        measured = sensitivities(stream, few, reached, self._moments_of, at_a_time, self.progress)
-        for name, values in measured.items():
+        results = sensitivities(stream, sample, reached, self._moments_of, at_a_time, self.progress)
+        for name, values in results.items():
             self.spool.add(f"sensitivity.{name}", torch.tensor(values))
 
     def _moments_of(self, name: str) -> LayerMoments:
@@ -151,12 +153,12 @@ class _Round:
         # Sums over the unit's inputs and outputs
         self.sums = MomentSums(FULL_OUTPUTS)
         # What its layers read so far of this batch, with the first layer that read it
-        self.seen: list[tuple[Tensor, str]] = []
+        self.inputs_read: list[tuple[Tensor, str]] = []
 
     def visit(self, phase: str, unit: str, batch: int, total: int) -> None:
         """What comes is of this batch in this unit; when a unit is done its sums are spooled."""
         self.phase = phase
-        self.seen = []
+        self.inputs_read = []
         if not phase.endswith("done"):
             self.mask = padding_mask(self.batches[batch])
             return
@@ -167,8 +169,8 @@ class _Round:
     def _report(self, unit: str) -> None:
         forwards = self.phase == "forward done"
         self.steps_done += _STEPS_FORWARD if forwards else _STEPS_BACKWARD
-        done = self.number + min(1.0, self.steps_done / self.steps)
-        self.gather.progress("calibrate", unit, done, self.gather.rounds)
+        rounds_done = self.number + min(1.0, self.steps_done / self.steps)
+        self.gather.progress("calibrate", unit, rounds_done, self.gather.rounds)
 
     def input_hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         """Adds what a layer reads, unless another layer read the same."""
@@ -184,21 +186,21 @@ class _Round:
                     "calibrate it alone with --include",
                 )
             if leader == name:
-                self.seen.append((x, name))
+                self.inputs_read.append((x, name))
                 self._add_inputs(name, self._rows(x.detach(), name))
 
         return hook
 
     def _leader(self, x: Tensor, name: str) -> str:
         """The first layer of this unit and batch that read x: this one, if there is none."""
-        for tensor, leader in self.seen:
+        for tensor, leader in self.inputs_read:
             if tensor is x or _same_memory(tensor, x):
                 return leader
         return name
 
     def _add_inputs(self, name: str, rows: Tensor) -> None:
         self.gather.rows[name] = self.gather.rows.get(name, 0) + rows.shape[0]
-        self.sums.add(f"input.{name}", rows, whole=True)
+        self.sums.add(f"input.{name}", rows, always_full=True)
         self.sums.add_mean(f"mean.{name}", rows)
 
     def output_hook(self, name: str) -> Callable[[nn.Module, Any, Tensor], None]:

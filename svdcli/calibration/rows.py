@@ -39,11 +39,11 @@ class MomentSums:
         # Keys of sums of which only the lower triangle is up to date
         self._lower: set[str] = set()
 
-    def add(self, key: str, rows: Tensor, *, whole: bool = False) -> None:
-        """Add rows^T rows (width, width), or its diagonal (width,) for wide rows; with whole, never
-        the diagonal alone."""
+    def add(self, key: str, rows: Tensor, *, always_full: bool = False) -> None:
+        """Add rows^T rows (width, width), or its diagonal (width,) for wide rows; with
+        always_full, never the diagonal alone."""
         width = rows.shape[1]
-        if not whole and self._full is not None and width > self._full:
+        if not always_full and self._full is not None and width > self._full:
             self._sum_of(key, rows, (width,)).add_(rows.square().sum(0))
             return
         total = self._sum_of(key, rows, (width, width))
@@ -54,9 +54,9 @@ class MomentSums:
         self._lower.add(key)
         fill_gram(rows.T, total, add=True)
 
-    def add_cross(self, key: str, left: Tensor, right: Tensor) -> None:
-        """Add left^T right (m, n) for left (count, m) and right (count, n)."""
-        self._sum_of(key, left, (left.shape[1], right.shape[1])).add_(left.T @ right)
+    def add_cross(self, key: str, y: Tensor, x: Tensor) -> None:
+        """Add y^T x (m, n) for y (count, m) and x (count, n)."""
+        self._sum_of(key, y, (y.shape[1], x.shape[1])).add_(y.T @ x)
 
     def add_mean(self, key: str, rows: Tensor) -> None:
         """Add the sum of the rows (width,)."""

@@ -47,8 +47,8 @@ _REFIT_SHARE = 0.8  # of a block's time
 Call = Callable[[nn.Module], Callable[..., Any]]
 
 
-def whole(model: nn.Module) -> Callable[..., Any]:
-    """The model itself is called."""
+def itself(model: nn.Module) -> Callable[..., Any]:
+    """Call the whole model."""
     return model
 
 
@@ -128,7 +128,7 @@ def heal_blocks(
     trainable: Callable[[str], bool],
     moments: Mapping[str, Tensor] | None = None,
     finished: Callable[[str], HealedBlock | None] = lambda name: None,
-    call: Call = whole,
+    call: Call = itself,
     seed: int = 0,
     device: torch.device | None = None,
     progress: Progress = silent,
@@ -148,70 +148,81 @@ def heal_blocks(
     dtypes = {name: tensor.dtype for name, tensor in _tensors(student)}
 
     # The blocks that will be refined, known beforehand so that they can share the time
-    to_refine: set[str] = set()
-    for name in blocks_of(student):
-        unit = student_stream.units.get(name)
-        reached = moments is None or name in moments
-        if unit is not None and reached and _trainable(unit, name, trainable):
-            to_refine.add(name)
+    to_refine = _to_refine(student_stream, trainable, moments)
     timetable = _Timetable(effort.seconds, len(to_refine))
 
-    every = [*batches.train, *batches.held_out]
+    all_batches = [*batches.train, *batches.held_out]
     number = 0
-    for ours, theirs in _in_step(student_stream, teacher_stream, every):
+    for student_turn, teacher_turn in _in_step(student_stream, teacher_stream, all_batches):
+        name = student_turn.name
         # A block with nothing to refine only sends its batches on
-        if ours.name not in to_refine:
-            theirs.send_on()
-            ours.send_on()
+        if name not in to_refine:
+            teacher_turn.send_on()
+            student_turn.send_on()
             continue
 
         # The original's answers are what the block is to give; its arguments are gone afterwards
-        teacher_arguments = theirs.arguments
-        targets = theirs.send_on(keep=True)
-        tensors = _trainable(ours.unit, ours.name, trainable)
-        healed = finished(ours.name)
+        teacher_arguments = teacher_turn.arguments
+        targets = teacher_turn.send_on(keep=True)
+        tensors = _trainable(student_turn.unit, name, trainable)
+        healed = finished(name)
         if healed is None:
             block = Block(
-                student=BlockRun(ours.unit, ours.call, ours.arguments),
-                teacher=BlockRun(theirs.unit, theirs.call, teacher_arguments),
+                student=BlockRun(student_turn.unit, student_turn.call, student_turn.arguments),
+                teacher=BlockRun(teacher_turn.unit, teacher_turn.call, teacher_arguments),
                 targets=targets,
-                masks=[padding_mask(every[batch.index]) for batch in ours.batches],
+                masks=[padding_mask(all_batches[batch.index]) for batch in student_turn.batches],
             )
-            read, held_out = _parted(ours, len(batches.train))
-            moment = None if moments is None else moments[ours.name]
-            healer = _Healer(block, read, held_out, tensors, dtypes, ours.name, moment)
-            report = partial(_report, progress, ours.name, number, len(to_refine))
+            read, held_out = _parted(student_turn, len(batches.train))
+            moment = None if moments is None else moments[name]
+            healer = _Healer(block, read, held_out, tensors, dtypes, name, moment)
+            report = partial(_report, progress, name, number, len(to_refine))
             healed = healer.heal(effort.steps, timetable.next_share(), seed, report)
-            timetable.done += 1
+            timetable.blocks_done += 1
 
         # What comes after the block meets it as it is now
         assign(healed, tensors, device)
         number += 1
         yield healed
-        ours.send_on()
+        student_turn.send_on()
+
+
+def _to_refine(
+    student: Stream, trainable: Callable[[str], bool], moments: Mapping[str, Tensor] | None
+) -> set[str]:
+    """Names of the blocks that the text reaches and that hold something trainable."""
+    names: set[str] = set()
+    for name in blocks_of(student.model):
+        unit = student.units.get(name)
+        reached = moments is None or name in moments
+        if unit is not None and reached and _trainable(unit, name, trainable):
+            names.add(name)
+    return names
 
 
 def _in_step(
     student: Stream, teacher: Stream, batches: Sequence[Batch]
 ) -> Iterator[tuple[Turn, Turn]]:
-    """The turns of both models' blocks, pairwise. Raises SvdcliError where their names differ."""
-    for ours, theirs in zip(student.turns(batches), teacher.turns(batches), strict=False):
-        if ours.name != theirs.name:
+    """Yield the turns of both models' blocks, pairwise. Raises SvdcliError where their names
+    differ."""
+    pairs = zip(student.turns(batches), teacher.turns(batches), strict=False)
+    for student_turn, teacher_turn in pairs:
+        if student_turn.name != teacher_turn.name:
             raise SvdcliError(
-                f"the models differ: {ours.name} meets {theirs.name}",
+                f"the models differ: {student_turn.name} meets {teacher_turn.name}",
                 "give the original as --teacher",
             )
-        yield ours, theirs
+        yield student_turn, teacher_turn
 
 
 class _Timetable:
     """The seconds for all blocks, from now on, in equal parts; what one block leaves over is for
-    those after it. done counts the blocks that took time."""
+    those after it. blocks_done counts those that took time."""
 
     def __init__(self, seconds: float | None, blocks: int) -> None:
         self.seconds = seconds
         self.blocks = blocks
-        self.done = 0
+        self.blocks_done = 0
         self._begin = time.monotonic()
 
     def next_share(self) -> float | None:
@@ -219,11 +230,11 @@ class _Timetable:
         if self.seconds is None:
             return None
         spent = time.monotonic() - self._begin
-        return self.seconds * (self.done + 1) / self.blocks - spent
+        return self.seconds * (self.blocks_done + 1) / self.blocks - spent
 
 
-def _report(progress: Progress, name: str, number: int, total: int, done: float) -> None:
-    progress("heal", name, number + done, total)
+def _report(progress: Progress, name: str, number: int, total: int, share: float) -> None:
+    progress("heal", name, number + share, total)
 
 
 def blocks_of(model: nn.Module) -> set[str]:
@@ -323,8 +334,8 @@ class _Healer:
         refit(self.block, indices, self.root, self._may_change, self.best.keep_if_better)
 
         # By gradient, from where the closed form ended
-        left = None if seconds is None else seconds - (time.monotonic() - begin)
-        schedule = Schedule(steps, left, report)
+        remaining = None if seconds is None else seconds - (time.monotonic() - begin)
+        schedule = Schedule(steps, remaining, report)
         weights = [tensor for tensor in self.tensors.values() if isinstance(tensor, nn.Parameter)]
         better = self.best.keep_if_better
         train(weights, schedule, BLOCK_RATE, self.read, self._loss, better, seed)
@@ -464,7 +475,7 @@ def heal_whole(
     trainable: Callable[[str], bool],
     dtypes: Mapping[str, torch.dtype],
     hard_labels: float = 0.0,
-    call: Call = whole,
+    call: Call = itself,
     seed: int = 0,
     progress: Progress = silent,
 ) -> HealedBlock:
@@ -492,8 +503,8 @@ def heal_whole(
         rate = WHOLE_RATE * math.sqrt(max(0.0, distances[0]))
 
         # Coordinates in which all steps cost alike, learned from a few batches
-        few = [_moved(batch, device) for batch in batches.fewer(_MOMENT_BATCHES).train]
-        layers = WhitenedLayers(teacher, student, tensors, few, call(teacher))
+        sample = [_moved(batch, device) for batch in batches.fewer(_MOMENT_BATCHES).train]
+        layers = WhitenedLayers(teacher, student, tensors, sample, call(teacher))
 
         def keep_if_better() -> bool:
             with layers.stored():

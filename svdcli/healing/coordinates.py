@@ -179,12 +179,13 @@ def moments_of(
     """Second moments of the inputs and of the loss gradients at the outputs of the named layers,
     summed over the batches, from ordinary passes of a model in memory; diagonals beyond `FULL`.
     Padding counts as zeros in gradients only."""
-    inputs, gradients = MomentSums(FULL), MomentSums(FULL)
+    input_sums = MomentSums(FULL)
+    gradient_sums = MomentSums(FULL)
     ends: list[tuple[str, Tensor]] = []
 
     def watch(name: str) -> Callable[..., Tensor]:
         def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            inputs.add(name, without_padding(args[0].detach(), None))
+            input_sums.add(name, without_padding(args[0].detach(), None))
             if not output.requires_grad:  # nothing before this layer is differentiated
                 output = output.detach().requires_grad_().clone()
             ends.append((name, output))
@@ -203,11 +204,11 @@ def moments_of(
 
             # Backwards; an output that the loss does not depend on has no gradient
             outputs = [output for _, output in ends]
-            found = torch.autograd.grad(tensor, outputs, cotangent, allow_unused=True)
-            for (name, _), gradient in zip(ends, found, strict=True):
+            gradients = torch.autograd.grad(tensor, outputs, cotangent, allow_unused=True)
+            for (name, _), gradient in zip(ends, gradients, strict=True):
                 if gradient is not None:
-                    gradients.add(name, without_padding(gradient, None))
+                    gradient_sums.add(name, without_padding(gradient, None))
     finally:
         for handle in handles:
             handle.remove()
-    return inputs.take(), gradients.take()
+    return input_sums.take(), gradient_sums.take()

@@ -126,9 +126,9 @@ def _groups(
     names = list(itertools.chain.from_iterable(grouped_names))
 
     # A moment needs few batches, and each costs a backward pass
-    few = indices[:: max(1, len(indices) // _MOMENT_BATCHES)][:_MOMENT_BATCHES]
+    sample = indices[:: max(1, len(indices) // _MOMENT_BATCHES)][:_MOMENT_BATCHES]
     feeding = _feeding(block, indices[0], names)
-    moments = _output_moments(block, few, names, root)
+    moments = _output_moments(block, sample, names, root)
 
     def pair_of(name: str) -> LayerPair:
         return LayerPair(

@@ -35,7 +35,7 @@ class Schedule:
         self.step = 0
         self._begin = time.monotonic()
 
-    def done(self) -> float:
+    def progress(self) -> float:
         """How far the training is, 1 at the end."""
         by_steps = self.step / self.steps if self.steps else 0.0
         return min(1.0, max(by_steps, self._by_clock()))
@@ -50,10 +50,10 @@ class Schedule:
     def rate(self) -> float:
         """The learning rate as a share of the largest: up in a straight line, down along a
         cosine."""
-        done = self.done()
-        if done < WARM_UP:
-            return done / WARM_UP
-        return 0.5 * (1 + math.cos(math.pi * (done - WARM_UP) / (1 - WARM_UP)))
+        progress = self.progress()
+        if progress < WARM_UP:
+            return progress / WARM_UP
+        return 0.5 * (1 + math.cos(math.pi * (progress - WARM_UP) / (1 - WARM_UP)))
 
 
 class Best:
@@ -133,7 +133,7 @@ def train(
 
     next_check = 1 / _CHECKS
     checks_in_vain = 0
-    while schedule.done() < 1 and checks_in_vain < _PATIENCE:
+    while schedule.progress() < 1 and checks_in_vain < _PATIENCE:
         # One step on one batch; all batches are drawn once before one comes again
         for group in optimiser.param_groups:
             group["lr"] = schedule.rate() * group["scale"]
@@ -145,10 +145,10 @@ def train(
         schedule.step += 1
 
         # A look at the held-out text; only those in the second half count for giving up
-        if schedule.done() >= next_check:
+        if schedule.progress() >= next_check:
             next_check += 1 / _CHECKS
-            schedule.report(schedule.done())
-            if keep_if_better() or schedule.done() < 0.5:
+            schedule.report(schedule.progress())
+            if keep_if_better() or schedule.progress() < 0.5:
                 checks_in_vain = 0
             else:
                 checks_in_vain += 1

@@ -378,12 +378,12 @@ class SvdQuantizer(HfQuantizer):  # type: ignore[misc]
             )
         # The model's own conversions, each once: one that took factors had given way to another
         if getattr(model, "_weight_conversions", None) is not None:
-            own: dict[int, Any] = {}
+            converters: dict[int, Any] = {}
             for converter in model._weight_conversions:
                 converter = _without_merge(converter)
                 if converter is not None:
-                    own[id(converter)] = converter
-            model._weight_conversions = list(own.values())
+                    converters[id(converter)] = converter
+            model._weight_conversions = list(converters.values())
 
         # Row orders of tied modules, and a look at each
         for target, source in list(self.same_rows.items()):

@@ -205,12 +205,12 @@ def _model_class(checkpoint: Checkpoint, options: dict[str, Any]) -> Any:
     stock = getattr(transformers, name, None) if name else None
 
     # The folder's own, where it is asked for or nothing else will do
-    own = own_code.auto_class(checkpoint.config)
+    own_class = own_code.auto_class(checkpoint.config)
     trusted = options.get("trust_remote_code")
-    if own is not None and hasattr(transformers, own) and (trusted or stock is None):
+    if own_class is not None and hasattr(transformers, own_class) and (trusted or stock is None):
         if not trusted:
-            raise own_code.refusal(checkpoint.shown, f"the class {name or own}")
-        return getattr(transformers, own)
+            raise own_code.refusal(checkpoint.shown, f"the class {name or own_class}")
+        return getattr(transformers, own_class)
 
     # Transformers' own
     if not name:
@@ -375,10 +375,10 @@ def _by_plain_name(names: Iterable[str], shown: str) -> dict[str, str]:
     """{plain name: name}. Raises SvdcliError where two names differ by such prefixes alone."""
     by_plain_name: dict[str, str] = {}
     for name in names:
-        other = by_plain_name.setdefault(_plain_name(name), name)
-        if other != name:
+        first = by_plain_name.setdefault(_plain_name(name), name)
+        if first != name:
             raise SvdcliError(
-                f"{shown} has {other} and {name}, which differ by a prefix of torch.compile or "
+                f"{shown} has {first} and {name}, which differ by a prefix of torch.compile or "
                 f"DDP alone",
                 "rename one of them",
             )

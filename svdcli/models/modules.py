@@ -6,6 +6,7 @@ Torch only, and nothing of svdcli: `compress --self-contained` ships this file b
 
 from __future__ import annotations
 
+import itertools
 from typing import Any, NamedTuple
 
 import torch
@@ -14,8 +15,9 @@ from torch import Tensor, nn
 UP, DOWN, ROWS = "svd_up.weight", "svd_down.weight", "svd_rows"
 
 
-class LowRank(nn.Module):
-    """What the modules below share. factory, where they take it, is torch's: device and dtype."""
+class _WithDenseWeight(nn.Module):
+    """What the low-rank modules share. factory, in their constructors, is torch's: device and
+    dtype."""
 
     @property
     def weight(self) -> Tensor:
@@ -24,7 +26,7 @@ class LowRank(nn.Module):
         return lazy_weight(self)
 
 
-class LowRankLinear(LowRank):
+class LowRankLinear(_WithDenseWeight):
     """y = x W^T + b with W (out, in) = up @ down: two plain nn.Linear children, known to PEFT,
     torchao and exporters."""
 
@@ -47,7 +49,7 @@ class LowRankLinear(LowRank):
         return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
 
 
-class PivotedLinear(LowRank):
+class PivotedLinear(_WithDenseWeight):
     """y = x W^T + b with W (out, in) = cat(down, up @ down)[rows]: r outputs are computed, the
     others combined from them."""
 
@@ -86,7 +88,7 @@ class Matrix(nn.Module):
         return x @ self.weight
 
 
-class LowRankConv1D(LowRank):
+class LowRankConv1D(_WithDenseWeight):
     """y = x W + b with the stored weight W (in, out) = up @ down, for transformers' Conv1D."""
 
     def __init__(self, in_features: int, out_features: int, rank: int, **factory: Any) -> None:
@@ -103,7 +105,7 @@ class LowRankConv1D(LowRank):
         return y + self.bias
 
 
-class PivotedConv1D(LowRank):
+class PivotedConv1D(_WithDenseWeight):
     """y = x W + b with the stored weight W (in, out) = cat(down, up @ down)[rows], for
     transformers' Conv1D."""
 
@@ -127,7 +129,7 @@ class PivotedConv1D(LowRank):
         return y + self.bias
 
 
-class LowRankEmbedding(LowRank):
+class LowRankEmbedding(_WithDenseWeight):
     """Rows of W (num, dim) = up @ down."""
 
     def __init__(
@@ -146,7 +148,7 @@ class LowRankEmbedding(LowRank):
         return y
 
 
-class PivotedEmbedding(LowRank):
+class PivotedEmbedding(_WithDenseWeight):
     """Rows of W (num, dim) = cat(down, up @ down)[rows]."""
 
     svd_rows: Tensor
@@ -198,7 +200,7 @@ HOLDERS = {
     "factored": Holders(LowRankLinear, LowRankEmbedding, LowRankConv1D),
     "pivoted": Holders(PivotedLinear, PivotedEmbedding, PivotedConv1D, (UP, DOWN, ROWS)),
 }
-LOW_RANK = HOLDERS["factored"].modules + HOLDERS["pivoted"].modules
+LOW_RANK = tuple(itertools.chain.from_iterable(holders.modules for holders in HOLDERS.values()))
 
 
 def layout_of(module: nn.Module) -> str:

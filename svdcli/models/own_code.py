@@ -25,10 +25,10 @@ def auto_map_of(config: Mapping[str, Any] | None) -> dict[str, str]:
     entries = (config or {}).get("auto_map")
     if not isinstance(entries, dict):
         return {}
-    ours = standalone.auto_map()
+    openers = standalone.auto_map()
     references: dict[str, str] = {}
     for name, value in entries.items():
-        if isinstance(value, str) and ours.get(name) != value:
+        if isinstance(value, str) and openers.get(name) != value:
             references[name] = value
     return references
 
@@ -80,10 +80,10 @@ def tokenizer_sources(folder: Path) -> list[str]:
     return _files(folder, classes[-1:])
 
 
-def refusal(shown: str, what: str) -> SvdcliError:
+def refusal(shown: str, code: str) -> SvdcliError:
     """One line for a folder whose code may not run."""
     return SvdcliError(
-        f"{shown} brings {what}, as Python code that runs only where you trust it",
+        f"{shown} brings {code}, as Python code that runs only where you trust it",
         f"read it, then give {OPTION} (from Python trust_remote_code=True)",
     )
 

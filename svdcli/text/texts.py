@@ -29,13 +29,13 @@ class Texts:
     def split(self, share: float) -> tuple[Texts, Texts]:
         """The first `share` of all characters, and the rest; a document may be cut in two."""
         # Characters that are still to come into the first part
-        left = int(share * sum(map(len, self.documents)))
+        remaining = int(share * sum(map(len, self.documents)))
         first: list[str] = []
         rest: list[str] = []
         for document in self.documents:
-            first.append(document[:left])
-            rest.append(document[left:])
-            left = max(0, left - len(document))
+            first.append(document[:remaining])
+            rest.append(document[remaining:])
+            remaining = max(0, remaining - len(document))
 
         # Without the empty ends of documents that are all in the other part
         return (

@@ -33,7 +33,7 @@ def test_sums_are_the_moments_of_all_rows_together(dtype: torch.dtype | None) ->
 def test_wide_rows_sum_to_a_diagonal_unless_the_whole_is_asked_for() -> None:
     sums, rows = MomentSums(full=8), pieces(9)[2]
     sums.add("diagonal", rows)
-    sums.add("whole", rows, whole=True)
+    sums.add("whole", rows, always_full=True)
     sums.add("narrow", rows[:, :8])
     taken = sums.take()
     torch.testing.assert_close(taken["whole"], rows.T @ rows)
