@@ -95,7 +95,7 @@ class Gather:
             self.spool.add(f"sensitivity.{name}", torch.tensor(values))
 
     def _moments_of(self, name: str) -> LayerMoments:
-        """A layer's moments as they will be in the file."""
+        """Return a layer's moments as they will be in the file."""
         keys, scales = self.keys()[name], self.scales()
 
         def scaled(key: str) -> Tensor:
@@ -110,7 +110,8 @@ class Gather:
         )
 
     def keys(self) -> dict[str, dict[str, Any]]:
-        """For every layer that was reached, the keys of its moments, as in the file."""
+        """Return the keys of the moments of every layer that was reached, as they are in the
+        file."""
         keys = {}
         for name, leader in self.leaders.items():
             output = f"output.{name}"
@@ -123,8 +124,8 @@ class Gather:
         return keys
 
     def scales(self) -> dict[str, float]:
-        """Inputs are averaged over rows, gradients summed over the losses: an error counts for
-        every row that a loss reads."""
+        """Return the factor of every sum: inputs are averaged over rows, gradients summed over the
+        losses, so that an error counts for every row that a loss reads."""
         scales = {}
         for key in self.spool.shapes:
             quantity, name = key.split(".", 1)
@@ -156,7 +157,8 @@ class _Round:
         self.inputs_read: list[tuple[Tensor, str]] = []
 
     def visit(self, phase: str, unit: str, batch: int, total: int) -> None:
-        """What comes is of this batch in this unit; when a unit is done its sums are spooled."""
+        """Note that what comes is of this batch in this unit; spool the sums of a unit that is
+        done."""
         self.phase = phase
         self.inputs_read = []
         if not phase.endswith("done"):
@@ -173,7 +175,7 @@ class _Round:
         self.gather.progress("calibrate", unit, rounds_done, self.gather.rounds)
 
     def input_hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        """Adds what a layer reads, unless another layer read the same."""
+        """Return a hook that adds what a layer reads, unless another layer read the same."""
 
         def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             if self.phase != "forward":
@@ -192,7 +194,8 @@ class _Round:
         return hook
 
     def _leader(self, x: Tensor, name: str) -> str:
-        """The first layer of this unit and batch that read x: this one, if there is none."""
+        """Return the first layer of this unit and batch that read x: this one, if there is none
+        before it."""
         for tensor, leader in self.inputs_read:
             if tensor is x or _same_memory(tensor, x):
                 return leader
@@ -204,7 +207,7 @@ class _Round:
         self.sums.add_mean(f"mean.{name}", rows)
 
     def output_hook(self, name: str) -> Callable[[nn.Module, Any, Tensor], None]:
-        """Adds the gradient that arrives at a layer's output."""
+        """Return a hook that adds the gradient that arrives at a layer's output."""
 
         def add(gradient: Tensor) -> None:
             self.sums.add(f"output.{name}", self._rows(gradient.detach(), name))
@@ -216,8 +219,8 @@ class _Round:
         return hook
 
     def _rows(self, values: Tensor, name: str) -> Tensor:
-        """(tokens, width) in float32, without padding. Raises SvdcliError where a value is not
-        finite."""
+        """Return (tokens, width) in float32, without padding. Raises SvdcliError where a value is
+        not finite."""
         rows = without_padding(values.float(), self.mask)
         # One sum instead of a mask: a single NaN or infinity shows in it
         if not bool(torch.isfinite(rows.sum())):
@@ -229,5 +232,5 @@ class _Round:
 
 
 def _same_memory(a: Tensor, b: Tensor) -> bool:
-    """Are two tensors the same view of the same memory?"""
+    """Tell whether two tensors are the same view of the same memory."""
     return a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride()

@@ -23,24 +23,24 @@ from svdcli.text.tokens import Batch
 
 
 class ModelLoss:
-    """What a backward pass through `Stream` starts from. events counts predictions or embeddings;
-    nats says that it was predictions."""
+    """The loss that a backward pass through `Stream` starts from. events counts predictions or
+    embeddings; nats says that it was predictions."""
 
     def __init__(self) -> None:
         self.events = 0
         self.nats = True
 
     def note_kind(self, batch: int, output: Any) -> None:
-        """A model without logits is judged by its embeddings."""
+        """Note what the model answers with: one without logits is judged by its embeddings."""
         self.nats = getattr(output, "logits", None) is not None
 
     def cotangents(self, batches: Sequence[Batch]) -> Callable[[int, Any], tuple[Tensor, Tensor]]:
-        """A function of the index of one of these batches, and of the model's output: its
+        """Return a function of the index of one of these batches, and of the model's output: its
         `cotangent`."""
         return lambda index, output: self.cotangent(batches[index], output)
 
     def cotangent(self, batch: Batch, output: Any) -> tuple[Tensor, Tensor]:
-        """The tensor to differentiate for one batch, and its gradient."""
+        """Return the tensor to differentiate for one batch, and its gradient."""
         self.note_kind(0, output)
         mask = batch.get("attention_mask")
         if self.nats:
@@ -58,7 +58,7 @@ class ModelLoss:
         return rows, leaf.grad
 
     def _gradient_at(self, logits: Tensor, mask: Tensor | None) -> Tensor:
-        """Gradient of the summed loss at logits (..., classes) for labels drawn from the
+        """Return the gradient of the summed loss at logits (..., classes) for labels drawn from the
         predictions themselves. Raises SvdcliError where these are not finite."""
         # The gradient of a cross entropy at its logits: the predictions, less 1 at the label
         gradient = logits.detach().float().softmax(-1)
@@ -81,13 +81,13 @@ class ModelLoss:
 
 
 def embedding_of(rows: Tensor, mask: Tensor | None) -> Tensor:
-    """Normalised sentence embeddings (batch, width) from the rows of an encoder."""
+    """Return normalised sentence embeddings (batch, width) from the rows of an encoder."""
     return nn.functional.normalize(pooled(rows, mask), dim=-1)
 
 
 def answer_of(output: Any, batch: Batch) -> tuple[Tensor, Callable[[Tensor, Tensor], Tensor]]:
-    """Rows to compare, and the summed distance between two sets of them: log probabilities of
-    predictions and their KL divergence, or sentence embeddings and 1 - cosine."""
+    """Return the rows to compare, and the summed distance between two sets of them: log
+    probabilities of predictions and their KL divergence, or sentence embeddings and 1 - cosine."""
     mask = batch.get("attention_mask")
     logits = getattr(output, "logits", None)
     if logits is None:
@@ -97,7 +97,8 @@ def answer_of(output: Any, batch: Batch) -> tuple[Tensor, Callable[[Tensor, Tens
 
 
 def divergence_terms(original: Tensor, compressed: Tensor) -> Tensor:
-    """KL(original || compressed) before it is summed over the last axis, of log probabilities."""
+    """Return KL(original || compressed) before it is summed over the last axis, of log
+    probabilities."""
     return original.exp() * (original - compressed)
 
 
@@ -106,21 +107,22 @@ def _divergence(original: Tensor, compressed: Tensor) -> Tensor:
 
 
 def _cosine_distance(original: Tensor, compressed: Tensor) -> Tensor:
-    """Of normalised embeddings."""
+    """Return the sum of 1 - cosine, for normalised embeddings."""
     cosines = (original.double() * compressed.double()).sum(-1)
     return (1 - cosines).sum()
 
 
 def excess_of(original: Tensor, compressed: Tensor, ids: Tensor) -> Tensor:
-    """By how much more, in nats a token, the compressed decoder loses on the tokens ids (batch,
-    length) than its original. original and compressed (batch * length, vocabulary) are their log
-    probabilities."""
+    """Return by how much more, in nats a token, the compressed decoder loses on the tokens ids
+    (batch, length) than its original. original and compressed (batch * length, vocabulary) are
+    their log probabilities."""
     difference = _log_likelihoods(original, ids) - _log_likelihoods(compressed, ids)
     return difference.mean()
 
 
 def _log_likelihoods(rows: Tensor, ids: Tensor) -> Tensor:
-    """(batch, length - 1, 1): of every token but the first of each row, which nothing predicts."""
+    """Return the log likelihoods (batch, length - 1, 1) of every token but the first of each row,
+    which nothing predicts."""
     predictions = rows.view(*ids.shape, -1)[:, :-1]
     return predictions.gather(-1, ids[:, 1:, None])
 
@@ -133,8 +135,8 @@ def block_moments(
     device: torch.device,
     call: Callable[..., Any] | None = None,
 ) -> dict[str, Tensor]:
-    """Second moments (width, width) of the loss gradient at the output of every block, averaged
-    over predictions; a block that no gradient reaches has none.
+    """Return the second moments (width, width) of the loss gradient at the output of every block,
+    averaged over predictions; a block that no gradient reaches has none.
 
     at_a_time bounds how many batches are under way together; call is what is called with each, if
     not the whole model.

@@ -15,7 +15,7 @@ SHARE_OF_MEMORY = 0.25
 
 
 def widest(model: nn.Module, names: Iterable[str]) -> int:
-    """The number of inputs of the widest linear layer among these modules."""
+    """Return the number of inputs of the widest linear layer among these modules."""
     modules = dict(model.named_modules())
     most = 0
     for name in names:
@@ -26,15 +26,16 @@ def widest(model: nn.Module, names: Iterable[str]) -> int:
 
 
 def _inputs_of(module: Any) -> int:
-    """Of a linear layer, or of a Conv1D, which stores its weight as (in, out)."""
+    """Return the number of inputs of a linear layer, or of a Conv1D, which stores its weight as
+    (in, out)."""
     if isinstance(module, nn.Linear):
         return module.in_features
     return int(module.weight.shape[0])
 
 
 def state_bytes(model: Any, width: int, batches: Sequence[Batch], *, gradients: bool) -> int:
-    """Bytes for the float32 hidden states of the largest batch: what goes into a block, and, with
-    gradients, into every block at once."""
+    """Return the bytes for the float32 hidden states of the largest batch: what goes into a block,
+    and, with gradients, into every block at once."""
     depth = 0
     for module in model.modules():
         if isinstance(module, nn.ModuleList):
@@ -47,8 +48,8 @@ def state_bytes(model: Any, width: int, batches: Sequence[Batch], *, gradients: 
 
 
 def whole_bytes(teacher: Any, student: Any, vocabulary: int, batches: Sequence[Batch]) -> int:
-    """Bytes that it takes, at most, to train the student on the teacher's answers in one piece and
-    in float32."""
+    """Return the bytes that it takes, at most, to train the student on the teacher's answers in one
+    piece and in float32."""
     # The student's weights come with their gradients and AdamW's two moments
     weights = _parameters_of(teacher) + 4 * _parameters_of(student)
 
@@ -66,7 +67,8 @@ def _parameters_of(model: Any) -> int:
 
 
 def width_of(config: Any) -> int:
-    """Width of the hidden states between blocks; 1024 where the configuration does not say it."""
+    """Return the width of the hidden states between blocks; 1024 where the configuration does not
+    say it."""
     for name in ("hidden_size", "d_model", "n_embd"):
         width = getattr(config, name, None)
         if isinstance(width, int):
@@ -75,7 +77,8 @@ def width_of(config: Any) -> int:
 
 
 def free_memory() -> int:
-    """Bytes of memory that can be had without swapping, where the system tells; else 4 GB."""
+    """Return the bytes of memory that can be had without swapping, where the system tells; else 4
+    GB."""
     try:
         for line in Path("/proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable:"):

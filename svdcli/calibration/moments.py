@@ -35,7 +35,8 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class Provenance:
-    """Which model read which text. unit is that of the predicted loss: nats, or 1 - cosine."""
+    """The model that was measured, and the text that it read. unit is that of the predicted loss:
+    nats, or 1 - cosine."""
 
     fingerprint: str
     text: str
@@ -64,8 +65,8 @@ class LayerMoments:
 
 
 def metric_of(moments: LayerMoments, device: torch.device, *, centred: bool) -> Metric:
-    """How a layer's error counts, in float64. A bias that follows the mean leaves only what varies
-    around it."""
+    """Return the metric that a layer's error is counted by, in float64. A bias that follows the
+    mean leaves only what varies around it."""
     inputs = moments.inputs.to(device, torch.float64)
     if centred:
         mean = moments.mean.to(device, torch.float64)
@@ -92,7 +93,7 @@ class Spool:
         torch.save(value.to("cpu", torch.float32).contiguous(), path)
 
     def get(self, key: str) -> Tensor:
-        """The sum so far, float32, on the CPU."""
+        """Return the sum so far, float32, on the CPU."""
         value: Tensor = torch.load(self._path(key), weights_only=True)
         return value
 
@@ -108,7 +109,7 @@ def write_moments(
     layers: Mapping[str, Mapping[str, Any]],
     provenance: Provenance,
 ) -> None:
-    """Every spooled sum times its scale, into one file that appears whole or not at all.
+    """Write every spooled sum times its scale into one file that appears whole or not at all.
 
     layers maps a weight's name to the keys of its moments: {"input": K, "output": key or None,
     "transposed": bool}.
@@ -141,7 +142,7 @@ class Moments:
         return self._checkpoint.path
 
     def of(self, name: str) -> LayerMoments | None:
-        """The moments of the weight `name`, None where it was not calibrated. Raises
+        """Return the moments of the weight `name`, None where it was not calibrated. Raises
         BadCheckpointError where they are not finite."""
         keys = self.layers.get(name)
         if keys is None:
@@ -161,8 +162,8 @@ class Moments:
         return tensor
 
     def loss_scale(self, name: str) -> float | None:
-        """Loss of the model for the whole of a layer's energy, from its measured sensitivity; None
-        where there is none."""
+        """Return the loss of the model for the whole of a layer's energy, from its measured
+        sensitivity; None where there is none."""
         if f"sensitivity.{name}" not in self._checkpoint.tensors:
             return None
         loss, share = self._checkpoint.read_tensor(f"sensitivity.{name}").tolist()
@@ -170,8 +171,8 @@ class Moments:
         return float(loss / share) if share > 0 else 0.0
 
     def metric_name(self, name: str) -> str:
-        """What is known of the layer: "" nothing, "inputs", "diagonal" or "full" moments of the
-        gradients besides."""
+        """Return what was measured of the layer: "" nothing, "inputs", "diagonal" or "full" moments
+        of the gradients besides."""
         keys = self.layers.get(name)
         if keys is None:
             return ""
@@ -216,7 +217,8 @@ def open_moments(path: str | Path) -> Moments:
 
 
 def _fits(checkpoint: Checkpoint, keys: Mapping[str, Any]) -> bool:
-    """Have a layer's moments the shapes of moments? Raises KeyError where one is missing."""
+    """Tell whether a layer's moments have the shapes of moments. Raises KeyError where one is
+    missing."""
     input_key, mean_key, output_key = _keys_of(keys)
     inputs = checkpoint.tensors[input_key].info.shape
     mean = checkpoint.tensors[mean_key].info.shape
@@ -232,13 +234,13 @@ def _fits(checkpoint: Checkpoint, keys: Mapping[str, Any]) -> bool:
 
 
 def _keys_of(keys: Mapping[str, Any]) -> tuple[str, str, str | None]:
-    """Names of the tensors with a layer's inputs, their mean and, where they were measured, the
-    outputs."""
+    """Return the names of the tensors with a layer's inputs, their mean and, where they were
+    measured, the outputs."""
     return f"input.{keys['input']}", f"mean.{keys['input']}", keys["output"]
 
 
 def check_provenance(moments: Moments, fingerprint: str, shown: str) -> None:
-    """Raises SvdcliError where the moments were measured on another model."""
+    """Raise SvdcliError where the moments were measured on another model."""
     if moments.provenance.fingerprint != fingerprint:
         raise SvdcliError(
             f"the calibration was made with another model than {shown}",

@@ -38,8 +38,9 @@ class Read:
 def read_batches(
     side: TextSide, tokenizer: Any, texts: Texts, amount: Amount, seq_len: int | None
 ) -> Read:
-    """As much of the text as asked for, cut as the model reads it: into windows of seq_len tokens
-    (as many as it takes, at most 2048), or by sentences, those together that are about as long.
+    """Return as much of the text as asked for, cut as the model reads it: into windows of seq_len
+    tokens (as many as it takes, at most 2048), or by sentences, those together that are about as
+    long.
 
     Raises SvdcliError where the text is too short, or the tokenizer is another model's.
     """
@@ -66,7 +67,7 @@ def read_batches(
 
 
 def check_tokens(side: TextSide, batches: list[Batch]) -> None:
-    """Raises SvdcliError for a token that the model has no row for."""
+    """Raise SvdcliError for a token that the model has no row for."""
     largest = max(int(batch["input_ids"].max()) for batch in batches)
     if side.words and largest >= side.words:
         hint = "put the tokenizer that the model was trained with beside it"

@@ -10,7 +10,7 @@ from svdcli.text.tokens import Batch
 
 
 def padding_mask(batch: Batch) -> Tensor | None:
-    """True for the tokens of a batch that count; None where all of them do."""
+    """Return True for the tokens of a batch that count; None where all of them do."""
     mask = batch.get("attention_mask")
     if mask is None or bool(mask.all()):
         return None
@@ -18,8 +18,8 @@ def padding_mask(batch: Batch) -> Tensor | None:
 
 
 def without_padding(values: Tensor, mask: Tensor | None) -> Tensor:
-    """(tokens, width) of values (..., width), those where mask is set. A mask of another shape says
-    nothing about these values."""
+    """Return (tokens, width) of values (..., width), those where mask is set. A mask of another
+    shape says nothing about these values."""
     if mask is not None and mask.shape == values.shape[:-1]:
         values = values[mask.to(values.device)]
     return values.reshape(-1, values.shape[-1])
@@ -63,7 +63,7 @@ class MomentSums:
         self._sum_of(key, rows, (rows.shape[1],)).add_(rows.sum(0))
 
     def take(self) -> dict[str, Tensor]:
-        """All sums so far, matrices in full; the next ones start from zero."""
+        """Return all sums so far, matrices in full; the next ones start from zero."""
         sums, self._sums = self._sums, {}
         lower, self._lower = self._lower, set()
         return {key: mirror(total) if key in lower else total for key, total in sums.items()}

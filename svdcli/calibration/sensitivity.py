@@ -32,9 +32,9 @@ def sensitivities(
     at_a_time: int,
     progress: Progress,
 ) -> dict[str, tuple[float, float]]:
-    """For every layer (loss, share): the KL divergence from the whole model in nats a prediction,
-    or, for encoders, the mean 1 - cosine of the sentence embeddings, when it alone is cut; and the
-    share of its energy that the cut gives up.
+    """Return (loss, share) for every layer: the KL divergence from the whole model in nats a
+    prediction, or, for encoders, the mean 1 - cosine of the sentence embeddings, when it alone is
+    cut; and the share of its energy that the cut gives up.
 
     layers maps names of weights to names of modules; at_a_time bounds how many copies of the
     batches are under way together.
@@ -82,7 +82,8 @@ class _CutCopies:
         self._losses: dict[str, float] = {}
 
     def visit(self, phase: str, unit: str, index: int, total: int) -> None:
-        """Before every unit of every batch: restore the layer that was cut, cut the next one."""
+        """Restore the layer that was cut, and cut the next one: called before every unit of every
+        batch."""
         if self._uncut is not None:
             parameter, weight = self._uncut
             parameter.data = weight
@@ -98,7 +99,7 @@ class _CutCopies:
             parameter.data = self._cut(name, parameter.data)
 
     def _cut(self, name: str, weight: Tensor) -> Tensor:
-        """The weight at a quarter of its largest rank, best by the layer's moments."""
+        """Return the weight at a quarter of its largest rank, best by the layer's moments."""
         if self._last_cut is not None and self._last_cut[0] == name:
             return self._last_cut[1]
         moments = self.moments_of(name)
@@ -127,7 +128,7 @@ class _CutCopies:
         self._losses[name] = self._losses.get(name, 0.0) + loss
 
     def results(self) -> dict[str, tuple[float, float]]:
-        """(loss a prediction, share) by name; layers that no batch reached are left out."""
+        """Return (loss a prediction, share) by name; layers that no batch reached are left out."""
         predictions = sum(answer.shape[0] for answer in self._answers.values())
         # Below 0 by rounding alone
         return {

@@ -30,12 +30,12 @@ Read = Callable[[int, Any], None]
 
 
 def _ignore(phase: str, unit: str, batch: int, total: int) -> None:
-    """A visit that does nothing."""
+    """Do nothing on a visit."""
 
 
 @contextmanager
 def caches_off(model: nn.Module) -> Iterator[None]:
-    """No part of the model keeps keys and values for later: a block that is computed twice would
+    """Let no part of the model keep keys and values for later: a block that is computed twice would
     cache twice. Afterwards every config is as it was."""
     # By identity, since parts of a model may share a config, and configs cannot be hashed
     configs: dict[int, Any] = {}
@@ -54,8 +54,8 @@ def caches_off(model: nn.Module) -> Iterator[None]:
 
 
 def units_of(model: nn.Module) -> dict[str, nn.Module]:
-    """The modules that take turns, by name: the members of every list of blocks, and all modules
-    outside them that own parameters.
+    """Return the modules that take turns, by name: the members of every list of blocks, and all
+    modules outside them that own parameters.
 
     A module around blocks that owns some besides (a scale, a token) takes no turn of its own. A
     compressed model has the same units as its original: a low-rank module counts as the layer that
@@ -85,7 +85,7 @@ def units_of(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _is_list_of_blocks(module: nn.Module) -> bool:
-    """Is it a list of two or more modules, with parameters?"""
+    """Tell whether it is a list of two or more modules, with parameters."""
     return (
         isinstance(module, nn.ModuleList)
         and len(module) > 1
@@ -95,7 +95,8 @@ def _is_list_of_blocks(module: nn.Module) -> bool:
 
 @dataclass
 class _Gradient:
-    """What arrives at one output of a unit; value is the output itself, until it is handed on."""
+    """The gradient that arrives at one output of a unit; value is the output itself, until it is
+    handed on."""
 
     value: Tensor | None
     grad: Tensor | None = None
@@ -155,7 +156,7 @@ class _Batch:
     abandoned: bool = False
 
     def body(self) -> None:
-        """What the thread runs."""
+        """Run the forward pass, in the thread, once the batch is resumed."""
         try:
             self.resumed.acquire()
             if not self.abandoned:
@@ -174,8 +175,8 @@ class _Batch:
             raise self.error
 
     def stop_before(self, unit: str, args: Any, kwargs: Any) -> None:
-        """Called in the thread: wait until the batch is continued. Raises _AbandonedError where it
-        never will be."""
+        """Wait, in the thread, until the batch is continued. Raises _AbandonedError where it never
+        will be."""
         self.waits_for = unit
         self.arguments = (args, kwargs)
         self.stopped.release()
@@ -211,8 +212,8 @@ class Turn:
         return [_detached(batch.arguments) for batch in self.batches]
 
     def send_on(self, *, keep: bool = False) -> list[Tensor]:
-        """Send every batch through the unit, as far as the next one; with keep, what came out of it
-        (its first tensor)."""
+        """Send every batch through the unit, as far as the next one; with keep, return what came
+        out of it (its first tensor)."""
         results = []
         for batch in self.batches:
             self.advance(batch)
@@ -270,8 +271,9 @@ class Stream:
         read: Read | None = None,
         visit: Visit | None = None,
     ) -> None:
-        """All batches forwards; with cotangent(batch, output) -> (tensor, its gradient) backwards
-        as well. visit, where it is given, takes the place of the stream's own for this run.
+        """Run all batches forwards; with cotangent(batch, output) -> (tensor, its gradient)
+        backwards as well. visit, where it is given, takes the place of the stream's own for this
+        run.
 
         wanted names the modules whose gradients matter: what comes before the first of them is not
         differentiated. read(batch, output) sees what the model answers to each batch, where nothing
@@ -309,8 +311,8 @@ class Stream:
                 self._backwards(batches, wanted, visit)
 
     def turns(self, inputs: Sequence[dict[str, Tensor]]) -> Iterator[Turn]:
-        """The units one after the other; whoever asks for the turns must send each on with
-        `Turn.send_on`. Nothing is differentiated."""
+        """Yield the units one after the other; the caller must send each on with `Turn.send_on`.
+        Nothing is differentiated."""
 
         def forward(index: int) -> None:
             with torch.no_grad():
@@ -326,7 +328,7 @@ class Stream:
 
     @contextmanager
     def _taking_turns(self) -> Iterator[None]:
-        """Every unit waits for its turn before it runs."""
+        """Have every unit wait for its turn before it runs."""
         with ExitStack() as stack:
             for name, unit in self.units.items():
                 stack.enter_context(_forward_replaced(unit, self._turn_taking(name)))
@@ -346,8 +348,8 @@ class Stream:
         return forward
 
     def _call(self, batch: _Batch, name: str, args: Any, kwargs: Any) -> Any:
-        """One unit of one batch, cut off from the graph around it, so that it can be differentiated
-        on its own."""
+        """Run one unit of one batch, cut off from the graph around it, so that it can be
+        differentiated on its own."""
         # Without a graph: where gradients are wanted, the unit is computed again for them
         leaves, spec = tree_flatten((args, kwargs))
         inner = [_detach(leaf) for leaf in leaves]
@@ -383,8 +385,8 @@ class Stream:
             visit("forward done", turn.name, len(batches), len(batches))
 
     def _turns(self, batches: Sequence[_Batch]) -> Iterator[Turn]:
-        """Start all batches; again and again the unit that the first of them waits for, with all
-        that wait for it."""
+        """Start all batches, and yield again and again the unit that the first of them waits for,
+        with all that wait for it."""
         threads = [threading.Thread(target=batch.body, daemon=True) for batch in batches]
         for thread in threads:
             thread.start()
@@ -410,7 +412,7 @@ class Stream:
         batch.advance()
 
     def _backwards(self, batches: Sequence[_Batch], wanted: Collection[str], visit: Visit) -> None:
-        """From the last unit to the first that holds a wanted module."""
+        """Differentiate from the last unit to the first that holds a wanted module."""
         order = [call.unit for call in batches[0].calls]
         first = 0
         if wanted:
@@ -465,16 +467,16 @@ class Stream:
             torch.autograd.backward(sources, source_gradients, retain_graph=True)
 
     def _with_hooks(self, name: str, args: Any, kwargs: Any) -> Any:
-        """A unit as the model calls it, without waiting for its turn: a unit that is a layer itself
-        has hooks of its own."""
+        """Call a unit as the model does, without waiting for its turn: a unit that is a layer
+        itself has hooks of its own."""
         unit = self.units[name]
         with _forward_replaced(unit, self._plain[name]):
             return unit(*args, **kwargs)
 
     @contextmanager
     def _in_memory(self, name: str) -> Iterator[None]:
-        """The unit's parameters and buffers on the device in the compute dtype, for as long as its
-        turn lasts."""
+        """Keep the unit's parameters and buffers on the device in the compute dtype, for as long as
+        its turn lasts."""
         unit = self.units[name]
         with self._on_device([*unit.parameters(), *unit.buffers()]):
             yield
@@ -493,7 +495,7 @@ class Stream:
 
     @contextmanager
     def _outside_on_device(self) -> Iterator[None]:
-        """What lies outside all units is on the device for a whole run: parameters in the compute
+        """Keep what lies outside all units on the device for a whole run: parameters in the compute
         dtype, buffers (such as rotary frequencies) in their own."""
         parameters: list[Tensor] = []
         with ExitStack() as stack:
@@ -507,7 +509,7 @@ class Stream:
 
 @contextmanager
 def _forward_replaced(unit: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Calls of a module go to `forward` as long as the context lasts."""
+    """Have calls of a module go to `forward` as long as the context lasts."""
     before = vars(unit).get("forward")
     unit.forward = forward
     try:
@@ -522,8 +524,8 @@ def _forward_replaced(unit: nn.Module, forward: Callable[..., Any]) -> Iterator[
 def _buffer_moved(
     module: nn.Module, name: str, buffer: Tensor, device: torch.device
 ) -> Iterator[None]:
-    """A module's buffer on another device as long as the context lasts. Where the model put another
-    one there meanwhile (rotary frequencies for longer text), that one stays."""
+    """Keep a module's buffer on another device as long as the context lasts. Where the model put
+    another one there meanwhile (rotary frequencies for longer text), that one stays."""
     moved = buffer.to(device)
     setattr(module, name, moved)
     try:
@@ -536,18 +538,18 @@ def _buffer_moved(
 
 
 def first_tensor(result: Any) -> Tensor:
-    """The first floating tensor in what a unit returns: a block's hidden states."""
+    """Return the first floating tensor in what a unit returns: a block's hidden states."""
     first: Tensor = next(leaf for leaf in tree_flatten(result)[0] if _differentiable(leaf))
     return first
 
 
 def _holds_any(unit: str, modules: Collection[str]) -> bool:
-    """Is any of these modules the unit itself, or inside it?"""
+    """Tell whether any of these modules is the unit itself, or inside it."""
     return any(name == unit or name.startswith(f"{unit}.") for name in modules)
 
 
 def _versions(leaves: Sequence[Any]) -> list[int]:
-    """How often each tensor was changed in place."""
+    """Return how often each tensor was changed in place."""
     return [leaf._version for leaf in leaves if isinstance(leaf, Tensor)]
 
 

@@ -41,15 +41,15 @@ class Features:
 
 
 def rows_of(output: Any) -> Tensor:
-    """What an encoder makes of text: an embedding for each (batch, width), or hidden states (batch,
-    length, width)."""
+    """Return what an encoder makes of text: an embedding for each (batch, width), or hidden states
+    (batch, length, width)."""
     rows: Tensor = output.embeddings if isinstance(output, Features) else output.last_hidden_state
     return rows
 
 
 def pooled(rows: Tensor, mask: Tensor | None) -> Tensor:
-    """Sentence embeddings (batch, width): rows that are such, or the mean of hidden states over the
-    tokens where mask is set."""
+    """Return the sentence embeddings (batch, width): rows that are such, or the mean of hidden
+    states over the tokens where mask is set."""
     if rows.ndim == 2:
         return rows
     if mask is None:
@@ -60,7 +60,7 @@ def pooled(rows: Tensor, mask: Tensor | None) -> Tensor:
 
 @dataclass(frozen=True)
 class TextSide:
-    """How a model reads text alone.
+    """The way in which a model reads text alone.
 
     kind is "decoder" (predicts the next token, and sees none that come later) or "encoder". name is
     that of the module that is called, "" for the whole model, and method its function; decodes says
@@ -89,15 +89,15 @@ class TextSide:
         return self.kind == "decoder" or self.decodes
 
     def module(self, model: Any) -> Any:
-        """The part of `model` that is called."""
+        """Return the part of `model` that is called."""
         return model.get_submodule(self.name)
 
     def config(self, model: Any) -> Any:
-        """The configuration of that part."""
+        """Return the configuration of that part."""
         return text_config(self.module(model).config)
 
     def ask(self, model: Any, **inputs: Any) -> Any:
-        """What the model answers; arguments that it does not take are left out."""
+        """Call the model; arguments that it does not take are left out."""
         module = self.module(model)
         if self.method == FORWARD:
             return module(**_taken(module, FORWARD, inputs))
@@ -107,12 +107,12 @@ class TextSide:
         return Features(features)
 
     def of(self, model: Any) -> Callable[..., Any]:
-        """A model of this structure as a function of its inputs."""
+        """Return a model of this structure as a function of its inputs."""
         return partial(self.ask, model)
 
     def embed(self, model: Any, inputs: Batch) -> Tensor:
-        """Sentence embeddings (count, width): the model's own, else the mean of the last hidden
-        states over the tokens that are no padding. Raises SvdcliError for a model that shows
+        """Return the sentence embeddings (count, width): the model's own, else the mean of the last
+        hidden states over the tokens that are no padding. Raises SvdcliError for a model that shows
         none."""
         if self.method == FEATURES:
             return rows_of(self.ask(model, **inputs))
@@ -130,7 +130,7 @@ class TextSide:
 
 
 def text_side(model: Any, shown: str, vocabulary: int, hint: str) -> TextSide:
-    """How `model` reads text; vocabulary is how many tokens its tokenizer knows.
+    """Find how `model` reads text; vocabulary is how many tokens its tokenizer knows.
 
     Raises SvdcliError, with this hint, for a model no part of which reads text alone.
     """
@@ -147,7 +147,7 @@ def text_side(model: Any, shown: str, vocabulary: int, hint: str) -> TextSide:
 
 
 def text_config(config: Any) -> Any:
-    """The part of a configuration that is about text, where there is one such part."""
+    """Return the part of a configuration that is about text, where there is one such part."""
     try:
         return config.get_text_config()
     except (AttributeError, ValueError):  # none of transformers', or several such parts
@@ -155,13 +155,13 @@ def text_config(config: Any) -> Any:
 
 
 def arguments_of(call: Callable[..., Any]) -> frozenset[str]:
-    """The names of a function's arguments."""
+    """Return the names of a function's arguments."""
     return frozenset(inspect.signature(call).parameters)
 
 
 def _taken(module: Any, method: str, inputs: dict[str, Any]) -> dict[str, Any]:
-    """The inputs that the function of a module's class takes, and that it need not keep anything
-    for later."""
+    """Return the inputs that the function of a module's class takes, and that it need not keep
+    anything for later."""
     names = arguments_of(getattr(type(module), method))
     offered = {"use_cache": False} | inputs
     return {name: value for name, value in offered.items() if name in names}
@@ -171,8 +171,8 @@ def _taken(module: Any, method: str, inputs: dict[str, Any]) -> dict[str, Any]:
 
 
 def _candidates(model: Any, vocabulary: int) -> Iterator[TextSide]:
-    """What may read text alone: the whole, its function for text, then its parts: first those whose
-    table of words fits the tokenizer best, and of those the large ones."""
+    """Yield what may read text alone: the whole, its function for text, then its parts: first those
+    whose table of words fits the tokenizer best, and of those the large ones."""
     yield from _calls(model, "", model)
     parts: list[tuple[str, Any]] = []
     for name, module in model.named_modules():
@@ -184,7 +184,7 @@ def _candidates(model: Any, vocabulary: int) -> Iterator[TextSide]:
 
 
 def _calls(model: Any, name: str, module: Any) -> Iterator[TextSide]:
-    """The ways to call one module that take tokens and can do without anything else."""
+    """Yield the ways to call one module that take tokens and can do without anything else."""
     for method in (FORWARD, FEATURES):
         call = getattr(module, method, None)
         if call is None or "input_ids" not in arguments_of(call):
@@ -194,7 +194,7 @@ def _calls(model: Any, name: str, module: Any) -> Iterator[TextSide]:
 
 
 def _required(call: Callable[..., Any]) -> list[str]:
-    """The arguments that have no default."""
+    """Return the arguments that have no default."""
     collecting = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
     return [
         name
@@ -204,17 +204,17 @@ def _required(call: Callable[..., Any]) -> list[str]:
 
 
 def _needed(call: Callable[..., Any]) -> list[str]:
-    """What to call the input of something that does not take tokens, or not only."""
+    """Name the input of something that does not take tokens, or not only."""
     return _required(call) or list(inspect.signature(call).parameters)[:1] or ["something else"]
 
 
 def _weights(module: nn.Module) -> int:
-    """The number of parameters."""
+    """Return the number of parameters."""
     return sum(weight.numel() for weight in module.parameters())
 
 
 def _side(model: Any, name: str, method: str) -> TextSide:
-    """A candidate; the trial tells what its text is read by."""
+    """Return a candidate; the trial decides its kind."""
     module = model.get_submodule(name)
     is_pair = method == FORWARD and bool(getattr(module.config, "is_encoder_decoder", False))
     decodes = is_pair and "decoder_input_ids" in arguments_of(module.forward)
@@ -222,7 +222,8 @@ def _side(model: Any, name: str, method: str) -> TextSide:
 
 
 def _words(module: Any) -> int:
-    """Rows of the table that a module looks its tokens up in; 0 where it has none."""
+    """Return the number of rows of the table that a module looks its tokens up in; 0 where it has
+    none."""
     try:
         return int(module.get_input_embeddings().weight.shape[0])
     except (AttributeError, NotImplementedError):
@@ -245,7 +246,7 @@ class _Trial:
     shapes: set[tuple[int, ...]] = field(default_factory=set)
 
     def run(self) -> TextSide | str:
-        """The side, completed with what the trial showed; or why it is none."""
+        """Return the side, completed with what the trial showed; or why it is none."""
         # The pass itself; a model may raise anything where something is missing
         module = self.side.module(self.model)
         rows = _TrialRows.for_config(self.model.config, _words(module))
@@ -274,7 +275,8 @@ class _Trial:
         )
 
     def _pass(self, batch: Batch) -> Any:
-        """What the candidate answers, in the dtype and on the device where calibration runs it."""
+        """Return what the candidate answers, in the dtype and on the device where calibration runs
+        it."""
         answers: list[Any] = []
         device = next(self.model.parameters()).device
         stream = Stream(self.model, device, torch.float32, call=self.side.of(self.model))
@@ -283,15 +285,15 @@ class _Trial:
         return answers[0]
 
     def _note(self, part: nn.Module, inputs: tuple[Any, ...]) -> None:
-        """Of a part that runs: that it does, and the shapes of the hidden states that it reads."""
+        """Note that a part runs, and the shapes of the hidden states that it reads."""
         self.ran.add(id(part))
         for value in inputs:
             if isinstance(value, Tensor) and value.ndim == 3:
                 self.shapes.add(tuple(value.shape))
 
     def _leaves_out_cross_attention(self) -> bool:
-        """Did a block run without a part of it that is for what another sequence sends: then the
-        module is one side of a pair, and fed by the other."""
+        """Tell whether a block ran without a part of it that is for what another sequence sends:
+        then the module is one side of a pair, and fed by the other."""
         blocks: list[nn.Module] = []
         for part in self.side.module(self.model).modules():
             if isinstance(part, nn.ModuleList):
@@ -299,8 +301,8 @@ class _Trial:
         return any(id(block) in self.ran and self._ran_in_part(block) for block in blocks)
 
     def _ran_in_part(self, block: nn.Module) -> bool:
-        """Has a block an argument for another sequence, and a part with parameters that did not
-        run?"""
+        """Tell whether a block has an argument for another sequence, and a part with parameters
+        that did not run."""
         if not any("encoder" in word or "cross" in word for word in arguments_of(block.forward)):
             return False
         for part in block.modules():
@@ -310,7 +312,7 @@ class _Trial:
         return False
 
     def _kind_by_output(self, output: Any, rows: _TrialRows) -> str | None:
-        """ "decoder" or "encoder" by what came out; None for something else."""
+        """Return "decoder" or "encoder" by what came out; None for something else."""
         if isinstance(output, Features):
             return "encoder" if _has_dimensions(output.embeddings, 2) else None
 
@@ -336,12 +338,13 @@ def _has_dimensions(value: Any, count: int) -> TypeGuard[Tensor]:
 
 
 def _for_each_token(value: Any) -> TypeGuard[Tensor]:
-    """Is it a tensor with an entry for each token of the trial?"""
+    """Tell whether it is a tensor with an entry for each token of the trial."""
     return _has_dimensions(value, 3) and value.shape[:2] == (_ROWS, _LENGTH)
 
 
 def _looks_ahead(logits: Tensor) -> bool:
-    """Do the answers to the tokens that both rows share depend on those that come later?"""
+    """Tell whether the answers to the tokens that both rows share depend on those that come
+    later."""
     shared = logits[:, : _LENGTH - _CHANGED].float()
     return bool((shared[0] - shared[1]).abs().max() > _CAUSAL * shared.abs().max())
 
@@ -356,7 +359,8 @@ class _TrialRows:
 
     @staticmethod
     def for_config(config: Any, words: int) -> _TrialRows:
-        """Rows for a model with this configuration, of which the second differs at its end."""
+        """Return rows for a model with this configuration, of which the second differs at its
+        end."""
         special = _special_token_ids(config)
         plain = [number for number in range(words) if number not in special] or [0]
         first = [plain[(3 * place + 1) % len(plain)] for place in range(_LENGTH)]
@@ -364,13 +368,13 @@ class _TrialRows:
         return _TrialRows(torch.tensor([first, first[:-_CHANGED] + second[-_CHANGED:]]), words)
 
     def batch(self, *, decodes: bool) -> Batch:
-        """The arguments of a forward pass."""
+        """Return the arguments of a forward pass."""
         batch = {"input_ids": self.ids, "attention_mask": torch.ones_like(self.ids)}
         return batch | {"decoder_input_ids": self.ids} if decodes else batch
 
 
 def _special_token_ids(config: Any) -> set[int]:
-    """Whatever a configuration, or one inside it, calls the id of a token."""
+    """Return whatever a configuration, or one inside it, calls the id of a token."""
     configs: list[dict[str, Any]] = [config.to_dict() if hasattr(config, "to_dict") else {}]
     ids: set[int] = set()
     while configs:
@@ -384,8 +388,8 @@ def _special_token_ids(config: Any) -> set[int]:
 
 
 def longest_of(module: Any) -> int | None:
-    """How many tokens a model takes: what its configuration says, less what a table of positions
-    keeps for padding."""
+    """Return how many tokens a model takes: what its configuration says, less what a table of
+    positions keeps for padding."""
     config = text_config(module.config)
     limits: list[int] = []
 

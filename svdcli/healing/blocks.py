@@ -54,7 +54,7 @@ def itself(model: nn.Module) -> Callable[..., Any]:
 
 @dataclass(frozen=True)
 class Effort:
-    """How long is trained: steps for each block and for the whole model, or seconds for all
+    """The length of the training: steps for each block and for the whole model, or seconds for all
     together."""
 
     steps: int | None = None
@@ -63,7 +63,8 @@ class Effort:
 
 @dataclass(frozen=True)
 class Batches:
-    """What both models read: batches to train on, and batches that are held out to judge by."""
+    """The text that both models read: batches to train on, and batches that are held out to judge
+    by."""
 
     train: Sequence[Batch]
     held_out: Sequence[Batch]
@@ -82,14 +83,15 @@ class Batches:
         return Batches(train, [batches[index] for index in sorted(held_out)])
 
     def fewer(self, count: int) -> Batches:
-        """At most count batches to train on, spread over the text; the same ones held out."""
+        """Return at most count batches to train on, spread over the text; the same ones held
+        out."""
         step = max(1.0, len(self.train) / max(1, count))
         count = min(count, len(self.train))
         return Batches([self.train[int(i * step)] for i in range(count)], self.held_out)
 
 
 def _halves(batch: Batch) -> tuple[Batch, Batch]:
-    """The first rows and the others."""
+    """Return the first rows and the others."""
     count = len(batch["input_ids"])
     if count < 2:
         raise SvdcliError(
@@ -190,7 +192,7 @@ def heal_blocks(
 def _to_refine(
     student: Stream, trainable: Callable[[str], bool], moments: Mapping[str, Tensor] | None
 ) -> set[str]:
-    """Names of the blocks that the text reaches and that hold something trainable."""
+    """Return the names of the blocks that the text reaches and that hold something trainable."""
     names: set[str] = set()
     for name in blocks_of(student.model):
         unit = student.units.get(name)
@@ -226,7 +228,7 @@ class _Timetable:
         self._begin = time.monotonic()
 
     def next_share(self) -> float | None:
-        """Seconds for the next block; None without a limit."""
+        """Return the seconds for the next block; None without a limit."""
         if self.seconds is None:
             return None
         spent = time.monotonic() - self._begin
@@ -238,8 +240,9 @@ def _report(progress: Progress, name: str, number: int, total: int, share: float
 
 
 def blocks_of(model: nn.Module) -> set[str]:
-    """Names of the members of every list of blocks. What lies outside them (embeddings, heads) is
-    not refined: its output is as wide as a vocabulary, or has nothing before it to make up for."""
+    """Return the names of the members of every list of blocks. What lies outside them (embeddings,
+    heads) is not refined: its output is as wide as a vocabulary, or has nothing before it to make
+    up for."""
     names = set()
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList):
@@ -249,14 +252,14 @@ def blocks_of(model: nn.Module) -> set[str]:
 
 
 def _tensors(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Parameters and buffers by name."""
+    """Yield parameters and buffers by name."""
     yield from module.named_parameters(prefix=prefix)
     yield from module.named_buffers(prefix=prefix)
 
 
 def _trainable(unit: nn.Module, name: str, allowed: Callable[[str], bool]) -> dict[str, Tensor]:
-    """The parameters and row orders of the low-rank modules in one unit that may change, by their
-    names in the whole model."""
+    """Return the parameters and row orders of the low-rank modules in one unit that may change, by
+    their names in the whole model."""
     tensors: dict[str, Tensor] = {}
     for path, module in unit.named_modules(prefix=name):
         if not isinstance(module, LOW_RANK):
@@ -275,7 +278,8 @@ def assign(healed: HealedBlock, tensors: Mapping[str, Tensor], device: torch.dev
 
 
 def _parted(turn: Turn, count: int) -> tuple[list[int], list[int]]:
-    """Indices in the turn of batches to train on (the first `count` of all) and of those held out.
+    """Return the indices in the turn of batches to train on (the first `count` of all) and of those
+    held out.
 
     Raises SvdcliError for a block that the model does not run on every text, where one of the two
     is empty.
@@ -348,12 +352,12 @@ class _Healer:
         )
 
     def _may_change(self, name: str) -> bool:
-        """name is that of a tensor in the block."""
+        """Tell whether a tensor may change, by its name in the block."""
         return f"{self.name}.{name}" in self.tensors
 
     def _stride(self, seconds: float | None) -> int:
-        """Every so many-th batch is read to refit, so that it takes no more than its share of the
-        time."""
+        """Return the step between the batches that are read to refit, so that it takes no more than
+        its share of the time."""
         if seconds is None:
             return 1
         # What one batch takes, by a pass over those that are held out
@@ -368,13 +372,13 @@ class _Healer:
         return max(1, math.ceil(needed / max(1e-9, _REFIT_SHARE * seconds)))
 
     def _loss(self, index: int) -> Tensor:
-        """What one batch is trained on: its relative error."""
+        """Return what one batch is trained on: its relative error."""
         error, energy = self._errors(index)
         return error / energy
 
     def _errors(self, index: int) -> tuple[Tensor, Tensor]:
-        """Squared error of the block's output for one batch, and the energy of what it should be;
-        padding is left out."""
+        """Return the squared error of the block's output for one batch, and the energy of what it
+        should be; padding is left out."""
         output = self.block.rows(self.block.student.answer(index), index)
         target = self.block.rows(self.block.targets[index], index)
         difference = output - target
@@ -385,8 +389,8 @@ class _Healer:
 
     @torch.no_grad()
     def _error(self) -> float:
-        """The relative error on the batches that are held out. Raises SvdcliError where it is not
-        finite."""
+        """Return the relative error on the batches that are held out. Raises SvdcliError where it
+        is not finite."""
         error = 0.0
         energy = 0.0
         for index in self.held_out:
@@ -431,12 +435,12 @@ class _Whole:
         self.device = device
 
     def loss(self, index: int) -> Tensor:
-        """What one batch is trained on."""
+        """Return what one batch is trained on."""
         means = self._means(self.batches.train[index])
         return (1 - self.hard) * means.distance + self.hard * means.excess
 
     def errors(self) -> tuple[float, float]:
-        """(loss, distance alone) on held-out text. Raises SvdcliError where the loss is not
+        """Return (loss, distance alone) on held-out text. Raises SvdcliError where the loss is not
         finite."""
         means = [self._means(batch) for batch in self.batches.held_out]
         # A batch counts by its predictions: the last one may be smaller
@@ -449,8 +453,8 @@ class _Whole:
         return loss, distance
 
     def _means(self, batch: Batch) -> _Means:
-        """How far the student is from the teacher on one batch; the excess loss is 0 where it does
-        not count, as an encoder has none."""
+        """Return how far the student is from the teacher on one batch; the excess loss is 0 where
+        it does not count, as an encoder has none."""
         batch = _moved(batch, self.device)
         with torch.no_grad():
             target, distance = answer_of(self.teacher(**batch), batch)

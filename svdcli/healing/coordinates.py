@@ -57,7 +57,7 @@ class WhitenedLinear(nn.Module):
         self.register_buffer("inputs", _transpose(undo_right).float())
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """(up, down) of the weight as (out, in)."""
+        """Return (up, down) of the weight as (out, in)."""
         up = _times(self.get_buffer("outputs"), self.a)
         down = _times(self.get_buffer("inputs"), self.b.T).T
         return up, down
@@ -75,7 +75,8 @@ class WhitenedLinear(nn.Module):
 
 
 def _root(moment: Tensor, damping: float) -> tuple[Tensor, Tensor]:
-    """L with L L^T = the damped moment, and its inverse, in float64; of a diagonal, diagonals."""
+    """Return L with L L^T = the damped moment, and its inverse, in float64; of a diagonal,
+    diagonals."""
     root = damped_root(moment, damping)
     if root.ndim == 1:
         return root, 1 / root
@@ -84,12 +85,12 @@ def _root(moment: Tensor, damping: float) -> tuple[Tensor, Tensor]:
 
 
 def _transpose(root: Tensor) -> Tensor:
-    """The transpose; of a diagonal, the diagonal."""
+    """Return the transpose; of a diagonal, the diagonal."""
     return root.mT if root.ndim == 2 else root
 
 
 def _times(scale: Tensor, x: Tensor) -> Tensor:
-    """scale @ x for a matrix; each row of x times its scale for a diagonal."""
+    """Return scale @ x for a matrix; each row of x times its scale for a diagonal."""
     return scale.to(x.dtype) @ x if scale.ndim == 2 else scale.to(x.dtype)[:, None] * x
 
 
@@ -143,7 +144,7 @@ class WhitenedLayers:
 
     @contextmanager
     def training(self) -> Iterator[None]:
-        """The layers to train in place of the model's own, which come back afterwards."""
+        """Put the layers to train in place of the model's own, which come back afterwards."""
         self._use(self.layers)
         try:
             yield
@@ -152,7 +153,7 @@ class WhitenedLayers:
 
     @contextmanager
     def stored(self) -> Iterator[None]:
-        """Inside `training`: what would be stored of the layers, in the model in place of them."""
+        """Put what would be stored of the layers in place of them, inside `training`."""
         for name, layer in self.layers.items():
             up, down = (factor.detach() for factor in layer.factors())
             factors = Factors(up, down, up.new_empty(0), 0.0)
@@ -176,9 +177,9 @@ def moments_of(
     batches: Sequence[Batch],
     call: Callable[..., Any] | None = None,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Second moments of the inputs and of the loss gradients at the outputs of the named layers,
-    summed over the batches, from ordinary passes of a model in memory; diagonals beyond `FULL`.
-    Padding counts as zeros in gradients only."""
+    """Return the second moments of the inputs and of the loss gradients at the outputs of the named
+    layers, summed over the batches, from ordinary passes of a model in memory; diagonals beyond
+    `FULL`. Padding counts as zeros in gradients only."""
     input_sums = MomentSums(FULL)
     gradient_sums = MomentSums(FULL)
     ends: list[tuple[str, Tensor]] = []

@@ -68,7 +68,7 @@ class LayerPair:
     output_moment: Tensor | None
 
     def weight(self) -> Tensor:
-        """The dense weight, (out, in), float64."""
+        """Return the dense weight, (out, in), float64."""
         weight = self.teacher.get_parameter("weight").data.to(torch.float64)
         return weight if isinstance(self.teacher, nn.Linear) else weight.T
 
@@ -84,7 +84,7 @@ class Block:
     masks: Sequence[Tensor | None]
 
     def rows(self, values: Tensor, index: int) -> Tensor:
-        """(tokens, width), without padding."""
+        """Return (tokens, width), without padding."""
         return without_padding(values, self.masks[index])
 
 
@@ -120,7 +120,7 @@ def refit(
 def _groups(
     block: Block, indices: Sequence[int], root: Tensor | None, allowed: Callable[[str], bool]
 ) -> list[list[LayerPair]]:
-    """What there is to solve, in the order in which it is called; layers with the same input
+    """List what there is to solve, in the order in which it is called; layers with the same input
     together."""
     grouped_names = _grouped_names(block, indices[0])
     names = list(itertools.chain.from_iterable(grouped_names))
@@ -144,8 +144,8 @@ def _groups(
 
 
 def _grouped_names(block: Block, index: int) -> list[list[str]]:
-    """Names of the low-rank layers that are called exactly once and stand for a linear layer, in
-    the order of their calls; neighbours that read the very same tensor make a group."""
+    """Return the names of the low-rank layers that are called exactly once and stand for a linear
+    layer, in the order of their calls; neighbours that read the very same tensor make a group."""
     calls: list[tuple[str, Tensor]] = []
 
     def note(name: str) -> Callable[..., None]:
@@ -174,8 +174,8 @@ def _grouped_names(block: Block, index: int) -> list[list[str]]:
 
 
 def _feeding(block: Block, index: int, names: Sequence[str]) -> set[str]:
-    """Of these layers, those whose output goes into the block's as it is: a change there changes
-    the block's output by just that."""
+    """Return those of these layers whose output goes into the block's as it is: a change there
+    changes the block's output by just that."""
     plain = block.student.answer(index)
     feeding: set[str] = set()
     for name in names:
@@ -200,8 +200,8 @@ def _feeding(block: Block, index: int, names: Sequence[str]) -> set[str]:
 def _output_moments(
     block: Block, indices: Sequence[int], names: Sequence[str], root: Tensor | None
 ) -> dict[str, Tensor]:
-    """H at the output of every layer that a gradient reaches: the block's own, drawn as noise of
-    that covariance at its output and led back through the original block."""
+    """Return H at the output of every layer that a gradient reaches: the block's own, drawn as
+    noise of that covariance at its output and led back through the original block."""
     generator = torch.Generator().manual_seed(0)
     sums = MomentSums(FULL_OUTPUTS)
     layers = {name: block.teacher.unit.get_submodule(name) for name in names}
@@ -229,7 +229,7 @@ def _output_moments(
 
 
 def _keep_output(outputs: dict[str, Tensor], name: str) -> Callable[..., None]:
-    """A forward hook that puts a layer's output under this name."""
+    """Return a forward hook that puts a layer's output under this name."""
 
     def keep(module: nn.Module, inputs: Any, output: Tensor) -> None:
         outputs[name] = output
@@ -238,7 +238,7 @@ def _keep_output(outputs: dict[str, Tensor], name: str) -> Callable[..., None]:
 
 
 def _differentiable(call: Call) -> Call:
-    """The same arguments, as the beginning of a graph."""
+    """Return the same arguments, as the beginning of a graph."""
     leaves, spec = tree_flatten(call)
     fresh: list[Any] = []
     for leaf in leaves:
@@ -265,7 +265,7 @@ class _Sums:
 
 
 def _sums_of(block: Block, indices: Sequence[int], group: Sequence[LayerPair]) -> dict[str, _Sums]:
-    """By layer of one group: what they read now, and what each should answer to that."""
+    """Sum, for each layer of one group, what it reads now and what it should answer to that."""
     inputs: list[Tensor] = []
     outputs: dict[str, Tensor] = {}
 
@@ -352,7 +352,7 @@ def put_factors(module: nn.Module, factors: Factors) -> None:
 
 @contextmanager
 def _hooked(handles: Sequence[Any]) -> Iterator[None]:
-    """Hooks for as long as the context lasts."""
+    """Keep hooks for as long as the context lasts."""
     try:
         yield
     finally:

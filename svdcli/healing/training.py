@@ -36,7 +36,7 @@ class Schedule:
         self._begin = time.monotonic()
 
     def progress(self) -> float:
-        """How far the training is, 1 at the end."""
+        """Return how far the training is, 1 at the end."""
         by_steps = self.step / self.steps if self.steps else 0.0
         return min(1.0, max(by_steps, self._by_clock()))
 
@@ -48,7 +48,7 @@ class Schedule:
         return (time.monotonic() - self._begin) / self.seconds
 
     def rate(self) -> float:
-        """The learning rate as a share of the largest: up in a straight line, down along a
+        """Return the learning rate as a share of the largest: up in a straight line, down along a
         cosine."""
         progress = self.progress()
         if progress < WARM_UP:
@@ -88,7 +88,7 @@ class Best:
 
     @torch.no_grad()
     def _held_out_error(self) -> float:
-        """The error of the weights as they would be stored; the weights themselves stay."""
+        """Return the error of the weights as they would be stored; the weights themselves stay."""
         masters = {name: tensor.data for name, tensor in self.tensors.items()}
         for name, tensor in self.tensors.items():
             tensor.data = masters[name].to(self.dtypes[name]).to(masters[name].dtype)
@@ -161,5 +161,5 @@ def train(
 
 
 def _rms(weight: Tensor) -> float:
-    """The root mean square of a weight's entries."""
+    """Return the root mean square of a weight's entries."""
     return float(weight.detach().square().mean().sqrt())

@@ -38,7 +38,7 @@ class Opener:
 
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = None) -> None:
-        """Nothing is to be saved beside a copy: the plugin opens it."""
+        """Save nothing beside a copy: the plugin opens it."""
 
     @classmethod
     def from_pretrained(cls, path: Any, *arguments: Any, **options: Any) -> Any:

@@ -54,7 +54,7 @@ class Worker:
         self.prefilled: Any = None
 
     def about(self) -> dict[str, Any]:
-        """Where the model will run."""
+        """Say where the model will run."""
         import torch
 
         return {"device": str(self.device), "threads": torch.get_num_threads()}
@@ -119,7 +119,7 @@ class Worker:
             return {"seconds": time.perf_counter() - begin}
 
     def memory(self) -> dict[str, Any]:
-        """At rest, and at its highest since the imports."""
+        """Return the memory at rest, and at its highest since the imports."""
         self.prefilled = None
         if self.device.type == "cuda":
             import torch
@@ -134,7 +134,7 @@ class Worker:
         }
 
     def _check(self) -> None:
-        """Raises SvdcliError for a model that does not read text, UsageError for one that does not
+        """Raise SvdcliError for a model that does not read text, UsageError for one that does not
         read as much."""
         # Text is what it reads first of all
         path = self.task["path"]
@@ -162,7 +162,7 @@ class Worker:
             )
 
     def _prompt(self) -> dict[str, Any]:
-        """Arguments of the first pass: random tokens, the same for every model with that
+        """Return the arguments of the first pass: random tokens, the same for every model with that
         vocabulary."""
         import torch
 
@@ -186,7 +186,7 @@ class Worker:
         return prompt
 
     def _wait(self) -> None:
-        """Accelerators answer before they are done."""
+        """Wait until the device is done: accelerators answer before that."""
         import torch
 
         if self.device.type != "cpu":
@@ -194,8 +194,8 @@ class Worker:
 
 
 def _import_all(path: Path, *, runs_own_code: bool) -> None:
-    """Everything that opening the model will import, the file of its class included; own code of
-    the folder where it may run."""
+    """Import everything that opening the model will import, the file of its class included; own
+    code of the folder where it may run."""
     try:
         import transformers
 
@@ -217,7 +217,7 @@ def _import_all(path: Path, *, runs_own_code: bool) -> None:
 
 
 def _device(name: str) -> Any:
-    """The torch.device of that name. Raises UsageError where there is none."""
+    """Return the torch.device of that name. Raises UsageError where there is none."""
     import torch
 
     available = {
@@ -234,8 +234,8 @@ def _device(name: str) -> Any:
 
 
 def resident_bytes(which: str = "VmRSS") -> int:
-    """Resident memory of this process: now (VmRSS) or at its highest (VmHWM); where there is no
-    /proc, always the highest.
+    """Return the resident memory of this process: now (VmRSS) or at its highest (VmHWM); where
+    there is no /proc, always the highest.
 
     The kernel counts VmHWM from exec on, while ru_maxrss of a child starts at its parent's.
     """
@@ -247,7 +247,7 @@ def resident_bytes(which: str = "VmRSS") -> int:
 
 
 def _as_answer(error: Exception) -> dict[str, Any]:
-    """An error as the one line of JSON that the verb raises it from."""
+    """Return an error as the one line of JSON that the verb raises it from."""
     if isinstance(error, SvdcliError):
         return {"error": error.message, "hint": error.hint, "exit_code": error.exit_code}
     text = " ".join(str(error).split())[:300]

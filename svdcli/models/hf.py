@@ -108,7 +108,7 @@ class SvdConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self.extra = extra
 
     def get_loading_attributes(self) -> dict[str, Any]:
-        """What `from_pretrained(quantization_config=SvdConfig(...))` decides, whatever the
+        """Return what `from_pretrained(quantization_config=SvdConfig(...))` decides, whatever the
         config.json says."""
         return {"dequantize": self.dequantize}
 
@@ -181,8 +181,9 @@ class MergeFactors(ConversionOps):  # type: ignore[misc]
     def _in_order(
         self, parts: dict[str, list[Tensor]], order: list[bool] | None, dtype: torch.dtype
     ) -> list[Tensor]:
-        """The weights of one source: those that are factored, multiplied out, among those that are
-        not. order tells of each whether it is factored; without it the factored ones come first."""
+        """Return the weights of one source: those that are factored, multiplied out, among those
+        that are not. order tells of each whether it is factored; without it the factored ones come
+        first."""
         ups = parts.get(UP, [])
         downs = parts.get(DOWN, [])
         row_orders = parts.get(ROWS, [None] * len(ups))
@@ -231,7 +232,7 @@ class SvdQuantizer(HfQuantizer):  # type: ignore[misc]
         self.settled = False
 
     def get_weight_conversions(self) -> list[Any]:
-        """Converters for single weights that are multiplied out."""
+        """Return converters for single weights that are multiplied out."""
         if self.quantization_config.dequantize:
             return [_merging({part: ("", part) for part in PARTS}, "weight", self)]
         conversions = []
@@ -241,8 +242,8 @@ class SvdQuantizer(HfQuantizer):  # type: ignore[misc]
         return conversions
 
     def update_weight_conversions(self, weight_conversions: list[Any], *_: Any) -> list[Any]:
-        """A converter of the model's that takes factored weights (to stack, to split) gives way to
-        one that takes factors too.
+        """Replace every converter of the model's that takes factored weights (to stack, to split)
+        by one that takes factors too.
 
         It stays behind that one where it also takes biases.
         """
@@ -286,7 +287,7 @@ class SvdQuantizer(HfQuantizer):  # type: ignore[misc]
     def _place(
         self, model: Any, named: Naming, homes: dict[str, Home], stored: dict[str, Stored]
     ) -> None:
-        """Low-rank modules for what the class has; what cannot be one is noted to be multiplied
+        """Put low-rank modules where the class has a place for them; note what is to be multiplied
         out."""
         # Custom classes register a module under several names
         paths: dict[int, list[str]] = {}
@@ -316,7 +317,8 @@ class SvdQuantizer(HfQuantizer):  # type: ignore[misc]
     def _module_for(
         self, model: Any, target: str, old: nn.Module, layer: Stored
     ) -> nn.Module | None:
-        """The low-rank module for one layer, None where its weight is to be multiplied out."""
+        """Return the low-rank module for one layer, None where its weight is to be multiplied
+        out."""
         if self.quantization_config.dequantize:
             return None
         if not _partners_can_hold(model, target, layer):
@@ -369,8 +371,8 @@ class SvdQuantizer(HfQuantizer):  # type: ignore[misc]
             )
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
-        """What was multiplied out stays so: `save_pretrained` must revert only the model's own
-        conversions."""
+        """Leave what was multiplied out as it is: `save_pretrained` must revert only the model's
+        own conversions."""
         if not self.settled:
             raise RuntimeError(
                 "this transformers loads weights in a way that svdcli does not know; see README "
@@ -425,7 +427,7 @@ class SvdQuantizer(HfQuantizer):  # type: ignore[misc]
         return True
 
     def dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
-        """The model with ordinary layers, in the dtype that it has now."""
+        """Return the model with ordinary layers, in the dtype that it has now."""
         return super().dequantize(model, dtype or model.dtype)
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
@@ -446,17 +448,17 @@ class SvdQuantizer(HfQuantizer):  # type: ignore[misc]
 
 
 class Home(NamedTuple):
-    """Where transformers puts one tensor of a checkpoint: its key in the model's state, which the
-    model may lack, and the pattern of the converter that takes it there, None where it goes there
-    as it is."""
+    """The place where transformers puts one tensor of a checkpoint: its key in the model's state,
+    which the model may lack, and the pattern of the converter that takes it there, None where it
+    goes there as it is."""
 
     key: str
     pattern: str | None
 
 
 class Naming:
-    """What transformers calls the tensors of a checkpoint in one model. state is the model's
-    own."""
+    """The names that transformers gives to the tensors of a checkpoint in one model. state is the
+    model's own."""
 
     def __init__(self, model: Any) -> None:
         mapping = get_model_conversion_mapping(model)
@@ -475,14 +477,15 @@ class Naming:
         return Home(key, pattern)
 
     def plainly(self, name: str) -> str:
-        """What a tensor is called when converters look at it: renamed, and its prefix as it is in
-        the files."""
+        """Return what a tensor is called when converters look at it: renamed, and its prefix as it
+        is in the files."""
         return str(rename_source_key(name, self._renamings, [])[0])
 
 
 def module_names(model: Any, stored: Iterable[str]) -> dict[str, str | None]:
-    """Where transformers puts what a checkpoint calls `name`: the name of a module, which may not
-    exist in this model, or None where several weights of the checkpoint go into one parameter."""
+    """Return where transformers puts what a checkpoint calls `name`: the name of a module, which
+    may not exist in this model, or None where several weights of the checkpoint go into one
+    parameter."""
     named = Naming(model)
     places: dict[str, str | None] = {}
     for name in stored:
@@ -492,9 +495,9 @@ def module_names(model: Any, stored: Iterable[str]) -> dict[str, str | None]:
 
 
 def unfilled(model: Any, shapes: dict[str, tuple[int, ...]]) -> tuple[int, int]:
-    """(how many tensors of `model` a checkpoint of these shapes lacks, how many of the checkpoint's
-    it does not take), by transformers' own account. Factored layers count as their weights, tied
-    weights as there where one of them is."""
+    """Return (how many tensors of `model` a checkpoint of these shapes lacks, how many of the
+    checkpoint's it does not take), by transformers' own account. Factored layers count as their
+    weights, tied weights as there where one of them is."""
     # Shapes as if nothing were factored
     named = Naming(model)
     stored = stored_in(shapes)
@@ -524,8 +527,8 @@ def unfilled(model: Any, shapes: dict[str, tuple[int, ...]]) -> tuple[int, int]:
 
 
 def read_stored(files: Iterable[str]) -> tuple[dict[str, tuple[int, ...]], dict[str, Stored]]:
-    """(the shape of every tensor, the factored layers by module name) in safetensors files, from
-    the headers alone.
+    """Return (the shape of every tensor, the factored layers by module name) in safetensors files,
+    from the headers alone.
 
     Raises ValueError where a factor is missing, the shapes of a layer's parts disagree, or the
     files' own record does.
@@ -564,7 +567,8 @@ def read_stored(files: Iterable[str]) -> tuple[dict[str, tuple[int, ...]], dict[
 
 
 def stored_in(shapes: dict[str, tuple[int, ...]]) -> dict[str, Stored]:
-    """The factored layers among tensors of these shapes. Raises ValueError as `read_stored`."""
+    """Return the factored layers among tensors of these shapes. Raises ValueError as
+    `read_stored`."""
     layers: set[str] = set()
     for name in shapes:
         for part in PARTS:
@@ -595,7 +599,7 @@ def _stored(layer: str, shapes: dict[str, tuple[int, ...]]) -> Stored:
 
 
 def _low_rank(name: str, old: nn.Module, layer: Stored) -> nn.Module | None:
-    """The module for one layer's factors, or None where `old` cannot be replaced by one."""
+    """Return the module for one layer's factors, or None where `old` cannot be replaced by one."""
     if isinstance(old, LOW_RANK):
         return old
     expected = tuple(old.weight.shape)  # type: ignore[arg-type]
@@ -608,8 +612,9 @@ def _low_rank(name: str, old: nn.Module, layer: Stored) -> nn.Module | None:
 
 
 def _unspoken(model: Any, homes: dict[str, Home], shapes: dict[str, tuple[int, ...]]) -> set[str]:
-    """Keys that transformers would report as unexpected though they are meant to be left out:
-    zero-size tensors that warn other loaders, and factors of a weight that this class ignores."""
+    """Return the keys that transformers would report as unexpected though they are meant to be left
+    out: zero-size tensors that warn other loaders, and factors of a weight that this class
+    ignores."""
     named = Naming(model)
     patterns = model._keys_to_ignore_on_load_unexpected or ()  # a set, a list or None, by version
     keys = {named(f"{name}.weight").key for name in homes if 0 in shapes.get(f"{name}.weight", ())}
@@ -622,8 +627,8 @@ def _unspoken(model: Any, homes: dict[str, Home], shapes: dict[str, tuple[int, .
 def _stacks(
     named: Naming, homes: dict[str, Home], shapes: dict[str, tuple[int, ...]]
 ) -> dict[tuple[str, str], list[bool]]:
-    """Of every parameter that a converter puts together from factored and other weights: in their
-    order, which are factored.
+    """Tell, for every parameter that a converter puts together from factored and other weights,
+    which of these are factored, in their order.
 
     Keys are that parameter and the converter's pattern.
     """
@@ -642,8 +647,8 @@ def _stacks(
 
 
 def _renamed(named: Naming, stored: Iterable[str]) -> dict[str, str]:
-    """{module as the model's renamings call its factors: as they call its weight}, where a renaming
-    goes by `weight`."""
+    """Return {module as the model's renamings call its factors: as they call its weight}, where a
+    renaming goes by `weight`."""
     renamed: dict[str, str] = {}
     for name in stored:
         as_factors = named.plainly(f"{name}.{UP}").removesuffix(f".{UP}")
@@ -654,7 +659,7 @@ def _renamed(named: Naming, stored: Iterable[str]) -> dict[str, str]:
 
 
 def _check_rows(name: str, rows: Tensor) -> None:
-    """Raises ValueError for a row order that is none: it would give wrong answers, or an IndexError
+    """Raise ValueError for a row order that is none: it would give wrong answers, or an IndexError
     far from here."""
     if rows.device.type != "meta" and not is_row_order(rows):
         raise ValueError(
@@ -666,7 +671,7 @@ def _check_rows(name: str, rows: Tensor) -> None:
 def _tie_factors(
     model: Any, named: Naming, replaced: dict[str, Stored], shapes: dict[str, tuple[int, ...]]
 ) -> tuple[set[str], dict[str, str]]:
-    """A tie of two weights, {target: source}, becomes the same tie of both factors.
+    """Make of a tie of two weights, {target: source}, the same tie of both factors.
 
     Where the files hold one of the two factored and the other dense, they are two weights and are
     not tied: transformers, too, ties copies only where they are equal. Returns the modules that are
@@ -714,7 +719,7 @@ def _tie_factors(
 
 
 def _tied_modules(model: Any) -> dict[str, str]:
-    """{target: source} of modules whose weights are tied."""
+    """Return {target: source} of modules whose weights are tied."""
     return {
         target.removesuffix(".weight"): source.removesuffix(".weight")
         for target, source in model.all_tied_weights_keys.items()
@@ -722,8 +727,8 @@ def _tied_modules(model: Any) -> dict[str, str]:
 
 
 def _partners_can_hold(model: Any, name: str, layer: Stored) -> bool:
-    """Can every module that is tied to this one hold the same factors? Else all of them are
-    multiplied out."""
+    """Tell whether every module that is tied to this one can hold the same factors; else all of
+    them are multiplied out."""
     ties = _tied_modules(model)
     root = ties.get(name, name)
     partners = {root, *(target for target, source in ties.items() if source == root)} - {name}
@@ -747,15 +752,16 @@ def _replace_tied(model: Any, name: str, root: str, replaced: dict[str, Stored])
 
 
 def _are_tied(model: Any, target: str, source: str) -> bool:
-    """After loading: two modules that both came from the files were tied only where their factors
-    are equal."""
+    """Tell whether two modules are tied after loading: transformers ties those that both came from
+    the files only where their factors are equal."""
     return model.get_parameter(f"{target}.{UP}") is model.get_parameter(f"{source}.{UP}")
 
 
 def _held_dense(
     named: Naming, shapes: dict[str, tuple[int, ...]], wanted: set[tuple[int, int]]
 ) -> set[str]:
-    """Modules whose dense weight, of one of the wanted shapes, is in the weight files."""
+    """Return the names of modules whose dense weight, of one of the wanted shapes, is in the weight
+    files."""
     dense: set[str] = set()
     for name, shape in shapes.items():
         if name.endswith(".weight") and shape in wanted:
@@ -778,8 +784,8 @@ def _first(model: Any, name: str, check: Callable[[Any], None]) -> None:
 
 
 def _as_declared(model: Any, expected: dict[str, Tensor], info: Any) -> None:
-    """What early versions leave out where there is a quantizer: other sizes than the model's are
-    mismatches, and tensors whose names changed take its dtype too."""
+    """Do what early versions leave out where there is a quantizer: report other sizes than the
+    model's as mismatches, and give tensors whose names changed its dtype too."""
     # Patterns of names whose dtype the class fixes, whatever the others have
     fixed: dict[str, torch.dtype] = {}
     for declared in {tensor.dtype for tensor in expected.values()}:
@@ -809,7 +815,7 @@ def _as_declared(model: Any, expected: dict[str, Tensor], info: Any) -> None:
 
 
 def _fixed_dtype(key: str, fixed: dict[str, torch.dtype]) -> torch.dtype | None:
-    """The dtype of the first pattern that a name fits."""
+    """Return the dtype of the first pattern that a name fits."""
     for pattern, dtype in fixed.items():
         if re.search(pattern.replace("*", ".*"), key):
             return dtype
@@ -817,7 +823,7 @@ def _fixed_dtype(key: str, fixed: dict[str, torch.dtype]) -> torch.dtype | None:
 
 
 def _dense(module: Any, weight: nn.Parameter) -> nn.Module:
-    """The ordinary layer that a low-rank module stands for."""
+    """Return the ordinary layer that a low-rank module stands for."""
     dense: nn.Module
     if hasattr(module, "in_features"):
         dense = nn.Linear(
@@ -861,8 +867,8 @@ def _let_cast(model: Any) -> None:
 
 
 def _for_factors(converter: Any, quantizer: SvdQuantizer) -> Any:
-    """A converter that takes the factors, and the weights beside them, of what `converter` takes;
-    it applies where that does."""
+    """Return a converter that takes the factors, and the weights beside them, of what `converter`
+    takes; it applies where that does."""
     # Its sources, each as a weight and as factors
     patterns: dict[str, tuple[str, str]] = {}
     for source in converter.source_patterns:
@@ -882,7 +888,8 @@ def _for_factors(converter: Any, quantizer: SvdQuantizer) -> Any:
 
 
 def _up_to_weight(pattern: str) -> str:
-    """A pattern of a weight, or of all that a module holds, up to the dot before `weight`."""
+    """Return a pattern of a weight, or of all that a module holds, up to the dot before
+    `weight`."""
     stem = pattern.removesuffix("weight")
     return stem if stem.endswith(".") else f"{stem}."
 
@@ -894,7 +901,7 @@ def _merging(
 
 
 def _without_merge(converter: Any) -> Any:
-    """The converter as the model's own mapping has it; None where it only multiplied factors
+    """Return the converter as the model's own mapping has it; None where it only multiplied factors
     out."""
     for operation in getattr(converter, "operations", None) or ():
         if isinstance(operation, MergeFactors):
@@ -903,6 +910,6 @@ def _without_merge(converter: Any) -> Any:
 
 
 def _product(up: Tensor, down: Tensor, rows: Tensor | None) -> Tensor:
-    """The dense weight, computed in at least float32."""
+    """Return the dense weight, computed in at least float32."""
     wide = torch.promote_types(up.dtype, torch.float32)
     return dense_weight(up.to(wide), down.to(wide), rows)

@@ -67,8 +67,8 @@ def load_quietly(
     *,
     trust_remote_code: bool = False,
 ) -> Any:
-    """A transformers model for svdcli's own commands, on its device and without the library's
-    progress bars.
+    """Return a transformers model for svdcli's own commands, on its device and without the
+    library's progress bars.
 
     Without dtype: float32 on a CPU for models of up to 4 GB (many CPUs are an order slower in 16
     bits), else as stored.
@@ -81,14 +81,14 @@ def load_quietly(
 
 
 def load_stored(path: str | Path, *, trust_remote_code: bool = False) -> Any:
-    """A transformers model in its stored dtype, whose weights stay in the file until they are used;
-    nothing is trained."""
+    """Return a transformers model in its stored dtype, whose weights stay in the file until they
+    are used; nothing is trained."""
     return _without_bars(path, "auto", trust_remote_code).requires_grad_(False).eval()
 
 
 def _without_bars(path: str | Path, dtype: torch.dtype | str, trust_remote_code: bool) -> nn.Module:
-    """`load` without the library's progress bars. Without the option nothing of the folder's own
-    code runs; with it, what that code raises is told in a line."""
+    """Call `load` without the library's progress bars. Without the option nothing of the folder's
+    own code runs; with it, what that code raises is told in a line."""
     runs_own_code = trust_remote_code and bool(own_code.model_sources(Path(path)))
     with _no_progress_bars():
         try:
@@ -109,7 +109,7 @@ def _without_bars(path: str | Path, dtype: torch.dtype | str, trust_remote_code:
 
 @contextmanager
 def _no_progress_bars() -> Iterator[None]:
-    """transformers shows no progress bars as long as the context lasts."""
+    """Have transformers show no progress bars as long as the context lasts."""
     logging = _transformers().utils.logging
     with warnings.catch_warnings():
         # It warns where the environment decides about bars
@@ -122,7 +122,7 @@ def _no_progress_bars() -> Iterator[None]:
 
 
 def _check(checkpoint: Checkpoint) -> None:
-    """Headers, record and config.json must tell the same story."""
+    """Check that headers, record and config.json agree."""
     # What config.json says, in a format that this version knows
     record = record_of(checkpoint)
     quantised = (checkpoint.config or {}).get("quantization_config") or {}
@@ -164,7 +164,8 @@ def _check_format(checkpoint: Checkpoint, quantised: Mapping[str, Any]) -> None:
 
 
 def _load_transformers(checkpoint: Checkpoint, options: dict[str, Any]) -> nn.Module:
-    """The model of the class that fits. options take precedence over how the files are stored."""
+    """Return the model of the class that fits. options take precedence over how the files are
+    stored."""
     model_class = _model_class(checkpoint, options)
     options = _as_stored(checkpoint) | options
     try:
@@ -177,7 +178,7 @@ def _load_transformers(checkpoint: Checkpoint, options: dict[str, Any]) -> nn.Mo
 
 
 def _as_stored(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The options of `from_pretrained` that open these files as they are."""
+    """Return the options of `from_pretrained` that open these files as they are."""
     options: dict[str, Any] = {"dtype": "auto"}
     if checkpoint.variant is not None:
         options["variant"] = checkpoint.variant
@@ -185,7 +186,7 @@ def _as_stored(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def _transformers() -> Any:
-    """transformers, with svdcli's plugin."""
+    """Import transformers, with svdcli's plugin."""
     try:
         import transformers
 
@@ -198,7 +199,8 @@ def _transformers() -> Any:
 
 
 def _model_class(checkpoint: Checkpoint, options: dict[str, Any]) -> Any:
-    """The class that `architectures` names; the folder's own, by the option, where it has one."""
+    """Return the class that `architectures` names; the folder's own, by the option, where it has
+    one."""
     transformers = _transformers()
     config = checkpoint.config or {}
     name = str((config.get("architectures") or [""])[0])
@@ -239,8 +241,8 @@ _LEAST_LIKELY = ("AutoModel", "AutoModelForTextEncoding")
 
 
 def _best_class(checkpoint: Checkpoint) -> Any:
-    """The class of this config that takes the checkpoint's tensors best: the fewest missing, then
-    the fewest unexpected."""
+    """Return the class of this config that takes the checkpoint's tensors best: the fewest missing,
+    then the fewest unexpected."""
     transformers = _transformers()
     from svdcli.models.hf import unfilled
 
@@ -271,7 +273,8 @@ def _best_class(checkpoint: Checkpoint) -> Any:
 
 
 def _classes_of(config: Any) -> list[Any]:
-    """All classes that transformers' auto classes may make of a config, the likelier first."""
+    """Return all classes that transformers' auto classes may make of a config, the likelier
+    first."""
     from transformers.models.auto import modeling_auto
 
     # What each auto class has for this config: a class, or a tuple of them
@@ -296,13 +299,13 @@ def _classes_of(config: Any) -> list[Any]:
 
 
 def _empty(model_class: Any, config: Any) -> Any:
-    """A model of that class whose weights take no memory."""
+    """Return a model of that class whose weights take no memory."""
     with torch.device("meta"):
         return model_class(copy.deepcopy(config))
 
 
 def _first_lines(error: Exception) -> str:
-    """The first four lines of a message, as one."""
+    """Return the first four lines of a message, as one."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return " ".join(lines[:4])
 
@@ -364,7 +367,7 @@ def _replace(module: nn.Module, layers: Sequence[LayerPlan], shown: str) -> None
 
 
 def _plain_name(name: str) -> str:
-    """A tensor's or module's name without `_orig_mod`, and without `module.` before it."""
+    """Return a tensor's or module's name without `_orig_mod`, and without `module.` before it."""
     words = [word for word in name.split(".") if word != "_orig_mod"]
     while words[:1] == ["module"]:
         del words[0]
@@ -372,7 +375,8 @@ def _plain_name(name: str) -> str:
 
 
 def _by_plain_name(names: Iterable[str], shown: str) -> dict[str, str]:
-    """{plain name: name}. Raises SvdcliError where two names differ by such prefixes alone."""
+    """Return {plain name: name}. Raises SvdcliError where two names differ by such prefixes
+    alone."""
     by_plain_name: dict[str, str] = {}
     for name in names:
         first = by_plain_name.setdefault(_plain_name(name), name)
@@ -388,7 +392,7 @@ def _by_plain_name(names: Iterable[str], shown: str) -> dict[str, str]:
 def _check_fit(
     expected: Mapping[str, Tensor], names: Mapping[str, str], checkpoint: Checkpoint
 ) -> None:
-    """Raises SvdcliError where tensors are missing, left over, or of another shape."""
+    """Raise SvdcliError where tensors are missing, left over, or of another shape."""
     missing = expected.keys() - names.keys()
     left_over = names.keys() - expected.keys()
     _refuse_any(missing, f"{checkpoint.shown} lacks", left_over)
@@ -404,7 +408,7 @@ def _check_fit(
 
 
 def _refuse_any(names: Set[str], verb: str, others: Iterable[str]) -> None:
-    """Raises SvdcliError for the first of these names; others are those of the other side."""
+    """Raise SvdcliError for the first of these names; others are those of the other side."""
     if names:
         first = min(names)
         raise SvdcliError(
@@ -413,7 +417,7 @@ def _refuse_any(names: Set[str], verb: str, others: Iterable[str]) -> None:
 
 
 def _prefix_hint(name: str, others: Iterable[str]) -> str:
-    """What to do where `name` is not on the other side: maybe it is there behind a prefix, or
+    """Say what to do where `name` is not on the other side: maybe it is there behind a prefix, or
     without one."""
     for other in sorted(filter(None, others), key=len, reverse=True):
         if name.endswith(f".{other}") or other.endswith(f".{name}"):
@@ -425,7 +429,7 @@ def _prefix_hint(name: str, others: Iterable[str]) -> str:
 
 
 def _tied(module: nn.Module, missing: Set[str], names: Set[str]) -> dict[str, str]:
-    """{name that the checkpoint lacks: name in it of the same parameter}."""
+    """Return {name that the checkpoint lacks: name in it of the same parameter}."""
     identities: dict[str, int] = {}
     for name, parameter in module.named_parameters(remove_duplicate=False):
         identities[name] = id(parameter)
@@ -438,7 +442,8 @@ def _tied(module: nn.Module, missing: Set[str], names: Set[str]) -> dict[str, st
 
 
 def _low_rank(old: nn.Module, layer: LayerPlan, shown: str) -> nn.Module:
-    """The module that will hold one layer's factors in place of `old`, on the meta device."""
+    """Return the module that will hold one layer's factors in place of `old`, on the meta
+    device."""
     name = layer.tensor.module
     shape = layer.tensor.shape
     new = low_rank_like(old, int(layer.rank or 0), layout=layer.layout)

@@ -16,7 +16,7 @@ UP, DOWN, ROWS = "svd_up.weight", "svd_down.weight", "svd_rows"
 
 
 class _WithDenseWeight(nn.Module):
-    """What the low-rank modules share. factory, in their constructors, is torch's: device and
+    """The base of the low-rank modules. factory, in their constructors, is torch's: device and
     dtype."""
 
     @property
@@ -204,7 +204,8 @@ LOW_RANK = tuple(itertools.chain.from_iterable(holders.modules for holders in HO
 
 
 def layout_of(module: nn.Module) -> str:
-    """The layout whose factors a low-rank module holds. Raises KeyError for any other module."""
+    """Return the layout whose factors a low-rank module holds. Raises KeyError for any other
+    module."""
     for layout, holders in HOLDERS.items():
         if isinstance(module, holders.modules):
             return layout
@@ -212,8 +213,8 @@ def layout_of(module: nn.Module) -> str:
 
 
 def low_rank_like(old: nn.Module, rank: int, *, layout: str) -> nn.Module | None:
-    """An empty low-rank module on the meta device that can stand for `old`, or None where no such
-    module exists."""
+    """Return an empty low-rank module on the meta device that can stand for `old`, or None where no
+    such module exists."""
     holders = HOLDERS[layout]
     weight = getattr(old, "weight", None)
     factory: dict[str, Any] = {"device": "meta", "dtype": getattr(weight, "dtype", None)}
@@ -230,37 +231,37 @@ def low_rank_like(old: nn.Module, rank: int, *, layout: str) -> nn.Module | None
 
 
 def _computes_like(module: nn.Module, plain: type[nn.Module]) -> bool:
-    """Does the module compute what its plain class does? Subclasses of embeddings may scale or
-    shift, those of linear layers work in groups."""
+    """Tell whether the module computes what its plain class does. Subclasses of embeddings may
+    scale or shift, those of linear layers work in groups."""
     return type(module).forward is plain.forward or type(module).__name__ in _ALIKE
 
 
 def is_linear(module: nn.Module | None) -> bool:
-    """Does a module answer with x W^T (nn.Linear) or x W (transformers' Conv1D), and nothing
-    else?"""
+    """Tell whether a module answers with x W^T (nn.Linear) or x W (transformers' Conv1D), and
+    nothing else."""
     if isinstance(module, nn.Linear):
         return _computes_like(module, nn.Linear)
     return type(module).__name__ == "Conv1D"
 
 
 def is_row_order(rows: Tensor) -> bool:
-    """Does `rows` (m,) name every row of m once?"""
+    """Tell whether `rows` (m,) names every row of m once."""
     return torch.equal(rows.long().sort().values, torch.arange(rows.shape[0], device=rows.device))
 
 
 def dense_weight(up: Tensor, down: Tensor, rows: Tensor | None) -> Tensor:
-    """The matrix that stored factors stand for: up @ down, or cat(down, up @ down)[rows]."""
+    """Return the matrix that stored factors stand for: up @ down, or cat(down, up @ down)[rows]."""
     return up @ down if rows is None else torch.cat((down, up @ down))[rows.long()]
 
 
 def weight_of(module: nn.Module) -> Tensor:
-    """The dense weight of a low-rank module."""
+    """Return the dense weight of a low-rank module."""
     return dense_weight(*factors_of(module))
 
 
 def factors_of(module: nn.Module) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The parts of a low-rank module as they are stored: up, down, and the row order where it is
-    pivoted."""
+    """Return the parts of a low-rank module as they are stored: up, down, and the row order where
+    it is pivoted."""
     up = module.get_parameter(UP)
     down = module.get_parameter(DOWN)
     rows = dict(module.named_buffers(recurse=False)).get(ROWS)
@@ -268,8 +269,8 @@ def factors_of(module: nn.Module) -> tuple[Tensor, Tensor, Tensor | None]:
 
 
 def lazy_weight(module: nn.Module) -> Tensor:
-    """What `.weight` answers: model code that only looks at its dtype or device must not pay for a
-    product."""
+    """Return what `.weight` answers: model code that only looks at its dtype or device must not pay
+    for a product."""
     if torch.compiler.is_compiling():
         return weight_of(module)  # the compiler drops what is not used
     return LazyWeight(module)
@@ -294,7 +295,7 @@ class LazyWeight(Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Questions about its kind are answered at once, everything else by the dense weight."""
+        """Answer questions about its kind at once, everything else by the dense weight."""
         if func not in _METADATA:
             args = _filled_in(args)
             kwargs = _filled_in(kwargs)
@@ -303,7 +304,7 @@ class LazyWeight(Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
-        """What reaches below autograd, such as printing."""
+        """Multiply out for what reaches below autograd, such as printing."""
         return func(*_filled_in(args), **_filled_in(kwargs or {}))
 
 
@@ -320,7 +321,7 @@ _METADATA = {
 
 
 def _filled_in(value: Any) -> Any:
-    """Arguments with every lazy weight, at any depth, multiplied out."""
+    """Return arguments with every lazy weight, at any depth, multiplied out."""
     if isinstance(value, LazyWeight):
         return weight_of(value._module)
     if isinstance(value, (list, tuple)):
@@ -331,5 +332,5 @@ def _filled_in(value: Any) -> Any:
 
 
 def _empty_rows(count: int, factory: dict[str, Any]) -> Tensor:
-    """Room for a row order, which is of integers in every dtype."""
+    """Return an empty row order, which is of integers in every dtype."""
     return torch.empty(count, dtype=torch.int32, device=factory.get("device"))

@@ -20,7 +20,7 @@ _TOKENIZER_CONFIG = "tokenizer_config.json"
 
 
 def auto_map_of(config: Mapping[str, Any] | None) -> dict[str, str]:
-    """{auto class: "module.Class", or "repository--module.Class"}, without what `compress
+    """Return {auto class: "module.Class", or "repository--module.Class"}, without what `compress
     --self-contained` put there: svdcli opens its own outputs by itself."""
     entries = (config or {}).get("auto_map")
     if not isinstance(entries, dict):
@@ -34,9 +34,9 @@ def auto_map_of(config: Mapping[str, Any] | None) -> dict[str, str]:
 
 
 def auto_class(config: Mapping[str, Any] | None) -> str | None:
-    """The auto class through which the folder's own code opens as its config means it: the one of
-    the class that `architectures` names, else one with a language model's head, else any with a
-    head, else none but the bare model."""
+    """Return the auto class through which the folder's own code opens as its config means it: the
+    one of the class that `architectures` names, else one with a language model's head, else any
+    with a head, else none but the bare model."""
     references = auto_map_of(config)
     names = [name for name in references if name.startswith("AutoModel")]
     named = ((config or {}).get("architectures") or [""])[0]
@@ -53,7 +53,7 @@ def auto_class(config: Mapping[str, Any] | None) -> str | None:
 
 
 def sources(path: str | Path) -> list[str]:
-    """What runs when the model and its tokenizer are opened with `--trust-remote-code`: Python
+    """List what runs when the model and its tokenizer are opened with `--trust-remote-code`: Python
     files of the folder, the ones they import among them, and files of repositories that its
     auto_map names. Empty where the folder has no code of its own."""
     folder = Path(path)
@@ -61,7 +61,7 @@ def sources(path: str | Path) -> list[str]:
 
 
 def model_sources(folder: Path) -> list[str]:
-    """The files behind the classes of config and model."""
+    """Return the files behind the classes of config and model."""
     config = _json(folder / "config.json")
     references = auto_map_of(config)
     names = ("AutoConfig", auto_class(config))
@@ -69,7 +69,7 @@ def model_sources(folder: Path) -> list[str]:
 
 
 def tokenizer_sources(folder: Path) -> list[str]:
-    """The files behind the class of the tokenizer."""
+    """Return the files behind the class of the tokenizer."""
     entry = _json(folder / _TOKENIZER_CONFIG).get("auto_map")
     if isinstance(entry, dict):
         entry = entry.get("AutoTokenizer")
@@ -81,7 +81,7 @@ def tokenizer_sources(folder: Path) -> list[str]:
 
 
 def refusal(shown: str, code: str) -> SvdcliError:
-    """One line for a folder whose code may not run."""
+    """Return the error for a folder whose code may not run."""
     return SvdcliError(
         f"{shown} brings {code}, as Python code that runs only where you trust it",
         f"read it, then give {OPTION} (from Python trust_remote_code=True)",
@@ -89,7 +89,7 @@ def refusal(shown: str, code: str) -> SvdcliError:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    """A JSON file; empty where there is none that can be read."""
+    """Return a JSON file; empty where there is none that can be read."""
     try:
         return read_json(path)
     except (OSError, BadCheckpointError):
@@ -97,7 +97,8 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def _files(folder: Path, classes: Iterable[str]) -> list[str]:
-    """The files behind references of an auto_map, and what these import from the same folder."""
+    """Return the files behind references of an auto_map, and what these import from the same
+    folder."""
     files: list[str] = []
     for reference in classes:
         repository, _, local = reference.rpartition("--")

@@ -15,8 +15,8 @@ _PACKAGE = Path(__file__).parent.parent
 
 
 def standalone_source() -> bytes:
-    """Modules, plugin and openers in one file that imports torch, safetensors and transformers
-    only."""
+    """Put modules, plugin and openers into one file that imports torch, safetensors and
+    transformers only."""
     parts = [
         f"# Written by svdcli {__version__}: opens the model beside it. Apache-2.0.\n"
         f"from __future__ import annotations\n"
@@ -28,8 +28,8 @@ def standalone_source() -> bytes:
 
 
 def _without_own_imports(text: str) -> str:
-    """The lines of a module but for imports of svdcli's own, which the one file has in itself, and
-    of __future__, which stands at its top."""
+    """Return the lines of a module but for imports of svdcli's own, which the one file has in
+    itself, and of __future__, which stands at its top."""
     dropped: set[int] = set()
     for node in ast.parse(text).body:
         if isinstance(node, ast.ImportFrom) and node.module is not None:
@@ -41,7 +41,7 @@ def _without_own_imports(text: str) -> str:
 
 
 def auto_map() -> dict[str, str]:
-    """What config.json says about that file: every stock class by its own name."""
+    """Return what config.json says about that file: every stock class by its own name."""
     module = STANDALONE.removesuffix(".py")
     tree = ast.parse((_PACKAGE / "models" / "auto_classes.py").read_text(encoding="utf-8"))
     for node in tree.body:

@@ -27,7 +27,7 @@ _SKIPPED_PARTS = frozenset(
 
 
 def is_held_out(relative: str) -> bool:
-    """True for modules that the sample model's training never read.
+    """Tell whether the sample model's training never read a module.
 
     The rule looks at the module's path only (SHA-256 modulo 16), so it gives the same split on
     every Python version.
@@ -36,8 +36,8 @@ def is_held_out(relative: str) -> bool:
 
 
 def stdlib_modules(*, held_out: bool) -> list[tuple[str, str]]:
-    """(relative path, source text) of the standard library's modules in one half of the split,
-    sorted by path.
+    """Return (relative path, source text) of the standard library's modules in one half of the
+    split, sorted by path.
 
     Tests, generated tables and installed packages are left out. Files that are not UTF-8 are passed
     over.
@@ -56,8 +56,8 @@ def stdlib_modules(*, held_out: bool) -> list[tuple[str, str]]:
 
 
 def _sources(root: Path) -> Iterator[Path]:
-    """Every module below root, without ever walking into what is left out: site-packages may be
-    larger than all the rest."""
+    """Yield every module below root, without ever walking into what is left out: site-packages may
+    be larger than all the rest."""
     for folder, below, files in os.walk(root):
         # In place: what is taken out of this list is not walked into. config-* holds build files
         kept = [part for part in below if not part.startswith("config-")]

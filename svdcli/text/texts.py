@@ -27,7 +27,8 @@ class Texts:
         return sum(len(document.encode()) for document in self.documents)
 
     def split(self, share: float) -> tuple[Texts, Texts]:
-        """The first `share` of all characters, and the rest; a document may be cut in two."""
+        """Return the first `share` of all characters, and the rest; a document may be cut in
+        two."""
         # Characters that are still to come into the first part
         remaining = int(share * sum(map(len, self.documents)))
         first: list[str] = []
@@ -53,8 +54,8 @@ class Texts:
 
 
 def read_texts(path: str | None, *, stdlib: bool, held_out: bool) -> Texts:
-    """The text of `--text PATH` (a file, a folder of files, `-`) or of `--stdlib`, its held-out
-    half or the other.
+    """Return the text of `--text PATH` (a file, a folder of files, `-`) or of `--stdlib`, its
+    held-out half or the other.
 
     Files of a folder that are not UTF-8 are passed over, and named. Raises UsageError where both or
     neither are given, SvdcliError where there is no text or a file is none.
@@ -76,7 +77,7 @@ def _stdlib_texts(*, held_out: bool) -> Texts:
 
 
 def _texts_at(path: str) -> Texts:
-    """The text of standard input, a folder or a file."""
+    """Return the text of standard input, a folder or a file."""
     if path == STANDARD:
         return Texts("standard input", (_decoded(sys.stdin.buffer.read(), "standard input"),))
     if Path(path).is_dir():
@@ -96,8 +97,8 @@ def _decoded(raw: bytes, name: str) -> str:
 
 
 def _folder_of_texts(folder: Path, name: str) -> Texts:
-    """The files below a folder that are text, in the order of their paths; hidden ones are left
-    out."""
+    """Return the files below a folder that are text, in the order of their paths; hidden ones are
+    left out."""
     texts: list[str] = []
     passed_over: list[str] = []
     for file in sorted(folder.rglob("*")):

@@ -34,8 +34,8 @@ _FIRST_LOOK = 256  # sentences whose tokens are counted before it is known how m
 
 @dataclass(frozen=True)
 class Amount:
-    """How much of a text is read: so many windows or sentences, or as many as hold so many tokens;
-    with neither, all of it.
+    """The amount of text that is read: so many windows or sentences, or as many as hold so many
+    tokens; with neither, all of it.
 
     Raises UsageError for less than one window.
     """
@@ -49,21 +49,21 @@ class Amount:
 
     @staticmethod
     def to_calibrate(samples: int | None, widest: int) -> Amount:
-        """As many samples as asked for; else 131,072 tokens, or 16 for every input of the widest
-        layer where that is more."""
+        """Return as many samples as asked for; else 131,072 tokens, or 16 for every input of the
+        widest layer where that is more."""
         if samples is not None:
             return Amount(samples)
         return Amount(tokens=max(TOKENS, TOKENS_AN_INPUT * widest))
 
     def times(self, factor: int) -> Amount:
-        """So many times as much."""
+        """Return so many times as much."""
         samples = None if self.samples is None else factor * self.samples
         tokens = None if self.tokens is None else factor * self.tokens
         return Amount(samples, tokens)
 
     def batches(self, samples: int, tokens: int, count: int) -> int:
-        """How many of `count` batches, which hold so many samples and tokens together, are this
-        much: at least one."""
+        """Return how many of `count` batches, which hold so many samples and tokens together, are
+        this much: at least one."""
         if self.samples is not None:
             share = self.samples / samples
         else:
@@ -71,20 +71,20 @@ class Amount:
         return max(1, round(min(1.0, share) * count))
 
     def windows(self, length: int) -> int | None:
-        """The number of windows of `length` tokens; None for all."""
+        """Return the number of windows of `length` tokens; None for all."""
         if self.samples is not None or self.tokens is None:
             return self.samples
         return math.ceil(self.tokens / length)
 
 
 def rows_at_a_time(length: int) -> int:
-    """How many rows of this length are read at a time."""
+    """Return how many rows of this length are read at a time."""
     return max(1, TOKENS_IN_A_BATCH // length)
 
 
 def evenly(items: Sequence[Item], count: int | None) -> list[Item]:
-    """At most `count` of the items, the first and the last among them, evenly spread; None for
-    all."""
+    """Return at most `count` of the items, the first and the last among them, evenly spread; None
+    for all."""
     if count is None or count >= len(items):
         return list(items)
     # A single one is the first
@@ -95,8 +95,8 @@ def evenly(items: Sequence[Item], count: int | None) -> list[Item]:
 
 
 def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> Any:
-    """The tokenizer beside a model. Raises SvdcliError where there is none, and where it is code
-    that may not run."""
+    """Return the tokenizer beside a model. Raises SvdcliError where there is none, and where it is
+    code that may not run."""
     from transformers import AutoTokenizer
 
     try:
@@ -112,15 +112,15 @@ def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> Any:
 
 
 def padding_token(tokenizer: Any) -> None:
-    """Give a tokenizer that has no token for padding its first one: which it is does not matter,
-    since padding is left out of everything."""
+    """Give a tokenizer that has no token for padding its first one: it does not matter which, since
+    padding is left out of everything."""
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(0)
 
 
 def window_length(longest: int | None, asked: int | None) -> int:
-    """As asked, by default 2048 tokens; at most `longest`, what the model takes, or 2048 where it
-    does not say. Raises SvdcliError for less than 2."""
+    """Return the length as asked, by default 2048 tokens; at most `longest`, what the model takes,
+    or 2048 where it does not say. Raises SvdcliError for less than 2."""
     wanted = _LONGEST if asked is None else asked
     length = min(wanted, longest or _LONGEST)
     if length < 2:
@@ -170,7 +170,7 @@ def windows_of(tokenizer: Any, texts: Texts, length: int, count: int | None = No
 
 
 def _encode(tokenizer: Any, documents: Sequence[str]) -> tuple[list[int], list[int]]:
-    """(all tokens without special ones, the token that the tokenizer puts before a text, if
+    """Return (all tokens without special ones, the token that the tokenizer puts before a text, if
     any)."""
     # Whether it puts one there is seen only by trying
     first: list[int] = []
@@ -197,8 +197,8 @@ class Sentence:
 
 
 def sentences_of(tokenizer: Any, texts: Texts, length: int, amount: Amount) -> list[Sentence]:
-    """Lines of three words or more, evenly spread: as many as asked for, or as many as hold the
-    tokens asked for.
+    """Return lines of three words or more, evenly spread: as many as asked for, or as many as hold
+    the tokens asked for.
 
     Raises SvdcliError where there are none.
     """
@@ -229,14 +229,14 @@ def sentences_of(tokenizer: Any, texts: Texts, length: int, amount: Amount) -> l
 
 
 def _counted(tokenizer: Any, lines: Sequence[str], length: int) -> list[Sentence]:
-    """Lines with their numbers of tokens, without those that have none."""
+    """Return lines with their numbers of tokens, without those that have none."""
     ids = tokenizer(list(lines), truncation=True, max_length=length)["input_ids"]
     return [Sentence(line, len(row)) for line, row in zip(lines, ids, strict=True) if len(row) > 0]
 
 
 def grouped(sentences: Sequence[Sentence], *, padded: bool) -> list[list[Sentence]]:
-    """Sentences to be read together, short ones first: 2048 tokens, padding included, and at least
-    one sentence.
+    """Return sentences to be read together, short ones first: 2048 tokens, padding included, and at
+    least one sentence.
 
     Where they cannot be padded those of the same number of tokens come together.
     """
@@ -253,7 +253,7 @@ def grouped(sentences: Sequence[Sentence], *, padded: bool) -> list[list[Sentenc
 
 
 def batch_of(tokenizer: Any, lines: Sequence[str], length: int) -> Batch:
-    """Tokenised lines with their attention mask, padded to the longest of them."""
+    """Return tokenised lines with their attention mask, padded to the longest of them."""
     batch = tokenizer(
         list(lines),
         padding=True,
