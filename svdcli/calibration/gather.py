@@ -64,9 +64,10 @@ class Gather:
     ) -> Iterator[Visit]:
         """Sum what the layers meet in one run over these batches, which has to call what this
         yields before every unit (`Stream.run`)."""
-        # A step forwards for every unit, and three steps backwards
-        steps = units * (_STEPS_FORWARD + _STEPS_BACKWARD) if backwards else units * _STEPS_FORWARD
-        sums = _Round(self, number, batches, steps)
+        steps_a_unit = _STEPS_FORWARD
+        if backwards:
+            steps_a_unit += _STEPS_BACKWARD
+        sums = _Round(self, number, batches, units * steps_a_unit)
         handles = []
         for name, target in self.layers.items():
             module = self.model.get_submodule(target)
@@ -96,7 +97,8 @@ class Gather:
 
     def _moments_of(self, name: str) -> LayerMoments:
         """Return a layer's moments as they will be in the file."""
-        keys, scales = self.keys()[name], self.scales()
+        keys = self.keys()[name]
+        scales = self.scales()
 
         def scaled(key: str) -> Tensor:
             return self.spool.get(key) * scales[key]

@@ -51,7 +51,8 @@ def read_batches(
         batches = [{"input_ids": part} for part in ids.split(rows_at_a_time(ids.shape[1]))]
         if side.decodes:
             batches = [batch | {"decoder_input_ids": batch["input_ids"]} for batch in batches]
-        samples, tokens, length = ids.shape[0], ids.numel(), ids.shape[1]
+        samples, length = ids.shape
+        tokens = ids.numel()
 
     # Sentences as the tokenizer reads them one by one, special tokens included
     else:
@@ -61,7 +62,8 @@ def read_batches(
         batches = [
             batch_of(tokenizer, [sentence.text for sentence in group], length) for group in groups
         ]
-        samples, tokens = len(sentences), sum(sentence.tokens for sentence in sentences)
+        samples = len(sentences)
+        tokens = sum(sentence.tokens for sentence in sentences)
     check_tokens(side, batches)
     return Read(side, batches, tokens, samples, length)
 

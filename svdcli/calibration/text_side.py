@@ -22,7 +22,8 @@ from svdcli.calibration.stream import Stream
 from svdcli.errors import SvdcliError
 from svdcli.text.tokens import Batch
 
-FORWARD, FEATURES = "forward", "get_text_features"
+FORWARD = "forward"
+FEATURES = "get_text_features"
 # The batch of the trial: two rows, the second of which differs from the first in its last tokens.
 _ROWS = 2
 _LENGTH = 11
@@ -238,7 +239,8 @@ _FED = "reads text only beside what its other side sends there"
 
 @dataclass
 class _Trial:
-    """One forward pass of a candidate, and what could be seen meanwhile."""
+    """One forward pass of a candidate. ran are the identities of the modules that ran meanwhile,
+    shapes those of the hidden states that they read."""
 
     model: Any
     side: TextSide

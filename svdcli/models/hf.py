@@ -52,7 +52,8 @@ from svdcli.plan.parts import tripwires
 
 logger = logging.get_logger(f"transformers.{__name__}")
 
-METHOD, FORMAT = "svdcli", 1
+METHOD = "svdcli"
+FORMAT = 1
 PARTS = (UP, DOWN, ROWS)
 
 # A second registration raises: the installed plugin and a copy shipped with a model may meet in one
