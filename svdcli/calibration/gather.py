@@ -23,9 +23,12 @@ from svdcli.text.tokens import Batch
 # would dwarf the rest.
 FULL_OUTPUTS = 4096
 
-
 # Sensitivities compare whole distributions, which says much with little text.
 SENSITIVITY_BATCHES = 4
+
+# What a unit costs: backwards its block is computed again and differentiated twice.
+_STEPS_FORWARD = 1
+_STEPS_BACKWARD = 3
 
 
 class Gather:
@@ -45,8 +48,12 @@ class Gather:
         progress: Progress,
         rounds: int,
     ) -> None:
-        self.model, self.width, self.layers = model, width, layers
-        self.spool, self.progress, self.rounds = spool, progress, rounds
+        self.model = model
+        self.width = width
+        self.layers = layers
+        self.spool = spool
+        self.progress = progress
+        self.rounds = rounds
         self.loss = ModelLoss()
         self.rows: dict[str, int] = {}
         self.leaders: dict[str, str] = {}
@@ -57,44 +64,56 @@ class Gather:
     ) -> Iterator[Visit]:
         """Sum what the layers meet in one run over these batches, which has to call what this
         yields before every unit (`Stream.run`)."""
-        one = _Round(self, number, batches, units * (4 if backwards else 1))
+        steps_a_unit = _STEPS_FORWARD
+        if backwards:
+            steps_a_unit += _STEPS_BACKWARD
+        sums = _Round(self, number, batches, units * steps_a_unit)
         handles = []
         for name, target in self.layers.items():
             module = self.model.get_submodule(target)
-            handles.append(module.register_forward_pre_hook(one.input_hook(name)))
-            handles.append(module.register_forward_hook(one.output_hook(name)))
+            handles.append(module.register_forward_pre_hook(sums.input_hook(name)))
+            handles.append(module.register_forward_hook(sums.output_hook(name)))
         try:
-            yield one.visit
+            yield sums.visit
         finally:
             for handle in handles:
                 handle.remove()
 
-    def add_sensitivities(self, stream: Stream, batches: Sequence[Batch], room: int) -> None:
-        """Measure them on batches spread over the text, and put them beside the moments."""
+    def add_sensitivities(self, stream: Stream, batches: Sequence[Batch], memory: int) -> None:
+        """Measure the sensitivities on batches spread over the text, and put them beside the
+        moments. memory is what hidden states may take, in bytes."""
         count = min(SENSITIVITY_BATCHES, len(batches))
-        few = [batches[len(batches) * i // SENSITIVITY_BATCHES] for i in range(count)]
+        sample = [batches[len(batches) * i // SENSITIVITY_BATCHES] for i in range(count)]
 
-        # As many copies of them at a time as their hidden states fit into the room
-        each = sum(state_bytes(self.model, self.width, [batch], gradients=False) for batch in few)
-        at_a_time = max(1, room // each)
+        # As many copies of them at a time as their hidden states fit into the memory
+        copy_bytes = 0
+        for batch in sample:
+            copy_bytes += state_bytes(self.model, self.width, [batch], gradients=False)
+        at_a_time = max(1, memory // copy_bytes)
         reached = {name: self.layers[name] for name in self.leaders}
-        measured = sensitivities(stream, few, reached, self._moments_of, at_a_time, self.progress)
-        for name, values in measured.items():
+        results = sensitivities(stream, sample, reached, self._moments_of, at_a_time, self.progress)
+        for name, values in results.items():
             self.spool.add(f"sensitivity.{name}", torch.tensor(values))
 
     def _moments_of(self, name: str) -> LayerMoments:
-        keys, scales = self.keys()[name], self.scales()
+        """Return a layer's moments as they will be in the file."""
+        keys = self.keys()[name]
+        scales = self.scales()
 
-        def get(key: str) -> Tensor:
+        def scaled(key: str) -> Tensor:
             return self.spool.get(key) * scales[key]
 
-        outputs = None if keys["output"] is None else get(keys["output"])
+        outputs = None if keys["output"] is None else scaled(keys["output"])
         return LayerMoments(
-            get(f"input.{keys['input']}"), get(f"mean.{keys['input']}"), outputs, keys["transposed"]
+            inputs=scaled(f"input.{keys['input']}"),
+            mean=scaled(f"mean.{keys['input']}"),
+            outputs=outputs,
+            transposed=keys["transposed"],
         )
 
     def keys(self) -> dict[str, dict[str, Any]]:
-        """For every layer that was reached, the keys of its moments, as in the file."""
+        """Return the keys of the moments of every layer that was reached, as they are in the
+        file."""
         keys = {}
         for name, leader in self.leaders.items():
             output = f"output.{name}"
@@ -107,14 +126,14 @@ class Gather:
         return keys
 
     def scales(self) -> dict[str, float]:
-        """Inputs are averaged over rows, gradients summed over the losses: an error counts for
-        every row that a loss reads."""
+        """Return the factor of every sum: inputs are averaged over rows, gradients summed over the
+        losses, so that an error counts for every row that a loss reads."""
         scales = {}
         for key in self.spool.shapes:
-            kind, name = key.split(".", 1)
-            if kind == "output":
+            quantity, name = key.split(".", 1)
+            if quantity == "output":
                 count = self.loss.events or self.rows[name]
-            elif kind == "sensitivity":
+            elif quantity == "sensitivity":
                 count = 1
             else:
                 count = self.rows[name]
@@ -127,17 +146,23 @@ class _Round:
     many there will be."""
 
     def __init__(self, gather: Gather, number: int, batches: Sequence[Batch], steps: int) -> None:
-        self.gather, self.number, self.batches, self.steps = gather, number, batches, steps
+        self.gather = gather
+        self.number = number
+        self.batches = batches
+        self.steps = steps
         self.phase = ""
         self.mask: Tensor | None = None
         self.steps_done = 0
-        # Inputs and outputs of the unit, and the inputs that its layers read so far
+        # Sums over the unit's inputs and outputs
         self.sums = MomentSums(FULL_OUTPUTS)
-        self.seen: list[tuple[Tensor, str]] = []
+        # What its layers read so far of this batch, with the first layer that read it
+        self.inputs_read: list[tuple[Tensor, str]] = []
 
     def visit(self, phase: str, unit: str, batch: int, total: int) -> None:
-        """What comes is of this batch in this unit; when a unit is done its sums are spooled."""
-        self.phase, self.seen = phase, []
+        """Note that what comes is of this batch in this unit; spool the sums of a unit that is
+        done."""
+        self.phase = phase
+        self.inputs_read = []
         if not phase.endswith("done"):
             self.mask = padding_mask(self.batches[batch])
             return
@@ -146,14 +171,13 @@ class _Round:
         self._report(unit)
 
     def _report(self, unit: str) -> None:
-        """A step forwards counts as one, a step backwards as three: the block is computed again and
-        differentiated twice."""
-        self.steps_done += 1 if self.phase == "forward done" else 3
-        done = self.number + min(1.0, self.steps_done / self.steps)
-        self.gather.progress("calibrate", unit, done, self.gather.rounds)
+        forwards = self.phase == "forward done"
+        self.steps_done += _STEPS_FORWARD if forwards else _STEPS_BACKWARD
+        rounds_done = self.number + min(1.0, self.steps_done / self.steps)
+        self.gather.progress("calibrate", unit, rounds_done, self.gather.rounds)
 
     def input_hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        """Adds what a layer reads, unless another layer read the same."""
+        """Return a hook that adds what a layer reads, unless another layer read the same."""
 
         def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             if self.phase != "forward":
@@ -166,25 +190,26 @@ class _Round:
                     "calibrate it alone with --include",
                 )
             if leader == name:
-                self.seen.append((x, name))
+                self.inputs_read.append((x, name))
                 self._add_inputs(name, self._rows(x.detach(), name))
 
         return hook
 
     def _leader(self, x: Tensor, name: str) -> str:
-        """The first layer of this unit and batch that read x: this one, if there is none."""
-        for tensor, other in self.seen:
+        """Return the first layer of this unit and batch that read x: this one, if there is none
+        before it."""
+        for tensor, leader in self.inputs_read:
             if tensor is x or _same_memory(tensor, x):
-                return other
+                return leader
         return name
 
     def _add_inputs(self, name: str, rows: Tensor) -> None:
         self.gather.rows[name] = self.gather.rows.get(name, 0) + rows.shape[0]
-        self.sums.add(f"input.{name}", rows, whole=True)
+        self.sums.add(f"input.{name}", rows, always_full=True)
         self.sums.add_mean(f"mean.{name}", rows)
 
     def output_hook(self, name: str) -> Callable[[nn.Module, Any, Tensor], None]:
-        """Adds the gradient that arrives at a layer's output."""
+        """Return a hook that adds the gradient that arrives at a layer's output."""
 
         def add(gradient: Tensor) -> None:
             self.sums.add(f"output.{name}", self._rows(gradient.detach(), name))
@@ -196,9 +221,10 @@ class _Round:
         return hook
 
     def _rows(self, values: Tensor, name: str) -> Tensor:
-        """(tokens, width) in float32, without padding. Raises SvdcliError where a value is not
-        finite."""
+        """Return (tokens, width) in float32, without padding. Raises SvdcliError where a value is
+        not finite."""
         rows = without_padding(values.float(), self.mask)
+        # One sum instead of a mask: a single NaN or infinity shows in it
         if not bool(torch.isfinite(rows.sum())):
             raise SvdcliError(
                 f"{name} meets NaN or infinity",
@@ -207,9 +233,6 @@ class _Round:
         return rows
 
 
-def _same_memory(one: Tensor, other: Tensor) -> bool:
-    return (
-        one.data_ptr() == other.data_ptr()
-        and one.shape == other.shape
-        and one.stride() == other.stride()
-    )
+def _same_memory(a: Tensor, b: Tensor) -> bool:
+    """Tell whether two tensors are the same view of the same memory."""
+    return a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride()

@@ -23,39 +23,44 @@ from svdcli.text.tokens import Batch
 
 
 class ModelLoss:
-    """What a backward pass through `Stream` starts from. events counts predictions or embeddings;
-    nats says that it was predictions."""
+    """The loss that a backward pass through `Stream` starts from. events counts predictions or
+    embeddings; nats says that it was predictions."""
 
     def __init__(self) -> None:
         self.events = 0
         self.nats = True
 
     def note_kind(self, batch: int, output: Any) -> None:
-        """A model without logits is judged by its embeddings."""
+        """Note what the model answers with: one without logits is judged by its embeddings."""
         self.nats = getattr(output, "logits", None) is not None
 
     def cotangents(self, batches: Sequence[Batch]) -> Callable[[int, Any], tuple[Tensor, Tensor]]:
-        """(index of one of these batches, the model's output) -> `cotangent` of it."""
+        """Return a function of the index of one of these batches, and of the model's output: its
+        `cotangent`."""
         return lambda index, output: self.cotangent(batches[index], output)
 
     def cotangent(self, batch: Batch, output: Any) -> tuple[Tensor, Tensor]:
-        """The tensor to differentiate for one batch, and its gradient."""
+        """Return the tensor to differentiate for one batch, and its gradient."""
         self.note_kind(0, output)
         mask = batch.get("attention_mask")
         if self.nats:
-            return output.logits, self._sampled(output.logits, mask)
+            return output.logits, self._gradient_at(output.logits, mask)
+
+        # The gradient of e . z at the encoder's rows, with z drawn on the CPU on every device
         rows = rows_of(output)
         leaf = rows.detach().requires_grad_()
         with torch.enable_grad():
             embedding = embedding_of(leaf, mask)
-            (embedding * torch.randn(embedding.shape).to(embedding)).sum().backward()
+            z = torch.randn(embedding.shape).to(embedding)
+            (embedding * z).sum().backward()
         self.events += leaf.shape[0]
         assert leaf.grad is not None
         return rows, leaf.grad
 
-    def _sampled(self, logits: Tensor, mask: Tensor | None) -> Tensor:
-        """Gradient of the summed loss at logits (..., classes) for labels drawn from the
-        predictions themselves."""
+    def _gradient_at(self, logits: Tensor, mask: Tensor | None) -> Tensor:
+        """Return the gradient of the summed loss at logits (..., classes) for labels drawn from the
+        predictions themselves. Raises SvdcliError where these are not finite."""
+        # The gradient of a cross entropy at its logits: the predictions, less 1 at the label
         gradient = logits.detach().float().softmax(-1)
         if not bool(torch.isfinite(gradient.sum())):
             raise SvdcliError(
@@ -65,6 +70,8 @@ class ModelLoss:
         flat = gradient.view(-1, gradient.shape[-1])
         labels = torch.multinomial(flat.cpu(), 1).to(flat.device)
         flat.scatter_add_(1, labels, torch.full_like(labels, -1, dtype=flat.dtype))
+
+        # Padding predicts nothing
         if mask is not None and mask.shape == logits.shape[:-1]:
             gradient = gradient * mask.to(gradient)[..., None]
             self.events += int(mask.sum())
@@ -74,12 +81,13 @@ class ModelLoss:
 
 
 def embedding_of(rows: Tensor, mask: Tensor | None) -> Tensor:
-    """Normalised sentence embeddings (batch, width) from the rows of an encoder."""
+    """Return normalised sentence embeddings (batch, width) from the rows of an encoder."""
     return nn.functional.normalize(pooled(rows, mask), dim=-1)
 
 
 def answer_of(output: Any, batch: Batch) -> tuple[Tensor, Callable[[Tensor, Tensor], Tensor]]:
-    """Rows to compare, and the summed distance between two sets of them."""
+    """Return the rows to compare, and the summed distance between two sets of them: log
+    probabilities of predictions and their KL divergence, or sentence embeddings and 1 - cosine."""
     mask = batch.get("attention_mask")
     logits = getattr(output, "logits", None)
     if logits is None:
@@ -88,27 +96,35 @@ def answer_of(output: Any, batch: Batch) -> tuple[Tensor, Callable[[Tensor, Tens
     return without_padding(rows, padding_mask(batch)), _divergence
 
 
-def divergence_terms(whole: Tensor, cut: Tensor) -> Tensor:
-    """KL(whole || cut) before it is summed over the last axis, of log probabilities."""
-    return whole.exp() * (whole - cut)
+def divergence_terms(original: Tensor, compressed: Tensor) -> Tensor:
+    """Return KL(original || compressed) before it is summed over the last axis, of log
+    probabilities."""
+    return original.exp() * (original - compressed)
 
 
-def _divergence(whole: Tensor, cut: Tensor) -> Tensor:
-    return divergence_terms(whole, cut).sum(dtype=torch.float64)
+def _divergence(original: Tensor, compressed: Tensor) -> Tensor:
+    return divergence_terms(original, compressed).sum(dtype=torch.float64)
 
 
-def _cosine_distance(whole: Tensor, cut: Tensor) -> Tensor:
-    return (1 - (whole.double() * cut.double()).sum(-1)).sum()
+def _cosine_distance(original: Tensor, compressed: Tensor) -> Tensor:
+    """Return the sum of 1 - cosine, for normalised embeddings."""
+    cosines = (original.double() * compressed.double()).sum(-1)
+    return (1 - cosines).sum()
 
 
-def excess_of(whole: Tensor, cut: Tensor, ids: Tensor) -> Tensor:
-    """By how much more, in nats a token, a decoder loses on the tokens ids (batch, length) than its
-    original. whole and cut (batch * length, vocabulary) are the log probabilities of the original
-    and of the decoder."""
-    theirs, ours = (
-        rows.view(*ids.shape, -1)[:, :-1].gather(-1, ids[:, 1:, None]) for rows in (whole, cut)
-    )
-    return (theirs - ours).mean()
+def excess_of(original: Tensor, compressed: Tensor, ids: Tensor) -> Tensor:
+    """Return by how much more, in nats a token, the compressed decoder loses on the tokens ids
+    (batch, length) than its original. original and compressed (batch * length, vocabulary) are
+    their log probabilities."""
+    difference = _log_likelihoods(original, ids) - _log_likelihoods(compressed, ids)
+    return difference.mean()
+
+
+def _log_likelihoods(rows: Tensor, ids: Tensor) -> Tensor:
+    """Return the log likelihoods (batch, length - 1, 1) of every token but the first of each row,
+    which nothing predicts."""
+    predictions = rows.view(*ids.shape, -1)[:, :-1]
+    return predictions.gather(-1, ids[:, 1:, None])
 
 
 def block_moments(
@@ -119,8 +135,8 @@ def block_moments(
     device: torch.device,
     call: Callable[..., Any] | None = None,
 ) -> dict[str, Tensor]:
-    """Second moments (width, width) of the loss gradient at the output of every block, averaged
-    over predictions.
+    """Return the second moments (width, width) of the loss gradient at the output of every block,
+    averaged over predictions; a block that no gradient reaches has none.
 
     at_a_time bounds how many batches are under way together; call is what is called with each, if
     not the whole model.
@@ -134,6 +150,6 @@ def block_moments(
 
     stream = Stream(model, device, torch.float32, call=call, gradients=add)
     for start in range(0, len(batches), at_a_time):
-        some = batches[start : start + at_a_time]
-        stream.run(some, loss.cotangents(some))
+        group = batches[start : start + at_a_time]
+        stream.run(group, loss.cotangents(group))
     return {unit: total / max(1, loss.events) for unit, total in sums.take().items()}

@@ -15,46 +15,60 @@ SHARE_OF_MEMORY = 0.25
 
 
 def widest(model: nn.Module, names: Iterable[str]) -> int:
-    """The number of inputs of the widest linear layer among these modules."""
+    """Return the number of inputs of the widest linear layer among these modules."""
     modules = dict(model.named_modules())
-    return max(
-        (_inputs_of(modules[name]) for name in names if is_linear(modules.get(name))), default=0
-    )
+    most = 0
+    for name in names:
+        module = modules.get(name)
+        if module is not None and is_linear(module):
+            most = max(most, _inputs_of(module))
+    return most
 
 
 def _inputs_of(module: Any) -> int:
-    """Of a linear layer, or of a Conv1D, which stores its weight as (in, out)."""
-    return int(module.in_features if isinstance(module, nn.Linear) else module.weight.shape[0])
+    """Return the number of inputs of a linear layer, or of a Conv1D, which stores its weight as
+    (in, out)."""
+    if isinstance(module, nn.Linear):
+        return module.in_features
+    return int(module.weight.shape[0])
 
 
 def state_bytes(model: Any, width: int, batches: Sequence[Batch], *, gradients: bool) -> int:
-    """Hidden states of the largest batch: what goes into a block, and, with gradients, into every
-    block at once."""
+    """Return the bytes for the float32 hidden states of the largest batch: what goes into a block,
+    and, with gradients, into every block at once."""
     depth = 0
     for module in model.modules():
         if isinstance(module, nn.ModuleList):
             depth += len(module)
     largest = max(batch["input_ids"].numel() for batch in batches)
+
+    # A few copies on the way; for the way back also an input and an output of every block
     states = 2 * depth + 4 if gradients else 4
     return largest * width * 4 * states
 
 
 def whole_bytes(teacher: Any, student: Any, vocabulary: int, batches: Sequence[Batch]) -> int:
-    """What it takes, at most, to train the student on the teacher's answers in one piece and in
-    float32: the weights of both, gradients and AdamW's two moments, what one batch leaves behind in
-    every layer, and a few copies of its logits."""
-    weights: list[int] = [
-        sum(parameter.numel() for parameter in model.parameters()) for model in (teacher, student)
-    ]
+    """Return the bytes that it takes, at most, to train the student on the teacher's answers in one
+    piece and in float32."""
+    # The student's weights come with their gradients and AdamW's two moments
+    weights = _parameters_of(teacher) + 4 * _parameters_of(student)
+
+    # What one batch leaves behind in every layer, and a few copies of its logits
     tokens: int = max(batch["input_ids"].numel() for batch in batches)
-    widths: int = sum(
-        sum(module.weight.shape) for module in teacher.modules() if isinstance(module, nn.Linear)
-    )
-    return 4 * (weights[0] + 4 * weights[1] + tokens * (3 * widths + 8 * vocabulary))
+    widths = 0
+    for module in teacher.modules():
+        if isinstance(module, nn.Linear):
+            widths += sum(module.weight.shape)
+    return 4 * (weights + tokens * (3 * widths + 8 * vocabulary))
+
+
+def _parameters_of(model: Any) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def width_of(config: Any) -> int:
-    """Width of the hidden states between blocks."""
+    """Return the width of the hidden states between blocks; 1024 where the configuration does not
+    say it."""
     for name in ("hidden_size", "d_model", "n_embd"):
         width = getattr(config, name, None)
         if isinstance(width, int):
@@ -63,11 +77,12 @@ def width_of(config: Any) -> int:
 
 
 def free_memory() -> int:
-    """Bytes of memory that can be had without swapping, where the system tells; else 4 GB."""
+    """Return the bytes of memory that can be had without swapping, where the system tells; else 4
+    GB."""
     try:
         for line in Path("/proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable:"):
                 return int(line.split()[1]) * 1024
-    except OSError:
+    except OSError:  # not Linux
         pass
     return 4 * 10**9

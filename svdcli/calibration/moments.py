@@ -35,7 +35,8 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class Provenance:
-    """Which model read which text. unit is that of the predicted loss: nats, or 1 - cosine."""
+    """The model that was measured, and the text that it read. unit is that of the predicted loss:
+    nats, or 1 - cosine."""
 
     fingerprint: str
     text: str
@@ -64,8 +65,8 @@ class LayerMoments:
 
 
 def metric_of(moments: LayerMoments, device: torch.device, *, centred: bool) -> Metric:
-    """How a layer's error counts, in float64. A bias that follows the mean leaves only what varies
-    around it."""
+    """Return the metric that a layer's error is counted by, in float64. A bias that follows the
+    mean leaves only what varies around it."""
     inputs = moments.inputs.to(device, torch.float64)
     if centred:
         mean = moments.mean.to(device, torch.float64)
@@ -77,13 +78,14 @@ def metric_of(moments: LayerMoments, device: torch.device, *, centred: bool) -> 
 
 
 class Spool:
-    """Sums that are kept on disk between rounds, one file each."""
+    """Sums that are kept on disk between rounds, one file each. shapes has the shape of each."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.shapes: dict[str, tuple[int, ...]] = {}
 
     def add(self, key: str, value: Tensor) -> None:
+        """Add to the sum under this key, which starts from zero."""
         path = self._path(key)
         if key in self.shapes:
             value = value + torch.load(path, weights_only=True)
@@ -91,10 +93,12 @@ class Spool:
         torch.save(value.to("cpu", torch.float32).contiguous(), path)
 
     def get(self, key: str) -> Tensor:
+        """Return the sum so far, float32, on the CPU."""
         value: Tensor = torch.load(self._path(key), weights_only=True)
         return value
 
     def _path(self, key: str) -> Path:
+        # By digest: names of layers may hold anything, and be longer than a file's name
         return self.folder / f"{hashlib.sha256(key.encode()).hexdigest()}.pt"
 
 
@@ -105,13 +109,15 @@ def write_moments(
     layers: Mapping[str, Mapping[str, Any]],
     provenance: Provenance,
 ) -> None:
-    """Every spooled sum times its scale, into one file that appears whole or not at all.
+    """Write every spooled sum times its scale into one file that appears whole or not at all.
 
     layers maps a weight's name to the keys of its moments: {"input": K, "output": key or None,
     "transposed": bool}.
     """
     metadata = {METADATA: json.dumps({"format": FORMAT} | asdict(provenance) | {"layers": layers})}
     infos = tuple(TensorInfo(key, "F32", shape) for key, shape in spool.shapes.items())
+
+    # Written beside the path and moved there when it is complete
     with tempfile.TemporaryDirectory(dir=path.absolute().parent, prefix=f".{path.name}.") as folder:
         file = lay_out(path.name, [Unit("moments", "copy", (), infos, path.name)], metadata)
         writer = WeightWriter(Path(folder), [file])
@@ -126,9 +132,8 @@ class Moments:
 
     def __init__(self, checkpoint: Checkpoint, data: Mapping[str, Any]) -> None:
         self._checkpoint = checkpoint
-        self.provenance = Provenance(
-            **{name: data[name] for name in Provenance.__dataclass_fields__}
-        )
+        fields = {name: data[name] for name in Provenance.__dataclass_fields__}
+        self.provenance = Provenance(**fields)
         self.layers: Mapping[str, Mapping[str, Any]] = data["layers"]
 
     @property
@@ -137,35 +142,37 @@ class Moments:
         return self._checkpoint.path
 
     def of(self, name: str) -> LayerMoments | None:
-        """The moments of the weight `name`, None where it was not calibrated. Raises
+        """Return the moments of the weight `name`, None where it was not calibrated. Raises
         BadCheckpointError where they are not finite."""
         keys = self.layers.get(name)
         if keys is None:
             return None
-        inputs, mean, outputs = (
-            None if key is None else self._checkpoint.read_tensor(key) for key in _keys_of(keys)
-        )
-        assert inputs is not None
-        assert mean is not None
-        measured = [tensor for tensor in (inputs, mean, outputs) if tensor is not None]
-        if not all(bool(tensor.isfinite().all()) for tensor in measured):
+        input_key, mean_key, output_key = _keys_of(keys)
+        inputs, mean = self._read(name, input_key), self._read(name, mean_key)
+        outputs = None if output_key is None else self._read(name, output_key)
+        return LayerMoments(inputs, mean, outputs, bool(keys["transposed"]))
+
+    def _read(self, name: str, key: str) -> Tensor:
+        tensor: Tensor = self._checkpoint.read_tensor(key)
+        if not bool(tensor.isfinite().all()):
             raise BadCheckpointError(
                 f"{self._checkpoint.shown}: the moments of {name} hold NaN or infinity",
                 "calibrate again",
             )
-        return LayerMoments(inputs, mean, outputs, bool(keys["transposed"]))
+        return tensor
 
     def loss_scale(self, name: str) -> float | None:
-        """Loss of the model for the whole of a layer's energy, from its measured sensitivity; None
-        where there is none."""
+        """Return the loss of the model for the whole of a layer's energy, from its measured
+        sensitivity; None where there is none."""
         if f"sensitivity.{name}" not in self._checkpoint.tensors:
             return None
         loss, share = self._checkpoint.read_tensor(f"sensitivity.{name}").tolist()
+        # Where the cut gave nothing up the layer is of a lower rank, and costs nothing
         return float(loss / share) if share > 0 else 0.0
 
     def metric_name(self, name: str) -> str:
-        """What is known of the layer: "" nothing, "inputs", "diagonal" or "full" moments of the
-        gradients besides."""
+        """Return what was measured of the layer: "" nothing, "inputs", "diagonal" or "full" moments
+        of the gradients besides."""
         keys = self.layers.get(name)
         if keys is None:
             return ""
@@ -183,12 +190,15 @@ class Moments:
 
 def open_moments(path: str | Path) -> Moments:
     """Open a file of `svdcli calibrate`. Raises BadCheckpointError where it is none, or damaged."""
+    # The metadata of the one file that it is
     checkpoint = open_checkpoint(path)
     text = next(iter(checkpoint.metadata.values()), {}).get(METADATA)
     if text is None:
         raise BadCheckpointError(
             f"{path} was not written by svdcli calibrate", "run `svdcli calibrate` first"
         )
+
+    # What it says must be what the tensors are; whatever may be wrong in it is one error
     try:
         data = json.loads(text)
         if data["format"] > FORMAT:
@@ -197,17 +207,7 @@ def open_moments(path: str | Path) -> Moments:
             )
         moments = Moments(checkpoint, data)
         for name, keys in moments.layers.items():
-            inputs, mean, output = (
-                (0,) if key is None else checkpoint.tensors[key].info.shape
-                for key in _keys_of(keys)
-            )
-            fit = (
-                len(mean) == 1
-                and inputs == mean * 2
-                and len(output) in (1, 2)
-                and len({*output}) == 1
-            )
-            if not fit or not isinstance(keys["transposed"], bool):
+            if not _fits(checkpoint, keys):
                 raise KeyError(name)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise BadCheckpointError(
@@ -216,14 +216,31 @@ def open_moments(path: str | Path) -> Moments:
     return moments
 
 
+def _fits(checkpoint: Checkpoint, keys: Mapping[str, Any]) -> bool:
+    """Tell whether a layer's moments have the shapes of moments. Raises KeyError where one is
+    missing."""
+    input_key, mean_key, output_key = _keys_of(keys)
+    inputs = checkpoint.tensors[input_key].info.shape
+    mean = checkpoint.tensors[mean_key].info.shape
+    if len(mean) != 1 or inputs != mean * 2:
+        return False
+
+    # Full (m, m) or a diagonal (m,)
+    if output_key is not None:
+        output = checkpoint.tensors[output_key].info.shape
+        if len(output) not in (1, 2) or len({*output}) != 1:
+            return False
+    return isinstance(keys["transposed"], bool)
+
+
 def _keys_of(keys: Mapping[str, Any]) -> tuple[str, str, str | None]:
-    """Names of the tensors with a layer's inputs, their mean and, where they were measured, the
-    outputs."""
+    """Return the names of the tensors with a layer's inputs, their mean and, where they were
+    measured, the outputs."""
     return f"input.{keys['input']}", f"mean.{keys['input']}", keys["output"]
 
 
 def check_provenance(moments: Moments, fingerprint: str, shown: str) -> None:
-    """Raises SvdcliError where the moments were measured on another model."""
+    """Raise SvdcliError where the moments were measured on another model."""
     if moments.provenance.fingerprint != fingerprint:
         raise SvdcliError(
             f"the calibration was made with another model than {shown}",

@@ -38,18 +38,23 @@ class Read:
 def read_batches(
     side: TextSide, tokenizer: Any, texts: Texts, amount: Amount, seq_len: int | None
 ) -> Read:
-    """As much of the text as asked for, cut as the model reads it: into windows of seq_len tokens
-    (as many as it takes, at most 2048), or by sentences, those together that are about as long.
+    """Return as much of the text as asked for, cut as the model reads it: into windows of seq_len
+    tokens (as many as it takes, at most 2048), or by sentences, those together that are about as
+    long.
 
     Raises SvdcliError where the text is too short, or the tokenizer is another model's.
     """
     length = window_length(side.longest, seq_len)
+    # Windows all have one length, and need no padding
     if side.in_windows:
         ids = windows_of(tokenizer, texts, length, amount.windows(length)).ids
         batches = [{"input_ids": part} for part in ids.split(rows_at_a_time(ids.shape[1]))]
         if side.decodes:
             batches = [batch | {"decoder_input_ids": batch["input_ids"]} for batch in batches]
-        samples, tokens, length = ids.shape[0], ids.numel(), ids.shape[1]
+        samples, length = ids.shape
+        tokens = ids.numel()
+
+    # Sentences as the tokenizer reads them one by one, special tokens included
     else:
         padding_token(tokenizer)
         sentences = sentences_of(tokenizer, texts, length, amount)
@@ -57,13 +62,14 @@ def read_batches(
         batches = [
             batch_of(tokenizer, [sentence.text for sentence in group], length) for group in groups
         ]
-        samples, tokens = len(sentences), sum(sentence.tokens for sentence in sentences)
+        samples = len(sentences)
+        tokens = sum(sentence.tokens for sentence in sentences)
     check_tokens(side, batches)
     return Read(side, batches, tokens, samples, length)
 
 
 def check_tokens(side: TextSide, batches: list[Batch]) -> None:
-    """Raises SvdcliError for a token that the model has no row for."""
+    """Raise SvdcliError for a token that the model has no row for."""
     largest = max(int(batch["input_ids"].max()) for batch in batches)
     if side.words and largest >= side.words:
         hint = "put the tokenizer that the model was trained with beside it"

@@ -1,15 +1,16 @@
-"""Rows of tokens without padding, and running sums of their second moments."""
+"""Rows of tokens without padding, and running sums of their moments."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from svdcli.linalg.machine import fill_gram, mirror
+from svdcli.linalg.machine import fill_gram, mirror, moment
 from svdcli.text.tokens import Batch
 
 
 def padding_mask(batch: Batch) -> Tensor | None:
-    """True for the tokens of a batch that count; None where all of them do."""
+    """Return True for the tokens of a batch that count; None where all of them do."""
     mask = batch.get("attention_mask")
     if mask is None or bool(mask.all()):
         return None
@@ -17,40 +18,57 @@ def padding_mask(batch: Batch) -> Tensor | None:
 
 
 def without_padding(values: Tensor, mask: Tensor | None) -> Tensor:
-    """(tokens, width) of values (..., width), those where mask is set. A mask of another shape says
-    nothing about these values."""
+    """Return (tokens, width) of values (..., width), those where mask is set. A mask of another
+    shape says nothing about these values."""
     if mask is not None and mask.shape == values.shape[:-1]:
         values = values[mask.to(values.device)]
     return values.reshape(-1, values.shape[-1])
 
 
 class MomentSums:
-    """Second moments by key, summed over all rows that are added; for rows wider than `full`, their
-    diagonals."""
+    """Sums over rows (count, width) by key: first moments, second moments and cross moments.
 
-    def __init__(self, full: int | None = None) -> None:
+    Second moments of rows wider than `full` are summed as diagonals. Sums have the rows' dtype, or
+    `dtype` where it is given: products are computed in the rows' dtype all the same.
+    """
+
+    def __init__(self, full: int | None = None, dtype: torch.dtype | None = None) -> None:
         self._full = full
+        self._dtype = dtype
         self._sums: dict[str, Tensor] = {}
+        # Keys of sums of which only the lower triangle is up to date
+        self._lower: set[str] = set()
 
-    def add(self, key: str, rows: Tensor, *, whole: bool = False) -> None:
-        """Rows (count, width) in float32; with whole, never the diagonal alone."""
+    def add(self, key: str, rows: Tensor, *, always_full: bool = False) -> None:
+        """Add rows^T rows (width, width), or its diagonal (width,) for wide rows; with
+        always_full, never the diagonal alone."""
         width = rows.shape[1]
-        if not whole and self._full is not None and width > self._full:
+        if not always_full and self._full is not None and width > self._full:
             self._sum_of(key, rows, (width,)).add_(rows.square().sum(0))
-        else:
-            # The lower triangle only: the other one is filled in when the sums are taken
-            fill_gram(rows.T, self._sum_of(key, rows, (width, width)), add=True)
+            return
+        total = self._sum_of(key, rows, (width, width))
+        if total.dtype != rows.dtype:
+            total.add_(moment(rows))
+            return
+        # Half of the product is enough: the upper triangle is filled in when the sums are taken
+        self._lower.add(key)
+        fill_gram(rows.T, total, add=True)
+
+    def add_cross(self, key: str, y: Tensor, x: Tensor) -> None:
+        """Add y^T x (m, n) for y (count, m) and x (count, n)."""
+        self._sum_of(key, y, (y.shape[1], x.shape[1])).add_(y.T @ x)
 
     def add_mean(self, key: str, rows: Tensor) -> None:
-        """The first moment (width,) of rows (count, width)."""
+        """Add the sum of the rows (width,)."""
         self._sum_of(key, rows, (rows.shape[1],)).add_(rows.sum(0))
 
     def take(self) -> dict[str, Tensor]:
-        """All sums so far, whole matrices; the next ones start from zero."""
+        """Return all sums so far, matrices in full; the next ones start from zero."""
         sums, self._sums = self._sums, {}
-        return {key: mirror(value) if value.ndim == 2 else value for key, value in sums.items()}
+        lower, self._lower = self._lower, set()
+        return {key: mirror(total) if key in lower else total for key, total in sums.items()}
 
     def _sum_of(self, key: str, rows: Tensor, shape: tuple[int, ...]) -> Tensor:
         if key not in self._sums:
-            self._sums[key] = rows.new_zeros(shape)
+            self._sums[key] = rows.new_zeros(shape, dtype=self._dtype)
         return self._sums[key]

@@ -9,7 +9,6 @@ min(m, n), where the loss is well above rounding.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
@@ -33,85 +32,106 @@ def sensitivities(
     at_a_time: int,
     progress: Progress,
 ) -> dict[str, tuple[float, float]]:
-    """For every layer (loss, share): the KL divergence from the whole model in nats a prediction,
-    or, for encoders, the mean 1 - cosine of the sentence embeddings, when it alone is cut; and the
-    share of its energy that the cut gives up.
+    """Return (loss, share) for every layer: the KL divergence from the whole model in nats a
+    prediction, or, for encoders, the mean 1 - cosine of the sentence embeddings, when it alone is
+    cut; and the share of its energy that the cut gives up.
 
     layers maps names of weights to names of modules; at_a_time bounds how many copies of the
     batches are under way together.
     """
-    found: dict[str, tuple[float, float]] = {}
+    results: dict[str, tuple[float, float]] = {}
     names = list(layers)
     for start in range(0, len(names), at_a_time):
-        group = {name: layers[name] for name in names[start : start + at_a_time]}
-        cutter = _Cutter(stream.model, list(group.items()), batches, moments_of)
-        copies = list(batches) * (1 + len(group))
-        stream.run(copies, read=cutter.read, visit=cutter.visit)
-        found |= cutter.results()
-        progress(
-            "sensitivity", names[min(len(names), start + at_a_time) - 1], len(found), len(names)
-        )
-    return found
+        group = names[start : start + at_a_time]
+
+        # The uncut copy comes first, so that its answers are there when the others come
+        targets = [(name, layers[name]) for name in group]
+        copies = _CutCopies(stream.model, targets, batches, moments_of)
+        stream.run(list(batches) * (1 + len(group)), read=copies.read, visit=copies.visit)
+        results |= copies.results()
+        progress("sensitivity", group[-1], len(results), len(names))
+    return results
 
 
-@dataclass
-class _Cutter:
-    """Cuts the layer of the copy whose turn it is, and compares what each copy ends in with the
-    uncut one."""
+class _CutCopies:
+    """Copies of the batches: one in which no layer is cut, then one for each of `layers` (name of
+    the weight, name of the module), in which that layer is.
 
-    model: nn.Module
-    layers: list[tuple[str, str]]
-    batches: Sequence[Batch]
-    moments_of: Callable[[str], LayerMoments]
-    whole: tuple[nn.Module, Tensor] | None = None
-    cut: tuple[str, Tensor] | None = None
-    shares: dict[str, float] = field(default_factory=dict)
-    sums: dict[str, float] = field(default_factory=dict)
-    answers: dict[int, Tensor] = field(default_factory=dict)
-    counts: dict[int, int] = field(default_factory=dict)
+    As the visit of a stream it cuts the layer of the copy whose turn it is; what each copy ends in
+    is compared with the uncut one.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Sequence[tuple[str, str]],
+        batches: Sequence[Batch],
+        moments_of: Callable[[str], LayerMoments],
+    ) -> None:
+        self.model = model
+        self.layers = layers
+        self.batches = batches
+        self.moments_of = moments_of
+        # The weight that is cut at present, and what it was
+        self._uncut: tuple[nn.Parameter, Tensor] | None = None
+        # The cut of the last layer, computed once for all batches of its copy
+        self._last_cut: tuple[str, Tensor] | None = None
+        self._shares: dict[str, float] = {}
+        # By batch, what the uncut copy ends in; by layer, the summed distance from it
+        self._answers: dict[int, Tensor] = {}
+        self._losses: dict[str, float] = {}
 
     def visit(self, phase: str, unit: str, index: int, total: int) -> None:
-        if self.whole is not None:
-            self.whole[0].get_parameter("weight").data = self.whole[1]
-            self.whole = None
-        copy = index // len(self.batches) - 1
-        if phase != "forward" or copy < 0:
+        """Restore the layer that was cut, and cut the next one: called before every unit of every
+        batch."""
+        if self._uncut is not None:
+            parameter, weight = self._uncut
+            parameter.data = weight
+            self._uncut = None
+
+        copy = index // len(self.batches)
+        if phase != "forward" or copy == 0:
             return
-        name, target = self.layers[copy]
+        name, target = self.layers[copy - 1]
         if target == unit or target.startswith(f"{unit}."):
-            module = self.model.get_submodule(target)
-            weight = module.get_parameter("weight")
-            self.whole = (module, weight.data)
-            weight.data = self._cut(name, weight.data)
+            parameter = self.model.get_submodule(target).get_parameter("weight")
+            self._uncut = (parameter, parameter.data)
+            parameter.data = self._cut(name, parameter.data)
 
     def _cut(self, name: str, weight: Tensor) -> Tensor:
-        """The weight at a quarter of its largest rank, best by the layer's moments; computed once
-        for all batches."""
-        if self.cut is None or self.cut[0] != name:
-            moments = self.moments_of(name)
-            w = weight.T if moments.transposed else weight
-            factors = weighted(
-                w, max(1, int(CUT * min(w.shape))), metric_of(moments, w.device, centred=False)
-            )
-            self.shares[name] = factors.tail / max(
-                1e-300, factors.tail + float(factors.sigma.square().sum())
-            )
-            factors = transposed(factors) if moments.transposed else factors
-            self.cut = name, factors.up @ factors.down
-        return self.cut[1]
+        """Return the weight at a quarter of its largest rank, best by the layer's moments."""
+        if self._last_cut is not None and self._last_cut[0] == name:
+            return self._last_cut[1]
+        moments = self.moments_of(name)
+        w = weight.T if moments.transposed else weight
+        rank = max(1, int(CUT * min(w.shape)))
+        factors = weighted(w, rank, metric_of(moments, w.device, centred=False))
+
+        # The share of the energy that is given up; nothing of nothing where there is none
+        energy = factors.tail + float(factors.sigma.square().sum())
+        self._shares[name] = factors.tail / max(1e-300, energy)
+        if moments.transposed:
+            factors = transposed(factors)
+        cut = factors.up @ factors.down
+        self._last_cut = (name, cut)
+        return cut
 
     def read(self, index: int, output: Any) -> None:
+        """Compare what one batch of one copy ends in with the uncut one."""
         copy, number = divmod(index, len(self.batches))
-        answer, loss = answer_of(output, self.batches[number])
+        answer, distance = answer_of(output, self.batches[number])
         if copy == 0:
-            self.answers[number], self.counts[number] = answer, answer.shape[0]
+            self._answers[number] = answer
             return
         name = self.layers[copy - 1][0]
-        self.sums[name] = self.sums.get(name, 0.0) + float(loss(self.answers[number], answer))
+        loss = float(distance(self._answers[number], answer))
+        self._losses[name] = self._losses.get(name, 0.0) + loss
 
     def results(self) -> dict[str, tuple[float, float]]:
-        """Layers that no batch reached are left out."""
-        count = sum(self.counts.values())
+        """Return (loss a prediction, share) by name; layers that no batch reached are left out."""
+        predictions = sum(answer.shape[0] for answer in self._answers.values())
+        # Below 0 by rounding alone
         return {
-            name: (max(0.0, self.sums[name] / count), share) for name, share in self.shares.items()
+            name: (max(0.0, self._losses[name] / predictions), share)
+            for name, share in self._shares.items()
         }

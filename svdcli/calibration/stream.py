@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -30,13 +30,14 @@ Read = Callable[[int, Any], None]
 
 
 def _ignore(phase: str, unit: str, batch: int, total: int) -> None:
-    """A visit that does nothing."""
+    """Do nothing on a visit."""
 
 
 @contextmanager
 def caches_off(model: nn.Module) -> Iterator[None]:
-    """No part of the model keeps keys and values for later: a block that is computed twice would
-    cache twice. Whoever generates afterwards has the caches as they were."""
+    """Let no part of the model keep keys and values for later: a block that is computed twice would
+    cache twice. Afterwards every config is as it was."""
+    # By identity, since parts of a model may share a config, and configs cannot be hashed
     configs: dict[int, Any] = {}
     for part in model.modules():
         config: Any = getattr(part, "config", None)
@@ -53,8 +54,8 @@ def caches_off(model: nn.Module) -> Iterator[None]:
 
 
 def units_of(model: nn.Module) -> dict[str, nn.Module]:
-    """The modules that take turns, by name: the members of every list of blocks, and all modules
-    outside them that own parameters.
+    """Return the modules that take turns, by name: the members of every list of blocks, and all
+    modules outside them that own parameters.
 
     A module around blocks that owns some besides (a scale, a token) takes no turn of its own. A
     compressed model has the same units as its original: a low-rank module counts as the layer that
@@ -63,12 +64,14 @@ def units_of(model: nn.Module) -> dict[str, nn.Module]:
     units: dict[str, nn.Module] = {}
 
     def walk(name: str, module: nn.Module) -> None:
+        # A unit: what owns parameters, unless there are blocks in it
         owns = next(module.parameters(recurse=False), None) is not None
-        if isinstance(module, LOW_RANK) or (
-            owns and not any(map(_is_list_of_blocks, module.modules()))
-        ):
+        around_blocks = any(map(_is_list_of_blocks, module.modules()))
+        if isinstance(module, LOW_RANK) or (owns and not around_blocks):
             units[name] = module
             return
+
+        # Blocks are units as a whole; everything else is looked into
         blocks = _is_list_of_blocks(module)
         for child_name, child in module.named_children():
             path = f"{name}.{child_name}" if name else child_name
@@ -82,6 +85,7 @@ def units_of(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _is_list_of_blocks(module: nn.Module) -> bool:
+    """Tell whether it is a list of two or more modules, with parameters."""
     return (
         isinstance(module, nn.ModuleList)
         and len(module) > 1
@@ -91,7 +95,8 @@ def _is_list_of_blocks(module: nn.Module) -> bool:
 
 @dataclass
 class _Gradient:
-    """What arrives at one output of a unit; value is the output itself, until it is handed on."""
+    """The gradient that arrives at one output of a unit; value is the output itself, until it is
+    handed on."""
 
     value: Tensor | None
     grad: Tensor | None = None
@@ -103,7 +108,10 @@ class _Start(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, anchor: Tensor, kept: _Gradient) -> Tensor | None:
-        ctx.kept, value, kept.value = kept, kept.value, None
+        # anchor requires a gradient: without such an argument autograd would not come back here
+        ctx.kept = kept
+        value = kept.value
+        kept.value = None
         return value
 
     @staticmethod
@@ -116,7 +124,12 @@ class _Start(torch.autograd.Function):
 @dataclass
 class _Call:
     """One pass of one batch through one unit: what went in and came out, and how the code around it
-    is differentiated."""
+    is differentiated.
+
+    leaves and spec are its arguments, flattened and cut off from the graph; outer has, for each of
+    them, the tensor in the graph before the unit, None where nothing is differentiated there.
+    outputs are what came out; versions tell whether an argument was changed in place later.
+    """
 
     unit: str
     leaves: list[Any]
@@ -128,44 +141,54 @@ class _Call:
 
 @dataclass
 class _Batch:
-    """A forward pass that can be stopped and continued. Only one runs at any time."""
+    """A forward pass, in a thread of its own, that can be stopped and continued. Only one runs at
+    any time."""
 
     index: int
-    run: Callable[[], None]
+    forward: Callable[[], None]
     calls: list[_Call] = field(default_factory=list)
     waits_for: str | None = None
     arguments: tuple[Any, Any] = ((), {})
     result: Any = None
     error: BaseException | None = None
-    go: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
-    arrived: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
+    resumed: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
+    stopped: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
     abandoned: bool = False
 
     def body(self) -> None:
+        """Run the forward pass, in the thread, once the batch is resumed."""
         try:
-            self.go.acquire()
+            self.resumed.acquire()
             if not self.abandoned:
-                self.run()
+                self.forward()
         except BaseException as error:
-            self.error = error
+            self.error = error  # raised again where the batch was continued
         self.waits_for = None
-        self.arrived.release()
+        self.stopped.release()
 
     def advance(self) -> None:
         """Continue until the next unit begins, or to the end. Raises what the forward pass
         raised."""
-        self.go.release()
-        self.arrived.acquire()
+        self.resumed.release()
+        self.stopped.acquire()
         if self.error is not None:
             raise self.error
 
     def stop_before(self, unit: str, args: Any, kwargs: Any) -> None:
-        self.waits_for, self.arguments = unit, (args, kwargs)
-        self.arrived.release()
-        self.go.acquire()
+        """Wait, in the thread, until the batch is continued. Raises _AbandonedError where it never
+        will be."""
+        self.waits_for = unit
+        self.arguments = (args, kwargs)
+        self.stopped.release()
+        self.resumed.acquire()
         self.waits_for = None
         if self.abandoned:
             raise _AbandonedError
+
+    def abandon(self) -> None:
+        """End the thread, wherever it stands."""
+        self.abandoned = True
+        self.resumed.release()
 
 
 class _AbandonedError(BaseException):
@@ -174,8 +197,8 @@ class _AbandonedError(BaseException):
 
 @dataclass
 class Turn:
-    """One unit, in memory, and the batches that wait before it. call is its forward pass, for
-    whoever wants to try it."""
+    """One unit, in memory, and the batches that wait before it. call is its forward pass without
+    waiting, to be called on arguments of one's own."""
 
     name: str
     unit: nn.Module
@@ -189,8 +212,8 @@ class Turn:
         return [_detached(batch.arguments) for batch in self.batches]
 
     def send_on(self, *, keep: bool = False) -> list[Tensor]:
-        """Send every batch through the unit, as far as the next one; with keep, what came out of it
-        (its first tensor)."""
+        """Send every batch through the unit, as far as the next one; with keep, return what came
+        out of it (its first tensor)."""
         results = []
         for batch in self.batches:
             self.advance(batch)
@@ -207,8 +230,8 @@ class Stream:
     visit(phase, unit, batch, batches) is called before every unit of every batch with phase
     "forward" or "backward", and with phase "done" when all batches are through a unit ("forward
     done", "backward done"). call is what is called with each batch, if not the whole model.
-    gradients(unit, batch, gradient) gets the gradient at what each unit sends on. The model is as
-    it was between runs, except that buffers outside its units move to the device.
+    gradients(unit, batch, gradient) gets the gradient at what each unit sends on. Between runs the
+    model is as it was: parameters, buffers, configs and forward passes.
     """
 
     def __init__(
@@ -220,26 +243,25 @@ class Stream:
         call: Callable[..., Any] | None = None,
         gradients: Gradients | None = None,
     ) -> None:
-        self.model, self.device, self.dtype, self.visit = model, device, dtype, visit
+        self.model = model
+        self.device = device
+        self.dtype = dtype
+        self.visit = visit
         self.call = model if call is None else call
         self.units = units_of(model)
-        self._plain = {name: unit.forward for name, unit in self.units.items()}
         self.gradients = gradients
-        self._anchor = torch.zeros((), requires_grad=True)
-        self._current: _Batch | None = None
-        self._keep = False
 
-        # Parameters outside all units are at hand during a whole run
+        # The units' own forward passes, and the modules that belong to no unit
+        self._plain = {name: unit.forward for name, unit in self.units.items()}
         inside: set[int] = set()
         for unit in self.units.values():
             inside |= {id(module) for module in unit.modules()}
-        outside = [module for module in model.modules() if id(module) not in inside]
-        self._loose: list[Tensor] = []
-        for module in outside:
-            self._loose += module.parameters(recurse=False)
-        for module in outside:
-            for name, buffer in module.named_buffers(recurse=False):
-                setattr(module, name, buffer.to(device))
+        self._outside = [module for module in model.modules() if id(module) not in inside]
+
+        # The state of a run
+        self._anchor = torch.zeros((), requires_grad=True)
+        self._current: _Batch | None = None
+        self._keep_calls = False
 
     def run(
         self,
@@ -249,19 +271,20 @@ class Stream:
         read: Read | None = None,
         visit: Visit | None = None,
     ) -> None:
-        """All batches forwards; with cotangent(batch, output) -> (tensor, its gradient) backwards
-        as well. visit, where it is given, takes the place of the stream's own for this run.
+        """Run all batches forwards; with cotangent(batch, output) -> (tensor, its gradient)
+        backwards as well. visit, where it is given, takes the place of the stream's own for this
+        run.
 
         wanted names the modules whose gradients matter: what comes before the first of them is not
         differentiated. read(batch, output) sees what the model answers to each batch, where nothing
         is differentiated.
         """
-        self._keep = cotangent is not None
-        tell = self.visit if visit is None else visit
+        self._keep_calls = cotangent is not None
+        visit = self.visit if visit is None else visit
         batches: list[_Batch] = []
 
         def forward(index: int) -> None:
-            with torch.set_grad_enabled(self._keep):
+            with torch.set_grad_enabled(cotangent is not None):
                 output = self.call(**self._moved(inputs[index]))
                 if cotangent is None:
                     if read is not None:
@@ -277,42 +300,39 @@ class Stream:
             # The last unit still has its turn; its output (logits, as a rule) is too large to keep
             # for later.
             last = batches[index].calls.pop()
-            tell("backward", last.unit, index, len(inputs))
+            visit("backward", last.unit, index, len(inputs))
             self._differentiate(last, index)
 
         batches += [_Batch(index, partial(forward, index)) for index in range(len(inputs))]
-        with caches_off(self.model):
-            with self._wrapped():
-                self._forwards(batches, tell)
+        with caches_off(self.model), self._outside_on_device():
+            with self._taking_turns():
+                self._forwards(batches, visit)
             if cotangent is not None:
-                self._backwards(batches, wanted, tell)
+                self._backwards(batches, wanted, visit)
 
     def turns(self, inputs: Sequence[dict[str, Tensor]]) -> Iterator[Turn]:
-        """The units one after the other; whoever asks for the turns must send each on with
-        `Turn.send_on`. Nothing is differentiated."""
+        """Yield the units one after the other; the caller must send each on with `Turn.send_on`.
+        Nothing is differentiated."""
 
         def forward(index: int) -> None:
             with torch.no_grad():
                 self.call(**self._moved(inputs[index]))
 
-        self._keep = False
+        self._keep_calls = False
         batches = [_Batch(index, partial(forward, index)) for index in range(len(inputs))]
-        with caches_off(self.model), self._wrapped():
+        with caches_off(self.model), self._outside_on_device(), self._taking_turns():
             yield from self._turns(batches)
 
     def _moved(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         return {key: value.to(self.device) for key, value in inputs.items()}
 
     @contextmanager
-    def _wrapped(self) -> Iterator[None]:
-        for name, unit in self.units.items():
-            unit.forward = self._turn_taking(name)
-        try:
-            with self._at_hand(self._loose):
-                yield
-        finally:
-            for unit in self.units.values():
-                del unit.forward  # the class's own again
+    def _taking_turns(self) -> Iterator[None]:
+        """Have every unit wait for its turn before it runs."""
+        with ExitStack() as stack:
+            for name, unit in self.units.items():
+                stack.enter_context(_forward_replaced(unit, self._turn_taking(name)))
+            yield
 
     def _turn_taking(self, name: str) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
@@ -328,29 +348,31 @@ class Stream:
         return forward
 
     def _call(self, batch: _Batch, name: str, args: Any, kwargs: Any) -> Any:
-        """One unit of one batch, cut off from the graph around it, so that it can be differentiated
-        on its own."""
+        """Run one unit of one batch, cut off from the graph around it, so that it can be
+        differentiated on its own."""
         # Without a graph: where gradients are wanted, the unit is computed again for them
         leaves, spec = tree_flatten((args, kwargs))
-        inner = [_cut(leaf) for leaf in leaves]
+        inner = [_detach(leaf) for leaf in leaves]
         args, kwargs = tree_unflatten(inner, spec)
         with torch.no_grad():
             result = self._plain[name](*args, **kwargs)
-        if not self._keep:
+        if not self._keep_calls:
             return result
 
         # Notes for the way back: what went in, and a place for the gradient of each output
         outputs, out_spec = tree_flatten(result)
-        outer = [
-            leaf if isinstance(leaf, Tensor) and leaf.requires_grad else None for leaf in leaves
-        ]
+        outer: list[Tensor | None] = []
+        for leaf in leaves:
+            if isinstance(leaf, Tensor) and leaf.requires_grad:
+                outer.append(leaf)
+            else:
+                outer.append(None)
         kept = [_Gradient(out.detach()) for out in outputs if _differentiable(out)]
-        call = _Call(name, inner, spec, outer, kept, _versions(inner))
-        batch.calls.append(call)
+        batch.calls.append(_Call(name, inner, spec, outer, kept, _versions(inner)))
 
         # The outputs anew, each at the beginning of the graph of what follows
         start: Callable[..., Tensor] = _Start.apply
-        starts = iter([start(self._anchor, one) for one in kept])
+        starts = iter([start(self._anchor, output) for output in kept])
         onward = [next(starts) if _differentiable(out) else out for out in outputs]
         return tree_unflatten(onward, out_spec)
 
@@ -363,8 +385,8 @@ class Stream:
             visit("forward done", turn.name, len(batches), len(batches))
 
     def _turns(self, batches: Sequence[_Batch]) -> Iterator[Turn]:
-        """Start all batches; again and again the unit that the first of them waits for, with all
-        that wait for it."""
+        """Start all batches, and yield again and again the unit that the first of them waits for,
+        with all that wait for it."""
         threads = [threading.Thread(target=batch.body, daemon=True) for batch in batches]
         for thread in threads:
             thread.start()
@@ -372,16 +394,16 @@ class Stream:
             for batch in batches:
                 self._advance(batch)
             while True:
-                name = next((b.waits_for for b in batches if b.waits_for is not None), None)
-                if name is None:
+                waiting = [batch for batch in batches if batch.waits_for is not None]
+                if not waiting:
                     break
-                waiting = [batch for batch in batches if batch.waits_for == name]
+                name = str(waiting[0].waits_for)
+                waiting = [batch for batch in waiting if batch.waits_for == name]
                 with self._in_memory(name):
                     yield Turn(name, self.units[name], self._plain[name], waiting, self._advance)
-        finally:
+        finally:  # those that have ended already do not mind
             for batch in batches:
-                batch.abandoned = True
-                batch.go.release()
+                batch.abandon()
             for thread in threads:
                 thread.join()
 
@@ -390,7 +412,7 @@ class Stream:
         batch.advance()
 
     def _backwards(self, batches: Sequence[_Batch], wanted: Collection[str], visit: Visit) -> None:
-        """From the last unit to the first that holds a wanted module."""
+        """Differentiate from the last unit to the first that holds a wanted module."""
         order = [call.unit for call in batches[0].calls]
         first = 0
         if wanted:
@@ -445,28 +467,22 @@ class Stream:
             torch.autograd.backward(sources, source_gradients, retain_graph=True)
 
     def _with_hooks(self, name: str, args: Any, kwargs: Any) -> Any:
-        """A unit as the model calls it, without waiting for its turn: a unit that is a layer itself
-        has hooks of its own."""
+        """Call a unit as the model does, without waiting for its turn: a unit that is a layer
+        itself has hooks of its own."""
         unit = self.units[name]
-        waiting = unit.__dict__.get("forward")
-        unit.forward = self._plain[name]
-        try:
+        with _forward_replaced(unit, self._plain[name]):
             return unit(*args, **kwargs)
-        finally:
-            del unit.forward
-            if waiting is not None:
-                unit.forward = waiting
 
     @contextmanager
     def _in_memory(self, name: str) -> Iterator[None]:
-        """The unit's parameters and buffers on the device in the compute dtype, for as long as its
-        turn lasts."""
+        """Keep the unit's parameters and buffers on the device in the compute dtype, for as long as
+        its turn lasts."""
         unit = self.units[name]
-        with self._at_hand([*unit.parameters(), *unit.buffers()]):
+        with self._on_device([*unit.parameters(), *unit.buffers()]):
             yield
 
     @contextmanager
-    def _at_hand(self, tensors: Sequence[Tensor]) -> Iterator[None]:
+    def _on_device(self, tensors: Sequence[Tensor]) -> Iterator[None]:
         stored = [(tensor, tensor.data) for tensor in tensors]
         for tensor, data in stored:
             dtype = self.dtype if data.is_floating_point() else data.dtype
@@ -477,20 +493,63 @@ class Stream:
             for tensor, data in stored:
                 tensor.data = data
 
+    @contextmanager
+    def _outside_on_device(self) -> Iterator[None]:
+        """Keep what lies outside all units on the device for a whole run: parameters in the compute
+        dtype, buffers (such as rotary frequencies) in their own."""
+        parameters: list[Tensor] = []
+        with ExitStack() as stack:
+            for module in self._outside:
+                parameters += module.parameters(recurse=False)
+                for name, buffer in module.named_buffers(recurse=False):
+                    stack.enter_context(_buffer_moved(module, name, buffer, self.device))
+            with self._on_device(parameters):
+                yield
+
+
+@contextmanager
+def _forward_replaced(unit: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Have calls of a module go to `forward` as long as the context lasts."""
+    before = vars(unit).get("forward")
+    unit.forward = forward
+    try:
+        yield
+    finally:
+        del unit.forward  # the class's own again
+        if before is not None:
+            unit.forward = before
+
+
+@contextmanager
+def _buffer_moved(
+    module: nn.Module, name: str, buffer: Tensor, device: torch.device
+) -> Iterator[None]:
+    """Keep a module's buffer on another device as long as the context lasts. Where the model put
+    another one there meanwhile (rotary frequencies for longer text), that one stays."""
+    moved = buffer.to(device)
+    setattr(module, name, moved)
+    try:
+        yield
+    finally:
+        present = getattr(module, name)
+        if present is not moved:
+            buffer = present.to(buffer.device)
+        setattr(module, name, buffer)
+
 
 def first_tensor(result: Any) -> Tensor:
-    """The first floating tensor in what a unit returns: a block's hidden states."""
-    found: Tensor = next(leaf for leaf in tree_flatten(result)[0] if _differentiable(leaf))
-    return found
+    """Return the first floating tensor in what a unit returns: a block's hidden states."""
+    first: Tensor = next(leaf for leaf in tree_flatten(result)[0] if _differentiable(leaf))
+    return first
 
 
 def _holds_any(unit: str, modules: Collection[str]) -> bool:
-    """Is any of these modules the unit itself, or inside it?"""
+    """Tell whether any of these modules is the unit itself, or inside it."""
     return any(name == unit or name.startswith(f"{unit}.") for name in modules)
 
 
 def _versions(leaves: Sequence[Any]) -> list[int]:
-    """How often each tensor was changed in place."""
+    """Return how often each tensor was changed in place."""
     return [leaf._version for leaf in leaves if isinstance(leaf, Tensor)]
 
 
@@ -498,10 +557,10 @@ def _differentiable(value: Any) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point()
 
 
-def _cut(value: Any) -> Any:
+def _detach(value: Any) -> Any:
     return value.detach() if isinstance(value, Tensor) else value
 
 
 def _detached(values: Any) -> Any:
     leaves, spec = tree_flatten(values)
-    return tree_unflatten([_cut(leaf) for leaf in leaves], spec)
+    return tree_unflatten([_detach(leaf) for leaf in leaves], spec)

@@ -44,18 +44,17 @@ _MOMENT_BATCHES = 8
 HELD_OUT = 4  # batches: more would cost as much as the training
 _REFIT_SHARE = 0.8  # of a block's time
 
-
 Call = Callable[[nn.Module], Callable[..., Any]]
 
 
-def whole(model: nn.Module) -> Callable[..., Any]:
-    """The model itself is called."""
+def itself(model: nn.Module) -> Callable[..., Any]:
+    """Call the whole model."""
     return model
 
 
 @dataclass(frozen=True)
 class Effort:
-    """How long is trained: steps for each block and for the whole model, or seconds for all
+    """The length of the training: steps for each block and for the whole model, or seconds for all
     together."""
 
     steps: int | None = None
@@ -64,7 +63,8 @@ class Effort:
 
 @dataclass(frozen=True)
 class Batches:
-    """What both models read: batches to train on, and batches that are held out to judge by."""
+    """The text that both models read: batches to train on, and batches that are held out to judge
+    by."""
 
     train: Sequence[Batch]
     held_out: Sequence[Batch]
@@ -75,19 +75,23 @@ class Batches:
         SvdcliError for a single row."""
         if len(batches) == 1:
             batches = list(_halves(batches[0]))
+
+        # A quarter at most, but one of two or three; each from the middle of an equal part
         count = min(HELD_OUT, len(batches) // 4 or len(batches) // 2)
         held_out = {len(batches) * (2 * i + 1) // (2 * count) for i in range(count)}
         train = [batch for index, batch in enumerate(batches) if index not in held_out]
         return Batches(train, [batches[index] for index in sorted(held_out)])
 
     def fewer(self, count: int) -> Batches:
-        """At most count batches to train on, spread over the text; the same ones held out."""
+        """Return at most count batches to train on, spread over the text; the same ones held
+        out."""
         step = max(1.0, len(self.train) / max(1, count))
         count = min(count, len(self.train))
         return Batches([self.train[int(i * step)] for i in range(count)], self.held_out)
 
 
 def _halves(batch: Batch) -> tuple[Batch, Batch]:
+    """Return the first rows and the others."""
     count = len(batch["input_ids"])
     if count < 2:
         raise SvdcliError(
@@ -126,7 +130,7 @@ def heal_blocks(
     trainable: Callable[[str], bool],
     moments: Mapping[str, Tensor] | None = None,
     finished: Callable[[str], HealedBlock | None] = lambda name: None,
-    call: Call = whole,
+    call: Call = itself,
     seed: int = 0,
     device: torch.device | None = None,
     progress: Progress = silent,
@@ -140,92 +144,105 @@ def heal_blocks(
     each batch. Raises SvdcliError where the two models do not have the same blocks, and where a
     block answers with NaN.
     """
-    where = device or torch.device("cpu")
-    student_stream = Stream(student, where, torch.float32, call=call(student))
-    teacher_stream = Stream(teacher, where, torch.float32, call=call(teacher))
+    device = device or torch.device("cpu")
+    student_stream = Stream(student, device, torch.float32, call=call(student))
+    teacher_stream = Stream(teacher, device, torch.float32, call=call(teacher))
     dtypes = {name: tensor.dtype for name, tensor in _tensors(student)}
 
     # The blocks that will be refined, known beforehand so that they can share the time
-    to_refine = {
-        name
-        for name in blocks_of(student)
-        if name in student_stream.units and (moments is None or name in moments)
-        if _trainable(student_stream.units[name], name, trainable)
-    }
+    to_refine = _to_refine(student_stream, trainable, moments)
     timetable = _Timetable(effort.seconds, len(to_refine))
 
-    every = [*batches.train, *batches.held_out]
+    all_batches = [*batches.train, *batches.held_out]
     number = 0
-    for ours, theirs in _in_step(student_stream, teacher_stream, every):
+    for student_turn, teacher_turn in _in_step(student_stream, teacher_stream, all_batches):
+        name = student_turn.name
         # A block with nothing to refine only sends its batches on
-        if ours.name not in to_refine:
-            theirs.send_on()
-            ours.send_on()
+        if name not in to_refine:
+            teacher_turn.send_on()
+            student_turn.send_on()
             continue
 
         # The original's answers are what the block is to give; its arguments are gone afterwards
-        teacher_arguments = theirs.arguments
-        targets = theirs.send_on(keep=True)
-        tensors = _trainable(ours.unit, ours.name, trainable)
-        healed = finished(ours.name)
+        teacher_arguments = teacher_turn.arguments
+        targets = teacher_turn.send_on(keep=True)
+        tensors = _trainable(student_turn.unit, name, trainable)
+        healed = finished(name)
         if healed is None:
             block = Block(
-                BlockRun(ours.unit, ours.call, ours.arguments),
-                BlockRun(theirs.unit, theirs.call, teacher_arguments),
-                targets,
-                [padding_mask(every[batch.index]) for batch in ours.batches],
+                student=BlockRun(student_turn.unit, student_turn.call, student_turn.arguments),
+                teacher=BlockRun(teacher_turn.unit, teacher_turn.call, teacher_arguments),
+                targets=targets,
+                masks=[padding_mask(all_batches[batch.index]) for batch in student_turn.batches],
             )
-            read, held_out = _parted(ours, len(batches.train))
-            moment = None if moments is None else moments[ours.name]
-            healer = _Healer(block, read, held_out, tensors, dtypes, ours.name, moment)
-            report = partial(_report, progress, ours.name, number, len(to_refine))
+            read, held_out = _parted(student_turn, len(batches.train))
+            moment = None if moments is None else moments[name]
+            healer = _Healer(block, read, held_out, tensors, dtypes, name, moment)
+            report = partial(_report, progress, name, number, len(to_refine))
             healed = healer.heal(effort.steps, timetable.next_share(), seed, report)
-            timetable.done += 1
+            timetable.blocks_done += 1
 
         # What comes after the block meets it as it is now
-        assign(healed, tensors, where)
+        assign(healed, tensors, device)
         number += 1
         yield healed
-        ours.send_on()
+        student_turn.send_on()
+
+
+def _to_refine(
+    student: Stream, trainable: Callable[[str], bool], moments: Mapping[str, Tensor] | None
+) -> set[str]:
+    """Return the names of the blocks that the text reaches and that hold something trainable."""
+    names: set[str] = set()
+    for name in blocks_of(student.model):
+        unit = student.units.get(name)
+        reached = moments is None or name in moments
+        if unit is not None and reached and _trainable(unit, name, trainable):
+            names.add(name)
+    return names
 
 
 def _in_step(
     student: Stream, teacher: Stream, batches: Sequence[Batch]
 ) -> Iterator[tuple[Turn, Turn]]:
-    """The turns of both models' blocks, pairwise. Raises SvdcliError where their names differ."""
-    for ours, theirs in zip(student.turns(batches), teacher.turns(batches), strict=False):
-        if ours.name != theirs.name:
+    """Yield the turns of both models' blocks, pairwise. Raises SvdcliError where their names
+    differ."""
+    pairs = zip(student.turns(batches), teacher.turns(batches), strict=False)
+    for student_turn, teacher_turn in pairs:
+        if student_turn.name != teacher_turn.name:
             raise SvdcliError(
-                f"the models differ: {ours.name} meets {theirs.name}",
+                f"the models differ: {student_turn.name} meets {teacher_turn.name}",
                 "give the original as --teacher",
             )
-        yield ours, theirs
+        yield student_turn, teacher_turn
 
 
 class _Timetable:
     """The seconds for all blocks, from now on, in equal parts; what one block leaves over is for
-    those after it. done counts the blocks that took time."""
+    those after it. blocks_done counts those that took time."""
 
     def __init__(self, seconds: float | None, blocks: int) -> None:
-        self.seconds, self.blocks = seconds, blocks
-        self.done = 0
+        self.seconds = seconds
+        self.blocks = blocks
+        self.blocks_done = 0
         self._begin = time.monotonic()
 
     def next_share(self) -> float | None:
-        """Seconds for the next block; None without a limit."""
+        """Return the seconds for the next block; None without a limit."""
         if self.seconds is None:
             return None
         spent = time.monotonic() - self._begin
-        return self.seconds * (self.done + 1) / self.blocks - spent
+        return self.seconds * (self.blocks_done + 1) / self.blocks - spent
 
 
-def _report(progress: Progress, name: str, number: int, total: int, done: float) -> None:
-    progress("heal", name, number + done, total)
+def _report(progress: Progress, name: str, number: int, total: int, share: float) -> None:
+    progress("heal", name, number + share, total)
 
 
 def blocks_of(model: nn.Module) -> set[str]:
-    """Names of the members of every list of blocks. What lies outside them (embeddings, heads) is
-    not refined: its output is as wide as a vocabulary, or has nothing before it to make up for."""
+    """Return the names of the members of every list of blocks. What lies outside them (embeddings,
+    heads) is not refined: its output is as wide as a vocabulary, or has nothing before it to make
+    up for."""
     names = set()
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList):
@@ -235,30 +252,34 @@ def blocks_of(model: nn.Module) -> set[str]:
 
 
 def _tensors(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Parameters and buffers by name."""
+    """Yield parameters and buffers by name."""
     yield from module.named_parameters(prefix=prefix)
     yield from module.named_buffers(prefix=prefix)
 
 
 def _trainable(unit: nn.Module, name: str, allowed: Callable[[str], bool]) -> dict[str, Tensor]:
-    """The parameters and row orders of the low-rank modules in one unit that may change, by their
-    names in the whole model."""
+    """Return the parameters and row orders of the low-rank modules in one unit that may change, by
+    their names in the whole model."""
     tensors: dict[str, Tensor] = {}
     for path, module in unit.named_modules(prefix=name):
-        if isinstance(module, LOW_RANK):
-            tensors |= {full: tensor for full, tensor in _tensors(module, path) if allowed(full)}
+        if not isinstance(module, LOW_RANK):
+            continue
+        for full_name, tensor in _tensors(module, path):
+            if allowed(full_name):
+                tensors[full_name] = tensor
     return tensors
 
 
-def assign(healed: HealedBlock, tensors: Mapping[str, Tensor], where: torch.device) -> None:
-    """Set the tensors to the healed weights, in float32."""
+def assign(healed: HealedBlock, tensors: Mapping[str, Tensor], device: torch.device) -> None:
+    """Set the tensors to the healed weights, in float32; orders of rows stay integers."""
     for name, value in healed.weights.items():
         dtype = torch.float32 if value.is_floating_point() else value.dtype
-        tensors[name].data = value.to(where, dtype)
+        tensors[name].data = value.to(device, dtype)
 
 
 def _parted(turn: Turn, count: int) -> tuple[list[int], list[int]]:
-    """Indices in the turn of batches to train on (the first `count` of all) and of those held out.
+    """Return the indices in the turn of batches to train on (the first `count` of all) and of those
+    held out.
 
     Raises SvdcliError for a block that the model does not run on every text, where one of the two
     is empty.
@@ -280,7 +301,8 @@ def _parted(turn: Turn, count: int) -> tuple[list[int], list[int]]:
 
 class _Healer:
     """One block: what it should answer, and how far it is from that. read and held_out are indices
-    of batches."""
+    of batches; tensors are those that may change, by their names in the model; moment is H at the
+    block's output, None where every direction counts the same."""
 
     def __init__(
         self,
@@ -292,8 +314,11 @@ class _Healer:
         name: str,
         moment: Tensor | None,
     ) -> None:
-        self.block, self.read, self.held_out = block, read, held_out
-        self.tensors, self.name = tensors, name
+        self.block = block
+        self.read = read
+        self.held_out = held_out
+        self.tensors = tensors
+        self.name = name
         # ||d L||^2 is d^T H d for H = L L^T
         self.root: Tensor | None = None
         if moment is not None:
@@ -303,8 +328,8 @@ class _Healer:
     def heal(
         self, steps: int | None, seconds: float | None, seed: int, report: Callable[[float], None]
     ) -> HealedBlock:
-        """In closed form, then by gradient for what is left of the time. The block itself ends as
-        it was."""
+        """Refine in closed form, then by gradient for what is left of the time. The block itself
+        ends as it was."""
         before = {name: tensor.data for name, tensor in self.tensors.items()}
 
         # In closed form, from as many batches as there is time for
@@ -313,12 +338,13 @@ class _Healer:
         refit(self.block, indices, self.root, self._may_change, self.best.keep_if_better)
 
         # By gradient, from where the closed form ended
-        left = None if seconds is None else seconds - (time.monotonic() - begin)
-        schedule = Schedule(steps, left, report)
+        remaining = None if seconds is None else seconds - (time.monotonic() - begin)
+        schedule = Schedule(steps, remaining, report)
         weights = [tensor for tensor in self.tensors.values() if isinstance(tensor, nn.Parameter)]
         better = self.best.keep_if_better
         train(weights, schedule, BLOCK_RATE, self.read, self._loss, better, seed)
 
+        # The best weights are on record; the caller decides when they take effect
         for name, tensor in self.tensors.items():
             tensor.data = before[name]
         return HealedBlock(
@@ -326,41 +352,47 @@ class _Healer:
         )
 
     def _may_change(self, name: str) -> bool:
-        """name is that of a tensor in the block."""
+        """Tell whether a tensor may change, by its name in the block."""
         return f"{self.name}.{name}" in self.tensors
 
     def _stride(self, seconds: float | None) -> int:
-        """Every so many-th batch is read to refit, so that it takes no more than its share of the
-        time."""
+        """Return the step between the batches that are read to refit, so that it takes no more than
+        its share of the time."""
         if seconds is None:
             return 1
-        # Each low-rank layer takes about two passes over the batches, one in either model
+        # What one batch takes, by a pass over those that are held out
         begin = time.monotonic()
         self._error()
-        a_batch = (time.monotonic() - begin) / len(self.held_out)
+        seconds_a_batch = (time.monotonic() - begin) / len(self.held_out)
+
+        # Each low-rank layer takes about two passes over the batches, one in either model
         modules = self.block.student.unit.modules()
         passes = 2 * sum(isinstance(module, LOW_RANK) for module in modules)
-        all_of_it = passes * a_batch * len(self.read)
-        return max(1, math.ceil(all_of_it / max(1e-9, _REFIT_SHARE * seconds)))
+        needed = passes * seconds_a_batch * len(self.read)
+        return max(1, math.ceil(needed / max(1e-9, _REFIT_SHARE * seconds)))
 
     def _loss(self, index: int) -> Tensor:
+        """Return what one batch is trained on: its relative error."""
         error, energy = self._errors(index)
         return error / energy
 
     def _errors(self, index: int) -> tuple[Tensor, Tensor]:
-        """Squared error of the block's output for one batch, and the energy of what it should be;
-        padding is left out."""
+        """Return the squared error of the block's output for one batch, and the energy of what it
+        should be; padding is left out."""
         output = self.block.rows(self.block.student.answer(index), index)
         target = self.block.rows(self.block.targets[index], index)
         difference = output - target
         if self.root is not None:
-            difference, target = difference @ self.root, target @ self.root
+            difference = difference @ self.root
+            target = target @ self.root
         return difference.square().sum(), target.square().sum()
 
     @torch.no_grad()
     def _error(self) -> float:
-        """The relative error on the batches that are held out."""
-        error = energy = 0.0
+        """Return the relative error on the batches that are held out. Raises SvdcliError where it
+        is not finite."""
+        error = 0.0
+        energy = 0.0
         for index in self.held_out:
             batch_error, batch_energy = self._errors(index)
             error += float(batch_error)
@@ -396,37 +428,42 @@ class _Whole:
         hard: float,
         device: torch.device,
     ) -> None:
-        self.teacher, self.student, self.hard = teacher, student, hard
-        self.batches, self.device = batches, device
+        self.teacher = teacher
+        self.student = student
+        self.hard = hard
+        self.batches = batches
+        self.device = device
 
     def loss(self, index: int) -> Tensor:
-        """What one batch is trained on."""
+        """Return what one batch is trained on."""
         means = self._means(self.batches.train[index])
         return (1 - self.hard) * means.distance + self.hard * means.excess
 
     def errors(self) -> tuple[float, float]:
-        """(loss, distance alone) on held-out text. Raises SvdcliError where the loss is not
+        """Return (loss, distance alone) on held-out text. Raises SvdcliError where the loss is not
         finite."""
         means = [self._means(batch) for batch in self.batches.held_out]
-        rows = sum(one.rows for one in means)
-        distance = sum(float(one.distance) * one.rows for one in means) / rows
-        excess = sum(float(one.excess) * one.rows for one in means)
+        # A batch counts by its predictions: the last one may be smaller
+        rows = sum(batch.rows for batch in means)
+        distance = sum(float(batch.distance) * batch.rows for batch in means) / rows
+        excess = sum(float(batch.excess) * batch.rows for batch in means)
         loss = (1 - self.hard) * distance + self.hard * excess / rows
         if not math.isfinite(loss):
             raise SvdcliError("the model answers with NaN or infinity", "see `svdcli verify`")
         return loss, distance
 
     def _means(self, batch: Batch) -> _Means:
-        """No excess loss where it does not count."""
+        """Return how far the student is from the teacher on one batch; the excess loss is 0 where
+        it does not count, as an encoder has none."""
         batch = _moved(batch, self.device)
         with torch.no_grad():
-            wanted, distance = answer_of(self.teacher(**batch), batch)
+            target, distance = answer_of(self.teacher(**batch), batch)
         answer, _ = answer_of(self.student(**batch), batch)
         if self.hard:
-            excess = excess_of(wanted, answer, batch["input_ids"])
+            excess = excess_of(target, answer, batch["input_ids"])
         else:
             excess = answer.new_zeros(())
-        return _Means(distance(wanted, answer) / len(wanted), excess, len(wanted))
+        return _Means(distance(target, answer) / len(target), excess, len(target))
 
 
 def _moved(batch: Batch, device: torch.device) -> Batch:
@@ -442,7 +479,7 @@ def heal_whole(
     trainable: Callable[[str], bool],
     dtypes: Mapping[str, torch.dtype],
     hard_labels: float = 0.0,
-    call: Call = whole,
+    call: Call = itself,
     seed: int = 0,
     progress: Progress = silent,
 ) -> HealedBlock:
@@ -470,8 +507,8 @@ def heal_whole(
         rate = WHOLE_RATE * math.sqrt(max(0.0, distances[0]))
 
         # Coordinates in which all steps cost alike, learned from a few batches
-        few = [_moved(batch, device) for batch in batches.fewer(_MOMENT_BATCHES).train]
-        layers = WhitenedLayers(teacher, student, tensors, few, call(teacher))
+        sample = [_moved(batch, device) for batch in batches.fewer(_MOMENT_BATCHES).train]
+        layers = WhitenedLayers(teacher, student, tensors, sample, call(teacher))
 
         def keep_if_better() -> bool:
             with layers.stored():

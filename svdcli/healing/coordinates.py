@@ -9,7 +9,7 @@ there is worth the same in every direction, whatever the layout stores.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,16 +17,17 @@ import torch
 from torch import Tensor, nn
 
 from svdcli.calibration.loss import ModelLoss
+from svdcli.calibration.rows import MomentSums, without_padding
 from svdcli.healing.refit import put_factors
 from svdcli.linalg.balance import balanced
 from svdcli.linalg.damping import damped_root
-from svdcli.linalg.machine import moment
 from svdcli.linalg.solvers import Factors, transposed
 from svdcli.models.modules import LOW_RANK, factors_of, is_linear
 from svdcli.text.tokens import Batch
 
 FULL = 2048  # wider sides are scaled by their diagonal
-_DAMPING_INPUTS, _DAMPING_OUTPUTS = 0.01, 0.1  # of the mean diagonal
+_DAMPING_INPUTS = 0.01  # of the mean diagonal
+_DAMPING_OUTPUTS = 0.1
 
 
 class WhitenedLinear(nn.Module):
@@ -37,7 +38,7 @@ class WhitenedLinear(nn.Module):
         super().__init__()
         # The dense layer's two factors, (m, r) and (r, n), whatever the layout
         up, down, rows = factors_of(module)
-        if rows is not None:
+        if rows is not None:  # pivoted: the kept rows are those of `down` themselves
             up = torch.cat((torch.eye(down.shape[0]).to(up), up))[rows.long()]
         if conv:  # stored as (in, out)
             up, down = down.T, up.T
@@ -45,18 +46,21 @@ class WhitenedLinear(nn.Module):
         # In the coordinates of the moments, with the same size of entries in both
         left, undo_left = _root(outputs, _DAMPING_OUTPUTS)
         right, undo_right = _root(inputs, _DAMPING_INPUTS)
-        a, b = balanced(_times(_turned(left), up), _times(_turned(right), down.T).T)
-        self.conv, self.bias = conv, getattr(module, "bias", None)
+        whitened_up = _times(_transpose(left), up)
+        whitened_down = _times(_transpose(right), down.T).T
+        a, b = balanced(whitened_up, whitened_down)
+        self.conv = conv
+        self.bias = getattr(module, "bias", None)
         self.a = nn.Parameter(a.float(), requires_grad=False)
         self.b = nn.Parameter(b.float(), requires_grad=False)
-        self.register_buffer("outputs", _turned(undo_left).float())
-        self.register_buffer("inputs", _turned(undo_right).float())
+        self.register_buffer("outputs", _transpose(undo_left).float())
+        self.register_buffer("inputs", _transpose(undo_right).float())
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """(up, down) of the weight as (out, in)."""
-        return _times(self.get_buffer("outputs"), self.a), _times(
-            self.get_buffer("inputs"), self.b.T
-        ).T
+        """Return (up, down) of the weight as (out, in)."""
+        up = _times(self.get_buffer("outputs"), self.a)
+        down = _times(self.get_buffer("inputs"), self.b.T).T
+        return up, down
 
     @property
     def weight(self) -> Tensor:
@@ -71,7 +75,8 @@ class WhitenedLinear(nn.Module):
 
 
 def _root(moment: Tensor, damping: float) -> tuple[Tensor, Tensor]:
-    """L with L L^T = the damped moment, and its inverse, in float64; of a diagonal, diagonals."""
+    """Return L with L L^T = the damped moment, and its inverse, in float64; of a diagonal,
+    diagonals."""
     root = damped_root(moment, damping)
     if root.ndim == 1:
         return root, 1 / root
@@ -79,12 +84,13 @@ def _root(moment: Tensor, damping: float) -> tuple[Tensor, Tensor]:
     return root, torch.linalg.solve_triangular(root, eye, upper=False)
 
 
-def _turned(root: Tensor) -> Tensor:
-    """The transpose; of a diagonal, the diagonal."""
+def _transpose(root: Tensor) -> Tensor:
+    """Return the transpose; of a diagonal, the diagonal."""
     return root.mT if root.ndim == 2 else root
 
 
 def _times(scale: Tensor, x: Tensor) -> Tensor:
+    """Return scale @ x for a matrix; each row of x times its scale for a diagonal."""
     return scale.to(x.dtype) @ x if scale.ndim == 2 else scale.to(x.dtype)[:, None] * x
 
 
@@ -117,7 +123,9 @@ class WhitenedLayers:
         self.layers: dict[str, WhitenedLinear] = {}
         for name, original in dense.items():
             conv = not isinstance(original, nn.Linear)
-            m, n = original.get_parameter("weight").shape[:: -1 if conv else 1]
+            m, n = original.get_parameter("weight").shape
+            if conv:  # stored as (in, out)
+                m, n = n, m
             unknown = torch.ones(max(m, n), device=tensors[f"{name}.svd_up.weight"].device)
             input_moment = inputs.get(name, unknown[:n])
             output_moment = outputs.get(name, unknown[:m])
@@ -136,7 +144,7 @@ class WhitenedLayers:
 
     @contextmanager
     def training(self) -> Iterator[None]:
-        """The layers to train in the model."""
+        """Put the layers to train in place of the model's own, which come back afterwards."""
         self._use(self.layers)
         try:
             yield
@@ -145,11 +153,13 @@ class WhitenedLayers:
 
     @contextmanager
     def stored(self) -> Iterator[None]:
-        """Inside `training`: what would be stored of the layers, in the model in place of them."""
+        """Put what would be stored of the layers in place of them, inside `training`."""
         for name, layer in self.layers.items():
             up, down = (factor.detach() for factor in layer.factors())
             factors = Factors(up, down, up.new_empty(0), 0.0)
-            put_factors(self.originals[name], transposed(factors) if layer.conv else factors)
+            if layer.conv:  # stored as (in, out)
+                factors = transposed(factors)
+            put_factors(self.originals[name], factors)
         self._use(self.originals)
         try:
             yield
@@ -163,46 +173,43 @@ class WhitenedLayers:
 
 def moments_of(
     model: nn.Module,
-    names: Mapping[str, object],
+    names: Collection[str],
     batches: Sequence[Batch],
     call: Callable[..., Any] | None = None,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Second moments of the inputs and of the loss gradients at the outputs of the named layers,
-    summed over the batches, from ordinary passes of a model in memory; diagonals beyond `FULL`.
-    Padding counts as zeros in gradients only."""
-    inputs: dict[str, Tensor] = {}
-    gradients: dict[str, Tensor] = {}
-    caught: dict[str, list[Tensor]] = {}
+    """Return the second moments of the inputs and of the loss gradients at the outputs of the named
+    layers, summed over the batches, from ordinary passes of a model in memory; diagonals beyond
+    `FULL`. Padding counts as zeros in gradients only."""
+    input_sums = MomentSums(FULL)
+    gradient_sums = MomentSums(FULL)
+    ends: list[tuple[str, Tensor]] = []
 
-    def add(sums: dict[str, Tensor], name: str, values: Tensor) -> None:
-        more = moment(values.detach().reshape(-1, values.shape[-1]), FULL)
-        sums[name] = sums[name] + more if name in sums else more
-
-    def hook(name: str) -> Callable[..., Tensor]:
-        def catch(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            add(inputs, name, args[0])
+    def watch(name: str) -> Callable[..., Tensor]:
+        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            input_sums.add(name, without_padding(args[0].detach(), None))
             if not output.requires_grad:  # nothing before this layer is differentiated
                 output = output.detach().requires_grad_().clone()
-            caught.setdefault(name, []).append(output)
+            ends.append((name, output))
             return output
 
-        return catch
+        return hook
 
     loss = ModelLoss()
-    handles = [model.get_submodule(name).register_forward_hook(hook(name)) for name in names]
+    handles = [model.get_submodule(name).register_forward_hook(watch(name)) for name in names]
     try:
         for batch in batches:
-            caught.clear()
+            # Forwards, noting every output that a gradient is wanted at
+            ends.clear()
             with torch.enable_grad():
-                tensor, gradient = loss.cotangent(batch, (call or model)(**batch))
-            ends = [(name, output) for name, outputs in caught.items() for output in outputs]
-            found = torch.autograd.grad(
-                tensor, [output for _, output in ends], gradient, allow_unused=True
-            )
-            for (name, _), value in zip(ends, found, strict=True):
-                if value is not None:
-                    add(gradients, name, value)
+                tensor, cotangent = loss.cotangent(batch, (call or model)(**batch))
+
+            # Backwards; an output that the loss does not depend on has no gradient
+            outputs = [output for _, output in ends]
+            gradients = torch.autograd.grad(tensor, outputs, cotangent, allow_unused=True)
+            for (name, _), gradient in zip(ends, gradients, strict=True):
+                if gradient is not None:
+                    gradient_sums.add(name, without_padding(gradient, None))
     finally:
         for handle in handles:
             handle.remove()
-    return inputs, gradients
+    return input_sums.take(), gradient_sums.take()

@@ -12,6 +12,7 @@ all that the block's output still lacks.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,10 +23,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from svdcli.calibration.gather import FULL_OUTPUTS
-from svdcli.calibration.rows import without_padding
+from svdcli.calibration.rows import MomentSums, without_padding
 from svdcli.calibration.stream import first_tensor
 from svdcli.linalg.layouts import CODECS
-from svdcli.linalg.machine import moment
 from svdcli.linalg.solvers import Factors, transposed
 from svdcli.linalg.whitening import Metric, weighted
 from svdcli.models.modules import LOW_RANK, is_linear, layout_of
@@ -33,7 +33,7 @@ from svdcli.plan.layouts import LAYOUTS
 
 RIDGE = 0.01  # of the mean diagonal of E[x x^T], against directions that were hardly seen
 _MOMENT_BATCHES = 8
-_SAME_CHANGE = 1e-3
+_SAME_CHANGE = 1e-3  # error, as a share of the change, up to which two changes are the same
 
 Call = tuple[Any, Any]
 
@@ -51,21 +51,24 @@ class BlockRun:
         return first_tensor(self.call(*args, **kwargs))
 
 
-@dataclass
+@dataclass(frozen=True)
 class LayerPair:
     """A low-rank layer, by its name in the block, and the dense one that it stands for.
-    feeds_output says that its output is added to the block's; outputs is the second moment of the
-    loss gradient there."""
+
+    refits_bias says that the layer's bias may change; feeds_output that its output is added to the
+    block's; output_moment is the second moment of the loss gradient at its output, None where none
+    arrives there.
+    """
 
     name: str
     student: nn.Module
     teacher: nn.Module
-    bias: bool
-    feeds_output: bool = False
-    outputs: Tensor | None = None
+    refits_bias: bool
+    feeds_output: bool
+    output_moment: Tensor | None
 
     def weight(self) -> Tensor:
-        """The dense weight, (out, in), float64."""
+        """Return the dense weight, (out, in), float64."""
         weight = self.teacher.get_parameter("weight").data.to(torch.float64)
         return weight if isinstance(self.teacher, nn.Linear) else weight.T
 
@@ -81,7 +84,7 @@ class Block:
     masks: Sequence[Tensor | None]
 
     def rows(self, values: Tensor, index: int) -> Tensor:
-        """(tokens, width), without padding."""
+        """Return (tokens, width), without padding."""
         return without_padding(values, self.masks[index])
 
 
@@ -94,24 +97,16 @@ def refit(
     better: Callable[[], bool],
 ) -> None:
     """Solve the block's low-rank layers anew from the batches at `indices`, group by group;
-    `better` judges each result, and a group that is none is put back. root is L with H = L L^T at
-    the block's output; allowed tells which biases may change."""
-    # What there is to solve, and how errors at each layer's output count
-    groups = _groups(block, indices[0], allowed)
-    pairs = [pair for group in groups for pair in group]
-    _find_feeding(block, indices[0], pairs)
-    _add_output_moments(
-        block, indices[:: max(1, len(indices) // _MOMENT_BATCHES)][:_MOMENT_BATCHES], pairs, root
-    )
-
+    `better` judges each result, and a group whose result is no better is put back. root is L with
+    H = L L^T at the block's output; allowed tells which biases may change."""
     # Group by group: each meets what the groups before it now send on
-    for group in groups:
-        before = [
-            (tensor, tensor.data)
-            for pair in group
-            for tensor in pair.student.state_dict(keep_vars=True).values()
-        ]
-        sums = _gather(block, indices, group)
+    for group in _groups(block, indices, root, allowed):
+        before: list[tuple[Tensor, Tensor]] = []
+        for pair in group:
+            for tensor in pair.student.state_dict(keep_vars=True).values():
+                before.append((tensor, tensor.data))
+
+        sums = _sums_of(block, indices, group)
         for pair in group:
             _solve(pair, sums[pair.name])
         if not better():
@@ -119,43 +114,71 @@ def refit(
                 tensor.data = data
 
 
-def _groups(block: Block, index: int, allowed: Callable[[str], bool]) -> list[list[LayerPair]]:
-    """The low-rank layers that are called exactly once, in the order of their calls; those with the
-    same input together."""
-    calls: list[tuple[str, Tensor]] = []
-    modules = {
-        name: module
-        for name, module in block.student.unit.named_modules()
-        if isinstance(module, LOW_RANK)
-    }
+# The layers ---------------------------------------------------------------------------------------
 
-    def hook(name: str) -> Callable[..., None]:
+
+def _groups(
+    block: Block, indices: Sequence[int], root: Tensor | None, allowed: Callable[[str], bool]
+) -> list[list[LayerPair]]:
+    """List what there is to solve, in the order in which it is called; layers with the same input
+    together."""
+    grouped_names = _grouped_names(block, indices[0])
+    names = list(itertools.chain.from_iterable(grouped_names))
+
+    # A moment needs few batches, and each costs a backward pass
+    sample = indices[:: max(1, len(indices) // _MOMENT_BATCHES)][:_MOMENT_BATCHES]
+    feeding = _feeding(block, indices[0], names)
+    moments = _output_moments(block, sample, names, root)
+
+    def pair_of(name: str) -> LayerPair:
+        return LayerPair(
+            name=name,
+            student=block.student.unit.get_submodule(name),
+            teacher=block.teacher.unit.get_submodule(name),
+            refits_bias=allowed(f"{name}.bias".removeprefix(".")),
+            feeds_output=name in feeding,
+            output_moment=moments.get(name),
+        )
+
+    return [[pair_of(name) for name in group] for group in grouped_names]
+
+
+def _grouped_names(block: Block, index: int) -> list[list[str]]:
+    """Return the names of the low-rank layers that are called exactly once and stand for a linear
+    layer, in the order of their calls; neighbours that read the very same tensor make a group."""
+    calls: list[tuple[str, Tensor]] = []
+
+    def note(name: str) -> Callable[..., None]:
         return lambda module, inputs: calls.append((name, inputs[0]))
 
-    with _hooked(module.register_forward_pre_hook(hook(name)) for name, module in modules.items()):
+    handles = []
+    for name, module in block.student.unit.named_modules():
+        if isinstance(module, LOW_RANK):
+            handles.append(module.register_forward_pre_hook(note(name)))
+    with _hooked(handles):
         block.student.answer(index)
 
-    # Neighbours in that order that read the very same tensor make a group
-    names = [name for name, _ in calls]
-    groups: list[list[LayerPair]] = []
+    # The tensors are kept until here, so that being the same one means having the same input
+    called = [name for name, _ in calls]
+    groups: list[list[str]] = []
     last: Tensor | None = None
     for name, x in calls:
-        dense = block.teacher.unit.get_submodule(name)
-        if names.count(name) > 1 or not is_linear(dense):
+        if called.count(name) > 1 or not is_linear(block.teacher.unit.get_submodule(name)):
             continue
-        pair = LayerPair(name, modules[name], dense, allowed(f"{name}.bias" if name else "bias"))
         if last is x:
-            groups[-1].append(pair)
+            groups[-1].append(name)
         else:
-            groups.append([pair])
+            groups.append([name])
         last = x
     return groups
 
 
-def _find_feeding(block: Block, index: int, pairs: Sequence[LayerPair]) -> None:
-    """A layer closes the block where a change of its output changes the block's by just that."""
+def _feeding(block: Block, index: int, names: Sequence[str]) -> set[str]:
+    """Return those of these layers whose output goes into the block's as it is: a change there
+    changes the block's output by just that."""
     plain = block.student.answer(index)
-    for pair in pairs:
+    feeding: set[str] = set()
+    for name in names:
         change = torch.zeros(())
 
         def add(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
@@ -164,123 +187,138 @@ def _find_feeding(block: Block, index: int, pairs: Sequence[LayerPair]) -> None:
             change = noise * output.std()
             return output + change
 
-        with _hooked([pair.student.register_forward_hook(add)]):
+        student = block.student.unit.get_submodule(name)
+        with _hooked([student.register_forward_hook(add)]):
             moved = block.student.answer(index) - plain
-        pair.feeds_output = moved.shape == change.shape and bool(
-            (moved - change).norm() < _SAME_CHANGE * change.norm()
-        )
+        if moved.shape != change.shape:
+            continue
+        if bool((moved - change).norm() < _SAME_CHANGE * change.norm()):
+            feeding.add(name)
+    return feeding
 
 
-def _add_output_moments(
-    block: Block, indices: Sequence[int], pairs: Sequence[LayerPair], root: Tensor | None
-) -> None:
-    """H of every layer: the block's own, drawn as noise of that covariance at its output and led
-    back through it."""
+def _output_moments(
+    block: Block, indices: Sequence[int], names: Sequence[str], root: Tensor | None
+) -> dict[str, Tensor]:
+    """Return H at the output of every layer that a gradient reaches: the block's own, drawn as
+    noise of that covariance at its output and led back through the original block."""
     generator = torch.Generator().manual_seed(0)
-    caught: dict[str, Tensor] = {}
-
-    def hook(name: str) -> Callable[..., None]:
-        return lambda module, inputs, output: caught.__setitem__(name, output)
+    sums = MomentSums(FULL_OUTPUTS)
+    layers = {name: block.teacher.unit.get_submodule(name) for name in names}
+    outputs: dict[str, Tensor] = {}
 
     for index in indices:
+        # Forwards, with a graph that begins at what the block is given
         args, kwargs = _differentiable(block.teacher.arguments[index])
-        with (
-            _hooked(pair.teacher.register_forward_hook(hook(pair.name)) for pair in pairs),
-            torch.enable_grad(),
-        ):
-            out = first_tensor(block.teacher.call(*args, **kwargs))
-        noise = torch.randn(out.shape, generator=generator).to(out)
+        handles = []
+        for name, layer in layers.items():
+            handles.append(layer.register_forward_hook(_keep_output(outputs, name)))
+        with _hooked(handles), torch.enable_grad():
+            answer = first_tensor(block.teacher.call(*args, **kwargs))
+
+        # Backwards: noise of covariance H at the end has, at each layer, that of the layer's own H
+        noise = torch.randn(answer.shape, generator=generator).to(answer)
         cotangent = noise if root is None else noise @ root.T
-        found = torch.autograd.grad(
-            out, [caught[pair.name] for pair in pairs], cotangent, allow_unused=True
-        )
-        for pair, gradient in zip(pairs, found, strict=True):
+        ends = [outputs[name] for name in names]
+        gradients = torch.autograd.grad(answer, ends, cotangent, allow_unused=True)
+        for name, gradient in zip(names, gradients, strict=True):
             if gradient is not None:
-                more = moment(block.rows(gradient, index), FULL_OUTPUTS)
-                pair.outputs = more if pair.outputs is None else pair.outputs + more
-        caught.clear()
+                sums.add(name, block.rows(gradient, index))
+        outputs.clear()
+    return sums.take()
+
+
+def _keep_output(outputs: dict[str, Tensor], name: str) -> Callable[..., None]:
+    """Return a forward hook that puts a layer's output under this name."""
+
+    def keep(module: nn.Module, inputs: Any, output: Tensor) -> None:
+        outputs[name] = output
+
+    return keep
 
 
 def _differentiable(call: Call) -> Call:
+    """Return the same arguments, as the beginning of a graph."""
     leaves, spec = tree_flatten(call)
-    fresh = [
-        x.detach().requires_grad_() if isinstance(x, Tensor) and x.is_floating_point() else x
-        for x in leaves
-    ]
+    fresh: list[Any] = []
+    for leaf in leaves:
+        if isinstance(leaf, Tensor) and leaf.is_floating_point():
+            fresh.append(leaf.detach().requires_grad_())
+        else:
+            fresh.append(leaf)
     args, kwargs = tree_unflatten(fresh, spec)
     return args, kwargs
 
 
+# What they should answer --------------------------------------------------------------------------
+
+
 @dataclass
 class _Sums:
-    """Over all tokens: y x^T, x x^T, x and y."""
+    """Over all tokens, in float64: y x^T, x x^T, x and y."""
 
     cross: Tensor
     inputs: Tensor
     x: Tensor
     y: Tensor
-    count: int = 0
+    count: int
 
 
-def _gather(block: Block, indices: Sequence[int], group: Sequence[LayerPair]) -> dict[str, _Sums]:
-    """What the layers of one group should answer to what they get now."""
-    caught: dict[str, Tensor] = {}
-    sums: dict[str, _Sums] = {}
+def _sums_of(block: Block, indices: Sequence[int], group: Sequence[LayerPair]) -> dict[str, _Sums]:
+    """Sum, for each layer of one group, what it reads now and what it should answer to that."""
+    inputs: list[Tensor] = []
+    outputs: dict[str, Tensor] = {}
 
-    def catch(name: str) -> Callable[..., None]:
-        return lambda module, inputs, output: caught.__setitem__(name, output)
+    # A layer that feeds the block's output is aimed at what that lacks, the others at the original
+    handles = [group[0].student.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))]
+    for pair in group:
+        layer = pair.student if pair.feeds_output else pair.teacher
+        handles.append(layer.register_forward_hook(_keep_output(outputs, pair.name)))
+    needs_teacher = any(not pair.feeds_output for pair in group)
 
-    hooks = [
-        group[0].student.register_forward_pre_hook(
-            lambda module, inputs: caught.__setitem__("x", inputs[0])
-        )
-    ]
-    hooks += [
-        (pair.student if pair.feeds_output else pair.teacher).register_forward_hook(
-            catch(f"y {pair.name}")
+    # In float64, since the regression takes differences of these sums
+    sums = MomentSums(dtype=torch.float64)
+    count = 0
+    with _hooked(handles):
+        for index in indices:
+            answer = block.student.answer(index)
+            if needs_teacher:
+                block.teacher.answer(index)
+            x = block.rows(inputs.pop(), index)
+            sums.add("x x", x)
+            sums.add_mean("x", x)
+            for pair in group:
+                y = outputs[pair.name]
+                if pair.feeds_output:
+                    y = y + (block.targets[index] - answer)
+                y = block.rows(y, index)
+                sums.add_cross(f"y x {pair.name}", y, x)
+                sums.add_mean(f"y {pair.name}", y)
+            count += x.shape[0]
+
+    totals = sums.take()
+    return {
+        pair.name: _Sums(
+            cross=totals[f"y x {pair.name}"],
+            inputs=totals["x x"],
+            x=totals["x"],
+            y=totals[f"y {pair.name}"],
+            count=count,
         )
         for pair in group
-    ]
-    aside = any(not pair.feeds_output for pair in group)
-    with _hooked(hooks):
-        for index in indices:
-            out = block.student.answer(index)
-            if aside:
-                block.teacher.answer(index)
-            x = block.rows(caught["x"], index)
-            inputs = moment(x).to(torch.float64)
-            for pair in group:
-                y = caught[f"y {pair.name}"]
-                y = block.rows(y + (block.targets[index] - out) if pair.feeds_output else y, index)
-                more = _Sums(
-                    (y.T @ x).to(torch.float64),
-                    inputs,
-                    x.sum(0).double(),
-                    y.sum(0).double(),
-                    x.shape[0],
-                )
-                sums[pair.name] = more if pair.name not in sums else _added(sums[pair.name], more)
-    return sums
-
-
-def _added(one: _Sums, other: _Sums) -> _Sums:
-    return _Sums(
-        one.cross + other.cross,
-        one.inputs + other.inputs,
-        one.x + other.x,
-        one.y + other.y,
-        one.count + other.count,
-    )
+    }
 
 
 def _solve(pair: LayerPair, sums: _Sums) -> None:
     """Put the best factors of the layer's rank into it, and the bias that goes with them."""
-    cross, inputs, x, y = (
-        value / sums.count for value in (sums.cross, sums.inputs, sums.x, sums.y)
-    )
+    cross, inputs = sums.cross / sums.count, sums.inputs / sums.count
+    x, y = sums.x / sums.count, sums.y / sums.count
     bias = getattr(pair.student, "bias", None)
-    if pair.bias:
-        cross, inputs = cross - torch.outer(y, x), inputs - torch.outer(x, x)
+
+    # A bias that follows the mean leaves only what varies around it; one that stays is given
+    if pair.refits_bias:
+        cross = cross - torch.outer(y, x)
+        inputs = inputs - torch.outer(x, x)
     elif bias is not None:
         cross = cross - torch.outer(bias.data.to(torch.float64), x)
 
@@ -292,18 +330,20 @@ def _solve(pair: LayerPair, sums: _Sums) -> None:
 
     # Its truncation, and the bias that takes the mean error out
     rank = int(pair.student.rank)  # type: ignore[arg-type]
-    factors = weighted(best, rank, Metric(inputs, pair.outputs))
-    if pair.bias and bias is not None:
+    factors = weighted(best, rank, Metric(inputs, pair.output_moment))
+    if pair.refits_bias and bias is not None:
         bias.data = (y - factors.up @ (factors.down @ x)).to(bias.dtype)
-    put_factors(
-        pair.student, factors if isinstance(pair.teacher, nn.Linear) else transposed(factors)
-    )
+    if not isinstance(pair.teacher, nn.Linear):  # a Conv1D, stored as (in, out)
+        factors = transposed(factors)
+    put_factors(pair.student, factors)
 
 
 def put_factors(module: nn.Module, factors: Factors) -> None:
     """Set the tensors of a low-rank module to factors of its stored weight, in float32."""
-    state, layout = module.state_dict(keep_vars=True), layout_of(module)
-    m, n, rank = factors.up.shape[0], factors.down.shape[1], factors.down.shape[0]
+    layout = layout_of(module)
+    state = module.state_dict(keep_vars=True)
+    m, rank = factors.up.shape
+    n = factors.down.shape[1]
     names = LAYOUTS[layout].parts(m, n, rank)
     stored = CODECS[layout].encode(factors, torch.float32)
     for name, tensor in zip(names, stored, strict=True):
@@ -311,9 +351,8 @@ def put_factors(module: nn.Module, factors: Factors) -> None:
 
 
 @contextmanager
-def _hooked(handles: Iterator[Any] | Sequence[Any]) -> Iterator[None]:
-    """Hooks for as long as the context lasts."""
-    handles = list(handles)
+def _hooked(handles: Sequence[Any]) -> Iterator[None]:
+    """Keep hooks for as long as the context lasts."""
     try:
         yield
     finally:

@@ -10,14 +10,15 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-WARM_UP = 0.05
-_CHECKS = 6
-# checks in the second half: before that, steps are large, and what they find is hidden in their
-# noise
+WARM_UP = 0.05  # of the training
+_CHECKS = 6  # looks at the held-out text, evenly spread
+# Checks in a row that may find nothing better. Those of the first half do not count: steps are
+# large there, and what they find is hidden in their noise.
 _PATIENCE = 3
 
 
@@ -28,12 +29,14 @@ class Schedule:
     def __init__(
         self, steps: int | None, seconds: float | None, report: Callable[[float], None]
     ) -> None:
-        self.steps, self.seconds, self.report = steps, seconds, report
+        self.steps = steps
+        self.seconds = seconds
+        self.report = report
         self.step = 0
         self._begin = time.monotonic()
 
-    def done(self) -> float:
-        """How far the training is, 1 at the end."""
+    def progress(self) -> float:
+        """Return how far the training is, 1 at the end."""
         by_steps = self.step / self.steps if self.steps else 0.0
         return min(1.0, max(by_steps, self._by_clock()))
 
@@ -45,12 +48,12 @@ class Schedule:
         return (time.monotonic() - self._begin) / self.seconds
 
     def rate(self) -> float:
-        """The learning rate as a share of the largest: up in a straight line, down along a
+        """Return the learning rate as a share of the largest: up in a straight line, down along a
         cosine."""
-        done = self.done()
-        if done < WARM_UP:
-            return done / WARM_UP
-        return 0.5 * (1 + math.cos(math.pi * (done - WARM_UP) / (1 - WARM_UP)))
+        progress = self.progress()
+        if progress < WARM_UP:
+            return progress / WARM_UP
+        return 0.5 * (1 + math.cos(math.pi * (progress - WARM_UP) / (1 - WARM_UP)))
 
 
 class Best:
@@ -68,7 +71,9 @@ class Best:
         dtypes: Mapping[str, torch.dtype],
         error: Callable[[], float],
     ) -> None:
-        self.tensors, self.dtypes, self._error = tensors, dtypes, error
+        self.tensors = tensors
+        self.dtypes = dtypes
+        self._error = error
         self.first = self.error = self._held_out_error()
         self.weights = self._rounded()
 
@@ -77,12 +82,13 @@ class Best:
         error = self._held_out_error()
         better = error < self.error
         if better:
-            self.error, self.weights = error, self._rounded()
+            self.error = error
+            self.weights = self._rounded()
         return better
 
     @torch.no_grad()
     def _held_out_error(self) -> float:
-        """The error of the weights as they would be stored; the weights themselves stay."""
+        """Return the error of the weights as they would be stored; the weights themselves stay."""
         masters = {name: tensor.data for name, tensor in self.tensors.items()}
         for name, tensor in self.tensors.items():
             tensor.data = masters[name].to(self.dtypes[name]).to(masters[name].dtype)
@@ -116,7 +122,9 @@ def train(
     training ended.
     """
     # A group for each weight, since the size of its steps follows the size of its entries
-    groups = [{"params": [weight], "lr": 0.0, "scale": rate * _rms(weight)} for weight in weights]
+    groups: list[dict[str, Any]] = []
+    for weight in weights:
+        groups.append({"params": [weight], "lr": 0.0, "scale": rate * _rms(weight)})
     optimiser = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.0)
     generator = torch.Generator().manual_seed(seed)
     order: list[int] = []
@@ -125,7 +133,7 @@ def train(
 
     next_check = 1 / _CHECKS
     checks_in_vain = 0
-    while schedule.done() < 1 and checks_in_vain < _PATIENCE:
+    while schedule.progress() < 1 and checks_in_vain < _PATIENCE:
         # One step on one batch; all batches are drawn once before one comes again
         for group in optimiser.param_groups:
             group["lr"] = schedule.rate() * group["scale"]
@@ -137,10 +145,10 @@ def train(
         schedule.step += 1
 
         # A look at the held-out text; only those in the second half count for giving up
-        if schedule.done() >= next_check:
+        if schedule.progress() >= next_check:
             next_check += 1 / _CHECKS
-            schedule.report(schedule.done())
-            if keep_if_better() or schedule.done() < 0.5:
+            schedule.report(schedule.progress())
+            if keep_if_better() or schedule.progress() < 0.5:
                 checks_in_vain = 0
             else:
                 checks_in_vain += 1
@@ -153,4 +161,5 @@ def train(
 
 
 def _rms(weight: Tensor) -> float:
+    """Return the root mean square of a weight's entries."""
     return float(weight.detach().square().mean().sqrt())

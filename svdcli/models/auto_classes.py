@@ -38,15 +38,13 @@ class Opener:
 
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = None) -> None:
-        """Nothing is to be saved beside a copy: the plugin opens it."""
+        """Save nothing beside a copy: the plugin opens it."""
 
     @classmethod
     def from_pretrained(cls, path: Any, *arguments: Any, **options: Any) -> Any:
         stock = getattr(transformers, cls.__name__)
         opened = stock.from_pretrained(path, *arguments, **(options | {"trust_remote_code": False}))
-        model = (
-            opened[0] if isinstance(opened, tuple) else opened
-        )  # output_loading_info gives a pair
+        model = opened[0] if isinstance(opened, tuple) else opened  # with output_loading_info
         if hasattr(model.config, "auto_map"):
             del model.config.auto_map
         return opened

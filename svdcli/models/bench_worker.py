@@ -1,4 +1,4 @@
-"""The other side of speed.py: a process that opens one model and measures it when it is told to.
+"""The other side of the bench verb: a process that opens one model and measures it on command.
 
 argv[1] is JSON: path, device, threads, prompt_tokens, new_tokens, batch, trust_remote_code.
 Commands come a line each on standard input (load, prefill, decode, memory), answers go as JSON
@@ -22,6 +22,7 @@ from typing import Any
 from svdcli.errors import FAILED, SvdcliError, UsageError
 from svdcli.models import own_code
 
+# ru_maxrss is in bytes on macOS, in KiB elsewhere.
 _MAX_RSS_UNIT = 1 if sys.platform == "darwin" else 1024
 _SEED = 0
 
@@ -31,24 +32,29 @@ class Worker:
     not count them."""
 
     def __init__(self, task: dict[str, Any]) -> None:
+        # Imports, of the folder's own code too where it has some and may run it
         self.task = task
-        self.own = bool(task.get("trust_remote_code")) and bool(
-            own_code.model_sources(Path(task["path"]))
-        )
-        _import_all(Path(task["path"]), own=self.own)
+        path = Path(task["path"])
+        trusted = bool(task.get("trust_remote_code"))
+        self.runs_own_code = trusted and bool(own_code.model_sources(path))
+        _import_all(path, runs_own_code=self.runs_own_code)
         import torch
 
+        # The device, and the memory that is taken before there is a model
         if task["threads"] is not None:
             torch.set_num_threads(task["threads"])
         self.device = _device(task["device"])
-        self.model: Any = None
-        self.prompt: dict[str, Any] = {}
-        self.begun: Any = None
         if self.device.type == "cuda":
             torch.zeros(1, device=self.device)  # the context belongs to no model
-        self.before = resident_bytes()
+        self.bytes_before = resident_bytes()
+
+        # The model, the arguments of its first pass, and what that answered
+        self.model: Any = None
+        self.prompt: dict[str, Any] = {}
+        self.prefilled: Any = None
 
     def about(self) -> dict[str, Any]:
+        """Say where the model will run."""
         import torch
 
         return {"device": str(self.device), "threads": torch.get_num_threads()}
@@ -57,10 +63,12 @@ class Worker:
         """Open the model; refuse what does not read text, or not that much of it."""
         from svdcli.models.load import load
 
+        # Timed until the weights are on the device
         begin = time.perf_counter()
-        self.model = load(self.task["path"], trust_remote_code=self.own).to(self.device)
+        self.model = load(self.task["path"], trust_remote_code=self.runs_own_code).to(self.device)
         self._wait()
         seconds = time.perf_counter() - begin
+
         self._check()
         self.prompt = self._prompt()
         weights = list(self.model.parameters())
@@ -75,10 +83,10 @@ class Worker:
         """Read the prompt in one pass."""
         import torch
 
-        self.begun = None
+        self.prefilled = None  # what an earlier pass left in memory goes first
         with torch.inference_mode():
             begin = time.perf_counter()
-            self.begun = self.model(**self.prompt)
+            self.prefilled = self.model(**self.prompt)
             self._wait()
             return {"seconds": time.perf_counter() - begin}
 
@@ -87,30 +95,32 @@ class Worker:
         prompt again."""
         import torch
 
-        out, more = self.begun, dict[str, Any]()
-        if not self.model.can_generate() or getattr(out, "past_key_values", None) is None:
+        answer = self.prefilled
+        if not self.model.can_generate() or getattr(answer, "past_key_values", None) is None:
             return {"seconds": None}
+
+        # Of a pair the decoder goes on, with what the encoder made of the prompt
         name = "input_ids"
+        fixed: dict[str, Any] = {}
         if "decoder_input_ids" in self.prompt:
             from transformers.modeling_outputs import BaseModelOutput
 
-            name, more = (
-                "decoder_input_ids",
-                {"encoder_outputs": BaseModelOutput(out.encoder_last_hidden_state)},
-            )
+            name = "decoder_input_ids"
+            fixed["encoder_outputs"] = BaseModelOutput(answer.encoder_last_hidden_state)
+
+        # One pass for each new token
         with torch.inference_mode():
             begin = time.perf_counter()
             for _ in range(self.task["new_tokens"]):
-                ids = out.logits[:, -1].argmax(-1, keepdim=True)
-                out = self.model(
-                    **{name: ids}, past_key_values=out.past_key_values, use_cache=True, **more
-                )
+                ids = answer.logits[:, -1].argmax(-1, keepdim=True)
+                cache = answer.past_key_values
+                answer = self.model(**{name: ids}, past_key_values=cache, use_cache=True, **fixed)
             self._wait()
             return {"seconds": time.perf_counter() - begin}
 
     def memory(self) -> dict[str, Any]:
-        """At rest, and at its highest since the imports."""
-        self.begun = None
+        """Return the memory at rest, and at its highest since the imports."""
+        self.prefilled = None
         if self.device.type == "cuda":
             import torch
 
@@ -119,67 +129,73 @@ class Worker:
                 "peak_bytes": torch.cuda.max_memory_allocated(),
             }
         return {
-            "memory_bytes": max(0, resident_bytes() - self.before),
-            "peak_bytes": max(0, resident_bytes("VmHWM") - self.before),
+            "memory_bytes": max(0, resident_bytes() - self.bytes_before),
+            "peak_bytes": max(0, resident_bytes("VmHWM") - self.bytes_before),
         }
 
     def _check(self) -> None:
-        kind, path = type(self.model).__name__, self.task["path"]
-        if (
-            self.model.main_input_name != "input_ids"
-            or "input_ids" not in inspect.signature(self.model.forward).parameters
-        ):
+        """Raise SvdcliError for a model that does not read text, UsageError for one that does not
+        read as much."""
+        # Text is what it reads first of all
+        path = self.task["path"]
+        takes_ids = "input_ids" in inspect.signature(self.model.forward).parameters
+        if self.model.main_input_name != "input_ids" or not takes_ids:
             raise SvdcliError(
-                f"{path} does not read text ({kind})",
+                f"{path} does not read text ({type(self.model).__name__})",
                 "bench knows language models and text encoders",
             )
+
+        # As many tokens as its configuration allows, where it sets a limit
         config = self.model.config.get_text_config()
-        limits = [
-            getattr(config, name, None) for name in ("max_position_embeddings", "n_positions")
-        ]
-        limit = min(
-            (value for value in limits if isinstance(value, int) and value > 0), default=None
-        )
-        wanted = self.task["prompt_tokens"] + (
-            self.task["new_tokens"] if self.model.can_generate() else 0
-        )
-        if limit is not None and wanted > limit:
+        limits: list[int] = []
+        for name in ("max_position_embeddings", "n_positions"):
+            value = getattr(config, name, None)
+            if isinstance(value, int) and value > 0:
+                limits.append(value)
+        tokens = self.task["prompt_tokens"]
+        if self.model.can_generate():
+            tokens += self.task["new_tokens"]
+        if limits and tokens > min(limits):
             raise UsageError(
-                f"{path} takes {limit} tokens, not {wanted}",
+                f"{path} takes {min(limits)} tokens, not {tokens}",
                 "give fewer --prompt-tokens or --new-tokens",
             )
 
     def _prompt(self) -> dict[str, Any]:
-        """Arguments of the first pass: random tokens, the same for every model with that
+        """Return the arguments of the first pass: random tokens, the same for every model with that
         vocabulary."""
         import torch
 
+        # Drawn on the CPU, so that they are the same on every device
         config = self.model.config.get_text_config()
         size = (self.task["batch"], self.task["prompt_tokens"])
-        ids = torch.randint(
-            config.vocab_size, size, generator=torch.Generator().manual_seed(_SEED)
-        ).to(self.device)
+        generator = torch.Generator().manual_seed(_SEED)
+        ids = torch.randint(config.vocab_size, size, generator=generator).to(self.device)
         takes = inspect.signature(self.model.forward).parameters
         prompt: dict[str, Any] = {"input_ids": ids}
+
+        # As generation does it: a cache to go on from, and logits of the last token alone
         if self.model.can_generate():
             only_last = {"use_cache": True, "logits_to_keep": 1}
             prompt |= {name: value for name, value in only_last.items() if name in takes}
+
+        # The decoder of a pair begins with its start token
         if getattr(self.model.config, "is_encoder_decoder", False) and "decoder_input_ids" in takes:
             start = getattr(self.model.config, "decoder_start_token_id", None) or 0
             prompt["decoder_input_ids"] = torch.full((size[0], 1), start, device=self.device)
         return prompt
 
     def _wait(self) -> None:
-        """Accelerators answer before they are done."""
+        """Wait until the device is done: accelerators answer before that."""
         import torch
 
         if self.device.type != "cpu":
             getattr(torch, self.device.type).synchronize()
 
 
-def _import_all(path: Path, *, own: bool) -> None:
-    """Everything that opening the model will import, the file of its class included; own code of
-    the folder where it may run."""
+def _import_all(path: Path, *, runs_own_code: bool) -> None:
+    """Import everything that opening the model will import, the file of its class included; own
+    code of the folder where it may run."""
     try:
         import transformers
 
@@ -190,17 +206,18 @@ def _import_all(path: Path, *, own: bool) -> None:
             "opening a model needs transformers 5.12 or later", "pip install 'svdcli[transformers]'"
         ) from error
     transformers.utils.logging.disable_progress_bar()
+
+    # transformers imports the file of a class when it is first asked for it
     with suppress(OSError, ValueError, TypeError, AttributeError):
-        for name in (
-            json.loads((path / "config.json").read_text(encoding="utf-8")).get("architectures")
-            or ()
-        ):
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        for name in config.get("architectures") or ():
             getattr(transformers, str(name), None)
-    if own:
+    if runs_own_code:
         transformers.AutoConfig.from_pretrained(path, trust_remote_code=True)
 
 
 def _device(name: str) -> Any:
+    """Return the torch.device of that name. Raises UsageError where there is none."""
     import torch
 
     available = {
@@ -211,16 +228,14 @@ def _device(name: str) -> Any:
     if name == "auto":
         name = "cuda" if available["cuda"] else "cpu"
     if not available.get(name, False):
-        raise UsageError(
-            f"--device {name} is not available here",
-            f"use {', '.join(d for d in available if available[d])}",
-        )
+        usable = ", ".join(device for device in available if available[device])
+        raise UsageError(f"--device {name} is not available here", f"use {usable}")
     return torch.device(name)
 
 
 def resident_bytes(which: str = "VmRSS") -> int:
-    """Resident memory of this process: now (VmRSS) or at its highest (VmHWM); where there is no
-    /proc, always the highest.
+    """Return the resident memory of this process: now (VmRSS) or at its highest (VmHWM); where
+    there is no /proc, always the highest.
 
     The kernel counts VmHWM from exec on, while ru_maxrss of a child starts at its parent's.
     """
@@ -231,7 +246,8 @@ def resident_bytes(which: str = "VmRSS") -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _MAX_RSS_UNIT
 
 
-def _one_line(error: Exception) -> dict[str, Any]:
+def _as_answer(error: Exception) -> dict[str, Any]:
+    """Return an error as the one line of JSON that the verb raises it from."""
     if isinstance(error, SvdcliError):
         return {"error": error.message, "hint": error.hint, "exit_code": error.exit_code}
     text = " ".join(str(error).split())[:300]
@@ -243,7 +259,8 @@ def _one_line(error: Exception) -> dict[str, Any]:
 
 
 def _listen(commands: SimpleQueue[str]) -> None:
-    """Who asked may be gone while a model loads or computes: nothing goes on for nobody."""
+    """Queue the commands; end the process with the input, even while a model loads or computes: the
+    process that asked is gone then."""
     for line in sys.stdin:
         commands.put(line.strip())
     os._exit(0)
@@ -253,6 +270,8 @@ def main() -> None:
     """Answer commands until the input ends. Whatever libraries print goes to standard error."""
     commands: SimpleQueue[str] = SimpleQueue()
     threading.Thread(target=_listen, args=(commands,), daemon=True).start()
+
+    # The real standard output is for answers alone; descriptor 1 now leads to standard error
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
 
@@ -266,4 +285,4 @@ def main() -> None:
         while True:
             answer(getattr(worker, commands.get())())
     except Exception as error:
-        answer(_one_line(error))
+        answer(_as_answer(error))

@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -36,15 +37,24 @@ from transformers.quantizers import (
 from transformers.utils import logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from svdcli.models.modules import LOW_RANK, dense_weight, is_row_order, low_rank_like, weight_of
+from svdcli.models.modules import (
+    DOWN,
+    HOLDERS,
+    LOW_RANK,
+    ROWS,
+    UP,
+    dense_weight,
+    is_row_order,
+    low_rank_like,
+    weight_of,
+)
 from svdcli.plan.parts import tripwires
 
 logger = logging.get_logger(f"transformers.{__name__}")
 
-METHOD, FORMAT = "svdcli", 1
-UP, DOWN, ROWS = "svd_up.weight", "svd_down.weight", "svd_rows"
-# By layout, what a layer has in a weight file.
-PARTS = {"factored": (UP, DOWN), "pivoted": (UP, DOWN, ROWS)}
+METHOD = "svdcli"
+FORMAT = 1
+PARTS = (UP, DOWN, ROWS)
 
 # A second registration raises: the installed plugin and a copy shipped with a model may meet in one
 # process.
@@ -63,10 +73,12 @@ class Stored:
 
     @property
     def parts(self) -> tuple[str, ...]:
-        return PARTS[self.layout]
+        """Names of its tensors in a weight file, after the layer's."""
+        return HOLDERS[self.layout].parts
 
     @property
     def has_rows(self) -> bool:
+        """Is there an order of rows among them?"""
         return ROWS in self.parts
 
 
@@ -90,16 +102,14 @@ class SvdConfig(QuantizationConfigMixin):  # type: ignore[misc]
                 f"this model has svdcli's format {format}, this svdcli knows {FORMAT}; "
                 f"upgrade svdcli"
             )
-        self.quant_method, self.format, self.layout, self.dequantize, self.extra = (
-            METHOD,
-            format,
-            layout,
-            dequantize,
-            extra,
-        )
+        self.quant_method = METHOD
+        self.format = format
+        self.layout = layout
+        self.dequantize = dequantize
+        self.extra = extra
 
     def get_loading_attributes(self) -> dict[str, Any]:
-        """What `from_pretrained(quantization_config=SvdConfig(...))` decides, whatever the
+        """Return what `from_pretrained(quantization_config=SvdConfig(...))` decides, whatever the
         config.json says."""
         return {"dequantize": self.dequantize}
 
@@ -125,7 +135,9 @@ class MergeFactors(ConversionOps):  # type: ignore[misc]
         parts: dict[str, tuple[str, str]],
         original: WeightConverter | None = None,
     ) -> None:
-        self.hf_quantizer, self.parts, self.original = hf_quantizer, parts, original
+        self.hf_quantizer = hf_quantizer
+        self.parts = parts
+        self.original = original
 
     def convert(
         self,
@@ -134,42 +146,53 @@ class MergeFactors(ConversionOps):  # type: ignore[misc]
         target_patterns: Any = None,
         full_layer_name: str = "",
         model: Any = None,
-        **more: Any,
+        **options: Any,
     ) -> dict[str, Any]:
-        dtype = model.get_parameter_or_buffer(full_layer_name).dtype
-        found: dict[str, dict[str, list[Tensor]]] = {}
+        # What was read, by source of the model's own converter and by part
+        read: dict[str, dict[str, list[Tensor]]] = {}
         for pattern, value in input_dict.items():
             source, part = self.parts.get(pattern, ("", "weight"))
-            found.setdefault(source, {})[part] = value if isinstance(value, list) else [value]
+            read.setdefault(source, {})[part] = value if isinstance(value, list) else [value]
+
+        # Multiplied out, each source's weights in the order in which the model stacks them
+        dtype = model.get_parameter_or_buffer(full_layer_name).dtype
         weights: dict[str, Any] = {}
-        for source, parts in found.items():
-            weights[source] = self._in_order(
-                parts, self.hf_quantizer.stacks.get((full_layer_name, source)), dtype
-            )
+        for source, parts in read.items():
+            order = self.hf_quantizer.stacks.get((full_layer_name, source))
+            weights[source] = self._in_order(parts, order, dtype)
         if self.original is None:
             return {full_layer_name: weights[""][0]}
 
-        # on to the model's own operations, and from the names that they give to those of the model
-        own = self.original
-        how = {"source_patterns": own.source_patterns, "target_patterns": own.target_patterns}
-        for operation in own.operations:
+        # On to the model's own operations
+        for operation in self.original.operations:
             weights = operation.convert(
-                weights, full_layer_name=full_layer_name, model=model, **how, **more
+                weights,
+                source_patterns=self.original.source_patterns,
+                target_patterns=self.original.target_patterns,
+                full_layer_name=full_layer_name,
+                model=model,
+                **options,
             )
-        before, _, after = next(
-            full_layer_name.partition(key) for key in weights if key in full_layer_name
-        )
+
+        # From the names that these give, which end alike, to those of the model
+        target = next(key for key in weights if key in full_layer_name)
+        before, _, after = full_layer_name.partition(target)
         return {f"{before}{key}{after}": weight for key, weight in weights.items()}
 
     def _in_order(
         self, parts: dict[str, list[Tensor]], order: list[bool] | None, dtype: torch.dtype
     ) -> list[Tensor]:
-        """The weights of one source: those that are factored, multiplied out, among those that are
-        not."""
-        up, down = parts.get(UP, []), parts.get(DOWN, [])
-        rows = parts.get(ROWS, [None] * len(up))
-        merged = [_product(u, d, r).to(dtype) for u, d, r in zip(up, down, rows, strict=True)]
-        # a zero-size tensor only warns other loaders
+        """Return the weights of one source: those that are factored, multiplied out, among those
+        that are not. order tells of each whether it is factored; without it the factored ones come
+        first."""
+        ups = parts.get(UP, [])
+        downs = parts.get(DOWN, [])
+        row_orders = parts.get(ROWS, [None] * len(ups))
+        merged: list[Tensor] = []
+        for up, down, rows in zip(ups, downs, row_orders, strict=True):
+            merged.append(_product(up, down, rows).to(dtype))
+
+        # A zero-size tensor only warns other loaders
         dense = [tensor for tensor in parts.get("weight", ()) if tensor.numel()]
         if order is None:
             return merged + dense
@@ -191,92 +214,99 @@ class SvdQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def __init__(self, quantization_config: SvdConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
+        # Layers that are low-rank modules now, and {module in the files: weight in the model} for
+        # those that are multiplied out
         self.replaced: dict[str, Stored] = {}
-        self.merged: dict[str, str] = {}  # {module in the files: weight in the model}
-        # of these, modules that share no parameter with another layer, as transformers calls them
+        self.merged: dict[str, str] = {}
+        # Of the latter, as transformers calls them, those that share no parameter with others
         self.lone: list[str] = []
         self.stacks: dict[tuple[str, str], list[bool]] = {}
-        self.renamed: dict[
-            str, str
-        ] = {}  # {module as the model's renamings call its factors: as they call its weight}
-        self.ties: Any = None  # what the model ties, before factors took the places of weights
+        # {module as the model's renamings call its factors: as they call its weight}
+        self.renamed: dict[str, str] = {}
+        # What the model ties, before factors took the places of weights
+        self.ties: Any = None
+        # Modules whose factors are tied to others', and {target: source} of tied row orders
         self.tied: set[str] = set()
         self.same_rows: dict[str, str] = {}
+        # Keys that transformers need not report
         self.unspoken: set[str] = set()
         self.settled = False
 
     def get_weight_conversions(self) -> list[Any]:
-        """Converters for single weights that are multiplied out."""
+        """Return converters for single weights that are multiplied out."""
         if self.quantization_config.dequantize:
-            return [_merging({part: ("", part) for part in (UP, DOWN, ROWS)}, "weight", self)]
+            return [_merging({part: ("", part) for part in PARTS}, "weight", self)]
         conversions = []
         for name in self.lone:
-            patterns = {rf"^{re.escape(name)}\.{part}": ("", part) for part in (UP, DOWN, ROWS)}
+            patterns = {rf"^{re.escape(name)}\.{part}": ("", part) for part in PARTS}
             conversions.append(_merging(patterns, f"{name}.weight", self))
         return conversions
 
     def update_weight_conversions(self, weight_conversions: list[Any], *_: Any) -> list[Any]:
-        """A converter of the model's that takes factored weights (to stack, to split) gives way to
-        one that takes factors too.
+        """Replace every converter of the model's that takes factored weights (to stack, to split)
+        by one that takes factors too.
 
         It stays behind that one where it also takes biases.
         """
-        taken = {source for _, source in self.stacks}
-        out = []
+        factored = {source for _, source in self.stacks}
+        conversions: list[Any] = []
         for converter in weight_conversions:
             sources = set(getattr(converter, "source_patterns", ()))
-            new = (
-                _for_factors(converter, self)
-                if isinstance(converter, WeightConverter) and sources & taken
-                else None
-            )
-            if new is not None:
-                out.append(new)
-            if new is None or sources.isdisjoint(new.source_patterns):
-                out.append(converter)
-        # renamings apply in order: these go last, and first when names are changed back
-        follow = [
-            WeightRenaming(rf"^{re.escape(name)}\.svd_", f"{plain}.svd_")
-            for name, plain in self.renamed.items()
-        ]
-        return out + follow + self.get_weight_conversions()
+            if not isinstance(converter, WeightConverter) or sources.isdisjoint(factored):
+                conversions.append(converter)
+                continue
+            for_factors = _for_factors(converter, self)
+            conversions.append(for_factors)
+            if sources.isdisjoint(for_factors.source_patterns):
+                conversions.append(converter)
+
+        # Renamings apply in order: these go last, and first when names are changed back
+        for name, plain in self.renamed.items():
+            conversions.append(WeightRenaming(rf"^{re.escape(name)}\.svd_", f"{plain}.svd_"))
+        return conversions + self.get_weight_conversions()
 
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: Iterable[Any] | None = None, **_: Any
     ) -> None:
+        # What the files hold, and where the model has it
         shapes, stored = read_stored(str(file) for file in checkpoint_files or ())
         named = Naming(model)
         homes = {name: named(f"{name}.weight") for name in stored}
         self.stacks = _stacks(named, homes, shapes)
         self.renamed = _renamed(named, stored)
 
+        # Low-rank modules in the model, tied as its weights were
         self._place(model, named, homes, stored)
-        self._tell_merged(model)
+        self._warn_of_merged(model)
         self.ties = (model.all_tied_weights_keys, model._tied_weights_keys)
         self.tied, self.same_rows = _tie_factors(model, named, self.replaced, shapes)
+
+        # Then transformers loads, and its account of that is checked
         self.unspoken = _unspoken(model, homes, shapes)
         self._watch(model)
 
     def _place(
         self, model: Any, named: Naming, homes: dict[str, Home], stored: dict[str, Stored]
     ) -> None:
-        """Low-rank modules for what the class has; what cannot be one is noted to be multiplied
+        """Put low-rank modules where the class has a place for them; note what is to be multiplied
         out."""
-        paths: dict[int, list[str]] = {}  # custom classes register a module under several names
+        # Custom classes register a module under several names
+        paths: dict[int, list[str]] = {}
         for path, module in model.named_modules(remove_duplicate=False):
             paths.setdefault(id(module), []).append(path)
+
         for name, (key, pattern) in homes.items():
+            # Left out, as its weight would be; or a part of a parameter, which a converter makes
             if key not in named.state:
                 continue
             if pattern is not None:
                 self.merged[name] = key
                 continue
-            target, new = key.removesuffix(".weight"), None
+
+            # A module of its own: low-rank, or its weight multiplied out
+            target = key.removesuffix(".weight")
             old = model.get_submodule(target)
-            if not self.quantization_config.dequantize and _partners_can_hold(
-                model, target, stored[name]
-            ):
-                new = _low_rank(target, old, stored[name])
+            new = self._module_for(model, target, old, stored[name])
             if new is None:
                 self.merged[name] = key
                 self.lone.append(named.plainly(f"{name}.weight").removesuffix(".weight"))
@@ -285,7 +315,19 @@ class SvdQuantizer(HfQuantizer):  # type: ignore[misc]
                 model.set_submodule(path, new)
             self.replaced[target] = stored[name]
 
-    def _tell_merged(self, model: Any) -> None:
+    def _module_for(
+        self, model: Any, target: str, old: nn.Module, layer: Stored
+    ) -> nn.Module | None:
+        """Return the low-rank module for one layer, None where its weight is to be multiplied
+        out."""
+        if self.quantization_config.dequantize:
+            return None
+        if not _partners_can_hold(model, target, layer):
+            return None
+        return _low_rank(target, old, layer)
+
+    def _warn_of_merged(self, model: Any) -> None:
+        """Say that layers take the memory of dense ones, where that was not asked for."""
         if self.merged and not self.quantization_config.dequantize:
             logger.warning(
                 f"svdcli: {len(self.merged)} factored layers (such as {next(iter(self.merged))}) "
@@ -296,31 +338,30 @@ class SvdQuantizer(HfQuantizer):  # type: ignore[misc]
     def _watch(self, model: Any) -> None:
         """Check transformers' account of the loading before missing weights are made anew, and
         before it is shown."""
-        expected, prefix = model.state_dict(), f"{model.base_model_prefix}."
-        _first(
-            model,
-            "mark_tied_weights_as_initialized",
-            lambda info: _as_declared(model, expected, info),
-        )
-        _first(
-            model, "_adjust_missing_and_unexpected_keys", lambda info: self._settle(info, prefix)
-        )
+        declare = partial(_as_declared, model, model.state_dict())
+        settle = partial(self._settle, prefix=f"{model.base_model_prefix}.")
+        _first(model, "mark_tied_weights_as_initialized", declare)
+        _first(model, "_adjust_missing_and_unexpected_keys", settle)
 
     def _settle(self, info: Any, prefix: str) -> None:
-        """Raises ValueError where a factor, or the weight of a factored layer, was not filled from
-        the files."""
+        """Check that every factor, and the weight of every factored layer, was filled from the
+        files. Raises ValueError where one was not."""
+        # Without what is no fault: row orders that are shared, tensors that only warn
         self.settled = True
         info.unexpected_keys -= self.unspoken
         info.missing_keys -= {f"{name}.{ROWS}" for name in self.same_rows}
         made_up = info.missing_keys | {key for key, *_ in info.mismatched_keys}
 
-        # what this class should have got, and what nobody took though the class lacks just that
+        # What this class should have got
         wanted = set(self.merged.values())
         for name, layer in self.replaced.items():
             wanted |= {f"{name}.{part}" for part in layer.parts}
-        for key in (key for key in info.unexpected_keys if key.endswith(UP)):
-            weight = f"{key.removesuffix(UP)}weight"
-            wanted |= {weight, prefix + weight, weight.removeprefix(prefix)}
+
+        # What nothing took though the class lacks just that, with or without its prefix
+        for key in info.unexpected_keys:
+            if key.endswith(UP):
+                weight = f"{key.removesuffix(UP)}weight"
+                wanted |= {weight, prefix + weight, weight.removeprefix(prefix)}
         wanted |= {key for key, shape, _ in info.mismatched_keys if tuple(shape) == (0,)}
         lost = sorted(made_up & wanted)
         if lost:
@@ -331,28 +372,33 @@ class SvdQuantizer(HfQuantizer):  # type: ignore[misc]
             )
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
-        """What was multiplied out stays so: `save_pretrained` must revert only the model's own
-        conversions."""
+        """Leave what was multiplied out as it is: `save_pretrained` must revert only the model's
+        own conversions."""
         if not self.settled:
             raise RuntimeError(
                 "this transformers loads weights in a way that svdcli does not know; see README "
                 "for its versions"
             )
+        # The model's own conversions, each once: one that took factors had given way to another
         if getattr(model, "_weight_conversions", None) is not None:
-            own = [_without_merge(item) for item in model._weight_conversions]
-            model._weight_conversions = list(
-                {id(item): item for item in own if item is not None}.values()
-            )
-        self.same_rows = {
-            target: source
-            for target, source in self.same_rows.items()
-            if _are_tied(model, target, source)
-        }
-        for target, source in self.same_rows.items():
+            converters: dict[int, Any] = {}
+            for converter in model._weight_conversions:
+                converter = _without_merge(converter)
+                if converter is not None:
+                    converters[id(converter)] = converter
+            model._weight_conversions = list(converters.values())
+
+        # Row orders of tied modules, and a look at each
+        for target, source in list(self.same_rows.items()):
+            if not _are_tied(model, target, source):
+                del self.same_rows[target]
+                continue
             model.get_submodule(target).svd_rows = model.get_submodule(source).svd_rows
         for target, layer in self.replaced.items():
             if layer.has_rows:
                 _check_rows(target, model.get_submodule(target).svd_rows)
+
+        # From here on it is a model as any other
         if self.quantization_config.dequantize:
             _forget_method(model.config)
         _let_cast(model)
@@ -382,20 +428,20 @@ class SvdQuantizer(HfQuantizer):  # type: ignore[misc]
         return True
 
     def dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
-        """The model with ordinary layers, in the dtype that it has now."""
+        """Return the model with ordinary layers, in the dtype that it has now."""
         return super().dequantize(model, dtype or model.dtype)
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
-        weights: dict[
-            int, nn.Parameter
-        ] = {}  # tied layers have the same factors, and get the same weight
+        # Tied layers have the same factors, and get the same weight
+        weights: dict[int, nn.Parameter] = {}
         for name, module in list(model.named_modules()):
-            if isinstance(module, LOW_RANK):
-                key = id(module.get_parameter(UP))
-                if key not in weights:
-                    trained = module.get_parameter(UP).requires_grad
-                    weights[key] = nn.Parameter(weight_of(module).detach().to(dtype), trained)
-                model.set_submodule(name, _dense(module, weights[key]))
+            if not isinstance(module, LOW_RANK):
+                continue
+            up = module.get_parameter(UP)
+            if id(up) not in weights:
+                weight = weight_of(module).detach().to(dtype)
+                weights[id(up)] = nn.Parameter(weight, up.requires_grad)
+            model.set_submodule(name, _dense(module, weights[id(up)]))
         if self.ties is not None:
             model.all_tied_weights_keys, model._tied_weights_keys = self.ties
         _forget_method(model.config)
@@ -403,42 +449,44 @@ class SvdQuantizer(HfQuantizer):  # type: ignore[misc]
 
 
 class Home(NamedTuple):
-    """Where transformers puts one tensor of a checkpoint: its key in the model's state, which the
-    model may lack, and the pattern of the converter that takes it there, None where it goes there
-    as it is."""
+    """The place where transformers puts one tensor of a checkpoint: its key in the model's state,
+    which the model may lack, and the pattern of the converter that takes it there, None where it
+    goes there as it is."""
 
     key: str
     pattern: str | None
 
 
 class Naming:
-    """What transformers calls the tensors of a checkpoint in one model. state is the model's
-    own."""
+    """The names that transformers gives to the tensors of a checkpoint in one model. state is the
+    model's own."""
 
     def __init__(self, model: Any) -> None:
         mapping = get_model_conversion_mapping(model)
         self.state = model.state_dict()
         self._prefix = model.base_model_prefix
-        self._renamings = [item for item in mapping if isinstance(item, WeightRenaming)]
-        self._converters = [item for item in mapping if isinstance(item, WeightConverter)]
+        self._renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+        self._converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
 
     def __call__(self, name: str) -> Home:
         key, pattern = rename_source_key(
             name, self._renamings, self._converters, self._prefix, self.state
         )
+        # A file that names tensors as the model does needs no conversion
         if key not in self.state and name in self.state:
             key, pattern = rename_source_key(name, [], [], self._prefix, self.state)
         return Home(key, pattern)
 
     def plainly(self, name: str) -> str:
-        """What a tensor is called when converters look at it: renamed, and its prefix as it is in
-        the files."""
+        """Return what a tensor is called when converters look at it: renamed, and its prefix as it
+        is in the files."""
         return str(rename_source_key(name, self._renamings, [])[0])
 
 
 def module_names(model: Any, stored: Iterable[str]) -> dict[str, str | None]:
-    """Where transformers puts what a checkpoint calls `name`: the name of a module, which may not
-    exist in this model, or None where several weights of the checkpoint go into one parameter."""
+    """Return where transformers puts what a checkpoint calls `name`: the name of a module, which
+    may not exist in this model, or None where several weights of the checkpoint go into one
+    parameter."""
     named = Naming(model)
     places: dict[str, str | None] = {}
     for name in stored:
@@ -448,62 +496,70 @@ def module_names(model: Any, stored: Iterable[str]) -> dict[str, str | None]:
 
 
 def unfilled(model: Any, shapes: dict[str, tuple[int, ...]]) -> tuple[int, int]:
-    """(how many tensors of `model` a checkpoint of these shapes lacks, how many of the checkpoint's
-    it does not take), by transformers' own account. Factored layers count as their weights, tied
-    weights as there where one of them is."""
+    """Return (how many tensors of `model` a checkpoint of these shapes lacks, how many of the
+    checkpoint's it does not take), by transformers' own account. Factored layers count as their
+    weights, tied weights as there where one of them is."""
+    # Shapes as if nothing were factored
     named = Naming(model)
     stored = stored_in(shapes)
-    parts = {f"{name}.{part}" for name in stored for part in (UP, DOWN, ROWS)}
-    whole = {name: shape for name, shape in shapes.items() if name not in parts}
-    whole |= {f"{name}.weight": layer.shape for name, layer in stored.items()}
+    dense = dict(shapes)
+    for name, layer in stored.items():
+        for part in PARTS:
+            dense.pop(f"{name}.{part}", None)
+        dense[f"{name}.weight"] = layer.shape
 
-    # match names and shapes
-    found: set[str] = set()
+    # Names and shapes that fit
+    filled: set[str] = set()
     unexpected: set[str] = set()
-    for name, shape in whole.items():
+    for name, shape in dense.items():
         key, pattern = named(name)
-        fits = key in named.state and (
-            pattern is not None or tuple(named.state[key].shape) == shape
-        )
-        (found if fits else unexpected).add(key)
+        if key in named.state and (pattern is not None or tuple(named.state[key].shape) == shape):
+            filled.add(key)
+        else:
+            unexpected.add(key)
     for target, source in model.all_tied_weights_keys.items():
-        if found & {target, source}:
-            found |= {target, source}
+        if filled & {target, source}:
+            filled |= {target, source}
 
-    # leave out what the class ignores
-    info = SimpleNamespace(missing_keys=named.state.keys() - found, unexpected_keys=unexpected)
+    # Without what the class ignores
+    info = SimpleNamespace(missing_keys=named.state.keys() - filled, unexpected_keys=unexpected)
     model._adjust_missing_and_unexpected_keys(info)
     return len(info.missing_keys), len(info.unexpected_keys)
 
 
 def read_stored(files: Iterable[str]) -> tuple[dict[str, tuple[int, ...]], dict[str, Stored]]:
-    """(the shape of every tensor, the factored layers by module name) in safetensors files, from
-    the headers alone.
+    """Return (the shape of every tensor, the factored layers by module name) in safetensors files,
+    from the headers alone.
 
     Raises ValueError where a factor is missing, the shapes of a layer's parts disagree, or the
     files' own record does.
     """
+    # Shapes and record, from the headers
     shapes: dict[str, tuple[int, ...]] = {}
     recorded: dict[str, Any] = {}
     for file in files:
-        if file.endswith(".safetensors"):
-            with safe_open(file, framework="pt") as opened:
-                for name in opened.keys():  # noqa: SIM118  no mapping
-                    shapes[name] = tuple(opened.get_slice(name).get_shape())
-                record = json.loads((opened.metadata() or {}).get(METHOD, "{}"))
-                shared = record.get("every_layer", {})
-                recorded |= {name: shared | item for name, item in record.get("layers", {}).items()}
-    stored = stored_in(shapes)
-    for name, item in recorded.items():
-        layer = name.removesuffix(".weight")
-        if item["layout"] == "dense":
+        if not file.endswith(".safetensors"):
             continue
+        with safe_open(file, framework="pt") as opened:
+            for name in opened.keys():  # noqa: SIM118  no mapping
+                shapes[name] = tuple(opened.get_slice(name).get_shape())
+            record = json.loads((opened.metadata() or {}).get(METHOD, "{}"))
+        shared = record.get("every_layer", {})
+        for name, entry in record.get("layers", {}).items():
+            recorded[name] = shared | entry
+
+    # Every layer that is recorded as factored must be there, of that rank and shape
+    stored = stored_in(shapes)
+    for name, entry in recorded.items():
+        if entry["layout"] == "dense":
+            continue
+        layer = name.removesuffix(".weight")
         if layer not in stored:
             raise ValueError(
                 f"the factors of {layer} are missing from the weight files; write or download "
                 f"them again"
             )
-        if (stored[layer].rank, list(stored[layer].shape)) != (item["rank"], item["shape"]):
+        if (stored[layer].rank, list(stored[layer].shape)) != (entry["rank"], entry["shape"]):
             raise ValueError(
                 f"the factors of {layer} are not those that svdcli recorded in the file; write "
                 f"them again"
@@ -512,18 +568,19 @@ def read_stored(files: Iterable[str]) -> tuple[dict[str, tuple[int, ...]], dict[
 
 
 def stored_in(shapes: dict[str, tuple[int, ...]]) -> dict[str, Stored]:
-    """The factored layers among tensors of these shapes. Raises ValueError as `read_stored`."""
-    layers = {
-        name.removesuffix(f".{part}")
-        for name in shapes
-        for part in (UP, DOWN, ROWS)
-        if name.endswith(f".{part}")
-    }
+    """Return the factored layers among tensors of these shapes. Raises ValueError as
+    `read_stored`."""
+    layers: set[str] = set()
+    for name in shapes:
+        for part in PARTS:
+            if name.endswith(f".{part}"):
+                layers.add(name.removesuffix(f".{part}"))
     return {layer: _stored(layer, shapes) for layer in sorted(layers)}
 
 
 def _stored(layer: str, shapes: dict[str, tuple[int, ...]]) -> Stored:
-    up, down, rows = (shapes.get(f"{layer}.{part}") for part in (UP, DOWN, ROWS))
+    # Both factors, and an order of all rows where there is one
+    up, down, rows = (shapes.get(f"{layer}.{part}") for part in PARTS)
     if up is None or down is None:
         raise ValueError(
             f"{layer}.{UP if up is None else DOWN} is missing from the weight files; write or "
@@ -534,13 +591,16 @@ def _stored(layer: str, shapes: dict[str, tuple[int, ...]]) -> Stored:
         raise ValueError(
             f"the factors of {layer} disagree: up {up}, down {down}, rows {rows}; write them again"
         )
-    if rows is None:
-        return Stored((up[0], down[1]), down[0], "factored")
-    return Stored((rows[0], down[1]), down[0], "pivoted")
+
+    # The layout is the one that has just these parts
+    parts = (UP, DOWN) if rows is None else PARTS
+    layout = next(name for name, holders in HOLDERS.items() if holders.parts == parts)
+    m = up[0] if rows is None else rows[0]
+    return Stored((m, down[1]), down[0], layout)
 
 
 def _low_rank(name: str, old: nn.Module, layer: Stored) -> nn.Module | None:
-    """The module for one layer's factors, or None where `old` cannot be replaced by one."""
+    """Return the module for one layer's factors, or None where `old` cannot be replaced by one."""
     if isinstance(old, LOW_RANK):
         return old
     expected = tuple(old.weight.shape)  # type: ignore[arg-type]
@@ -553,28 +613,31 @@ def _low_rank(name: str, old: nn.Module, layer: Stored) -> nn.Module | None:
 
 
 def _unspoken(model: Any, homes: dict[str, Home], shapes: dict[str, tuple[int, ...]]) -> set[str]:
-    """Keys that transformers would call unexpected and nobody needs to hear of: zero-size tensors
-    that warn other loaders, and factors of a weight that this class ignores."""
+    """Return the keys that transformers would report as unexpected though they are meant to be left
+    out: zero-size tensors that warn other loaders, and factors of a weight that this class
+    ignores."""
     named = Naming(model)
     patterns = model._keys_to_ignore_on_load_unexpected or ()  # a set, a list or None, by version
     keys = {named(f"{name}.weight").key for name in homes if 0 in shapes.get(f"{name}.weight", ())}
     for name, (key, _) in homes.items():
         if any(re.search(pattern, key) for pattern in patterns):
-            keys.update(named(f"{name}.{part}").key for part in (UP, DOWN, ROWS))
+            keys.update(named(f"{name}.{part}").key for part in PARTS)
     return keys
 
 
 def _stacks(
     named: Naming, homes: dict[str, Home], shapes: dict[str, tuple[int, ...]]
 ) -> dict[tuple[str, str], list[bool]]:
-    """Of every parameter that a converter puts together from factored and other weights: in their
-    order, which are factored.
+    """Tell, for every parameter that a converter puts together from factored and other weights,
+    which of these are factored, in their order.
 
     Keys are that parameter and the converter's pattern.
     """
     stacked = {home for home in homes.values() if home.pattern is not None}
     if not stacked:
         return {}
+
+    # transformers stacks in the natural order of names: layer 2 before layer 10
     members: dict[Home, dict[str, bool]] = {home: {} for home in stacked}
     dense = (name.removesuffix(".weight") for name in shapes if name.endswith(".weight"))
     for name in sorted({*homes, *dense}, key=dot_natural_key):
@@ -585,8 +648,8 @@ def _stacks(
 
 
 def _renamed(named: Naming, stored: Iterable[str]) -> dict[str, str]:
-    """{module as the model's renamings call its factors: as they call its weight}, where a renaming
-    goes by `weight`."""
+    """Return {module as the model's renamings call its factors: as they call its weight}, where a
+    renaming goes by `weight`."""
     renamed: dict[str, str] = {}
     for name in stored:
         as_factors = named.plainly(f"{name}.{UP}").removesuffix(f".{UP}")
@@ -597,7 +660,8 @@ def _renamed(named: Naming, stored: Iterable[str]) -> dict[str, str]:
 
 
 def _check_rows(name: str, rows: Tensor) -> None:
-    """A row order that is none would give wrong answers, or an IndexError far from here."""
+    """Raise ValueError for a row order that is none: it would give wrong answers, or an IndexError
+    far from here."""
     if rows.device.type != "meta" and not is_row_order(rows):
         raise ValueError(
             f"{name}.{ROWS} is no order of {rows.shape[0]} rows; write or download the weight "
@@ -608,58 +672,71 @@ def _check_rows(name: str, rows: Tensor) -> None:
 def _tie_factors(
     model: Any, named: Naming, replaced: dict[str, Stored], shapes: dict[str, tuple[int, ...]]
 ) -> tuple[set[str], dict[str, str]]:
-    """A tie of two weights, {target: source}, becomes the same tie of both factors.
+    """Make of a tie of two weights, {target: source}, the same tie of both factors.
 
     Where the files hold one of the two factored and the other dense, they are two weights and are
     not tied: transformers, too, ties copies only where they are equal. Returns the modules that are
     tied to others, and {target: source} of row orders, which are buffers and not tied by
     transformers.
     """
-    ties = {
-        t.removesuffix(".weight"): s.removesuffix(".weight")
-        for t, s in model.all_tied_weights_keys.items()
-    }
+    ties = _tied_modules(model)
     factored = {name for name in replaced if name in ties or name in ties.values()}
     if not factored:
         return set(), {}
     dense = _held_dense(named, shapes, {replaced[name].shape for name in factored})
-    new = dict(model.all_tied_weights_keys)
+    new_ties = dict(model.all_tied_weights_keys)
     tied: set[str] = set()
     same_rows: dict[str, str] = {}
     for source in dict.fromkeys(ties.values()):
-        group = [source, *(target for target, its in ties.items() if its == source)]
+        # What the files hold of a group of tied modules: the first of them is what the others are
+        # tied to, as in transformers
+        group = [source, *(target for target, its_source in ties.items() if its_source == source)]
         held = [name for name in group if name in factored or name in dense]
-        # What the files hold of the group: the first of them is what the others are tied to, as in
-        # transformers.
         root = held[0] if held else source
-        for name in group if root in factored else [name for name in group if name in factored]:
-            new.pop(f"{name}.weight", None)
-            if name == root or root not in factored or name in dense:
+        if root not in factored:
+            for name in group:
+                if name in factored:
+                    new_ties.pop(f"{name}.weight", None)
+            continue
+
+        # To a factored one all others are tied that the files hold in no other way
+        for name in group:
+            new_ties.pop(f"{name}.weight", None)
+            if name == root or name in dense:
                 continue
             if name not in factored:
                 _replace_tied(model, name, root, replaced)
             if replaced[name] == replaced[root]:
                 tied.add(name)
-                new |= {f"{name}.{part}": f"{root}.{part}" for part in (UP, DOWN)}
-                same_rows |= {name: root} if replaced[root].has_rows else {}
-    model.all_tied_weights_keys = new
+                for part in (UP, DOWN):
+                    new_ties[f"{name}.{part}"] = f"{root}.{part}"
+                if replaced[root].has_rows:
+                    same_rows[name] = root
+
+    model.all_tied_weights_keys = new_ties
     if model._tied_weights_keys:
-        model._tied_weights_keys = dict(new)
+        model._tied_weights_keys = dict(new_ties)
     return tied, same_rows
 
 
+def _tied_modules(model: Any) -> dict[str, str]:
+    """Return {target: source} of modules whose weights are tied."""
+    return {
+        target.removesuffix(".weight"): source.removesuffix(".weight")
+        for target, source in model.all_tied_weights_keys.items()
+    }
+
+
 def _partners_can_hold(model: Any, name: str, layer: Stored) -> bool:
-    """Can every module that is tied to this one hold the same factors; else all of them are
-    multiplied out."""
-    pairs = [
-        (t.removesuffix(".weight"), s.removesuffix(".weight"))
-        for t, s in model.all_tied_weights_keys.items()
-    ]
-    root = dict(pairs).get(name, name)
-    partners = {root, *(target for target, source in pairs if source == root)} - {name}
-    return all(
-        _low_rank(other, model.get_submodule(other), layer) is not None for other in partners
-    )
+    """Tell whether every module that is tied to this one can hold the same factors; else all of
+    them are multiplied out."""
+    ties = _tied_modules(model)
+    root = ties.get(name, name)
+    partners = {root, *(target for target, source in ties.items() if source == root)} - {name}
+    for partner in partners:
+        if _low_rank(partner, model.get_submodule(partner), layer) is None:
+            return False
+    return True
 
 
 def _replace_tied(model: Any, name: str, root: str, replaced: dict[str, Stored]) -> None:
@@ -676,21 +753,23 @@ def _replace_tied(model: Any, name: str, root: str, replaced: dict[str, Stored])
 
 
 def _are_tied(model: Any, target: str, source: str) -> bool:
-    """After loading: two modules that both came from the files were tied only where their factors
-    are equal."""
+    """Tell whether two modules are tied after loading: transformers ties those that both came from
+    the files only where their factors are equal."""
     return model.get_parameter(f"{target}.{UP}") is model.get_parameter(f"{source}.{UP}")
 
 
 def _held_dense(
     named: Naming, shapes: dict[str, tuple[int, ...]], wanted: set[tuple[int, int]]
 ) -> set[str]:
-    """Modules whose dense weight, of one of the wanted shapes, is in the weight files."""
-    homes = [
-        named(name)
-        for name, shape in shapes.items()
-        if name.endswith(".weight") and shape in wanted
-    ]
-    return {home.key.removesuffix(".weight") for home in homes if home.pattern is None}
+    """Return the names of modules whose dense weight, of one of the wanted shapes, is in the weight
+    files."""
+    dense: set[str] = set()
+    for name, shape in shapes.items():
+        if name.endswith(".weight") and shape in wanted:
+            key, pattern = named(name)
+            if pattern is None:
+                dense.add(key.removesuffix(".weight"))
+    return dense
 
 
 def _first(model: Any, name: str, check: Callable[[Any], None]) -> None:
@@ -706,36 +785,46 @@ def _first(model: Any, name: str, check: Callable[[Any], None]) -> None:
 
 
 def _as_declared(model: Any, expected: dict[str, Tensor], info: Any) -> None:
-    """What early versions leave out where there is a quantizer: other sizes than the model's are
-    mismatches, and tensors whose names changed take its dtype too."""
+    """Do what early versions leave out where there is a quantizer: report other sizes than the
+    model's as mismatches, and give tensors whose names changed its dtype too."""
+    # Patterns of names whose dtype the class fixes, whatever the others have
     fixed: dict[str, torch.dtype] = {}
     for declared in {tensor.dtype for tensor in expected.values()}:
         fixed |= model._get_dtype_plan(declared)
+
     for key, empty in expected.items():
-        owner = model.get_submodule(key.rpartition(".")[0])
-        leaf = key.rpartition(".")[2]
-        places = owner._parameters if leaf in owner._parameters else owner._buffers
-        tensor = places.get(leaf)
-        if tensor is None or tensor.is_meta:
+        path, _, leaf = key.rpartition(".")
+        owner = model.get_submodule(path)
+        is_parameter = leaf in owner._parameters
+        slots = owner._parameters if is_parameter else owner._buffers
+        tensor = slots.get(leaf)
+        if tensor is None or tensor.is_meta:  # not in the files
             continue
+
+        # Of another size: made anew, and told of as transformers tells of it
         if tensor.shape != empty.shape:
             info.mismatched_keys.add((key, tensor.shape, empty.shape))
-            places[leaf] = (
-                nn.Parameter(empty, empty.is_floating_point())
-                if places is owner._parameters
-                else empty
-            )
+            if is_parameter:
+                empty = nn.Parameter(empty, empty.is_floating_point())
+            slots[leaf] = empty
             continue
-        wanted = next(
-            (d for pattern, d in fixed.items() if re.search(pattern.replace("*", ".*"), key)),
-            empty.dtype,
-        )
-        if tensor.is_floating_point() and tensor.dtype != wanted:
-            tensor.data = tensor.data.to(wanted)
+
+        # Of another dtype
+        dtype = _fixed_dtype(key, fixed) or empty.dtype
+        if tensor.is_floating_point() and tensor.dtype != dtype:
+            tensor.data = tensor.data.to(dtype)
+
+
+def _fixed_dtype(key: str, fixed: dict[str, torch.dtype]) -> torch.dtype | None:
+    """Return the dtype of the first pattern that a name fits."""
+    for pattern, dtype in fixed.items():
+        if re.search(pattern.replace("*", ".*"), key):
+            return dtype
+    return None
 
 
 def _dense(module: Any, weight: nn.Parameter) -> nn.Module:
-    """The ordinary layer that a low-rank module stands for."""
+    """Return the ordinary layer that a low-rank module stands for."""
     dense: nn.Module
     if hasattr(module, "in_features"):
         dense = nn.Linear(
@@ -757,11 +846,10 @@ def _forget_method(config: Any) -> None:
     """Remove svdcli's quantization_config from a config and everything in it."""
     values = config if isinstance(config, dict) else vars(config)
     quantised = values.get("quantization_config")
-    method = (
-        quantised.get("quant_method")
-        if isinstance(quantised, dict)
-        else getattr(quantised, "quant_method", None)
-    )
+    if isinstance(quantised, dict):
+        method = quantised.get("quant_method")
+    else:
+        method = getattr(quantised, "quant_method", None)
     if method == METHOD:
         del values["quantization_config"]
     for value in values.values():
@@ -770,8 +858,8 @@ def _forget_method(config: Any) -> None:
 
 
 def _let_cast(model: Any) -> None:
-    """Factors are ordinary parameters: `.half()`, `.float()` and model code need not take them for
-    anything else."""
+    """Have `.half()`, `.float()` and model code take the factors for what they are: ordinary
+    parameters."""
     model.is_quantized = False
     for module in model.modules():
         config = getattr(module, "config", None)
@@ -780,12 +868,16 @@ def _let_cast(model: Any) -> None:
 
 
 def _for_factors(converter: Any, quantizer: SvdQuantizer) -> Any:
-    """A converter that takes the factors, and the weights beside them, of what `converter` takes;
-    it applies where that does."""
+    """Return a converter that takes the factors, and the weights beside them, of what `converter`
+    takes; it applies where that does."""
+    # Its sources, each as a weight and as factors
     patterns: dict[str, tuple[str, str]] = {}
     for source in converter.source_patterns:
         stem = _up_to_weight(source)
-        patterns |= {stem + part: (source, part) for part in ("weight", UP, DOWN, ROWS)}
+        for part in ("weight", *PARTS):
+            patterns[stem + part] = (source, part)
+
+    # Its target, where it takes all that a module holds: the weight there
     target = converter.target_patterns[0]
     if not converter.source_patterns[0].endswith("weight"):
         target = f"{_up_to_weight(target)}weight"
@@ -797,7 +889,8 @@ def _for_factors(converter: Any, quantizer: SvdQuantizer) -> Any:
 
 
 def _up_to_weight(pattern: str) -> str:
-    """A pattern of a weight, or of all that a module holds, up to the dot before `weight`."""
+    """Return a pattern of a weight, or of all that a module holds, up to the dot before
+    `weight`."""
     stem = pattern.removesuffix("weight")
     return stem if stem.endswith(".") else f"{stem}."
 
@@ -809,7 +902,7 @@ def _merging(
 
 
 def _without_merge(converter: Any) -> Any:
-    """The converter as the model's own mapping has it; None where it only multiplied factors
+    """Return the converter as the model's own mapping has it; None where it only multiplied factors
     out."""
     for operation in getattr(converter, "operations", None) or ():
         if isinstance(operation, MergeFactors):
@@ -818,6 +911,6 @@ def _without_merge(converter: Any) -> Any:
 
 
 def _product(up: Tensor, down: Tensor, rows: Tensor | None) -> Tensor:
-    """The dense weight, computed in at least float32."""
+    """Return the dense weight, computed in at least float32."""
     wide = torch.promote_types(up.dtype, torch.float32)
     return dense_weight(up.to(wide), down.to(wide), rows)

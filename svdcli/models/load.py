@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from svdcli.models.modules import low_rank_like
 from svdcli.plan.plan import FORMAT, LayerPlan
 
 METHOD = "svdcli"
-_SMALL = 4 * 10**9
+_SMALL = 4 * 10**9  # bytes of a model that is opened in float32 on a CPU
 
 
 def load(path: str | Path, *, into: nn.Module | None = None, **options: Any) -> nn.Module:
@@ -40,6 +41,8 @@ def load(path: str | Path, *, into: nn.Module | None = None, **options: Any) -> 
     """
     with open_checkpoint(path) as checkpoint:
         _check(checkpoint)
+
+        # Into a module of one's own
         if into is not None:
             if options:
                 raise UsageError(
@@ -47,6 +50,8 @@ def load(path: str | Path, *, into: nn.Module | None = None, **options: Any) -> 
                     "the module decides by itself",
                 )
             return _load_into(into, checkpoint)
+
+        # As the transformers model that its config names
         if not checkpoint.is_directory or not checkpoint.transformers_opens_it:
             raise UsageError(
                 f"{checkpoint.shown} has no config.json that names a model",
@@ -62,8 +67,8 @@ def load_quietly(
     *,
     trust_remote_code: bool = False,
 ) -> Any:
-    """A transformers model for svdcli's own commands, on its device and without the library's
-    progress bars.
+    """Return a transformers model for svdcli's own commands, on its device and without the
+    library's progress bars.
 
     Without dtype: float32 on a CPU for models of up to 4 GB (many CPUs are an order slower in 16
     bits), else as stored.
@@ -76,65 +81,67 @@ def load_quietly(
 
 
 def load_stored(path: str | Path, *, trust_remote_code: bool = False) -> Any:
-    """A transformers model in its stored dtype, whose weights stay in the file until they are used;
-    nothing is trained."""
+    """Return a transformers model in its stored dtype, whose weights stay in the file until they
+    are used; nothing is trained."""
     return _without_bars(path, "auto", trust_remote_code).requires_grad_(False).eval()
 
 
 def _without_bars(path: str | Path, dtype: torch.dtype | str, trust_remote_code: bool) -> nn.Module:
-    """Without the option nothing of the folder's own code runs; with it, what that code raises is
-    told in a line."""
-    own = trust_remote_code and bool(own_code.model_sources(Path(path)))
-    logging = _transformers().utils.logging
-    with warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", message="Cannot (en|dis)able progress bars"
-        )  # where the environment decides that
-        logging.disable_progress_bar()
+    """Call `load` without the library's progress bars. Without the option nothing of the folder's
+    own code runs; with it, what that code raises is told in a line."""
+    runs_own_code = trust_remote_code and bool(own_code.model_sources(Path(path)))
+    with _no_progress_bars():
         try:
-            return load(path, dtype=dtype, trust_remote_code=own)
+            return load(path, dtype=dtype, trust_remote_code=runs_own_code)
         except SvdcliError:
             raise
         except Exception as error:
-            if not own:
+            # Of transformers' own code it is a bug, and shown as one
+            if not runs_own_code:
                 raise
-            what = f"{type(error).__name__}: {_first_lines(error)}"
-            hint = (
+            failure = f"{type(error).__name__}: {_first_lines(error)}"
+            raise SvdcliError(
+                f"the code that {path} brings along fails ({failure})",
                 f"see which versions it was made for, or leave out {own_code.OPTION} "
-                f"where transformers has the class"
-            )
-            raise SvdcliError(f"the code that {path} brings along fails ({what})", hint) from error
+                f"where transformers has the class",
+            ) from error
+
+
+@contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    """Have transformers show no progress bars as long as the context lasts."""
+    logging = _transformers().utils.logging
+    with warnings.catch_warnings():
+        # It warns where the environment decides about bars
+        warnings.filterwarnings("ignore", message="Cannot (en|dis)able progress bars")
+        logging.disable_progress_bar()
+        try:
+            yield
         finally:
             logging.enable_progress_bar()
 
 
 def _check(checkpoint: Checkpoint) -> None:
-    """Headers, record and config.json must tell the same story."""
+    """Check that headers, record and config.json agree."""
+    # What config.json says, in a format that this version knows
     record = record_of(checkpoint)
     quantised = (checkpoint.config or {}).get("quantization_config") or {}
     method = quantised.get("quant_method") if isinstance(quantised, dict) else None
-    if method == METHOD and "format" not in quantised:
-        raise BadCheckpointError(
-            f"the quantization_config of {checkpoint.shown} has no format",
-            "restore its config.json",
-        )
-    if method == METHOD and (
-        not isinstance(quantised["format"], int) or quantised["format"] > FORMAT
-    ):
-        raise BadCheckpointError(
-            f"{checkpoint.shown} has format {quantised.get('format')!r}, this svdcli knows "
-            f"{FORMAT}",
-            "upgrade svdcli",
-        )
+    if method == METHOD:
+        _check_format(checkpoint, quantised)
     if record is None:
         return
+
+    # What the record says: every tensor of it is there, and no file was changed
     layers = stored_layers(checkpoint, record)
     check_listed(checkpoint, record)
-    for name, item in (record.get("files") or {}).items():
-        if name in checkpoint.files and checkpoint.files[name] != item.get("bytes"):
+    for name, entry in (record.get("files") or {}).items():
+        if name in checkpoint.files and checkpoint.files[name] != entry.get("bytes"):
             raise BadCheckpointError(
                 f"{checkpoint.path / name} was changed after svdcli wrote it", "see `svdcli verify`"
             )
+
+    # Without its entry in config.json transformers would make up the factored layers
     factored = any(layer.keeps_factors for layer in layers)
     if factored and checkpoint.transformers_opens_it and method != METHOD:
         raise BadCheckpointError(
@@ -143,12 +150,26 @@ def _check(checkpoint: Checkpoint) -> None:
         )
 
 
-def _load_transformers(checkpoint: Checkpoint, options: dict[str, Any]) -> nn.Module:
-    model_class = _model_class(checkpoint, options)
-    try:
-        model: nn.Module = model_class.from_pretrained(
-            checkpoint.path, **(_as_stored(checkpoint) | options)
+def _check_format(checkpoint: Checkpoint, quantised: Mapping[str, Any]) -> None:
+    if "format" not in quantised:
+        raise BadCheckpointError(
+            f"the quantization_config of {checkpoint.shown} has no format",
+            "restore its config.json",
         )
+    if not isinstance(quantised["format"], int) or quantised["format"] > FORMAT:
+        raise BadCheckpointError(
+            f"{checkpoint.shown} has format {quantised['format']!r}, this svdcli knows {FORMAT}",
+            "upgrade svdcli",
+        )
+
+
+def _load_transformers(checkpoint: Checkpoint, options: dict[str, Any]) -> nn.Module:
+    """Return the model of the class that fits. options take precedence over how the files are
+    stored."""
+    model_class = _model_class(checkpoint, options)
+    options = _as_stored(checkpoint) | options
+    try:
+        model: nn.Module = model_class.from_pretrained(checkpoint.path, **options)
     except (ValueError, RuntimeError, KeyError) as error:
         raise SvdcliError(
             f"{checkpoint.shown} does not load: {_first_lines(error)}", "see `svdcli verify`"
@@ -157,7 +178,7 @@ def _load_transformers(checkpoint: Checkpoint, options: dict[str, Any]) -> nn.Mo
 
 
 def _as_stored(checkpoint: Checkpoint) -> dict[str, Any]:
-    """What `from_pretrained` must be told to open these files as they are."""
+    """Return the options of `from_pretrained` that open these files as they are."""
     options: dict[str, Any] = {"dtype": "auto"}
     if checkpoint.variant is not None:
         options["variant"] = checkpoint.variant
@@ -165,6 +186,7 @@ def _as_stored(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def _transformers() -> Any:
+    """Import transformers, with svdcli's plugin."""
     try:
         import transformers
 
@@ -177,16 +199,22 @@ def _transformers() -> Any:
 
 
 def _model_class(checkpoint: Checkpoint, options: dict[str, Any]) -> Any:
-    """The class that `architectures` names; the folder's own, by the option, where it has one."""
+    """Return the class that `architectures` names; the folder's own, by the option, where it has
+    one."""
     transformers = _transformers()
     config = checkpoint.config or {}
     name = str((config.get("architectures") or [""])[0])
     stock = getattr(transformers, name, None) if name else None
-    own, trusted = own_code.auto_class(checkpoint.config), options.get("trust_remote_code")
-    if own is not None and hasattr(transformers, own) and (trusted or stock is None):
+
+    # The folder's own, where it is asked for or nothing else will do
+    own_class = own_code.auto_class(checkpoint.config)
+    trusted = options.get("trust_remote_code")
+    if own_class is not None and hasattr(transformers, own_class) and (trusted or stock is None):
         if not trusted:
-            raise own_code.refusal(checkpoint.shown, f"the class {name or own}")
-        return getattr(transformers, own)
+            raise own_code.refusal(checkpoint.shown, f"the class {name or own_class}")
+        return getattr(transformers, own_class)
+
+    # Transformers' own
     if not name:
         return _best_class(checkpoint)
     if stock is None:
@@ -213,15 +241,17 @@ _LEAST_LIKELY = ("AutoModel", "AutoModelForTextEncoding")
 
 
 def _best_class(checkpoint: Checkpoint) -> Any:
-    """The class of this config that takes the checkpoint's tensors best: the fewest missing, then
-    the fewest unexpected."""
+    """Return the class of this config that takes the checkpoint's tensors best: the fewest missing,
+    then the fewest unexpected."""
     transformers = _transformers()
     from svdcli.models.hf import unfilled
 
     shapes = {name: ref.info.shape for name, ref in checkpoint.tensors.items()}
     scores: dict[Any, tuple[int, int]] = {}
+
+    # Trying a class prints nothing
     verbosity = transformers.utils.logging.get_verbosity()
-    transformers.utils.logging.set_verbosity_error()  # what is only tried says nothing
+    transformers.utils.logging.set_verbosity_error()
     try:
         config = transformers.AutoConfig.from_pretrained(checkpoint.path)
         for candidate in _classes_of(config):
@@ -237,38 +267,45 @@ def _best_class(checkpoint: Checkpoint) -> Any:
         ) from error
     finally:
         transformers.utils.logging.set_verbosity(verbosity)
+
+    # Of classes that fit alike the first, which is the likeliest
     return min(scores, key=lambda candidate: scores[candidate], default=transformers.AutoModel)
 
 
 def _classes_of(config: Any) -> list[Any]:
-    """All classes that transformers' auto classes may make of a config, the likelier first."""
+    """Return all classes that transformers' auto classes may make of a config, the likelier
+    first."""
     from transformers.models.auto import modeling_auto
 
+    # What each auto class has for this config: a class, or a tuple of them
     listed: dict[str, Any] = {}
     for name, auto in vars(modeling_auto).items():
         mapping = getattr(auto, "_model_mapping", None)
         if name.startswith("AutoModel") and mapping is not None and type(config) in mapping:
             listed[name] = mapping[type(config)]
-    if "AutoModelForMaskedLM" in listed and not getattr(config, "is_decoder", False):
-        listed.pop(
-            "AutoModelForCausalLM", None
-        )  # an encoder, which transformers can also use as a decoder
 
+    # An encoder, which transformers can also use as a decoder
+    if "AutoModelForMaskedLM" in listed and not getattr(config, "is_decoder", False):
+        listed.pop("AutoModelForCausalLM", None)
+
+    # In order, each once
     others = [name for name in listed if name not in _LIKELIEST + _LEAST_LIKELY]
     classes: dict[Any, None] = {}
     for name in (*_LIKELIEST, *others, *_LEAST_LIKELY):
-        found = listed.get(name, ())
-        classes |= dict.fromkeys(found if isinstance(found, tuple) else (found,))
+        entry = listed.get(name, ())
+        for model_class in entry if isinstance(entry, tuple) else (entry,):
+            classes[model_class] = None
     return list(classes)
 
 
 def _empty(model_class: Any, config: Any) -> Any:
-    """A model of that class whose weights take no memory."""
+    """Return a model of that class whose weights take no memory."""
     with torch.device("meta"):
         return model_class(copy.deepcopy(config))
 
 
 def _first_lines(error: Exception) -> str:
+    """Return the first four lines of a message, as one."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return " ".join(lines[:4])
 
@@ -278,19 +315,18 @@ def _first_lines(error: Exception) -> str:
 
 def _load_into(module: nn.Module, checkpoint: Checkpoint) -> nn.Module:
     """Replace what is factored, then assign every tensor of the checkpoint, one at a time."""
+    # Low-rank modules for what is factored
+    layers: list[LayerPlan] = []
     record = record_of(checkpoint)
-    layers = (
-        [layer for layer in stored_layers(checkpoint, record) if layer.keeps_factors]
-        if record is not None
-        else []
-    )
+    if record is not None:
+        stored = stored_layers(checkpoint, record)
+        layers = [layer for layer in stored if layer.keeps_factors]
     _replace(module, layers, checkpoint.shown)
 
-    # which tensor goes where
+    # Which tensor goes where: names may differ by prefixes, and one of two tied ones may be missing
     tripwires = {layer.tensor.name for layer in layers}
-    sources = _by_plain_name(
-        (name for name in checkpoint.tensors if name not in tripwires), checkpoint.shown
-    )
+    kept = [name for name in checkpoint.tensors if name not in tripwires]
+    sources = _by_plain_name(kept, checkpoint.shown)
     expected = module.state_dict()
     goals = _by_plain_name(expected, "the module")
     names = {goals.get(plain, plain): source for plain, source in sources.items()}
@@ -298,23 +334,25 @@ def _load_into(module: nn.Module, checkpoint: Checkpoint) -> nn.Module:
     expected = {name: tensor for name, tensor in expected.items() if name not in tied}
     _check_fit(expected, names, checkpoint)
 
+    # Only now the module changes, since everything fits
     for name, source in sorted(names.items()):
         _assign(module, name, checkpoint.read_tensor(source))
     for name, source in tied.items():
-        owner = module.get_submodule(name.rpartition(".")[0])
-        owner._parameters[name.rpartition(".")[2]] = module.get_parameter(source)
+        path, _, leaf = name.rpartition(".")
+        module.get_submodule(path)._parameters[leaf] = module.get_parameter(source)
     return module
 
 
 def _replace(module: nn.Module, layers: Sequence[LayerPlan], shown: str) -> None:
     """Put low-rank modules, on the meta device, where the module has what is factored."""
+    # By plain name: of a compiled module the way to what is around it, and the one within
     outer: dict[str, str] = {}
-    inner: dict[
-        str, nn.Module
-    ] = {}  # of a compiled module the one within, which `outer` names the way around
+    inner: dict[str, nn.Module] = {}
     for path, child in module.named_modules():
         outer.setdefault(_plain_name(path), path)
         inner[_plain_name(path)] = child
+
+    # All of them before any is put in place, so that a refusal leaves the module as it was
     fresh: dict[str, nn.Module] = {}
     for layer in layers:
         name = _plain_name(layer.tensor.module)
@@ -329,7 +367,7 @@ def _replace(module: nn.Module, layers: Sequence[LayerPlan], shown: str) -> None
 
 
 def _plain_name(name: str) -> str:
-    """A tensor's or module's name without `_orig_mod`, and without `module.` before it."""
+    """Return a tensor's or module's name without `_orig_mod`, and without `module.` before it."""
     words = [word for word in name.split(".") if word != "_orig_mod"]
     while words[:1] == ["module"]:
         del words[0]
@@ -337,36 +375,31 @@ def _plain_name(name: str) -> str:
 
 
 def _by_plain_name(names: Iterable[str], shown: str) -> dict[str, str]:
-    """{plain name: name}. Raises SvdcliError where two names differ by such prefixes alone."""
-    found: dict[str, str] = {}
+    """Return {plain name: name}. Raises SvdcliError where two names differ by such prefixes
+    alone."""
+    by_plain_name: dict[str, str] = {}
     for name in names:
-        other = found.setdefault(_plain_name(name), name)
-        if other != name:
+        first = by_plain_name.setdefault(_plain_name(name), name)
+        if first != name:
             raise SvdcliError(
-                f"{shown} has {other} and {name}, which differ by a prefix of torch.compile or "
+                f"{shown} has {first} and {name}, which differ by a prefix of torch.compile or "
                 f"DDP alone",
                 "rename one of them",
             )
-    return found
+    return by_plain_name
 
 
 def _check_fit(
     expected: Mapping[str, Tensor], names: Mapping[str, str], checkpoint: Checkpoint
 ) -> None:
-    """Raises SvdcliError where tensors are missing, left over, or of another shape."""
-    lacking, over = expected.keys() - names.keys(), names.keys() - expected.keys()
-    for what, odd, others in (
-        ("lacks", lacking, over),
-        ("holds, and the module does not,", over, lacking),
-    ):
-        if odd:
-            first = min(odd)
-            raise SvdcliError(
-                f"{checkpoint.shown} {what} {first} ({len(odd)} such tensors)",
-                _prefix_hint(first, others),
-            )
+    """Raise SvdcliError where tensors are missing, left over, or of another shape."""
+    missing = expected.keys() - names.keys()
+    left_over = names.keys() - expected.keys()
+    _refuse_any(missing, f"{checkpoint.shown} lacks", left_over)
+    _refuse_any(left_over, f"{checkpoint.shown} holds, and the module does not,", missing)
     for name, source in sorted(names.items()):
-        shape, wanted = checkpoint.tensors[source].info.shape, tuple(expected[name].shape)
+        shape = checkpoint.tensors[source].info.shape
+        wanted = tuple(expected[name].shape)
         if shape != wanted:
             raise SvdcliError(
                 f"{source} is {list(shape)} in {checkpoint.shown} and {list(wanted)} in the module",
@@ -374,8 +407,17 @@ def _check_fit(
             )
 
 
+def _refuse_any(names: Set[str], verb: str, others: Iterable[str]) -> None:
+    """Raise SvdcliError for the first of these names; others are those of the other side."""
+    if names:
+        first = min(names)
+        raise SvdcliError(
+            f"{verb} {first} ({len(names)} such tensors)", _prefix_hint(first, others)
+        )
+
+
 def _prefix_hint(name: str, others: Iterable[str]) -> str:
-    """What to do where `name` is not on the other side: maybe it is there behind a prefix, or
+    """Say what to do where `name` is not on the other side: maybe it is there behind a prefix, or
     without one."""
     for other in sorted(filter(None, others), key=len, reverse=True):
         if name.endswith(f".{other}") or other.endswith(f".{name}"):
@@ -387,17 +429,23 @@ def _prefix_hint(name: str, others: Iterable[str]) -> str:
 
 
 def _tied(module: nn.Module, missing: Set[str], names: Set[str]) -> dict[str, str]:
-    """{name that the checkpoint lacks: name in it of the same parameter}."""
-    same = {
-        name: id(parameter) for name, parameter in module.named_parameters(remove_duplicate=False)
-    }
-    sources = {same[name]: name for name in sorted(names) if name in same}
-    return {name: sources[same[name]] for name in sorted(missing) if same.get(name) in sources}
+    """Return {name that the checkpoint lacks: name in it of the same parameter}."""
+    identities: dict[str, int] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        identities[name] = id(parameter)
+    sources = {identities[name]: name for name in sorted(names) if name in identities}
+    tied: dict[str, str] = {}
+    for name in sorted(missing):
+        if identities.get(name) in sources:
+            tied[name] = sources[identities[name]]
+    return tied
 
 
 def _low_rank(old: nn.Module, layer: LayerPlan, shown: str) -> nn.Module:
-    """The module that will hold one layer's factors in place of `old`, on the meta device."""
-    name, shape = layer.tensor.module, layer.tensor.shape
+    """Return the module that will hold one layer's factors in place of `old`, on the meta
+    device."""
+    name = layer.tensor.module
+    shape = layer.tensor.shape
     new = low_rank_like(old, int(layer.rank or 0), layout=layer.layout)
     weight = getattr(old, "weight", None)
     if new is None or not isinstance(weight, Tensor):

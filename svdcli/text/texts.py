@@ -27,13 +27,18 @@ class Texts:
         return sum(len(document.encode()) for document in self.documents)
 
     def split(self, share: float) -> tuple[Texts, Texts]:
-        """The first `share` of all characters, and the rest; a document may be cut in two."""
-        left = int(share * sum(map(len, self.documents)))
-        first, rest = [], []
+        """Return the first `share` of all characters, and the rest; a document may be cut in
+        two."""
+        # Characters that are still to come into the first part
+        remaining = int(share * sum(map(len, self.documents)))
+        first: list[str] = []
+        rest: list[str] = []
         for document in self.documents:
-            first.append(document[:left])
-            rest.append(document[len(first[-1]) :])
-            left -= len(first[-1])
+            first.append(document[:remaining])
+            rest.append(document[remaining:])
+            remaining = max(0, remaining - len(document))
+
+        # Without the empty ends of documents that are all in the other part
         return (
             Texts(f"{self.name}, first {share:.0%}", tuple(filter(None, first))),
             Texts(f"{self.name}, last {1 - share:.0%}", tuple(filter(None, rest))),
@@ -41,15 +46,16 @@ class Texts:
 
     @property
     def digest(self) -> str:
-        whole = hashlib.sha256()
+        digest = hashlib.sha256()
         for document in self.documents:
-            whole.update(document.encode() + b"\0")
-        return whole.hexdigest()
+            # With a mark between documents, so that other cuts of the same text differ
+            digest.update(document.encode() + b"\0")
+        return digest.hexdigest()
 
 
 def read_texts(path: str | None, *, stdlib: bool, held_out: bool) -> Texts:
-    """The text of `--text PATH` (a file, a folder of files, `-`) or of `--stdlib`, its held-out
-    half or the other.
+    """Return the text of `--text PATH` (a file, a folder of files, `-`) or of `--stdlib`, its
+    held-out half or the other.
 
     Files of a folder that are not UTF-8 are passed over, and named. Raises UsageError where both or
     neither are given, SvdcliError where there is no text or a file is none.
@@ -58,23 +64,27 @@ def read_texts(path: str | None, *, stdlib: bool, held_out: bool) -> Texts:
         raise UsageError(
             "give --text FILE or --stdlib, one of them", "--text takes a file, a folder or -"
         )
-    if path is None:
-        half = "held-out modules" if held_out else "modules that are not held out"
-        found = Texts(
-            f"standard library, {half}",
-            tuple(text for _, text in stdlib_modules(held_out=held_out)),
-        )
-    elif path == STANDARD:
-        found = Texts("standard input", (_decoded(sys.stdin.buffer.read(), "standard input"),))
-    elif Path(path).is_dir():
-        found = _folder_of_texts(Path(path), path)
-    elif Path(path).exists():
-        found = Texts(path, (_decoded(Path(path).read_bytes(), path),))
-    else:
-        raise SvdcliError(f"{path} does not exist", "check the path of --text")
-    if not any(document.strip() for document in found.documents):
-        raise SvdcliError(f"{found.name} holds no text", "give another --text")
-    return found
+    texts = _stdlib_texts(held_out=held_out) if path is None else _texts_at(path)
+    if not any(document.strip() for document in texts.documents):
+        raise SvdcliError(f"{texts.name} holds no text", "give another --text")
+    return texts
+
+
+def _stdlib_texts(*, held_out: bool) -> Texts:
+    half = "held-out modules" if held_out else "modules that are not held out"
+    documents = tuple(text for _, text in stdlib_modules(held_out=held_out))
+    return Texts(f"standard library, {half}", documents)
+
+
+def _texts_at(path: str) -> Texts:
+    """Return the text of standard input, a folder or a file."""
+    if path == STANDARD:
+        return Texts("standard input", (_decoded(sys.stdin.buffer.read(), "standard input"),))
+    if Path(path).is_dir():
+        return _folder_of_texts(Path(path), path)
+    if Path(path).exists():
+        return Texts(path, (_decoded(Path(path).read_bytes(), path),))
+    raise SvdcliError(f"{path} does not exist", "check the path of --text")
 
 
 def _decoded(raw: bytes, name: str) -> str:
@@ -87,6 +97,8 @@ def _decoded(raw: bytes, name: str) -> str:
 
 
 def _folder_of_texts(folder: Path, name: str) -> Texts:
+    """Return the files below a folder that are text, in the order of their paths; hidden ones are
+    left out."""
     texts: list[str] = []
     passed_over: list[str] = []
     for file in sorted(folder.rglob("*")):

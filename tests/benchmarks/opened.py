@@ -35,7 +35,7 @@ def main(folder: str) -> None:
             "batch": 1,
         }
     )
-    found: dict[str, Any] = {"imports_bytes": worker.before, **worker.load()}
+    found: dict[str, Any] = {"imports_bytes": worker.bytes_before, **worker.load()}
     found["opened"] = worker.memory()["peak_bytes"]
     read_all(worker.model)
     found["read"] = worker.memory()["peak_bytes"]

@@ -158,6 +158,76 @@ def test_a_run_leaves_the_caches_of_the_model_as_they_were() -> None:
     assert not any(during)
 
 
+def belongings_of(model: nn.Module) -> dict[str, Any]:
+    """All that a model holds besides its parameters: buffers, hooks, a forward pass of its own, its
+    config."""
+    held: dict[str, Any] = {}
+    for name, module in model.named_modules():
+        for key, buffer in module.named_buffers(recurse=False):
+            held[f"{name}.{key}"] = id(buffer), buffer.device, buffer.dtype
+        held[f"{name} hooks"] = [
+            len(vars(module)[kind]) for kind in sorted(vars(module)) if kind.endswith("_hooks")
+        ]
+        held[f"{name} forward"] = vars(module).get("forward")
+        config = getattr(module, "config", None)
+        held[f"{name} config"] = config.to_dict() if hasattr(config, "to_dict") else config
+    return held
+
+
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("family", ["llama", "t5", "bert", "vit"])
+def test_what_a_model_holds_is_as_it_was_after_every_way_to_run_it(
+    family: str, device: str
+) -> None:
+    model, end = build(family), ends_of(family)
+    batches = batches_of(zoo.FAMILIES[family].inputs)
+    block = next(unit for name, unit in units_of(model).items() if name.endswith(".1"))
+    block.forward = block.forward  # as libraries do that wrap the pass of one module
+    before, state = belongings_of(model), state_of(model)
+    stream = Stream(model, torch.device(device), torch.float32)
+
+    stream.run(batches)
+    assert belongings_of(model) == before
+    stream.run(batches, lambda index, output: (end(output), torch.ones_like(end(output))))
+    assert belongings_of(model) == before
+    for turn in stream.turns(batches):
+        turn.send_on()
+    assert belongings_of(model) == before
+    left_early = stream.turns(batches)
+    next(left_early).send_on()
+    left_early.close()
+    assert belongings_of(model) == before
+
+    def fail(index: int, output: Any) -> None:
+        raise TripError
+
+    with pytest.raises(TripError):
+        stream.run(batches, read=fail)
+    assert belongings_of(model) == before
+    assert same_state(state, state_of(model))
+
+
+def test_a_buffer_that_the_model_replaces_meanwhile_stays_replaced() -> None:
+    """As rotary frequencies are where they grow with the text."""
+
+    class Growing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("frequencies", torch.ones(2))
+            self.layer = nn.Linear(2, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.register_buffer("frequencies", self.get_buffer("frequencies") + 1)
+            return self.layer(x * self.get_buffer("frequencies"))
+
+    model = frozen(Growing())
+    Stream(model, CPU, torch.float32).run([{"x": torch.ones(3, 2)}] * 2)
+    assert model.frequencies.tolist() == [3, 3]
+
+
 def test_blocks_are_units_as_a_whole() -> None:
     assert list(units_of(build("llama"))) == [
         "model.embed_tokens",
