@@ -272,12 +272,26 @@ def test_a_reader_that_leaves_early_is_no_traceback(output: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("width", [40, 80, 160])
+@pytest.mark.parametrize("width", [40, 60, 79, 80, 160])
 def test_tables_fit_their_terminal(output: Path, model: Path, width: int) -> None:
     for arguments in (["report", output], ["inspect", model], ["spectrum", model]):
         text = cli(*arguments, env={"COLUMNS": str(width)}).out.decode()
         assert max(map(len, text.splitlines())) <= width
         assert "up" in text
+
+
+@pytest.mark.parametrize("width", [40, 60, 79])
+def test_narrow_tables_break_no_word_and_tell_what_they_leave_out(
+    output: Path, model: Path, width: int
+) -> None:
+    for arguments in (["report", output], ["inspect", model], ["spectrum", model]):
+        text = cli(*arguments, env={"COLUMNS": str(width)}).out.decode()
+        parts = set(re.findall(r"\w+", cli(*arguments, env={"COLUMNS": "160"}).out.decode()))
+        table = text.split("\n\n")[0].split("─\n")[-1]
+        assert set(re.findall(r"[^\W\d]\w*", table)) <= parts
+    assert ("no room for Shape:" in text) is (width == 60)
+    left_out = "no room for 95 %, 99 %, Even, Shape: see --csv or --json"
+    assert (left_out in " ".join(text.split())) is (width == 40)
 
 
 def test_no_colour_in_pipes_and_under_no_color(output: Path) -> None:
