@@ -359,11 +359,25 @@ def test_the_list_of_commands_says_whole_sentences() -> None:
 @pytest.mark.parametrize("width", [60, 80, 100])
 def test_help_lists_the_options_panel_by_panel(width: int) -> None:
     shown = cli("compress", "--help", env={"COLUMNS": str(width)}).out.decode()
-    assert re.findall(r"^(\w+):$", shown, re.MULTILINE) == ["Arguments", *PANELS]
+    panels = [panel for panel in PANELS if panel != "Text"]
+    assert re.findall(r"^(\w+):$", shown, re.MULTILINE) == ["Arguments", *panels]
     assert re.search(r"Storage:\n(  .*\n)*  --layout", shown)
     assert max(map(len, shown.splitlines())) <= width
     assert shown.isascii()
     assert "\x1b" not in shown
+
+
+@pytest.mark.parametrize("command", ["eval", "heal"])
+def test_text_that_is_no_calibration_has_its_own_panel(command: str) -> None:
+    shown = cli(command, "--help").out.decode()
+    panel = shown.split("\nText:\n")[1].split("\n\n")[0]
+    assert re.findall(r"^  (--[a-z-]+)", panel, re.MULTILINE) == [
+        "--text",
+        "--stdlib",
+        "--samples",
+        "--seq-len",
+    ]
+    assert "Calibration:" not in shown
 
 
 DTYPES = get_args(words.Dtype)
