@@ -111,6 +111,8 @@ if TYPE_CHECKING:
     from svdcli.verbs.outcome import Outcome
 
 
+# What takes long to import, as rich and torch do, is imported where it is used: `--help` and
+# completion need neither.
 app = typer.Typer(
     name="svdcli",
     rich_markup_mode=None,
@@ -132,6 +134,7 @@ def _root(
     if version:
         typer.echo(f"svdcli {__version__}")
         raise typer.Exit
+    # A bare `svdcli` is no command: it shows the help, and ends as a usage error does
     if context.invoked_subcommand is None:
         typer.echo(context.get_help())
         raise typer.Exit(2)
@@ -201,6 +204,7 @@ def compress(
     plan = None
     wanted: Wanted = {}
     if plan_file is None:
+        # Options have the names that `Wanted` has, and are passed on by them
         wanted = read_wanted(context.params)
     else:
         _check_nothing_beside_a_plan(context)
@@ -269,6 +273,7 @@ def _check_nothing_beside_a_plan(context: typer.Context) -> None:
     """Raises UsageError for an option that says what a plan has decided already."""
     from svdcli.plan.recipe import WANTED
 
+    # Given at all, even with the value that it has by default
     for parameter in context.command.params:
         source = context.get_parameter_source(parameter.name or "")
         if parameter.name in WANTED and source is not None and source.name != "DEFAULT":
@@ -432,6 +437,7 @@ def expand(
 
     with _working(quiet) as progress:
         path = svdcli.expand(output, dense, force=force, progress=progress)
+    # None where it went to standard output
     if path is not None and not quiet:
         print_note(f"wrote {path}")
 
@@ -652,7 +658,7 @@ def heal(
     Block by block, and then all together. A run that was cut short continues with the block it had
     reached. OUT is not touched.
     """
-    # What was asked; without a limit of time there is one of steps
+    # What was asked: without a limit of time there is one of steps
     check_samples(samples)
     if steps is not None:
         at_least_one("--steps", steps)
@@ -831,6 +837,7 @@ def _show_outcome(
         tables.print_report(report, stream, grouped=grouped)
         if evaluation is not None:
             tables.print_measured(evaluation, stream)
+    # The output is whole without it
     if outcome.not_evaluated and not quiet:
         print_note(f"the loss was not measured: {outcome.not_evaluated}; see `svdcli eval`")
 
@@ -841,6 +848,7 @@ def _print_for_programs(
     """Print JSON or CSV where asked; True where a person's table is wanted instead."""
     from svdcli.render import machine
 
+    # Checked again: not every command checks before its work
     _check_one_format(json_, csv_)
     if json_:
         machine.print_json(data, stream)

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 # Sizes --------------------------------------------------------------------------------------------
 
 
+# Letters of any case are taken: they are made capitals first.
 _SIZES = {
     "": 1,
     "B": 1,
@@ -46,6 +47,7 @@ def parse_size(text: str, option: str) -> int:
     unit = match[2].upper() if match else ""
     if match is None or unit not in _SIZES:
         raise UsageError(f"{option} {text!r} is not a size", "give bytes such as 350MB or 1.5GiB")
+    # Exact: 1.1GB is 1100000000, which floats need not give
     from fractions import Fraction
 
     return int(Fraction(match[1]) * _SIZES[unit])
@@ -492,6 +494,7 @@ def read_layers(path: str | None) -> tuple[str, ...] | None:
         return None
     text = sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8")
     names = tuple(line.strip() for line in text.splitlines() if line.strip())
+    # An empty list would select nothing
     if not names:
         raise UsageError(f"--layers-from {path} names no layer", "give one tensor name a line")
     return names

@@ -157,6 +157,7 @@ def bench(
     with the cache (decode). trust_remote_code runs Python that the models' folders bring along.
     Raises SvdcliError where a model does not open, does not read text, or its process dies.
     """
+    # All that can be refused before a process starts
     _check_counts(
         {
             "prompt-tokens": prompt_tokens,
@@ -175,22 +176,9 @@ def bench(
         "batch": batch,
         "trust_remote_code": trust_remote_code,
     }
-    with ExitStack() as stack:
-        # Both processes start at once; each answers when its imports are done
-        pair = [stack.enter_context(_Child(checkpoint.path, task)) for checkpoint in checkpoints]
-        for done, child in enumerate(pair):
-            progress("load", child.path, done, len(pair))
-            child.about = child.answer()
+    pair, turns = _measure(checkpoints, task, rounds, progress)
 
-        # Loading is timed while the other process waits
-        for checkpoint, child in zip(checkpoints, pair, strict=True):
-            _into_page_cache(checkpoint)
-            child.about |= child.ask("load")
-
-        turns = _turns(pair, rounds, progress)
-        for child in pair:
-            child.about |= child.ask("memory")
-
+    # The original was named first, and each speed counts all prompts of a batch
     original, compressed = (
         _speed_of(child, checkpoint, prompt_tokens * batch, new_tokens * batch, turns[child])
         for checkpoint, child in zip(checkpoints, pair, strict=True)
@@ -208,6 +196,29 @@ def bench(
         original=original,
         ratios=_ratios(compressed, original),
     )
+
+
+def _measure(
+    checkpoints: Sequence[Checkpoint], task: Mapping[str, Any], rounds: int, progress: Progress
+) -> tuple[list[_Child], _Turns]:
+    """Start a process for each model and measure it there: (the processes, which have ended and
+    keep what they have told; the seconds of every round)."""
+    with ExitStack() as stack:
+        # Both processes start at once; each answers when its imports are done
+        pair = [stack.enter_context(_Child(checkpoint.path, task)) for checkpoint in checkpoints]
+        for done, child in enumerate(pair):
+            progress("load", child.path, done, len(pair))
+            child.about = child.answer()
+
+        # Loading is timed while the other process waits
+        for checkpoint, child in zip(checkpoints, pair, strict=True):
+            _into_page_cache(checkpoint)
+            child.about |= child.ask("load")
+
+        turns = _turns(pair, rounds, progress)
+        for child in pair:
+            child.about |= child.ask("memory")
+    return pair, turns
 
 
 def _check_counts(counts: Mapping[str, int]) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from svdcli.calibration.gather import FULL_OUTPUTS, Gather
 from svdcli.calibration.memory import SHARE_OF_MEMORY, free_memory, state_bytes, widest, width_of
@@ -148,15 +148,7 @@ def calibrate(
             gather = Gather(network, width, layers, Spool(Path(folder)), progress, len(rounds))
             stream = Stream(network, device, torch.float32, call=side.of(network))
             for number, batches in enumerate(rounds):
-                cotangent = None
-                if forecast.gradients:
-                    cotangent = gather.loss.cotangents(batches)
-                with gather.round(
-                    number, batches, backwards=forecast.gradients, units=len(stream.units)
-                ) as visit:
-                    stream.run(
-                        batches, cotangent, set(layers.values()), gather.loss.note_kind, visit
-                    )
+                _gather_round(gather, stream, number, batches, layers, forecast.gradients)
             if sensitivity:
                 gather.add_sensitivities(stream, read.batches, memory)
 
@@ -177,6 +169,24 @@ def calibrate(
             keys = gather.keys()
             write_moments(out, gather.spool, gather.scales(), keys, provenance)
         return _calibrated(out, layers, keys, forecast, sensitivity)
+
+
+def _gather_round(
+    gather: Gather,
+    stream: Stream,
+    number: int,
+    batches: Sequence[dict[str, Tensor]],
+    layers: Mapping[str, str],
+    gradients: bool,
+) -> None:
+    """Run these batches through the model, backwards too with gradients, while moments are added
+    up."""
+    cotangent = None
+    if gradients:
+        cotangent = gather.loss.cotangents(batches)
+    units = len(stream.units)
+    with gather.round(number, batches, backwards=gradients, units=units) as visit:
+        stream.run(batches, cotangent, set(layers.values()), gather.loss.note_kind, visit)
 
 
 def _calibrated(

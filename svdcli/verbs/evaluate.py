@@ -131,11 +131,12 @@ def evaluate(
         original = load_quietly(against, device, dtype, trust_remote_code=trust_remote_code)
     tokenizer = load_tokenizer(output, trust_remote_code=trust_remote_code)
     side = text_side(model, str(output), len(tokenizer), "eval judges what reads text")
+    models = _Models(model, original, side, tokenizer, device)
 
     # What holds without a text
     computed_in = str(next(model.parameters()).dtype).removeprefix("torch.")
     against_shown = None if against is None else str(against)
-    continuations = _continuations(side, model, original, tokenizer, prompts, new_tokens)
+    continuations = _continuations(models, prompts, new_tokens)
     evaluation = Evaluation(
         path=str(output),
         against=against_shown,
@@ -148,55 +149,81 @@ def evaluate(
         return evaluation
     evaluation = replace(evaluation, text=texts.name, text_sha256=texts.digest)
 
-    # Decoders by their losses, window by window
+    # Decoders by their losses, encoders by their sentence embeddings
     if side.kind == "decoder":
         length = window_length(side.longest, seq_len)
         windows = windows_of(tokenizer, texts, length, Amount(samples).samples)
-        windows = replace(windows, ids=windows.ids.to(device))
-        original_call = None
-        if original is not None:
-            original_call = side.of(original)
-        scores, original_scores, drift = compare(
-            side.of(model), original_call, windows, str(output), str(against), progress
-        )
-        # The first token of a window is not predicted
-        tokens = windows.ids.shape[0] * (windows.ids.shape[1] - 1)
-        return replace(
-            evaluation,
-            text_tokens=windows.total,
-            tokens=tokens,
-            compressed=scores,
-            original=original_scores,
-            drift=drift,
-        )
-
-    # Encoders by the cosine of their sentence embeddings
+        return _judge_decoder(evaluation, models, windows, progress)
     if original is None:
         raise SvdcliError(
             f"{output} is an encoder, which is judged by its distance from the original",
             "give --against MODEL",
         )
     read = read_batches(replace(side, decodes=False), tokenizer, texts, Amount(samples), seq_len)
-    similarity = _similarity(_cosines(side, model, original, read, device, progress))
+    return _judge_encoder(evaluation, models, read, progress)
+
+
+@dataclass(frozen=True)
+class _Models:
+    """The model, its original where there is one, and what reads text of both."""
+
+    model: Any
+    original: Any | None
+    side: TextSide
+    tokenizer: Any
+    device: torch.device
+
+
+def _judge_decoder(
+    evaluation: Evaluation, models: _Models, windows: Windows, progress: Progress
+) -> Evaluation:
+    """The evaluation with losses, and with the drift from the original where there is one."""
+    side = models.side
+    windows = replace(windows, ids=windows.ids.to(models.device))
+    original_call = None
+    if models.original is not None:
+        original_call = side.of(models.original)
+    scores, original_scores, drift = compare(
+        side.of(models.model),
+        original_call,
+        windows,
+        evaluation.path,
+        str(evaluation.against),
+        progress,
+    )
+    # The first token of a window is not predicted
+    count, length = windows.ids.shape
+    return replace(
+        evaluation,
+        text_tokens=windows.total,
+        tokens=count * (length - 1),
+        compressed=scores,
+        original=original_scores,
+        drift=drift,
+    )
+
+
+def _judge_encoder(
+    evaluation: Evaluation, models: _Models, read: Read, progress: Progress
+) -> Evaluation:
+    """The evaluation with the similarity of sentence embeddings."""
+    similarity = _similarity(_cosines(models, read, progress))
     return replace(evaluation, text_tokens=read.tokens, tokens=read.tokens, similarity=similarity)
 
 
 def _continuations(
-    side: TextSide,
-    model: Any,
-    original: Any | None,
-    tokenizer: Any,
-    prompts: Sequence[str],
-    new_tokens: int,
+    models: _Models, prompts: Sequence[str], new_tokens: int
 ) -> tuple[Continuation, ...]:
     """What a decoder and its original make of each prompt. Raises UsageError for prompts to a model
     that generates no text."""
     if not prompts:
         return ()
-    parts = [side.module(network) for network in (model, original) if network is not None]
+    side = models.side
+    networks = (models.model, models.original)
+    parts = [side.module(network) for network in networks if network is not None]
     if side.kind != "decoder" or not hasattr(parts[0], "generate"):
         raise UsageError(f"{type(parts[0]).__name__} continues no text", "leave out --prompt")
-    return tuple(_continue(prompt, parts, tokenizer, new_tokens) for prompt in prompts)
+    return tuple(_continue(prompt, parts, models.tokenizer, new_tokens) for prompt in prompts)
 
 
 # Decoders -----------------------------------------------------------------------------------------
@@ -327,15 +354,13 @@ def _continue(prompt: str, parts: Sequence[Any], tokenizer: Any, new_tokens: int
 
 
 @torch.inference_mode()
-def _cosines(
-    side: TextSide, model: Any, original: Any, read: Read, device: torch.device, progress: Progress
-) -> list[float]:
+def _cosines(models: _Models, read: Read, progress: Progress) -> list[float]:
     """Cosine similarity of every sentence's two embeddings."""
     cosines: list[float] = []
     for batch in read.batches:
-        inputs = {key: value.to(device) for key, value in batch.items()}
-        ours = side.embed(model, inputs).double()
-        theirs = side.embed(original, inputs).double()
+        inputs = {key: value.to(models.device) for key, value in batch.items()}
+        ours = models.side.embed(models.model, inputs).double()
+        theirs = models.side.embed(models.original, inputs).double()
         cosines += torch.cosine_similarity(ours, theirs, dim=-1).tolist()
         progress("eval", f"sentence {len(cosines)}", len(cosines), read.samples)
     return cosines

@@ -281,9 +281,9 @@ def _export_into(
 
 def _traced(call: _Call) -> Any:
     """What torch.onnx makes of it. Raises SvdcliError with the first line of what it says."""
-    # Not optimized here, since the weights get their names first; batch and length are not those
-    # of the check
     try:
+        # Not optimized here, since the weights get their names first; batch and length are not
+        # those of the check
         with torch.no_grad():
             return torch.onnx.export(
                 call,

@@ -93,6 +93,7 @@ def inspect(
 
 def _inspect_row(info: TensorInfo, reasons: Mapping[str, str]) -> InspectRow:
     """One tensor; reasons has the names of all that are not selected."""
+    # Break-even ranks mean nothing for what stays as it is
     selected = info.name not in reasons
     factored = pivoted = None
     if selected:
