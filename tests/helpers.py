@@ -61,12 +61,15 @@ def best_error(w: torch.Tensor, rank: int) -> float:
     return float(torch.linalg.svdvals(w.double())[rank:].square().sum())
 
 
+UP, DOWN = "layers.0.up.weight", "layers.0.down.weight"
+
+
 def small_tensors() -> dict[str, torch.Tensor]:
     """Two linear layers worth factoring, and a tensor of every dtype that torch and safetensors
     share."""
     tensors = {
-        "layers.0.up.weight": weight(48, 40, 1),
-        "layers.0.down.weight": weight(40, 48, 2, torch.bfloat16),
+        UP: weight(48, 40, 1),
+        DOWN: weight(40, 48, 2, torch.bfloat16),
         "layers.0.up.bias": torch.linspace(-1, 1, 48),
         "embed_tokens.weight": weight(64, 40, 3, torch.float16),
         "norm.weight": torch.ones(40),
@@ -314,6 +317,28 @@ def complaint(done: Finished, code: int = 1) -> str:
     assert done.err.endswith("\n")
     assert "SVDCLI_DEBUG" not in done.err, f"not foreseen: {done.err}"
     return done.err
+
+
+OUT = "out.safetensors"
+
+
+def refused(*args: str | Path, code: int = 1, **how: Any) -> str:
+    """Run a command that must fail and must leave the current folder as it was. Returns its one
+    line."""
+    before = tree(Path())
+    line = complaint(cli(*args, **how), code)
+    assert tree(Path()) == before
+    return line
+
+
+def compress_refused(*args: str | Path, code: int = 2, model: str | Path = "m.safetensors") -> str:
+    return refused("compress", model, *args, code=code)
+
+
+def works(*args: str | Path, **how: Any) -> None:
+    """Run a command that must succeed."""
+    done = cli(*args, **how)
+    assert done.code == 0, done.err
 
 
 def tree(folder: Path) -> dict[str, str]:

@@ -61,17 +61,21 @@ from svdcli.cli.options import (
     Rank,
     Samples,
     SamplesToEval,
+    SamplesToHeal,
     SavePlan,
     SeedOfLabels,
     SeedOfOrder,
     SeedOfSolver,
     SelfContained,
     SeqLen,
+    SeqLenToRead,
     Size,
     Solver,
     StateDict,
     Stdlib,
+    StdlibToRead,
     Text,
+    TextToRead,
     Threads,
     TrustCode,
     at_least_one,
@@ -107,6 +111,8 @@ if TYPE_CHECKING:
     from svdcli.verbs.outcome import Outcome
 
 
+# What takes long to import, as rich and torch do, is imported where it is used: `--help` and
+# completion need neither.
 app = typer.Typer(
     name="svdcli",
     rich_markup_mode=None,
@@ -128,6 +134,7 @@ def _root(
     if version:
         typer.echo(f"svdcli {__version__}")
         raise typer.Exit
+    # A bare `svdcli` is no command: it shows the help, and ends as a usage error does
     if context.invoked_subcommand is None:
         typer.echo(context.get_help())
         raise typer.Exit(2)
@@ -197,6 +204,7 @@ def compress(
     plan = None
     wanted: Wanted = {}
     if plan_file is None:
+        # Options have the names that `Wanted` has, and are passed on by them
         wanted = read_wanted(context.params)
     else:
         _check_nothing_beside_a_plan(context)
@@ -223,7 +231,7 @@ def compress(
     # What came of it
     if save_plan is not None:
         write_plan(save_plan, outcome.plan)
-    _say(outcome, quiet)
+    _tell_outcome(outcome, quiet)
     if outcome.refused:
         print_note(f"a run would stop: {outcome.refused}; --allow-larger lets it go on")
     _show_outcome(outcome, _data_stream(output), json_, csv_, quiet, grouped=not every_layer)
@@ -231,7 +239,8 @@ def compress(
 
 
 def _check_standard_input(inputs: dict[str, str | None]) -> None:
-    piped = [what for what, path in inputs.items() if path == "-"]
+    """Raises UsageError where several inputs, by what they are called, would share it."""
+    piped = [name for name, path in inputs.items() if path == "-"]
     if len(piped) > 1:
         raise UsageError(
             f"standard input cannot be both {piped[0]} and {piped[1]}",
@@ -250,18 +259,21 @@ def _check_solvers(report: Report) -> None:
         return
     from svdcli.files.report import MISSED
 
-    first, *more = report.failed
-    others = f" and {len(more)} more" if more else ""
+    # The target may be missed for the same reason
+    first, *others = report.failed
+    and_others = f" and {len(others)} more" if others else ""
     missed = "".join(f", and {note}" for note in report.notes if note.startswith(MISSED))
     raise SvdcliError(
-        f"every solver failed on {first}{others}; what failed stayed dense{missed}",
+        f"every solver failed on {first}{and_others}; what failed stayed dense{missed}",
         "see the report",
     )
 
 
 def _check_nothing_beside_a_plan(context: typer.Context) -> None:
+    """Raises UsageError for an option that says what a plan has decided already."""
     from svdcli.plan.recipe import WANTED
 
+    # Given at all, even with the value that it has by default
     for parameter in context.command.params:
         source = context.get_parameter_source(parameter.name or "")
         if parameter.name in WANTED and source is not None and source.name != "DEFAULT":
@@ -284,9 +296,12 @@ def _reading(
 
     check_samples(samples)
     texts = _read_text(text, stdlib=stdlib, held_out=False)
-    texts, held_out = (
-        (texts, _read_text(None, stdlib=True, held_out=True)) if stdlib else texts.split(0.9)
-    )
+
+    # The standard library has modules set apart; of other text the last tenth is held out
+    if stdlib:
+        held_out = _read_text(None, stdlib=True, held_out=True)
+    else:
+        texts, held_out = texts.split(0.9)
     return Reading(texts, held_out, samples, seq_len, trust_remote_code, _announce(quiet))
 
 
@@ -304,7 +319,8 @@ def _read_text(path: str | None, *, stdlib: bool, held_out: bool) -> Texts:
     return texts
 
 
-def _say(outcome: Outcome, quiet: bool) -> None:
+def _tell_outcome(outcome: Outcome, quiet: bool) -> None:
+    """Tell on standard error where the output is."""
     if quiet:
         return
     if outcome.started_over:
@@ -331,10 +347,12 @@ def report(
     """
     from svdcli.render import tables
 
-    found = svdcli.report(output)
-    grouped = len(found.layers) > tables.MANY if group is None else group
-    if _machine(found.to_json(), [asdict(row) for row in found.layers], json_, csv_, sys.stdout):
-        tables.print_report(found, sys.stdout, grouped=grouped)
+    savings = svdcli.report(output)
+    rows = [asdict(row) for row in savings.layers]
+    wants_table = _print_for_programs(savings.to_json(), rows, json_, csv_, sys.stdout)
+    if wants_table:
+        grouped = len(rows) > tables.MANY if group is None else group
+        tables.print_report(savings, sys.stdout, grouped=grouped)
 
 
 @app.command(
@@ -358,13 +376,16 @@ def inspect(
     """
     from svdcli.render import machine, tables
 
-    found = svdcli.inspect(
+    inspection = svdcli.inspect(
         model, include=include or (), exclude=exclude or (), state_dict=state_dict
     )
     if names:
-        machine.print_lines([row.name for row in found.selected], sys.stdout)
-    elif _machine(found.to_json(), [asdict(row) for row in found.tensors], json_, csv_, sys.stdout):
-        tables.print_inspection(found, sys.stdout)
+        machine.print_lines([row.name for row in inspection.selected], sys.stdout)
+        return
+    rows = [asdict(row) for row in inspection.tensors]
+    wants_table = _print_for_programs(inspection.to_json(), rows, json_, csv_, sys.stdout)
+    if wants_table:
+        tables.print_inspection(inspection, sys.stdout)
 
 
 @app.command(epilog="Example: svdcli spectrum my-llm --include '*.mlp.*' --csv > spectrum.csv")
@@ -387,7 +408,7 @@ def spectrum(
     from svdcli.render import tables
 
     with _working(quiet) as progress:
-        found = svdcli.spectrum(
+        spectra = svdcli.spectrum(
             model,
             include=include or (),
             exclude=exclude or (),
@@ -396,8 +417,10 @@ def spectrum(
             compute=compute_from(device, threads),
             progress=progress,
         )
-    if _machine(found.to_json(), [asdict(row) for row in found.layers], json_, csv_, sys.stdout):
-        tables.print_spectrum(found, sys.stdout)
+    rows = [asdict(row) for row in spectra.layers]
+    wants_table = _print_for_programs(spectra.to_json(), rows, json_, csv_, sys.stdout)
+    if wants_table:
+        tables.print_spectrum(spectra, sys.stdout)
 
 
 @app.command(epilog="Example: svdcli expand my-llm-svd -o my-llm-dense")
@@ -414,6 +437,7 @@ def expand(
 
     with _working(quiet) as progress:
         path = svdcli.expand(output, dense, force=force, progress=progress)
+    # None where it went to standard output
     if path is not None and not quiet:
         print_note(f"wrote {path}")
 
@@ -433,22 +457,19 @@ def verify(
     from svdcli.render import tables
 
     with _working(quiet) as progress:
-        found = svdcli.verify(output, against, progress=progress)
-    if (
-        _machine(
-            found.to_json(), [asdict(check) for check in found.checks], json_, csv_, sys.stdout
-        )
-        and not quiet
-    ):
-        tables.print_verification(found, sys.stdout)
-    if not found.ok:
-        bad = next(check for check in found.checks if not check.ok)
-        hint = (
-            "give the model that it was made from"
-            if bad.check == "source"
-            else "write the output again"
-        )
-        if bad.detail.startswith("came"):
+        verification = svdcli.verify(output, against, progress=progress)
+    rows = [asdict(check) for check in verification.checks]
+    wants_table = _print_for_programs(verification.to_json(), rows, json_, csv_, sys.stdout)
+    if wants_table and not quiet:
+        tables.print_verification(verification, sys.stdout)
+
+    # A failed check is an error, and what to do depends on which one it is
+    if not verification.ok:
+        bad = next(check for check in verification.checks if not check.ok)
+        hint = "write the output again"
+        if bad.check == "source":
+            hint = "give the model that it was made from"
+        elif bad.detail.startswith("came"):
             hint = "move it elsewhere"
         raise SvdcliError(
             f"{output} does not verify: {bad.check}, {bad.subject} ({bad.detail})", hint
@@ -462,10 +483,10 @@ def verify(
 def eval_(
     output: OutputOrModel,
     against: AgainstToEval = None,
-    text: Text = None,
-    stdlib: Stdlib = False,
+    text: TextToRead = None,
+    stdlib: StdlibToRead = False,
     samples: SamplesToEval = 128,
-    seq_len: SeqLen = None,
+    seq_len: SeqLenToRead = None,
     trust_remote_code: TrustCode = False,
     prompt: Annotated[
         list[str] | None,
@@ -487,15 +508,22 @@ def eval_(
     """
     from svdcli.render import machine, tables
 
-    texts = _read_text(text, stdlib=stdlib, held_out=True) if text or stdlib or not prompt else None
+    # What was asked: prompts alone need no text
+    texts = None
+    if text or stdlib or not prompt:
+        texts = _read_text(text, stdlib=stdlib, held_out=True)
     at_least_one("--samples", samples)
     at_least_one("--new-tokens", new_tokens)
     _tell_code(trust_remote_code, output, against)
     compute = compute_from(device, threads)
-    from svdcli.files.dtypes import TORCH_DTYPES
+    torch_dtype = None
+    if dtype is not None:
+        from svdcli.files.dtypes import TORCH_DTYPES
+
+        torch_dtype = TORCH_DTYPES[words.STORED_AS[dtype]]
 
     with _working(quiet) as progress:
-        found = svdcli.evaluate(
+        evaluation = svdcli.evaluate(
             output,
             texts,
             against=against,
@@ -504,14 +532,14 @@ def eval_(
             prompts=prompt or (),
             new_tokens=new_tokens,
             compute=compute,
-            dtype=None if dtype is None else TORCH_DTYPES[words.STORED_AS[dtype]],
+            dtype=torch_dtype,
             trust_remote_code=trust_remote_code,
             progress=progress,
         )
     if json_:
-        machine.print_json(found.to_json(), sys.stdout)
+        machine.print_json(evaluation.to_json(), sys.stdout)
     elif not quiet:
-        tables.print_evaluation(found, sys.stdout)
+        tables.print_evaluation(evaluation, sys.stdout)
 
 
 @app.command(epilog="Example: svdcli calibrate my-llm --text corpus/ -o stats.safetensors")
@@ -552,11 +580,12 @@ def calibrate(
     """
     from svdcli.render import machine, words
 
+    # What was asked
     check_samples(samples)
     texts = _read_text(text, stdlib=stdlib, held_out=False)
     _tell_code(trust_remote_code, model)
     with _working(quiet) as progress:
-        found = svdcli.calibrate(
+        calibrated = svdcli.calibrate(
             model,
             output,
             texts,
@@ -573,26 +602,28 @@ def calibrate(
             announce=_announce(quiet),
             progress=progress,
         )
+
+    # What was measured, and which layers saw nothing
     if not quiet:
         print_note(
-            f"wrote {found.path}: {found.layers} layers, {found.inputs} distinct inputs, "
-            f"{words.human(found.bytes, 'B')}"
+            f"wrote {calibrated.path}: {calibrated.layers} layers, {calibrated.inputs} distinct "
+            f"inputs, {words.human(calibrated.bytes, 'B')}"
         )
-        for name in found.uncalibrated[:3]:
+        for name in calibrated.uncalibrated[:3]:
             print_note(
                 f"{printable(name)} saw no input, and stays dense when compress uses this "
-                f"({len(found.uncalibrated)} such)"
+                f"({len(calibrated.uncalibrated)} such)"
             )
     if json_:
-        machine.print_json(found.to_json(), sys.stdout)
+        machine.print_json(calibrated.to_json(), sys.stdout)
 
 
 @app.command(epilog="Example: svdcli heal my-llm-svd --teacher my-llm --text corpus/ --minutes 30")
 def heal(
     output: OutputWithFactors,
     teacher: Annotated[str, typer.Option("--teacher", help="The original.", metavar="MODEL")],
-    text: Text = None,
-    stdlib: Stdlib = False,
+    text: TextToRead = None,
+    stdlib: StdlibToRead = False,
     healed: OutOfHeal = None,
     minutes: Annotated[float | None, typer.Option("--minutes", help="Time for all of it.")] = None,
     steps: Annotated[
@@ -602,8 +633,8 @@ def heal(
             help="Steps for each block and the whole model (400, where --minutes is not given).",
         ),
     ] = None,
-    samples: Samples = None,
-    seq_len: SeqLen = None,
+    samples: SamplesToHeal = None,
+    seq_len: SeqLenToRead = None,
     trust_remote_code: TrustCode = False,
     hard_labels: Annotated[
         float | None,
@@ -627,15 +658,19 @@ def heal(
     Block by block, and then all together. A run that was cut short continues with the block it had
     reached. OUT is not touched.
     """
+    # What was asked: without a limit of time there is one of steps
     check_samples(samples)
     if steps is not None:
         at_least_one("--steps", steps)
     if minutes is not None and not 0 < minutes < 1e6:
         raise UsageError(f"--minutes {minutes:g} is not a time", "give minutes above 0")
     _check_one_format(json_, csv_)
-    effort = svdcli.Effort(
-        steps if steps or minutes else 400, None if minutes is None else 60 * minutes
-    )
+    seconds = None
+    if minutes is not None:
+        seconds = 60 * minutes
+    elif steps is None:
+        steps = 400
+    effort = svdcli.Effort(steps, seconds)
     texts = _read_text(text, stdlib=stdlib, held_out=False)
     _tell_code(trust_remote_code, output, teacher)
     with _working(quiet) as progress:
@@ -654,7 +689,9 @@ def heal(
             trust_remote_code=trust_remote_code,
             progress=progress,
         )
-    _say(outcome, quiet)
+
+    # What came of it
+    _tell_outcome(outcome, quiet)
     _show_outcome(outcome, sys.stdout, json_, csv_, quiet, grouped=not every_layer)
 
 
@@ -680,7 +717,7 @@ def export(
 
     _tell_code(trust_remote_code, output)
     with _working(quiet) as progress:
-        found = svdcli.export_onnx(
+        exported = svdcli.export_onnx(
             output,
             onnx,
             dtype=dtype,
@@ -688,18 +725,20 @@ def export(
             trust_remote_code=trust_remote_code,
             progress=progress,
         )
+
+    # Where it is, and whether it was checked
     if not quiet:
-        print_note(f"wrote {found.path}")
-        if found.checked is None:
+        print_note(f"wrote {exported.path}")
+        if exported.checked is None:
             print_note(
                 "onnxruntime is not installed, so this was not checked; pip install 'svdcli[onnx]'"
             )
         else:
             print_note(
-                f"onnxruntime gives torch's outputs, up to {found.checked:.0e} of the largest"
+                f"onnxruntime gives torch's outputs, up to {exported.checked:.0e} of the largest"
             )
     if json_:
-        machine.print_json(found.to_json(), sys.stdout)
+        machine.print_json(exported.to_json(), sys.stdout)
 
 
 @app.command(
@@ -733,7 +772,7 @@ def bench(
 
     _tell_code(trust_remote_code, output, against)
     with _working(quiet) as progress:
-        found = svdcli.bench(
+        measured = svdcli.bench(
             output,
             against,
             prompt_tokens=prompt_tokens,
@@ -744,13 +783,10 @@ def bench(
             trust_remote_code=trust_remote_code,
             progress=progress,
         )
-    if (
-        _machine(
-            found.to_json(), [asdict(row) for row in found.comparisons], json_, csv_, sys.stdout
-        )
-        and not quiet
-    ):
-        tables.print_bench(found, sys.stdout)
+    rows = [asdict(comparison) for comparison in measured.comparisons]
+    wants_table = _print_for_programs(measured.to_json(), rows, json_, csv_, sys.stdout)
+    if wants_table and not quiet:
+        tables.print_bench(measured, sys.stdout)
 
 
 def _topics() -> list[str]:
@@ -792,22 +828,27 @@ def _show_outcome(
     """The report of what was written, and what was measured of it."""
     from svdcli.render import tables
 
-    report, measured = outcome.report, outcome.evaluation
-    data = report.to_json() | {"measured": None if measured is None else measured.to_json()}
-    if _machine(data, [asdict(row) for row in report.layers], json_, csv_, stream) and not quiet:
+    report, evaluation = outcome.report, outcome.evaluation
+    measured = None if evaluation is None else evaluation.to_json()
+    data = report.to_json() | {"measured": measured}
+    rows = [asdict(row) for row in report.layers]
+    wants_table = _print_for_programs(data, rows, json_, csv_, stream)
+    if wants_table and not quiet:
         tables.print_report(report, stream, grouped=grouped)
-        if measured is not None:
-            tables.print_measured(measured, stream)
+        if evaluation is not None:
+            tables.print_measured(evaluation, stream)
+    # The output is whole without it
     if outcome.not_evaluated and not quiet:
         print_note(f"the loss was not measured: {outcome.not_evaluated}; see `svdcli eval`")
 
 
-def _machine(
+def _print_for_programs(
     data: dict[str, Any], rows: Sequence[dict[str, Any]], json_: bool, csv_: bool, stream: TextIO
 ) -> bool:
     """Print JSON or CSV where asked; True where a person's table is wanted instead."""
     from svdcli.render import machine
 
+    # Checked again: not every command checks before its work
     _check_one_format(json_, csv_)
     if json_:
         machine.print_json(data, stream)
@@ -821,11 +862,12 @@ def _announce(quiet: bool) -> Callable[[Forecast], None]:
     from svdcli.render import words
 
     def tell(forecast: Forecast) -> None:
+        # What is read and measured, then what it costs
         rounds = "" if forecast.rounds == 1 else f" in {forecast.rounds} rounds"
-        what = "inputs and loss gradients" if forecast.gradients else "inputs"
+        measured = "inputs and loss gradients" if forecast.gradients else "inputs"
         portions = words.portions(forecast.samples, forecast.tokens, forecast.seq_len)
         print_note(
-            f"calibrating on {forecast.tokens:,} tokens, {portions}{rounds}: moments of {what}"
+            f"calibrating on {forecast.tokens:,} tokens, {portions}{rounds}: moments of {measured}"
         )
         if forecast.side:
             print_note(f"only {forecast.side} of the model reads text alone, and is run")
@@ -846,9 +888,10 @@ def _tell_code(trusted: bool, *models: str | None) -> None:
         return
     from svdcli.models import own_code
 
-    files = dict.fromkeys(
-        file for model in models if model is not None for file in own_code.sources(model)
-    )
+    files: dict[str, None] = {}  # a set in order: two models may bring the same file
+    for model in models:
+        if model is not None:
+            files |= dict.fromkeys(own_code.sources(model))
     if files:
         print_note(
             f"{own_code.OPTION}: Python code of others will run: {printable(', '.join(files))}"

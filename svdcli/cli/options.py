@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 # Sizes --------------------------------------------------------------------------------------------
 
 
+# Letters of any case are taken: they are made capitals first.
 _SIZES = {
     "": 1,
     "B": 1,
@@ -46,20 +47,22 @@ def parse_size(text: str, option: str) -> int:
     unit = match[2].upper() if match else ""
     if match is None or unit not in _SIZES:
         raise UsageError(f"{option} {text!r} is not a size", "give bytes such as 350MB or 1.5GiB")
+    # Exact: 1.1GB is 1100000000, which floats need not give
     from fractions import Fraction
 
     return int(Fraction(match[1]) * _SIZES[unit])
 
 
 # Panels of the help text: every option lies in the one that its helper is called after.
-# Single-use options of one command are beside that command.
+# Single-use options of one command are beside that command. The text of `compress` and `calibrate`
+# is there to calibrate on; that of `eval` and `heal` has a panel of its own.
 
 
 def _in(panel: str) -> Callable[..., Any]:
     return partial(typer.Option, rich_help_panel=panel)
 
 
-_target, _calibration, _storage, _selection, _run, _output = map(_in, PANELS)
+_target, _calibration, _text_to_read, _storage, _selection, _run, _output = map(_in, PANELS)
 
 
 def _size(option: Callable[..., Any], name: str, help_: str) -> Any:
@@ -186,26 +189,37 @@ MultipleOf = Annotated[int, _target("--multiple-of", help="Only ranks that are m
 # Calibration --------------------------------------------------------------------------------------
 
 
-def _samples(by_default: str = "") -> Any:
-    return _calibration(
+def _text(option: Callable[..., Any]) -> Any:
+    return option(
+        "--text",
+        help="Text to read: a file, a folder of files, or - for standard input.",
+        metavar="PATH",
+    )
+
+
+def _stdlib(option: Callable[..., Any]) -> Any:
+    return option("--stdlib", help="Modules of Python's standard library, in place of --text.")
+
+
+def _samples(option: Callable[..., Any], by_default: str = "") -> Any:
+    return option(
         "--samples", help=f"Windows of text, or sentences, spread evenly over it{by_default}."
     )
 
 
-Text = Annotated[
-    str | None,
-    _calibration(
-        "--text",
-        help="Text to read: a file, a folder of files, or - for standard input.",
-        metavar="PATH",
-    ),
-]
+def _seq_len(option: Callable[..., Any]) -> Any:
+    return option("--seq-len", help="Tokens in a window; by default 2048 or what the model takes.")
 
 
-Stdlib = Annotated[
-    bool,
-    _calibration("--stdlib", help="Modules of Python's standard library, in place of --text."),
-]
+_SO_MANY = (
+    "; by default so many that they hold 131,072 tokens, or 16 for every input of the widest layer"
+)
+
+
+Text = Annotated[str | None, _text(_calibration)]
+
+
+Stdlib = Annotated[bool, _stdlib(_calibration)]
 
 
 CalibrationFile = Annotated[
@@ -221,22 +235,28 @@ Metric = Annotated[
 ]
 
 
-Samples = Annotated[
-    int | None,
-    _samples(
-        "; by default so many that they hold 131,072 tokens, or 16 for every input of the widest "
-        "layer"
-    ),
-]
+Samples = Annotated[int | None, _samples(_calibration, _SO_MANY)]
 
 
-SamplesToEval = Annotated[int, _samples()]
+SeqLen = Annotated[int | None, _seq_len(_calibration)]
 
 
-SeqLen = Annotated[
-    int | None,
-    _calibration("--seq-len", help="Tokens in a window; by default 2048 or what the model takes."),
-]
+# Text to evaluate on, or to train on --------------------------------------------------------------
+
+
+TextToRead = Annotated[str | None, _text(_text_to_read)]
+
+
+StdlibToRead = Annotated[bool, _stdlib(_text_to_read)]
+
+
+SamplesToEval = Annotated[int, _samples(_text_to_read)]
+
+
+SamplesToHeal = Annotated[int | None, _samples(_text_to_read, _SO_MANY)]
+
+
+SeqLenToRead = Annotated[int | None, _seq_len(_text_to_read)]
 
 
 # Storage ------------------------------------------------------------------------------------------
@@ -385,8 +405,8 @@ def _written(help_: str, metavar: str = "PATH") -> Any:
     return _output("-o", "--output", help=help_, metavar=metavar)
 
 
-def _json(more: str = "") -> Any:
-    return _output("--json", help=f"Print JSON on standard output{more}.")
+def _json(exception: str = "") -> Any:
+    return _output("--json", help=f"Print JSON on standard output{exception}.")
 
 
 def _csv(row: str) -> Any:
@@ -449,6 +469,7 @@ Quiet = Annotated[
 
 
 def check_samples(samples: int | None) -> None:
+    """Raises UsageError for an amount of text that is none; None leaves it to the model."""
     if samples is not None:
         at_least_one("--samples", samples)
 
@@ -462,6 +483,7 @@ def read_wanted(given: Mapping[str, Any]) -> Wanted:
     """What compress is asked for, out of all that was given to it: both have the same names."""
     from svdcli.plan.recipe import WANTED
 
+    # The list of layers is a path on the command line, and names from here on
     wanted = {name: value for name, value in given.items() if name in WANTED}
     return cast("Wanted", wanted | {"layers": read_layers(given["layers"])})
 
@@ -472,6 +494,7 @@ def read_layers(path: str | None) -> tuple[str, ...] | None:
         return None
     text = sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8")
     names = tuple(line.strip() for line in text.splitlines() if line.strip())
+    # An empty list would select nothing
     if not names:
         raise UsageError(f"--layers-from {path} names no layer", "give one tensor name a line")
     return names
@@ -498,13 +521,10 @@ def check_plan_path(path: Path, model: str, output: str | None) -> None:
     model."""
     if not path.absolute().parent.is_dir():
         raise SvdcliError(f"the folder of {path} does not exist", "create it first")
-    taken = [Path(other).resolve() for other in (model, output) if other not in (None, "-")]
     goal = path.resolve()
-    if (
-        any(goal == other or other in goal.parents for other in taken)
-        or path.suffix == ".safetensors"
-        or path.is_dir()
-    ):
+    taken = [Path(place).resolve() for place in (model, output) if place not in (None, "-")]
+    inside = any(goal == place or place in goal.parents for place in taken)
+    if inside or path.suffix == ".safetensors" or path.is_dir():
         raise UsageError(
             f"--save-plan {path} is no place for a plan",
             "give a JSON file outside the model and the output",

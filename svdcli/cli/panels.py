@@ -7,7 +7,7 @@ from typing import Any
 
 from typer.core import TyperCommand
 
-PANELS = ("Target", "Calibration", "Storage", "Selection", "Run", "Output")
+PANELS = ("Target", "Calibration", "Text", "Storage", "Selection", "Run", "Output")
 _ORDER = ("Arguments", "Options", *PANELS)
 
 
@@ -16,6 +16,7 @@ class PanelledCommand(TyperCommand):
     first."""
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
+        # Every option into its panel, in the order of the command's parameters
         panels: dict[str, list[tuple[str, str]]] = {panel: [] for panel in _ORDER}
         for parameter in self.get_params(ctx):
             shown = parameter.get_help_record(ctx)
@@ -28,6 +29,7 @@ class PanelledCommand(TyperCommand):
 
 
 def _panel_of(parameter: Any) -> str:
+    """Where an option or argument is listed; `--help` is click's own, and has no panel."""
     if parameter.param_type_name == "argument":
         return "Arguments"
     if parameter.name == "help":

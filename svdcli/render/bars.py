@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import Any, TextIO
 
 from svdcli.progress import Progress, silent
 from svdcli.render.tables import console_for
 from svdcli.render.words import short_name
 
-if TYPE_CHECKING:
-    pass
+# What percent, times and their blanks take, with a bar of 24 characters before them.
+_TAKEN = 64
+_LONGEST_NAME = 40
+_SHORTEST_NAME = 8
 
 
 @contextmanager
@@ -20,31 +22,39 @@ def progress_on(stream: TextIO, *, quiet: bool) -> Iterator[Progress]:
     if quiet or not stream.isatty():
         yield silent
         return
-    from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        ProgressColumn,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
     from rich.progress import Progress as Bars
 
+    # Where the line does not fit, the name goes first, then the bar
     console = console_for(stream)
-    room = console.width - 64  # what the bar and the times leave for a name
-    columns = (
-        TextColumn("{task.description:<8}", markup=False),
-        *([BarColumn(bar_width=24)] if room >= 0 else []),
+    room = console.width - _TAKEN
+    columns: list[ProgressColumn] = [TextColumn("{task.description:<8}", markup=False)]
+    if room >= 0:
+        columns.append(BarColumn(bar_width=24))
+    columns += [
         TextColumn("{task.percentage:>3.0f} %"),
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
-        *([TextColumn("{task.fields[name]}", markup=False)] if room >= 8 else []),
-    )
+    ]
+    if room >= _SHORTEST_NAME:
+        columns.append(TextColumn("{task.fields[name]}", markup=False))
+
     with Bars(*columns, console=console, transient=True) as bars:
+        # A bar for each phase, when it begins; of a long name its end tells most
+        length = min(_LONGEST_NAME, max(1, room))
         tasks: dict[str, Any] = {}
 
         def step(phase: str, name: str, done: float, total: float) -> None:
             if phase not in tasks:
                 tasks[phase] = bars.add_task(phase, total=total, name="")
-            bars.update(
-                tasks[phase],
-                completed=done,
-                total=total,
-                name=short_name(name)[-min(40, max(1, room)) :],
-            )
+            shown = short_name(name)[-length:]
+            bars.update(tasks[phase], completed=done, total=total, name=shown)
 
         yield step

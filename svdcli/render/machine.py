@@ -5,15 +5,9 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import Any, TextIO
 
 from svdcli.errors import printable
-
-if TYPE_CHECKING:
-    pass
-
-
-# Machines -----------------------------------------------------------------------------------------
 
 
 def print_json(data: Mapping[str, Any], stream: TextIO) -> None:
@@ -21,7 +15,7 @@ def print_json(data: Mapping[str, Any], stream: TextIO) -> None:
 
 
 def print_csv(rows: Sequence[Mapping[str, Any]], stream: TextIO) -> None:
-    """One line a row; lists are joined by spaces, shapes by x."""
+    """One line a row, titles first; lists are joined by spaces, shapes by x."""
     text = io.StringIO()
     if rows:
         import csv
@@ -35,10 +29,12 @@ def print_csv(rows: Sequence[Mapping[str, Any]], stream: TextIO) -> None:
 
 def _flat(key: str, value: object) -> object:
     if isinstance(value, (tuple, list)):
-        return ("x" if key == "shape" else " ").join(map(str, value))
+        separator = "x" if key == "shape" else " "
+        return separator.join(map(str, value))
     return "" if value is None else value
 
 
 def print_lines(lines: Sequence[str], stream: TextIO) -> None:
+    """Lines as they are; to a terminal without the characters that would steer it."""
     shown = map(printable, lines) if stream.isatty() else lines
     stream.writelines(line + "\n" for line in shown)

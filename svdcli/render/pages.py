@@ -38,6 +38,7 @@ def print_page(text: str, stream: TextIO) -> None:
     if not stream.isatty():
         stream.write(text)
         return
+    # crop=False: lines of code may be longer, and are the terminal's to break
     console = console_for(stream)
     width = min(console.width, _WIDEST)
     with console.use_theme(_THEME):
@@ -71,6 +72,7 @@ class _Table(TableElement):
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         for table in super().__rich_console__(console, options):
             if isinstance(table, Table):
+                # rich would end what does not fit in "…"
                 table.show_edge = False
                 for column in table.columns:
                     column.overflow = "fold"

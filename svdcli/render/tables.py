@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, TextIO
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TextIO
 
-from rich.box import SIMPLE_HEAD
+from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from svdcli.errors import printable
+from svdcli.render.layers import (
+    NARROW,
+    WIDE,
+    LastColumn,
+    Line,
+    fitting,
+    grouped_rows,
+    new_table,
+    print_layers,
+    print_left_out,
+)
 from svdcli.render.words import (
-    NUMBER,
     arrow,
-    common_prefix,
     human,
     left_out_lines,
     percent_of,
@@ -32,22 +41,14 @@ from svdcli.render.words import (
 
 if TYPE_CHECKING:
     from svdcli.files.report import LayerRow, Report, Total
-    from svdcli.verbs.bench import Bench
+    from svdcli.verbs.bench import Bench, Comparison
     from svdcli.verbs.evaluate import Continuation, Evaluation
     from svdcli.verbs.inspect import Inspection, InspectRow
     from svdcli.verbs.spectrum import Spectrum
-    from svdcli.verbs.verify import Verification
+    from svdcli.verbs.verify import Check, Verification
 
 
 _PIPE_WIDTH = 160
-
-
-_WIDE = 120
-
-
-_NARROW = 72
-
-
 MANY = 64  # more lines than that, and kinds are shown in place of layers
 
 
@@ -68,159 +69,147 @@ def print_report(report: Report, stream: TextIO, *, grouped: bool) -> None:
 
 
 def render_report(report: Report, console: Console, *, grouped: bool) -> None:
-    wide = console.width >= _WIDE
-    groups = (
-        _grouped(report.layers)
-        if grouped
-        else [(short_name(row.name), [row]) for row in report.layers]
-    )
-    table, prefix = _layer_table([name for name, _ in groups], console)
-    titles = [
-        "Shape",
-        "Rank",
-        "Parameters",
-        "Memory",
-        "Loss" if report.predicted else "Error",
-        "Energy",
-        "Saved",
-        "Solver",
-    ]
-    shown = (
-        titles
-        if wide
-        else titles[:5]
-        if console.width >= _NARROW
-        else [titles[1], titles[4], titles[6]]
-    )
-    for title in shown:
-        table.add_column(title, justify="right", no_wrap=True)
+    """The same on a console that is there already."""
+    # Layers that became the same, on one line
+    if grouped:
+        groups = grouped_rows(report.layers, lambda row: (row.rank is None, row.shape))
+    else:
+        groups = [(short_name(row.name), [row]) for row in report.layers]
+
+    # As many columns as there is room for; a dry run has predicted losses in place of errors
+    error = "Loss" if report.predicted else "Error"
+    if console.width >= WIDE:
+        titles = ["Shape", "Rank", "Parameters", "Memory", error, "Energy", "Saved", "Solver"]
+    elif console.width >= NARROW:
+        titles = ["Shape", "Rank", "Parameters", "Memory", error]
+    else:
+        titles = ["Shape", "Rank", error, "Saved"]
+
+    lines = []
     for name, rows in groups:
-        cells = dict(zip(titles, _report_cells(rows, wide), strict=True))
+        cells = _report_cells(rows, error, spans=console.width >= WIDE)
         style = "dim" if rows[0].rank is None else ""
-        table.add_row(
-            _layer_name(name.removeprefix(prefix), rows), *map(cells.get, shown), style=style
-        )
-    console.print(table)
-    _print_totals(report, console, grouped=any(len(rows) > 1 for _, rows in groups))
+        lines.append(Line(name, len(rows), cells, style))
+    print_layers(lines, titles, console, first_out=("Shape", "Saved", error))
+    has_groups = any(line.count > 1 for line in lines)
+    _print_grid(_total_lines(report, has_groups=has_groups), console)
 
 
-def _layer_table(names: Sequence[str], console: Console) -> tuple[Table, str]:
-    """An empty table with its first column, and the prefix that all names share, told above where
-    space is scarce."""
-    prefix = "" if console.width >= _WIDE else common_prefix(names)
-    if prefix:
-        console.print(f"\n{prefix}…", style="dim")
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1), show_edge=False)
-    longest = max((len(name) - len(prefix) for name in names), default=0)
-    table.add_column(
-        "Layer", overflow="fold", min_width=min(longest, max(12, console.width * 2 // 5))
-    )
-    return table, prefix
-
-
-def _layer_name(name: str, rows: Sequence[object]) -> Text:
-    text = Text(name)
-    if len(rows) > 1:
-        text.append(f" ×{len(rows)}", style="dim")
-    return text
-
-
-def _report_cells(rows: Sequence[LayerRow], wide: bool) -> list[str]:
-    errors = [
-        e
-        for row in rows
-        if (e := row.predicted_loss if row.relative_error is None else row.relative_error)
-        is not None
-    ]
-    kept = [row.energy_kept for row in rows if row.energy_kept is not None]
-    return [
-        shape_text(rows[0].shape),
-        span([row.rank for row in rows if row.rank is not None]) or "dense",
-        arrow(sum(r.parameters_before for r in rows), sum(r.parameters_after for r in rows)),
-        arrow(sum(r.bytes_before for r in rows), sum(r.bytes_after for r in rows), "B"),
-        span_of_floats(errors) if wide else f"{sum(errors) / len(errors):.3f}" if errors else "",
-        f"{100 * sum(kept) / len(kept):.1f} %" if kept else "",
-        percent_of(sum(r.saved_bytes for r in rows), sum(r.bytes_before for r in rows)),
-        ", ".join(dict.fromkeys(row.solver + ("*" if row.fell_back else "") for row in rows)),
-    ]
-
-
-def _grouped(rows: Sequence[LayerRow]) -> list[tuple[str, list[LayerRow]]]:
-    """Layers that differ by a block's number only, on one line: model.layers.*.mlp.up_proj."""
-    groups: dict[tuple[str, bool, tuple[int, ...]], list[LayerRow]] = {}
+def _report_cells(rows: Sequence[LayerRow], error: str, *, spans: bool) -> dict[str, str]:
+    """{title: cell} of rows that share a line; errors as their mean, or as lowest to highest."""
+    errors, energies, solvers = [], [], []
     for row in rows:
-        groups.setdefault(
-            (NUMBER.sub("*", short_name(row.name)), row.rank is None, row.shape), []
-        ).append(row)
-    return [
-        (short_name(rows[0].name) if len(rows) == 1 else key[0], rows)
-        for key, rows in groups.items()
-    ]
+        # Before a run there is no error, and at most a loss that is predicted
+        value = row.relative_error
+        if value is None:
+            value = row.predicted_loss
+        if value is not None:
+            errors.append(value)
+        if row.energy_kept is not None:
+            energies.append(row.energy_kept)
+        # A star for a solver that others gave way to
+        fallen = "*" if row.fell_back else ""
+        solvers.append(f"{row.solver}{fallen}")
+    shown_errors = ""
+    if errors and spans:
+        shown_errors = span_of_floats(errors)
+    elif errors:
+        shown_errors = f"{sum(errors) / len(errors):.3f}"
+    energy = f"{100 * sum(energies) / len(energies):.1f} %" if energies else ""
+
+    parameters_before = sum(row.parameters_before for row in rows)
+    parameters_after = sum(row.parameters_after for row in rows)
+    bytes_before = sum(row.bytes_before for row in rows)
+    bytes_after = sum(row.bytes_after for row in rows)
+    return {
+        "Shape": shape_text(rows[0].shape),
+        "Rank": span([row.rank for row in rows if row.rank is not None]) or "dense",
+        "Parameters": arrow(parameters_before, parameters_after),
+        "Memory": arrow(bytes_before, bytes_after, "B"),
+        error: shown_errors,
+        "Energy": energy,
+        "Saved": percent_of(sum(row.saved_bytes for row in rows), bytes_before),
+        "Solver": ", ".join(dict.fromkeys(solvers)),
+    }
 
 
-def _print_totals(report: Report, console: Console, *, grouped: bool) -> None:
+def _total_lines(report: Report, *, has_groups: bool) -> list[tuple[str, str]]:
+    """Totals, then what the layers lost, then what was left out or needs a word."""
+    # What was saved
+    lines = []
+    if has_groups:
+        lines.append(("lines", "one for each kind of layer; --every-layer for each"))
     factored = sum(row.rank is not None for row in report.layers)
-    lines = [("lines", "one for each kind of layer; --every-layer for each")] if grouped else []
     lines += [
         ("factored", f"{factored} of {len(report.layers)} selected layers"),
         ("selected", _total_line(report.selected)),
         ("whole output", _total_line(report.total)),
     ]
-    errors = [
-        (row.relative_error, row.name) for row in report.layers if row.relative_error is not None
-    ]
-    if errors:
-        mean = sum(error for error, _ in errors) / len(errors)
-        worst = max(errors)
-        lines.append(
-            ("relative error", f"mean {mean:.4f}, largest {worst[0]:.4f} ({short_name(worst[1])})")
-        )
+
+    # What it cost
+    lines += _error_lines(report)
     if report.calibration is not None:
         lines.append(("calibrated", read_line(report.calibration)))
     lines += _loss_lines(report)
-    lines += [
-        ("left dense", line)
-        for line in reasons_line([(r.name, r.reason) for r in report.layers if r.rank is None])
-    ]
-    lines += [
-        ("fell back", f"{short_name(r.name)}: {', '.join(r.fell_back)}")
-        for r in report.layers
-        if r.fell_back
-    ]
-    lines += [
-        ("skipped", line)
-        for line in reasons_line([(item["name"], item["reason"]) for item in report.skipped])
-    ]
+    if report.healing is not None:
+        lines += _healing_lines(report.healing)
+
+    # What is not as one may expect
+    dense = [(row.name, row.reason) for row in report.layers if row.rank is None]
+    skipped = [(skip["name"], skip["reason"]) for skip in report.skipped]
+    lines += [("left dense", line) for line in reasons_line(dense)]
+    for row in report.layers:
+        if row.fell_back:
+            lines.append(("fell back", f"{short_name(row.name)}: {', '.join(row.fell_back)}"))
+    lines += [("skipped", line) for line in reasons_line(skipped)]
     lines += [("left out", line) for line in left_out_lines(report.left_out, report.left_out_bytes)]
     lines += [("note", note) for note in report.notes]
-    _print_grid(lines, console)
+    return lines
+
+
+def _error_lines(report: Report) -> list[tuple[str, str]]:
+    """Mean and largest of the layers' errors, where there are any."""
+    errors = {}
+    for row in report.layers:
+        if row.relative_error is not None:
+            errors[row.name] = row.relative_error
+    if not errors:
+        return []
+    mean = sum(errors.values()) / len(errors)
+    largest, name = max((error, name) for name, error in errors.items())
+    text = f"mean {mean:.4f}, largest {largest:.4f} ({short_name(name)})"
+    return [("relative error", text)]
 
 
 def _loss_lines(report: Report) -> list[tuple[str, str]]:
-    """What the layers' losses make of the model's, and what healing did to its blocks."""
-    lines = []
-    if report.predicted_loss is not None:
-        unit = "nats a token" if report.loss_unit == "nats" else report.loss_unit
+    """What the layers' predicted losses make of the model's."""
+    if report.predicted_loss is None:
+        return []
+    unit = "nats a token" if report.loss_unit == "nats" else report.loss_unit
+    if report.expected_loss is None:
         text = f"{report.predicted_loss:.4g} {unit}, summed over the layers"
-        if report.expected_loss is not None:
-            summed = f"{report.predicted_loss:.2g} summed over the layers"
-            text = f"{report.expected_loss:.2g} {unit} of divergence from the original ({summed})"
-        lines.append(("expected loss", text))
-    if report.healing is not None:
-        blocks, hard = report.healing["blocks"], report.healing["hard_labels"]
-        whole = f"{1 - hard:g} × divergence + {hard:g} × excess loss" if hard else "divergence"
-        text = (
-            f"relative error of each block, and {whole} of the whole model, on text that "
-            f"was not trained on"
-        )
-        lines.append(("healed", f"on {printable(report.healing['text'])}; {text}"))
-        for name, item in blocks.items():
-            change = (
-                f"{item['before']:.3e} → {item['after']:.3e}"
-                if item["after"] < item["before"]
-                else "nothing better found"
-            )
-            lines.append(("", f"{printable(name)}: {change}, {item['steps']} steps"))
+    else:
+        summed = f"{report.predicted_loss:.2g} summed over the layers"
+        text = f"{report.expected_loss:.2g} {unit} of divergence from the original ({summed})"
+    return [("expected loss", text)]
+
+
+def _healing_lines(healing: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What healing did to each block, and what its numbers are."""
+    hard = healing["hard_labels"]
+    whole = "divergence"
+    if hard:
+        whole = f"{1 - hard:g} × divergence + {hard:g} × excess loss"
+    text = (
+        f"relative error of each block, and {whole} of the whole model, on text that was not "
+        f"trained on"
+    )
+    lines = [("healed", f"on {printable(healing['text'])}; {text}")]
+    for name, block in healing["blocks"].items():
+        change = "nothing better found"
+        if block["after"] < block["before"]:
+            change = f"{block['before']:.3e} → {block['after']:.3e}"
+        lines.append(("", f"{printable(name)}: {change}, {block['steps']} steps"))
     return lines
 
 
@@ -234,7 +223,8 @@ def _print_grid(lines: Sequence[tuple[str, str]], console: Console) -> None:
     grid.add_column(overflow="fold")
     last = ""
     for title, text in lines:
-        grid.add_row(title if title != last else "", Text(text))
+        shown = "" if title == last else title
+        grid.add_row(shown, Text(text))
         last = title
     console.print(grid)
 
@@ -252,34 +242,30 @@ def _total_line(total: Total) -> str:
 
 
 def print_inspection(inspection: Inspection, stream: TextIO) -> None:
+    """Every tensor, or every kind where they are many, then what compress would select."""
     console = console_for(stream)
-    groups = _alike(inspection.tensors)
-    table, prefix = _layer_table([name for name, _ in groups], console)
-    titles = ["Shape", "Break-even rank" if console.width >= _WIDE else "Even", "Dtype", "Memory"]
-    shown = len(titles) if console.width >= _WIDE else 3 if console.width >= _NARROW else 1
-    for title in titles[:shown]:
-        table.add_column(title, justify="right", no_wrap=True)
-    table.add_column("Selected", overflow="fold", max_width=None if console.width >= _WIDE else 18)
+    groups = [(short_name(row.name), [row]) for row in inspection.tensors]
+    if len(inspection.tensors) > MANY:
+        groups = grouped_rows(inspection.tensors, lambda row: (row.shape, row.dtype, row.reason))
+
+    # Wide terminals have room for the other layout's rank, and for whole reasons
+    wide = console.width >= WIDE
+    even = "Break-even rank" if wide else "Even"
+    titles = ["Shape", even, "Dtype", "Memory"] if wide else ["Shape", even, "Dtype"]
+    reason_width = None if wide else 18
+    last = LastColumn("Selected", reason_width)
+
+    lines = []
     for name, rows in groups:
-        row = rows[0]
-        even = "" if row.break_even is None else str(row.break_even)
-        if even and console.width >= _WIDE:
-            even += f"  ({row.pivoted_break_even} pivoted)"
-        cells = [shape_text(row.shape), even, row.dtype, human(sum(r.bytes for r in rows), "B")]
-        style = "" if row.selected else "dim"
-        table.add_row(
-            _layer_name(name.removeprefix(prefix), rows),
-            *cells[:shown],
-            Text(row.reason or "yes"),
-            style=style,
-        )
-    console.print(table)
-    chosen = len(inspection.selected)
+        style = "" if rows[0].selected else "dim"
+        lines.append(Line(name, len(rows), _inspection_cells(rows, even, wide=wide), style))
+    print_layers(lines, titles, console, last=last, first_out=("Dtype", even, "Shape"))
+
     share = percent_of(inspection.selected_parameters, inspection.parameters)
     console.print(
-        f"\n{human(inspection.parameters)} parameters, {human(inspection.bytes, 'B')}; {chosen} "
-        f"of {len(inspection.tensors)} "
-        f"tensors selected, {share} of the parameters"
+        f"\n{human(inspection.parameters)} parameters, {human(inspection.bytes, 'B')}; "
+        f"{len(inspection.selected)} of {len(inspection.tensors)} tensors selected, {share} of the "
+        f"parameters"
     )
     if len(groups) < len(inspection.tensors):
         console.print("one line for each kind of tensor; --csv and --json list each")
@@ -291,41 +277,52 @@ def print_inspection(inspection: Inspection, stream: TextIO) -> None:
         console.print(f"note: {note}")
 
 
-def _alike(tensors: Sequence[InspectRow]) -> list[tuple[str, list[InspectRow]]]:
-    """One group a tensor; where tensors are many, one a kind."""
-    if len(tensors) <= MANY:
-        return [(short_name(row.name), [row]) for row in tensors]
-    groups: dict[tuple[object, ...], list[InspectRow]] = {}
-    for row in tensors:
-        groups.setdefault(
-            (NUMBER.sub("*", short_name(row.name)), row.shape, row.dtype, row.reason), []
-        ).append(row)
-    return [
-        (str(key[0]) if len(rows) > 1 else short_name(rows[0].name), rows)
-        for key, rows in groups.items()
-    ]
+def _inspection_cells(rows: Sequence[InspectRow], even: str, *, wide: bool) -> dict[str, str]:
+    """{title: cell} of tensors that share a line."""
+    first = rows[0]
+    break_even = "" if first.break_even is None else str(first.break_even)
+    if break_even and wide:
+        break_even += f"  ({first.pivoted_break_even} pivoted)"
+    return {
+        "Shape": shape_text(first.shape),
+        even: break_even,
+        "Dtype": first.dtype,
+        "Memory": human(sum(row.bytes for row in rows), "B"),
+        "Selected": first.reason or "yes",
+    }
 
 
 def print_spectrum(spectrum: Spectrum, stream: TextIO) -> None:
+    """How fast the singular values of every layer fall, in numbers and as a small picture."""
     console = console_for(stream)
-    wide = console.width >= _WIDE
-    table, prefix = _layer_table([short_name(row.name) for row in spectrum.layers], console)
-    titles = ["Eff. rank", "90 %", "95 %", "99 %", "Even", "Shape", "Stable rank", "Largest"]
-    shown = titles if wide else titles[:6] if console.width >= _NARROW else titles[:1]
-    for title in shown:
-        table.add_column(title, justify="right", no_wrap=True)
-    table.add_column("Decay", no_wrap=True)
+    wide = console.width >= WIDE
+    titles = ["Eff. rank", "90 %", "95 %", "99 %", "Even", "Shape"]
+    if wide:
+        titles += ["Stable rank", "Largest"]
+    curve_width = 24 if wide else 8
+
+    # All cells of a layer; a table takes those that it has titles for
+    lines = []
     for row in spectrum.layers:
-        cells = [f"{row.effective_rank:.1f}", str(row.rank_90), str(row.rank_95), str(row.rank_99)]
-        cells += [
-            str(row.break_even),
-            shape_text(row.shape),
-            f"{row.stable_rank:.1f}",
-            f"{row.sigma_max:.3g}",
-        ]
-        decay = sparkline(row.curve, 24 if wide else 8)
-        table.add_row(Text(short_name(row.name).removeprefix(prefix)), *cells[: len(shown)], decay)
-    console.print(table)
+        cells = {
+            "Eff. rank": f"{row.effective_rank:.1f}",
+            "90 %": str(row.rank_90),
+            "95 %": str(row.rank_95),
+            "99 %": str(row.rank_99),
+            "Even": str(row.break_even),
+            "Shape": shape_text(row.shape),
+            "Stable rank": f"{row.stable_rank:.1f}",
+            "Largest": f"{row.sigma_max:.3g}",
+            "Decay": sparkline(row.curve, curve_width),
+        }
+        lines.append(Line(short_name(row.name), 1, cells))
+    print_layers(
+        lines,
+        titles,
+        console,
+        last=LastColumn("Decay", no_wrap=True),
+        first_out=("Shape", "95 %", "Even", "99 %", "90 %"),
+    )
     console.print(
         "\nEven: largest rank that saves parameters when factored. 90 %: rank that keeps 90 % of "
         "the energy."
@@ -338,129 +335,166 @@ def print_verification(verification: Verification, stream: TextIO) -> None:
     from svdcli.verbs.verify import BESIDE
 
     console = console_for(stream)
-    kinds = list(
-        dict.fromkeys(check.check for check in verification.checks if check.check != BESIDE)
-    )
-    for kind in kinds:
-        mine = [check for check in verification.checks if check.check == kind]
-        bad = [check for check in mine if not check.ok]
-        console.print(
-            f"{'FAILED' if bad else 'ok':<6}  {kind}: {len(mine) - len(bad)} of {len(mine)}",
-            style="red" if bad else "",
-        )
-        for check in bad:
-            console.print(f"        {printable(check.subject)}: {printable(check.detail)}")
+    by_name: dict[str, list[Check]] = {}
     for check in verification.checks:
-        if check.check == BESIDE:
-            console.print(f"note    {printable(check.subject)}: {check.detail}")
+        by_name.setdefault(check.check, []).append(check)
+    notes = by_name.pop(BESIDE, [])
+
+    for name, checks in by_name.items():
+        failures = [check for check in checks if not check.ok]
+        result, style = ("FAILED", "red") if failures else ("ok", "")
+        passed = len(checks) - len(failures)
+        console.print(f"{result:<6}  {name}: {passed} of {len(checks)}", style=style)
+        for check in failures:
+            console.print(f"        {printable(check.subject)}: {printable(check.detail)}")
+    for check in notes:
+        console.print(f"note    {printable(check.subject)}: {check.detail}")
 
 
 # eval ---------------------------------------------------------------------------------------------
 
 
-def print_measured(found: Evaluation, stream: TextIO) -> None:
-    """What compress bought, in three lines."""
+def print_measured(evaluation: Evaluation, stream: TextIO) -> None:
+    """What the compressed model that compress has just written is worth, in a few lines."""
     console = console_for(stream)
-    lines = _drift_lines(found)
-    if found.original is not None and found.compressed is not None:
-        both = (
-            f"{plus_minus(found.original.perplexity)} → {plus_minus(found.compressed.perplexity)}"
-        )
-        lines.insert(
-            0, ("perplexity", f"{both}, {found.tokens:,} tokens that calibration did not read")
-        )
+    lines = []
+    if evaluation.original is not None and evaluation.compressed is not None:
+        before = plus_minus(evaluation.original.perplexity)
+        after = plus_minus(evaluation.compressed.perplexity)
+        tokens = f"{evaluation.tokens:,} tokens that calibration did not read"
+        lines.append(("perplexity", f"{before} → {after}, {tokens}"))
+    lines += _drift_lines(evaluation)
     _print_grid(lines, console)
 
 
-def print_evaluation(found: Evaluation, stream: TextIO) -> None:
+def print_evaluation(evaluation: Evaluation, stream: TextIO) -> None:
+    """Scores of both models, how far one is from the other, and what they make of the prompts."""
+    # How much text was read
     console = console_for(stream)
-    if found.text:
+    if evaluation.text:
         console.print(
-            f"{found.text}: {found.tokens} of {found.text_tokens} tokens, computed in "
-            f"{found.computed_in}\n"
+            f"{evaluation.text}: {evaluation.tokens} of {evaluation.text_tokens} tokens, computed "
+            f"in {evaluation.computed_in}\n"
         )
-    if found.compressed is not None:
-        table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1), show_edge=False)
+
+    # Scores, which encoders have none of
+    if evaluation.compressed is not None:
+        table = new_table()
         table.add_column("Model", overflow="fold")
         for title in ("Perplexity", "Loss, nats a token", "Bits a byte"):
             table.add_column(title, justify="right", no_wrap=True)
-        for scores in filter(None, (found.original, found.compressed)):
-            cells = (
+        for scores in filter(None, (evaluation.original, evaluation.compressed)):
+            table.add_row(
+                Text(printable(scores.path)),
                 plus_minus(scores.perplexity),
                 plus_minus(scores.loss),
                 f"{scores.bits_per_byte:.4f}",
             )
-            table.add_row(Text(printable(scores.path)), *cells)
         console.print(table)
-    lines = _drift_lines(found)
-    _print_grid(lines, console)
-    for spoken in found.continuations:
-        _print_continuation(spoken, console)
+    _print_grid(_drift_lines(evaluation), console)
+    for continuation in evaluation.continuations:
+        _print_continuation(continuation, console)
 
 
-def _drift_lines(found: Evaluation) -> list[tuple[str, str]]:
+def _drift_lines(evaluation: Evaluation) -> list[tuple[str, str]]:
+    """How far the compressed model is from its original."""
     lines = []
-    if found.drift is not None:
-        drift = found.drift
-        lines += [("excess loss", f"{plus_minus(drift.excess_loss)} nats a token")]
-        lines += [("KL divergence", f"{plus_minus(drift.kl)} nats a token, from the original")]
-        spread = "" if drift.top1.error is None else f" ± {100 * drift.top1.error:.1f}"
-        lines += [("same next token", f"{100 * drift.top1.value:.1f}{spread} %")]
-    if found.similarity is not None:
-        similarity = found.similarity
+    drift = evaluation.drift
+    if drift is not None:
+        error = "" if drift.top1.error is None else f" ± {100 * drift.top1.error:.1f}"
         lines += [
-            (
-                "cosine similarity",
-                f"mean {similarity.mean:.4f}, 5th percentile {similarity.percentile_5:.4f}",
-            )
+            ("excess loss", f"{plus_minus(drift.excess_loss)} nats a token"),
+            ("KL divergence", f"{plus_minus(drift.kl)} nats a token, from the original"),
+            ("same next token", f"{100 * drift.top1.value:.1f}{error} %"),
         ]
-        lines += [("", f"minimum {similarity.minimum:.4f}, over {similarity.sentences} sentences")]
+    similarity = evaluation.similarity
+    if similarity is not None:
+        mean = f"mean {similarity.mean:.4f}, 5th percentile {similarity.percentile_5:.4f}"
+        lines += [
+            ("cosine similarity", mean),
+            ("", f"minimum {similarity.minimum:.4f}, over {similarity.sentences} sentences"),
+        ]
     return lines
 
 
-def _print_continuation(spoken: Continuation, console: Console) -> None:
-    console.print(f"\n{printable(spoken.prompt)}", style="bold")
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1), show_edge=False, expand=True)
-    sides = [("Original", spoken.original), ("Compressed", spoken.compressed)]
-    texts = [(title, text) for title, text in sides if text is not None]
-    for title, _ in texts:
-        table.add_column(title, ratio=1, overflow="fold")
-    table.add_row(*(Text("\n".join(map(printable, text.split("\n")))) for _, text in texts))
+def _print_continuation(continuation: Continuation, console: Console) -> None:
+    """The prompt, and what each model makes of it side by side."""
+    console.print(f"\n{printable(continuation.prompt)}", style="bold")
+    table = new_table()
+    table.expand = True
+    cells = []
+    sides = {"Original": continuation.original, "Compressed": continuation.compressed}
+    for title, text in sides.items():
+        if text is not None:
+            table.add_column(title, ratio=1, overflow="fold")
+            cells.append(Text("\n".join(map(printable, text.split("\n")))))
+    table.add_row(*cells)
     console.print(table)
 
 
 # bench --------------------------------------------------------------------------------------------
 
+_MEASURES = {"load": "time to load", "memory": "memory at rest", "files": "weights on disk"}
+_SPAN = "Lowest to highest"
 
-def print_bench(found: Bench, stream: TextIO) -> None:
+
+def print_bench(bench: Bench, stream: TextIO) -> None:
+    """Both models measure by measure, then what was measured and how."""
     console = console_for(stream)
-    names = {"load": "time to load", "memory": "memory at rest", "files": "weights on disk"}
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1), show_edge=False)
-    table.add_column("", no_wrap=True)
-    for title in ("Original", "Compressed", "Ratio"):
-        table.add_column(title, justify="right", no_wrap=True)
-    table.add_column("Lowest to highest", overflow="fold")
-    for row in found.comparisons:
-        name = names.get(row.measure, row.measure) + (
-            f", {row.unit}" if row.unit == "tokens/s" else ""
-        )
-        values = [quantity(value, row.unit) for value in (row.original, row.compressed)]
-        spread = (
-            ""
-            if row.lowest is None or row.highest is None
-            else f"{row.lowest:.2f} to {row.highest:.2f}"
-        )
-        table.add_row(name, *values, "" if row.ratio is None else f"{row.ratio:.2f}", spread)
-    console.print(table)
-    plural = "" if found.threads == 1 else "s"
-    size = f"{found.batch} × " if found.batch > 1 else ""
-    new = "" if found.original.decode is None else f", {found.new_tokens} new ones"
+    rows = [_bench_cells(comparison) for comparison in bench.comparisons]
+    _print_comparison(rows, console)
+
+    # What was asked of both
+    plural = "" if bench.threads == 1 else "s"
+    batch = f"{bench.batch} × " if bench.batch > 1 else ""
+    new = "" if bench.original.decode is None else f", {bench.new_tokens} new ones"
     lines = [
-        ("original", printable(found.against)),
-        ("compressed", printable(found.path)),
-        ("dtype", " and ".join(dict.fromkeys((found.original.dtype, found.compressed.dtype)))),
-        ("device", f"{found.device}, {found.threads} thread{plural}"),
-        ("work", f"prompts of {size}{found.prompt_tokens} tokens{new}"),
-        ("rounds", f"{found.rounds}, by turns, each model in a process of its own"),
+        ("original", printable(bench.against)),
+        ("compressed", printable(bench.path)),
+        ("dtype", " and ".join(dict.fromkeys((bench.original.dtype, bench.compressed.dtype)))),
+        ("device", f"{bench.device}, {bench.threads} thread{plural}"),
+        ("work", f"prompts of {batch}{bench.prompt_tokens} tokens{new}"),
+        ("rounds", f"{bench.rounds}, by turns, each model in a process of its own"),
     ]
     _print_grid(lines, console)
+
+
+def _bench_cells(comparison: Comparison) -> dict[str, str]:
+    """{title: cell} of one measure, whose own name has no title."""
+    name = _MEASURES.get(comparison.measure, comparison.measure)
+    if comparison.unit == "tokens/s":
+        name += f", {comparison.unit}"
+    ratio = "" if comparison.ratio is None else f"{comparison.ratio:.2f}"
+    extent = ""
+    if comparison.lowest is not None and comparison.highest is not None:
+        extent = f"{comparison.lowest:.2f} to {comparison.highest:.2f}"
+    return {
+        "": name,
+        "Original": quantity(comparison.original, comparison.unit),
+        "Compressed": quantity(comparison.compressed, comparison.unit),
+        "Ratio": ratio,
+        _SPAN: extent,
+    }
+
+
+def _print_comparison(rows: Sequence[Mapping[str, str]], console: Console) -> None:
+    """The table of measures; on narrow terminals without the columns that find no room."""
+    name, *titles = rows[0]
+    shown = titles
+    if console.width < NARROW:
+        widths = {}
+        for title in (name, *titles):
+            widths[title] = max(map(cell_len, (title, *(row[title] for row in rows))))
+        room = console.width - widths.pop(name)
+        shown = fitting(widths, room, (_SPAN, "Original", "Compressed"))
+    table = new_table()
+    table.add_column(name, no_wrap=True)
+    for title in shown:
+        if title == _SPAN:
+            table.add_column(title, overflow="fold")
+        else:
+            table.add_column(title, justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(row[name], *(row[title] for title in shown))
+    console.print(table)
+    print_left_out([title for title in titles if title not in shown], console)

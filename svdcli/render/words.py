@@ -14,8 +14,6 @@ if TYPE_CHECKING:
 
 
 _BARS = "▁▂▃▄▅▆▇█"
-
-
 NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")  # a whole part of a dotted name
 
 
@@ -24,18 +22,23 @@ NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")  # a whole part of a dotted name
 
 def human(value: float, unit: str = "") -> str:
     """1234567 -> 1.23M; with the unit B, 1.23 MB. Powers of 1000."""
-    sign, value = ("-", -value) if value < 0 else ("", value)
+    sign = "-" if value < 0 else ""
+    blank = " " if unit else ""
+    size = abs(value)
     for scale, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if value >= scale * 0.9995:
-            return f"{sign}{value / scale:.3g}{' ' if unit else ''}{letter}{unit}"
-    return f"{sign}{value:.0f}{' ' if unit else ''}{unit}"
+        # What three digits would round up to 1000 goes to the next letter
+        if size >= scale * 0.9995:
+            return f"{sign}{size / scale:.3g}{blank}{letter}{unit}"
+    return f"{sign}{size:.0f}{blank}{unit}"
 
 
 def duration(seconds: float) -> str:
     """42 s, 7 min, 3.4 h."""
     if seconds < 90:
         return f"{max(1, round(seconds))} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+    if seconds < 5400:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"
 
 
 def arrow(before: float, after: float, unit: str = "") -> str:
@@ -43,15 +46,17 @@ def arrow(before: float, after: float, unit: str = "") -> str:
     first, second = human(before, unit), human(after, unit)
     if before == after:
         return first
-    same = unit and first.split(" ")[-1] == second.split(" ")[-1]
-    return f"{first.split(' ')[0] if same else first} → {second}"
+    if unit and first.split(" ")[-1] == second.split(" ")[-1]:
+        first = first.split(" ")[0]
+    return f"{first} → {second}"
 
 
-def percent_of(part: float, whole: float) -> str:
-    return f"{100 * part / whole:.1f} %" if whole else "0 %"
+def percent_of(part: float, total: float) -> str:
+    return f"{100 * part / total:.1f} %" if total else "0 %"
 
 
 def short_name(name: str) -> str:
+    """A tensor's name without what nearly all end in, and safe on a terminal."""
     return printable(name.removesuffix(".weight"))
 
 
@@ -60,12 +65,14 @@ def shape_text(shape: Sequence[int]) -> str:
 
 
 def span(values: Sequence[int]) -> str:
+    """37-106, or one number where all are equal."""
     if not values:
         return ""
     return str(values[0]) if min(values) == max(values) else f"{min(values)}-{max(values)}"
 
 
 def span_of_floats(values: Sequence[float]) -> str:
+    """The same, with three digits each."""
     if not values:
         return ""
     low, high = f"{min(values):.3f}", f"{max(values):.3f}"
@@ -112,28 +119,43 @@ def reasons_line(items: Sequence[tuple[str, str]]) -> list[str]:
         by_reason.setdefault(reason, []).append(short_name(name))
     lines = []
     for reason, names in by_reason.items():
+        # Names that differ by a block's number only count as one
         patterns = list(dict.fromkeys(NUMBER.sub("*", name) for name in names))
-        shown = ", ".join(patterns[:3]) + (
-            f" and {len(patterns) - 3} more" if len(patterns) > 3 else ""
-        )
+        shown = ", ".join(patterns[:3])
+        if len(patterns) > 3:
+            shown += f" and {len(patterns) - 3} more"
         lines.append(f"{len(names)}: {reason} ({shown})")
     return lines
 
 
 def sparkline(curve: Sequence[float], width: int) -> str:
     """The decay of the singular values from 1 (full block) down."""
-    points = [curve[round(i * (len(curve) - 1) / (width - 1))] for i in range(width)]
-    return "".join(
-        _BARS[min(len(_BARS) - 1, max(0, round(point * (len(_BARS) - 1))))] for point in points
-    )
+    highest = len(_BARS) - 1
+    bars = []
+    for i in range(width):
+        value = curve[round(i * (len(curve) - 1) / (width - 1))]
+        height = round(value * highest)
+        bars.append(_BARS[min(highest, max(0, height))])
+    return "".join(bars)
 
 
 def plus_minus(mean: Mean) -> str:
-    digits = 2 if mean.value >= 100 else 4 if mean.value < 10 else 3
-    return f"{mean.value:.{digits}f}" + (
-        "" if mean.error is None else f" ± {mean.error:.{digits}f}"
-    )
+    """A mean with its standard error, both with about five digits of the mean."""
+    digits = 3
+    if mean.value >= 100:
+        digits = 2
+    elif mean.value < 10:
+        digits = 4
+    text = f"{mean.value:.{digits}f}"
+    if mean.error is not None:
+        text += f" ± {mean.error:.{digits}f}"
+    return text
 
 
 def quantity(value: float, unit: str) -> str:
-    return human(value, "B") if unit == "B" else f"{value:.2f} s" if unit == "s" else f"{value:.4g}"
+    """Bytes as 1.23 MB, seconds as 0.42 s, anything else as a number of four digits."""
+    if unit == "B":
+        return human(value, "B")
+    if unit == "s":
+        return f"{value:.2f} s"
+    return f"{value:.4g}"

@@ -28,6 +28,13 @@ from svdcli.progress import Progress, silent
 
 # `-m` would put the current folder, with whatever modules lie there, before everything else.
 _START = "import sys; sys.path[:] = {path!r}; from svdcli.models.bench_worker import main; main()"
+# UTF-8 on the pipes; no warnings and bars on standard error, whose last line is told where a
+# process dies.
+_QUIET = {
+    "PYTHONUTF8": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+}
 
 
 @dataclass(frozen=True)
@@ -111,22 +118,9 @@ class Bench:
     def comparisons(self) -> tuple[Comparison, ...]:
         """The comparison line by line; no decode where there is none."""
         before, after, ratios = self.original, self.compressed, self.ratios
-        speeds = [
-            Comparison(
-                name,
-                "tokens/s",
-                theirs.median,
-                ours.median,
-                ratio.median,
-                ratio.lowest,
-                ratio.highest,
-            )
-            for name, theirs, ours, ratio in (
-                ("decode", before.decode, after.decode, ratios.decode),
-                ("prefill", before.prefill, after.prefill, ratios.prefill),
-            )
-            if theirs is not None and ours is not None and ratio is not None
-        ]
+        speeds = [_speeds("prefill", before.prefill, after.prefill, ratios.prefill)]
+        if before.decode is not None and after.decode is not None and ratios.decode is not None:
+            speeds.insert(0, _speeds("decode", before.decode, after.decode, ratios.decode))
         return (
             *speeds,
             Comparison("load", "s", before.load_seconds, after.load_seconds, ratios.load_seconds),
@@ -137,6 +131,12 @@ class Bench:
 
     def to_json(self) -> dict[str, Any]:
         return {"svdcli_json": JSON_VERSION, "kind": "bench"} | asdict(self)
+
+
+def _speeds(measure: str, before: Quantiles, after: Quantiles, ratio: Quantiles) -> Comparison:
+    return Comparison(
+        measure, "tokens/s", before.median, after.median, ratio.median, ratio.lowest, ratio.highest
+    )
 
 
 def bench(
@@ -157,15 +157,16 @@ def bench(
     with the cache (decode). trust_remote_code runs Python that the models' folders bring along.
     Raises SvdcliError where a model does not open, does not read text, or its process dies.
     """
-    for name, value in (
-        ("prompt-tokens", prompt_tokens),
-        ("new-tokens", new_tokens),
-        ("batch", batch),
-        ("rounds", rounds),
-    ):
-        if value < 1:
-            raise UsageError(f"--{name} {value} is not a whole number above 0", "give at least 1")
-    checkpoints = [_open(path) for path in (against, output)]
+    # All that can be refused before a process starts
+    _check_counts(
+        {
+            "prompt-tokens": prompt_tokens,
+            "new-tokens": new_tokens,
+            "batch": batch,
+            "rounds": rounds,
+        }
+    )
+    checkpoints = [_open(against), _open(output)]
     compute = compute or Compute()
     task = {
         "device": compute.device,
@@ -173,39 +174,62 @@ def bench(
         "prompt_tokens": prompt_tokens,
         "new_tokens": new_tokens,
         "batch": batch,
+        "trust_remote_code": trust_remote_code,
     }
-    task |= {"trust_remote_code": trust_remote_code}
+    pair, turns = _measure(checkpoints, task, rounds, progress)
+
+    # The original was named first, and each speed counts all prompts of a batch
+    original, compressed = (
+        _speed_of(child, checkpoint, prompt_tokens * batch, new_tokens * batch, turns[child])
+        for checkpoint, child in zip(checkpoints, pair, strict=True)
+    )
+    return Bench(
+        path=str(output),
+        against=str(against),
+        device=pair[0].about["device"],
+        threads=pair[0].about["threads"],
+        prompt_tokens=prompt_tokens,
+        new_tokens=new_tokens,
+        batch=batch,
+        rounds=rounds,
+        compressed=compressed,
+        original=original,
+        ratios=_ratios(compressed, original),
+    )
+
+
+def _measure(
+    checkpoints: Sequence[Checkpoint], task: Mapping[str, Any], rounds: int, progress: Progress
+) -> tuple[list[_Child], _Turns]:
+    """Start a process for each model and measure it there: (the processes, which have ended and
+    keep what they have told; the seconds of every round)."""
     with ExitStack() as stack:
+        # Both processes start at once; each answers when its imports are done
         pair = [stack.enter_context(_Child(checkpoint.path, task)) for checkpoint in checkpoints]
         for done, child in enumerate(pair):
             progress("load", child.path, done, len(pair))
             child.about = child.answer()
+
+        # Loading is timed while the other process waits
         for checkpoint, child in zip(checkpoints, pair, strict=True):
             _into_page_cache(checkpoint)
             child.about |= child.ask("load")
+
         turns = _turns(pair, rounds, progress)
         for child in pair:
             child.about |= child.ask("memory")
-    original, compressed = (
-        _side(child, checkpoint, prompt_tokens * batch, new_tokens * batch, turns[child])
-        for checkpoint, child in zip(checkpoints, pair, strict=True)
-    )
-    where, count = pair[0].about["device"], pair[0].about["threads"]
-    asked = (prompt_tokens, new_tokens, batch, rounds)
-    return Bench(
-        str(output),
-        str(against),
-        where,
-        count,
-        *asked,
-        compressed,
-        original,
-        _ratios(compressed, original),
-    )
+    return pair, turns
+
+
+def _check_counts(counts: Mapping[str, int]) -> None:
+    for option, value in counts.items():
+        if value < 1:
+            raise UsageError(f"--{option} {value} is not a whole number above 0", "give at least 1")
 
 
 def _open(path: str | Path) -> Checkpoint:
-    """Only the headers; what cannot be measured is told before any process starts."""
+    """Open the headers alone. Raises SvdcliError or UsageError for what cannot be measured, before
+    any process starts."""
     if str(path) == STANDARD:
         raise UsageError("bench does not read standard input", "name a directory")
     checkpoint = open_checkpoint(path)
@@ -218,7 +242,8 @@ def _open(path: str | Path) -> Checkpoint:
 
 
 def _into_page_cache(checkpoint: Checkpoint) -> None:
-    """Both models then load from memory, not one of them from a slow disk."""
+    """Read the weights once, so that both models load from memory and not one of them from a slow
+    disk."""
     for name in checkpoint.files:
         with checkpoint.file_path(name).open("rb", buffering=0) as stream:
             while stream.read(CHUNK):
@@ -227,41 +252,44 @@ def _into_page_cache(checkpoint: Checkpoint) -> None:
 
 # Turns --------------------------------------------------------------------------------------------
 
-Turns = dict["_Child", dict[str, list[float]]]
+_Turns = dict["_Child", dict[str, list[float]]]
 
 
-def _turns(pair: Sequence[_Child], rounds: int, progress: Progress) -> Turns:
-    """Seconds of every round but the first. Who begins changes with the round, so that a drift
-    favours nobody."""
-    turns: Turns = {child: {"prefill": [], "decode": []} for child in pair}
+def _turns(pair: Sequence[_Child], rounds: int, progress: Progress) -> _Turns:
+    """{child: {"prefill": seconds of every round, "decode": the same}}, without the first round,
+    which warms up.
+
+    The model that begins changes with the round, so that a drift of the machine favours neither.
+    """
+    turns: _Turns = {child: {"prefill": [], "decode": []} for child in pair}
     for number in range(rounds + 1):
         order = pair if number % 2 == 0 else pair[::-1]
-        for what in ("prefill", "decode"):
+        for phase in ("prefill", "decode"):
             for child in order:
-                seconds = child.ask(what)["seconds"]
+                seconds = child.ask(phase)["seconds"]
                 if number > 0 and seconds is not None:
-                    turns[child][what].append(seconds)
+                    turns[child][phase].append(seconds)
         progress("bench", f"round {number} of {rounds}", number + 1, rounds + 1)
     return turns
 
 
 def _quantiles(values: Sequence[float]) -> Quantiles | None:
-    return (
-        Quantiles(statistics.median(values), min(values), max(values), tuple(values))
-        if values
-        else None
-    )
+    if not values:
+        return None
+    return Quantiles(statistics.median(values), min(values), max(values), tuple(values))
 
 
-def _side(
+def _speed_of(
     child: _Child,
     checkpoint: Checkpoint,
-    prompt: int,
-    new: int,
+    prompt_tokens: int,
+    new_tokens: int,
     turns: Mapping[str, Sequence[float]],
 ) -> ModelSpeed:
+    """What one process has told, with tokens a second from the tokens of a round and its
+    seconds."""
     about = child.about
-    prefill = _quantiles([prompt / seconds for seconds in turns["prefill"]])
+    prefill = _quantiles([prompt_tokens / seconds for seconds in turns["prefill"]])
     assert prefill is not None
     return ModelSpeed(
         path=child.path,
@@ -274,17 +302,18 @@ def _side(
         memory_bytes=about["memory_bytes"],
         peak_bytes=about["peak_bytes"],
         prefill=prefill,
-        decode=_quantiles([new / seconds for seconds in turns["decode"]]),
+        decode=_quantiles([new_tokens / seconds for seconds in turns["decode"]]),
     )
 
 
 def _ratios(ours: ModelSpeed, theirs: ModelSpeed) -> Ratios:
-    def paired(one: Quantiles | None, other: Quantiles | None) -> Quantiles | None:
-        if one is None or other is None:
+    """Compressed (ours) over original (theirs). Speeds are compared round by round: what slows the
+    machine down for a while then meets both."""
+
+    def paired(mine: Quantiles | None, yours: Quantiles | None) -> Quantiles | None:
+        if mine is None or yours is None:
             return None
-        return _quantiles(
-            [mine / yours for mine, yours in zip(one.rounds, other.rounds, strict=True)]
-        )
+        return _quantiles([a / b for a, b in zip(mine.rounds, yours.rounds, strict=True)])
 
     def once(pick: Callable[[ModelSpeed], float]) -> float | None:
         return pick(ours) / pick(theirs) if pick(theirs) > 0 else None
@@ -294,10 +323,10 @@ def _ratios(ours: ModelSpeed, theirs: ModelSpeed) -> Ratios:
     return Ratios(
         prefill=prefill,
         decode=paired(ours.decode, theirs.decode),
-        load_seconds=once(lambda side: side.load_seconds),
-        memory_bytes=once(lambda side: side.memory_bytes),
-        peak_bytes=once(lambda side: side.peak_bytes),
-        file_bytes=once(lambda side: side.file_bytes),
+        load_seconds=once(lambda speed: speed.load_seconds),
+        memory_bytes=once(lambda speed: speed.memory_bytes),
+        peak_bytes=once(lambda speed: speed.peak_bytes),
+        file_bytes=once(lambda speed: speed.file_bytes),
     )
 
 
@@ -312,27 +341,19 @@ class _Child:
     """
 
     def __init__(self, path: Path, task: Mapping[str, Any]) -> None:
-        self.path, self.about = str(path), dict[str, Any]()
+        self.path = str(path)
+        self.about: dict[str, Any] = {}
+        # A file, not a pipe: nobody reads it while the process works, and a full pipe would stop it
         self.stderr = tempfile.TemporaryFile()  # noqa: SIM115  closed with the process
-        command = [
-            sys.executable,
-            "-c",
-            _START.format(path=sys.path),
-            json.dumps({"path": str(path.absolute())} | dict(task)),
-        ]
-        pipe = subprocess.PIPE
-        quiet = {
-            "PYTHONUTF8": "1",
-            "TRANSFORMERS_VERBOSITY": "error",
-            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-        }
+        start = _START.format(path=sys.path)
+        load = json.dumps({"path": str(path.absolute()), **task})
         self.process = subprocess.Popen(
-            command,
-            stdin=pipe,
-            stdout=pipe,
+            [sys.executable, "-c", start, load],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
             stderr=self.stderr,
             start_new_session=True,
-            env=os.environ | quiet,
+            env=os.environ | _QUIET,
             encoding="utf-8",
         )
 
@@ -346,11 +367,11 @@ class _Child:
             with suppress(OSError):  # what could not be written to a dead process
                 stream.close()  # type: ignore[union-attr]
 
-    def ask(self, what: str) -> dict[str, Any]:
+    def ask(self, command: str) -> dict[str, Any]:
         """Send one command and wait for its answer."""
         assert self.process.stdin is not None
         with suppress(BrokenPipeError):  # the answer, which does not come, tells more
-            self.process.stdin.write(what + "\n")
+            self.process.stdin.write(command + "\n")
             self.process.stdin.flush()
         return self.answer()
 
@@ -360,27 +381,27 @@ class _Child:
         line = self.process.stdout.readline()
         if not line.endswith("\n"):
             raise self._death()
-        found: dict[str, Any] = json.loads(line)
-        if "error" in found:
-            kind = UsageError if found["exit_code"] == USAGE else SvdcliError
-            raise kind(found["error"], found["hint"])
-        return found
+        answer: dict[str, Any] = json.loads(line)
+        if "error" in answer:
+            error = UsageError if answer["exit_code"] == USAGE else SvdcliError
+            raise error(answer["error"], answer["hint"])
+        return answer
 
     def _death(self) -> SvdcliError:
+        """The error that tells how the process ended, with the last line that it wrote."""
         code = self.process.wait()
+        # SIGKILL is what Linux sends where memory has run out
         if code == -signal.SIGKILL:
             return SvdcliError(
                 f"the process that held {self.path} was killed",
                 "memory may be too small for both models at once",
             )
         self.stderr.seek(0)
-        lines = [
-            line.strip()
-            for line in self.stderr.read().decode(errors="replace").splitlines()
-            if line.strip()
-        ]
+        written = self.stderr.read().decode(errors="replace").strip()
         why = f"signal {-code}" if code < 0 else f"exit code {code}"
-        last = f": {printable(lines[-1])[:200]}" if lines else ""
+        last = ""
+        if written:
+            last = f": {printable(written.splitlines()[-1].strip())[:200]}"
         return SvdcliError(
             f"the process that held {self.path} ended with {why}{last}", "try `svdcli verify`"
         )

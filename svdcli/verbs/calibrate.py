@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from svdcli.calibration.gather import FULL_OUTPUTS, Gather
 from svdcli.calibration.memory import SHARE_OF_MEMORY, free_memory, state_bytes, widest, width_of
@@ -35,6 +35,7 @@ from svdcli.progress import Progress, silent
 from svdcli.text.texts import Texts
 from svdcli.text.tokens import Amount, load_tokenizer
 
+# Share of the speed of one large product at which a whole model is taken to be read.
 _SPEED_IN_PRACTICE = 0.4
 
 
@@ -132,8 +133,9 @@ def calibrate(
         read = read_batches(side, tokenizer, texts, amount, seq_len)
 
         # Hidden states of a round have to fit into memory
-        room = memory if memory is not None else int(SHARE_OF_MEMORY * free_memory())
-        forecast = _forecast(network, read, gradients, room)
+        if memory is None:
+            memory = int(SHARE_OF_MEMORY * free_memory())
+        forecast = _forecast(network, read, gradients, memory)
         announce(forecast)
         size = -(-len(read.batches) // forecast.rounds)
         rounds = [read.batches[start : start + size] for start in range(0, len(read.batches), size)]
@@ -146,17 +148,12 @@ def calibrate(
             gather = Gather(network, width, layers, Spool(Path(folder)), progress, len(rounds))
             stream = Stream(network, device, torch.float32, call=side.of(network))
             for number, batches in enumerate(rounds):
-                cotangent = gather.loss.cotangents(batches) if forecast.gradients else None
-                with gather.round(
-                    number, batches, backwards=forecast.gradients, units=len(stream.units)
-                ) as visit:
-                    stream.run(
-                        batches, cotangent, set(layers.values()), gather.loss.note_kind, visit
-                    )
+                _gather_round(gather, stream, number, batches, layers, forecast.gradients)
             if sensitivity:
-                gather.add_sensitivities(stream, read.batches, room)
+                gather.add_sensitivities(stream, read.batches, memory)
 
             # All of them into the file, with where they come from
+            unit = "nats" if gather.loss.nats else "1 - cosine"
             provenance = Provenance(
                 fingerprint=checkpoint.fingerprint(),
                 text=texts.name,
@@ -167,11 +164,29 @@ def calibrate(
                 seed=seed,
                 gradients=forecast.gradients,
                 sensitivity=sensitivity,
-                unit="nats" if gather.loss.nats else "1 - cosine",
+                unit=unit,
             )
             keys = gather.keys()
             write_moments(out, gather.spool, gather.scales(), keys, provenance)
         return _calibrated(out, layers, keys, forecast, sensitivity)
+
+
+def _gather_round(
+    gather: Gather,
+    stream: Stream,
+    number: int,
+    batches: Sequence[dict[str, Tensor]],
+    layers: Mapping[str, str],
+    gradients: bool,
+) -> None:
+    """Run these batches through the model, backwards too with gradients, while moments are added
+    up."""
+    cotangent = None
+    if gradients:
+        cotangent = gather.loss.cotangents(batches)
+    units = len(stream.units)
+    with gather.round(number, batches, backwards=gradients, units=units) as visit:
+        stream.run(batches, cotangent, set(layers.values()), gather.loss.note_kind, visit)
 
 
 def _calibrated(
@@ -184,7 +199,7 @@ def _calibrated(
     return Calibrated(
         path=str(out),
         layers=len(keys),
-        inputs=len({item["input"] for item in keys.values()}),
+        inputs=len({key["input"] for key in keys.values()}),
         tokens=forecast.tokens,
         gradients=forecast.gradients,
         sensitivity=sensitivity,
@@ -211,19 +226,20 @@ def _modules_of(
         tied=checkpoint.tied,
         facts=checkpoint.facts,
     )
+    # transformers may hold a weight under another name than the file, or as a part of a larger one
     targets = module_names(model, [info.module for info in selected])
     modules = dict(model.named_modules())
-    found = {}
+    measured = {}
     for info in selected:
         target = targets.get(info.module)
         if target is not None and is_linear(modules.get(target)):
-            found[info.name] = target
-    return found
+            measured[info.name] = target
+    return measured
 
 
-def _forecast(model: Any, read: Read, gradients: bool | None, room: int) -> Forecast:
+def _forecast(model: Any, read: Read, gradients: bool | None, memory: int) -> Forecast:
     """In how many rounds the text is read, and whether with gradients: hidden states of a round
-    must fit into `room`."""
+    must fit into `memory`."""
     batches = read.batches
     width = width_of(read.side.config(model))
     part = read.side.module(model)
@@ -232,11 +248,13 @@ def _forecast(model: Any, read: Read, gradients: bool | None, room: int) -> Fore
     with_gradients = gradients is not False
     reason = ""
     each = state_bytes(part, width, batches, gradients=with_gradients)
-    if gradients is None and each > room:
+    if gradients is None and each > memory:
         with_gradients = False
-        reason = f"hidden states of {each / 1e9:.1f} GB a batch do not fit into {room / 1e9:.1f} GB"
+        room = f"{memory / 1e9:.1f} GB"
+        reason = f"hidden states of {each / 1e9:.1f} GB a batch do not fit into {room}"
         each = state_bytes(part, width, batches, gradients=False)
-    rounds = -(-len(batches) // max(1, room // each))
+
+    rounds = -(-len(batches) // max(1, memory // each))
     return Forecast(
         tokens=read.tokens,
         seq_len=read.seq_len,
@@ -267,9 +285,10 @@ def _guess(model: Any, tokens: int, gradients: bool) -> float:
 
 def _operations_a_second() -> float:
     """Of one float32 product of this process, on the CPU."""
-    a = torch.ones(512, 512)
-    torch.mm(a, a)
+    size, times = 512, 4
+    matrix = torch.ones(size, size)
+    torch.mm(matrix, matrix)  # to warm up
     begin = time.perf_counter()
-    for _ in range(4):
-        torch.mm(a, a)
-    return 4 * 2 * 512**3 / (time.perf_counter() - begin)
+    for _ in range(times):
+        torch.mm(matrix, matrix)
+    return times * 2 * size**3 / (time.perf_counter() - begin)

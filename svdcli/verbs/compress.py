@@ -6,6 +6,7 @@ import hashlib
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -103,32 +104,41 @@ def compress(
         source = _Source(calibration, reading, compute)
         if dry_run:
             return _predict(checkpoint, out, recipe, plan, source, device, progress, allow_larger)
-        choice = None if reading is not None else request_of(checkpoint, recipe, plan, calibration)
+
+        # Where no text is to be read, most refusals come before a workspace is made
+        choice = None
+        if reading is None:
+            choice = request_of(checkpoint, recipe, plan, calibration)
         with destination(checkpoint, out, ".svd", "-svd", force) as target:
             workspace = Workspace(target, is_file=not checkpoint.is_directory)
             with disk_errors(target), workspace.locked():
+                # Reading takes long: its moments are kept in the workspace, for the next try too
                 if choice is None:
                     with workspace.beginning():
-                        file = source.file(checkpoint, workspace.folder, recipe, progress)
-                        choice = request_of(checkpoint, recipe, plan, file)
+                        moments = source.file(checkpoint, workspace.folder, recipe, progress)
+                        choice = request_of(checkpoint, recipe, plan, moments)
+
+                # A journal counts for the same work only: threads change the order of sums
                 asked = (recipe_to_json(choice.recipe), plan and plan.to_json())
-                same = identity(checkpoint, "compress", *asked, threads_each(device))
-                if workspace.resume(same, force=force):
+                run = identity(checkpoint, "compress", *asked, threads_each(device))
+                if workspace.resume(run, force=force):
                     _compress_into(workspace, checkpoint, choice, device, progress, allow_larger)
-            report = read_report(target)
-            evaluation, why = (
-                (None, "")
-                if reading is None
-                else _evaluate_output(checkpoint, target, reading, compute, progress)
-            )
-            return Outcome(
-                replace(report, path=str(out)) if out is not None else report,
-                Plan.from_json(record_of(open_checkpoint(target))),
-                None if out == STANDARD else target,
-                workspace.started_over,
-                evaluation,
-                why,
-            )
+
+            outcome = _outcome(target, out, started_over=workspace.started_over)
+            if reading is None:
+                return outcome
+            evaluation, why_not = _evaluate_output(checkpoint, target, reading, compute, progress)
+            return replace(outcome, evaluation=evaluation, not_evaluated=why_not)
+
+
+def _outcome(target: Path, out: str | Path | None, *, started_over: bool) -> Outcome:
+    """What the record of the written output says, under the path that was asked for."""
+    report = read_report(target)
+    if out is not None:
+        report = replace(report, path=str(out))
+    plan = Plan.from_json(record_of(open_checkpoint(target)))
+    path = None if out == STANDARD else target
+    return Outcome(report, plan, path, started_over)
 
 
 def _the_recipe(
@@ -158,32 +168,33 @@ def _evaluate_output(
     from svdcli.calibration.memory import free_memory
     from svdcli.verbs.evaluate import evaluate
 
-    both = 2 * (
-        checkpoint.nbytes + sum(path.stat().st_size for path in target.glob("*.safetensors"))
-    )
-    if both > _SHARE_TO_MEASURE * free_memory():
+    # Both models are loaded at once, and in float32 a 16-bit one takes twice its bytes
+    stored = sum(path.stat().st_size for path in target.glob("*.safetensors"))
+    both = 2 * (checkpoint.nbytes + stored)
+    if both > _SHARE_TO_EVALUATE * free_memory():
         return None, f"both models at once may need {both / 1e9:.1f} GB"
     if reading.held_out is None:
         return None, "no text was held out"
+
+    # The output is written by now: what fails here is told, and is no failure of compress
     try:
-        return evaluate(
+        evaluation = evaluate(
             target,
             reading.held_out,
             against=checkpoint.path,
             seq_len=reading.seq_len,
-            samples=_WINDOWS_TO_MEASURE,
+            samples=_WINDOWS_TO_EVALUATE,
             compute=compute,
             trust_remote_code=reading.trust_remote_code,
             progress=progress,
-        ), ""
+        )
     except SvdcliError as error:
         return None, str(error)
+    return evaluation, ""
 
 
-_SHARE_TO_MEASURE = 0.8
-
-
-_WINDOWS_TO_MEASURE = 32
+_SHARE_TO_EVALUATE = 0.8  # of free memory
+_WINDOWS_TO_EVALUATE = 32  # of the held-out text; `eval` reads 128
 
 
 def _predict(
@@ -196,17 +207,19 @@ def _predict(
     progress: Progress,
     allow_larger: bool,
 ) -> Outcome:
-    """What a dry run tells."""
+    """Decide as a run would, and predict its report, without writing an output."""
     with tempfile.TemporaryDirectory(prefix="svdcli-") as folder:
-        choice = request_of(
-            checkpoint,
-            recipe,
-            plan,
-            source.file(checkpoint, Path(folder), recipe, progress),
-        )
-        name = None if checkpoint.is_directory else out_path(checkpoint, out, ".svd", "-svd").name
+        moments = source.file(checkpoint, Path(folder), recipe, progress)
+        choice = request_of(checkpoint, recipe, plan, moments)
+
+        # A file is planned under the name that it will have, a directory under none
+        name = None
+        if not checkpoint.is_directory:
+            name = out_path(checkpoint, out, ".svd", "-svd").name
         decided = make_plan(checkpoint, choice, name, device, None, progress)
-        refused = "" if allow_larger else not_smaller(design_of(checkpoint, decided, name))
+        refused = ""
+        if not allow_larger:
+            refused = not_smaller(design_of(checkpoint, decided, name))
         return Outcome(predicted_report(checkpoint, decided, name), decided, None, refused=refused)
 
 
@@ -234,14 +247,17 @@ class _Source:
             return self.path
         from svdcli.verbs.calibrate import calibrate
 
-        reading, gradients = self.reading, _GRADIENTS.get(recipe.metric, True)
-        how = (reading.samples, reading.seq_len, reading.trust_remote_code, gradients)
-        asked = (checkpoint.fingerprint(), reading.texts.digest, *how)
-        found = folder / f"{hashlib.sha256(repr(asked).encode()).hexdigest()[:16]}.{MOMENTS}"
-        if not found.exists():
+        # The name of the file tells what was read: model, text, amount, and whether backwards too
+        reading = self.reading
+        gradients = _GRADIENTS.get(recipe.metric, True)
+        amount = (reading.samples, reading.seq_len, reading.trust_remote_code, gradients)
+        asked = (checkpoint.fingerprint(), reading.texts.digest, *amount)
+        digest = hashlib.sha256(repr(asked).encode()).hexdigest()[:16]
+        moments = folder / f"{digest}.{MOMENTS}"
+        if not moments.exists():
             calibrate(
                 checkpoint.path,
-                found,
+                moments,
                 reading.texts,
                 samples=reading.samples,
                 seq_len=reading.seq_len,
@@ -251,7 +267,7 @@ class _Source:
                 announce=reading.announce,
                 progress=progress,
             )
-        return found
+        return moments
 
 
 # Whether a metric needs the moments of gradients; None leaves that to the memory there is.
@@ -269,26 +285,34 @@ def _compress_into(
     progress: Progress,
     allow_larger: bool,
 ) -> None:
+    """Decide, then write all layers; once more with those dense on which every solver failed."""
     name = workspace.out.name if workspace.is_file else None
+
+    # Everything is decided, and a refusal leaves nothing behind
     with refusing(workspace):
         plan = make_plan(checkpoint, choice, name, device, workspace, progress)
         design = design_of(checkpoint, plan, name)
         check_smaller(design, allow_larger)
-    seed, calibration = choice.recipe.seed, choice.calibration
-    written, results, failed = write(
-        design, plan.factored, workspace, device, seed, progress, calibration
+    write_all = partial(
+        write,
+        workspace=workspace,
+        device=device,
+        seed=choice.recipe.seed,
+        progress=progress,
+        calibration=choice.calibration,
     )
+    written, results, failed = write_all(design, plan.factored)
+
     if failed:
-        plan = plan.with_dense({layer: f"{SOLVERS_FAILED}: {why}" for layer, why in failed.items()})
-        plan = noting_a_miss(
-            plan, missed_target(plan, design_of(checkpoint, plan, name).blueprint().total)
-        )
+        # A layer that stays dense moves all that lies behind it: the files are laid out anew
+        reasons = {layer: f"{SOLVERS_FAILED}: {why}" for layer, why in failed.items()}
+        plan = plan.with_dense(reasons)
+        size = design_of(checkpoint, plan, name).blueprint().total
+        plan = noting_a_miss(plan, missed_target(plan, size))
         workspace.set_aside()
-        design = design_of(checkpoint, plan, name)
-        written, results, _ = write(
-            design, plan.factored, workspace, device, seed, progress, calibration
-        )
+        written, results, _ = write_all(design_of(checkpoint, plan, name), plan.factored)
     else:
+        # Checked again, since a longer record of fall-backs may have taken more room
         with refusing(workspace):
-            check_smaller(written, allow_larger)  # again, since fall-backs may have taken more room
+            check_smaller(written, allow_larger)
     finish(written, results, workspace, progress)

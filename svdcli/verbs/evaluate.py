@@ -124,74 +124,106 @@ def evaluate(
     a model without one, or without its tokenizer, and for prompts to one that does not generate.
     """
     # Both models, and the part of them that reads text
-    where = (compute or Compute()).start()
-    model = load_quietly(output, where, dtype, trust_remote_code=trust_remote_code)
+    device = (compute or Compute()).start()
+    model = load_quietly(output, device, dtype, trust_remote_code=trust_remote_code)
     original = None
     if against is not None:
-        original = load_quietly(against, where, dtype, trust_remote_code=trust_remote_code)
+        original = load_quietly(against, device, dtype, trust_remote_code=trust_remote_code)
     tokenizer = load_tokenizer(output, trust_remote_code=trust_remote_code)
     side = text_side(model, str(output), len(tokenizer), "eval judges what reads text")
+    models = _Models(model, original, side, tokenizer, device)
 
     # What holds without a text
-    spoken = _speak(side, model, original, tokenizer, prompts, new_tokens)
-    computed = str(next(model.parameters()).dtype).removeprefix("torch.")
-    found = Evaluation(
-        str(output),
-        None if against is None else str(against),
-        side.kind,
-        computed,
-        continuations=spoken,
+    computed_in = str(next(model.parameters()).dtype).removeprefix("torch.")
+    against_shown = None if against is None else str(against)
+    continuations = _continuations(models, prompts, new_tokens)
+    evaluation = Evaluation(
+        path=str(output),
+        against=against_shown,
+        model_kind=side.kind,
+        computed_in=computed_in,
+        continuations=continuations,
         side=side.shown,
     )
     if texts is None:
-        return found
+        return evaluation
+    evaluation = replace(evaluation, text=texts.name, text_sha256=texts.digest)
 
-    # Decoders by their losses, window by window
-    found = replace(found, text=texts.name, text_sha256=texts.digest)
-    calls = side.of(model), None if original is None else side.of(original)
+    # Decoders by their losses, encoders by their sentence embeddings
     if side.kind == "decoder":
-        windows = windows_of(
-            tokenizer, texts, window_length(side.longest, seq_len), Amount(samples).samples
-        )
-        windows = replace(windows, ids=windows.ids.to(where))
-        scores, others, drift = compare(*calls, windows, str(output), str(against), progress)
-        tokens = windows.ids.shape[0] * (windows.ids.shape[1] - 1)
-        return replace(
-            found,
-            text_tokens=windows.total,
-            tokens=tokens,
-            compressed=scores,
-            original=others,
-            drift=drift,
-        )
-
-    # Encoders by the cosine of their sentence embeddings
+        length = window_length(side.longest, seq_len)
+        windows = windows_of(tokenizer, texts, length, Amount(samples).samples)
+        return _judge_decoder(evaluation, models, windows, progress)
     if original is None:
         raise SvdcliError(
             f"{output} is an encoder, which is judged by its distance from the original",
             "give --against MODEL",
         )
     read = read_batches(replace(side, decodes=False), tokenizer, texts, Amount(samples), seq_len)
-    similarity = _similarity(_cosines(side, model, original, read, where, progress))
-    return replace(found, text_tokens=read.tokens, tokens=read.tokens, similarity=similarity)
+    return _judge_encoder(evaluation, models, read, progress)
 
 
-def _speak(
-    side: TextSide,
-    model: Any,
-    original: Any | None,
-    tokenizer: Any,
-    prompts: Sequence[str],
-    new_tokens: int,
+@dataclass(frozen=True)
+class _Models:
+    """The model, its original where there is one, and what reads text of both."""
+
+    model: Any
+    original: Any | None
+    side: TextSide
+    tokenizer: Any
+    device: torch.device
+
+
+def _judge_decoder(
+    evaluation: Evaluation, models: _Models, windows: Windows, progress: Progress
+) -> Evaluation:
+    """The evaluation with losses, and with the drift from the original where there is one."""
+    side = models.side
+    windows = replace(windows, ids=windows.ids.to(models.device))
+    original_call = None
+    if models.original is not None:
+        original_call = side.of(models.original)
+    scores, original_scores, drift = compare(
+        side.of(models.model),
+        original_call,
+        windows,
+        evaluation.path,
+        str(evaluation.against),
+        progress,
+    )
+    # The first token of a window is not predicted
+    count, length = windows.ids.shape
+    return replace(
+        evaluation,
+        text_tokens=windows.total,
+        tokens=count * (length - 1),
+        compressed=scores,
+        original=original_scores,
+        drift=drift,
+    )
+
+
+def _judge_encoder(
+    evaluation: Evaluation, models: _Models, read: Read, progress: Progress
+) -> Evaluation:
+    """The evaluation with the similarity of sentence embeddings."""
+    similarity = _similarity(_cosines(models, read, progress))
+    return replace(evaluation, text_tokens=read.tokens, tokens=read.tokens, similarity=similarity)
+
+
+def _continuations(
+    models: _Models, prompts: Sequence[str], new_tokens: int
 ) -> tuple[Continuation, ...]:
-    """The continuations of a decoder. Raises UsageError for prompts to a model that continues
-    none."""
+    """What a decoder and its original make of each prompt. Raises UsageError for prompts to a model
+    that generates no text."""
     if not prompts:
         return ()
-    parts = [side.module(one) for one in (model, original) if one is not None]
+    side = models.side
+    networks = (models.model, models.original)
+    parts = [side.module(network) for network in networks if network is not None]
     if side.kind != "decoder" or not hasattr(parts[0], "generate"):
         raise UsageError(f"{type(parts[0]).__name__} continues no text", "leave out --prompt")
-    return tuple(_continue(prompt, parts, tokenizer, new_tokens) for prompt in prompts)
+    return tuple(_continue(prompt, parts, models.tokenizer, new_tokens) for prompt in prompts)
 
 
 # Decoders -----------------------------------------------------------------------------------------
@@ -204,27 +236,29 @@ def compare(
     path: str = "",
     against: str = "",
     progress: Progress = silent,
+    chunk: int = _CHUNK,
 ) -> tuple[Scores, Scores | None, Drift | None]:
     """Losses of a decoder on windows (count, length) of tokens, on its device, and, with an
     original, the drift from it.
 
-    Both are functions of input_ids whose answers have logits, as models are.
+    Both are functions of input_ids whose answers have logits, as models are. chunk is how many
+    logits are turned to float32 at a time.
     """
     rows: list[list[float]] = []
     for done, ids in enumerate(windows.ids, 1):
-        rows.append(_window(model, original, ids))
+        rows.append(_window_means(model, original, ids, chunk))
         progress("eval", f"window {done}", done, len(windows.ids))
-    columns = [list(column) for column in zip(*rows, strict=True)]
+    losses, *compared = (list(column) for column in zip(*rows, strict=True))
     bits = 1 / (math.log(2) * windows.bytes_per_token)
-    scores = _scores(path, columns[0], bits)
+    scores = _scores(path, losses, bits)
     if original is None:
         return scores, None, None
-    excess = [ours - theirs for ours, theirs in zip(columns[0], columns[1], strict=True)]
-    return (
-        scores,
-        _scores(against, columns[1], bits),
-        Drift(mean_of(excess), mean_of(columns[2]), mean_of(columns[3])),
-    )
+
+    # Paired by window: what is hard to predict is hard for both, and the difference is sharper
+    original_losses, divergences, agreements = compared
+    excess = [ours - theirs for ours, theirs in zip(losses, original_losses, strict=True)]
+    drift = Drift(mean_of(excess), mean_of(divergences), mean_of(agreements))
+    return scores, _scores(against, original_losses, bits), drift
 
 
 def mean_of(values: Sequence[float]) -> Mean:
@@ -232,101 +266,112 @@ def mean_of(values: Sequence[float]) -> Mean:
     mean = math.fsum(values) / len(values)
     if len(values) == 1:
         return Mean(mean, None)
-    spread = math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1)
-    return Mean(mean, math.sqrt(spread / len(values)))
+    variance = math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1)
+    return Mean(mean, math.sqrt(variance / len(values)))
 
 
 def _scores(path: str, losses: Sequence[float], bits: float) -> Scores:
+    """Scores from the mean loss of every window; bits turns nats a token into bits a byte."""
     loss = mean_of(losses)
-    perplexity = math.exp(min(loss.value, 700.0))
-    return Scores(
-        path,
-        loss,
-        Mean(perplexity, None if loss.error is None else perplexity * loss.error),
-        loss.value * bits,
-    )
+    perplexity = math.exp(min(loss.value, 700.0))  # exp(710) is no float64
+    # An error of the loss becomes one of its exponential by the slope, which is that again
+    error = None
+    if loss.error is not None:
+        error = perplexity * loss.error
+    return Scores(path, loss, Mean(perplexity, error), loss.value * bits)
 
 
 @torch.inference_mode()
-def _window(model: Any, original: Any | None, ids: Tensor) -> list[float]:
+def _window_means(model: Any, original: Any | None, ids: Tensor, chunk: int) -> list[float]:
     """[loss] or [loss, loss of the original, KL, agreement], each a mean over the tokens of one
     window."""
     logits = _logits(model, ids)
-    others = None if original is None else _logits(original, ids)
-    sums = torch.zeros(1 if others is None else 4, dtype=torch.float64)
-    step = max(1, _CHUNK // logits.shape[-1])
+    original_logits = None
+    if original is not None:
+        original_logits = _logits(original, ids)
+
+    # In float32 chunk by chunk: all logits of a long window and a large vocabulary take gigabytes
+    count = 1 if original is None else 4
+    sums = torch.zeros(count, dtype=torch.float64)
+    step = max(1, chunk // logits.shape[-1])
     for start in range(0, logits.shape[0], step):
-        at = slice(start, start + step)
-        sums += _sums(logits[at], None if others is None else others[at], ids[1:][at])
+        rows = slice(start, start + step)
+        theirs = None
+        if original_logits is not None:
+            theirs = original_logits[rows]
+        sums += _sums(logits[rows], theirs, ids[1:][rows])
     means: list[float] = (sums / logits.shape[0]).tolist()
-    if not all(map(math.isfinite, means)):
-        raise SvdcliError(
-            "the model answers with NaN or infinity", "see `svdcli verify`, or try --device cpu"
-        )
+    _check_finite(means)
     return means
 
 
+def _check_finite(values: Sequence[float]) -> None:
+    if not all(map(math.isfinite, values)):
+        raise SvdcliError(
+            "the model answers with NaN or infinity", "see `svdcli verify`, or try --device cpu"
+        )
+
+
 def _logits(model: Any, ids: Tensor) -> Tensor:
+    """(length - 1, vocabulary): for every token but the last, what the next one may be."""
     logits: Tensor = model(input_ids=ids[None], use_cache=False).logits[0, :-1]
     return logits
 
 
-def _sums(logits: Tensor, others: Tensor | None, targets: Tensor) -> Tensor:
+def _sums(logits: Tensor, original_logits: Tensor | None, targets: Tensor) -> Tensor:
+    """float64 sums over tokens, in the order of `_window_means`."""
     ours = logits.float().log_softmax(-1)
     loss = -ours.gather(-1, targets[:, None]).double().sum()
-    if others is None:
+    if original_logits is None:
         return loss.cpu()[None]
-    theirs = others.float().log_softmax(-1)
-    other_loss = -theirs.gather(-1, targets[:, None]).double().sum()
+    theirs = original_logits.float().log_softmax(-1)
+    original_loss = -theirs.gather(-1, targets[:, None]).double().sum()
     kl = divergence_terms(theirs, ours).sum(-1).double().sum()
     same = (ours.argmax(-1) == theirs.argmax(-1)).double().sum()
-    return torch.stack((loss, other_loss, kl, same)).cpu()
+    return torch.stack((loss, original_loss, kl, same)).cpu()
 
 
 @torch.inference_mode()
 def _continue(prompt: str, parts: Sequence[Any], tokenizer: Any, new_tokens: int) -> Continuation:
     """What the model and, where there are two, its original make of a prompt."""
-    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(
-        next(parts[0].parameters()).device
-    )
-    how = {
-        "max_new_tokens": new_tokens,
-        "do_sample": False,
-        "pad_token_id": tokenizer.pad_token_id or tokenizer.eos_token_id or 0,
-    }
+    device = next(parts[0].parameters()).device
+    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(device)
+    prompt_length = inputs["input_ids"].shape[1]
     texts = []
-    for one in parts:
-        ids = one.generate(**inputs, **how)[0, inputs["input_ids"].shape[1] :]
-        texts.append(tokenizer.decode(ids, skip_special_tokens=True))
-    return Continuation(prompt, texts[0], texts[1] if len(texts) > 1 else None)
+    for part in parts:
+        ids = part.generate(
+            **inputs,
+            max_new_tokens=new_tokens,
+            do_sample=False,
+            pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id or 0,
+        )
+        texts.append(tokenizer.decode(ids[0, prompt_length:], skip_special_tokens=True))
+    original = texts[1] if len(texts) > 1 else None
+    return Continuation(prompt, texts[0], original)
 
 
 # Encoders -----------------------------------------------------------------------------------------
 
 
 @torch.inference_mode()
-def _cosines(
-    side: TextSide, model: Any, original: Any, read: Read, where: torch.device, progress: Progress
-) -> list[float]:
+def _cosines(models: _Models, read: Read, progress: Progress) -> list[float]:
     """Cosine similarity of every sentence's two embeddings."""
     cosines: list[float] = []
     for batch in read.batches:
-        inputs = {key: value.to(where) for key, value in batch.items()}
-        ours, theirs = (side.embed(one, inputs).double() for one in (model, original))
+        inputs = {key: value.to(models.device) for key, value in batch.items()}
+        ours = models.side.embed(models.model, inputs).double()
+        theirs = models.side.embed(models.original, inputs).double()
         cosines += torch.cosine_similarity(ours, theirs, dim=-1).tolist()
         progress("eval", f"sentence {len(cosines)}", len(cosines), read.samples)
     return cosines
 
 
 def _similarity(cosines: Sequence[float]) -> Similarity:
-    if not all(map(math.isfinite, cosines)):
-        raise SvdcliError(
-            "the model answers with NaN or infinity", "see `svdcli verify`, or try --device cpu"
-        )
+    _check_finite(cosines)
     ordered = sorted(cosines)
     return Similarity(
-        math.fsum(ordered) / len(ordered),
-        ordered[int(0.05 * (len(ordered) - 1))],
-        ordered[0],
-        len(ordered),
+        mean=math.fsum(ordered) / len(ordered),
+        percentile_5=ordered[int(0.05 * (len(ordered) - 1))],
+        minimum=ordered[0],
+        sentences=len(ordered),
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from svdcli.engine.publish import destination, disk_errors, finish, identity, write
 from svdcli.errors import BadCheckpointError, SvdcliError
@@ -14,9 +14,6 @@ from svdcli.files.record import check_listed, record_of, stored_layers
 from svdcli.files.workspace import Workspace
 from svdcli.plan.plan import LayerPlan
 from svdcli.progress import Progress, silent
-
-if TYPE_CHECKING:
-    pass
 
 
 def expand(
@@ -35,6 +32,7 @@ def expand(
     import torch
 
     with open_checkpoint(output) as checkpoint:
+        # Factors that transformers saved have no record, but a way back all the same
         record = record_of(checkpoint)
         if record is None:
             hint = (
@@ -42,16 +40,19 @@ def expand(
                 "svdcli.load(PATH).dequantize().save_pretrained(DENSE), from Python"
             )
             raise SvdcliError(f"{checkpoint.shown} was not written by svdcli compress", hint)
+
+        # Nothing is made of weights that are not what compress wrote
         layers = stored_layers(checkpoint, record)
         check_listed(checkpoint, record)
         _check_undamaged(checkpoint, record, layers)
+
         with destination(checkpoint, out, ".dense", "-dense", force) as target:
             workspace = Workspace(target, is_file=not checkpoint.is_directory)
             with disk_errors(target), workspace.locked():
                 if workspace.resume(identity(checkpoint, "expand"), force=force):
-                    design = ExpandDesign(
-                        checkpoint, record, layers, target.name if workspace.is_file else None
-                    )
+                    # Products of the factors: the CPU does them, and no seed plays a part
+                    name = target.name if workspace.is_file else None
+                    design = ExpandDesign(checkpoint, record, layers, name)
                     written, results, _ = write(
                         design, layers, workspace, torch.device("cpu"), 0, progress
                     )
@@ -71,15 +72,14 @@ def _check_undamaged(
         raise BadCheckpointError(
             f"{checkpoint.path} has lost its config.json", "put it back, or write the output again"
         )
-    for name, item in files.items():
-        if name in checkpoint.files and sha256_of(checkpoint.path / name) != item.get("sha256"):
+    for name, entry in files.items():
+        if name in checkpoint.files and sha256_of(checkpoint.path / name) != entry.get("sha256"):
             raise BadCheckpointError(
                 f"{checkpoint.path / name} was changed after svdcli wrote it", "see `svdcli verify`"
             )
-    damaged = next(
-        (layer.tensor.name for layer in layers if not has_row_order(checkpoint, layer)), None
-    )
-    if damaged is not None:
-        raise BadCheckpointError(
-            f"the svd_rows of {damaged} are no order of its rows", "write the output again"
-        )
+    for layer in layers:
+        if not has_row_order(checkpoint, layer):
+            raise BadCheckpointError(
+                f"the svd_rows of {layer.tensor.name} are no order of its rows",
+                "write the output again",
+            )

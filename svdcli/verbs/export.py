@@ -1,4 +1,4 @@
-"""From a model to one ONNX file, checked against onnxruntime before anybody sees it."""
+"""From a model to one ONNX file, checked against onnxruntime before it appears."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ from svdcli.models.load import load_quietly
 from svdcli.plan.words import STORED_AS
 from svdcli.progress import Progress, silent
 
-# By dtype: what it is to torch, and how far onnxruntime may be from torch, as a share of the
-# largest output.
-_DTYPES = {"F32": (torch.float32, 1e-4), "F16": (torch.float16, 2e-2)}
+_DTYPES = {"F32": torch.float32, "F16": torch.float16}
+# How far onnxruntime may be from torch, as a share of the largest output.
+_TOLERANCES = {"F32": 1e-4, "F16": 2e-2}
 _STEPS = ("load", "trace", "optimize", "write", "check")
 _IN_ONE_FILE = 1_500_000_000  # a protobuf message ends at 2 GiB
 _PRODUCTS = ("MatMul", "Gemm")
@@ -84,34 +84,39 @@ def export_onnx(
     cannot be traced, or the outputs differ; UsageError for other dtypes and names of `out`; and
     what `svdcli.load` raises.
     """
+    # All that can be refused before the model is in memory
     file = Path(out)
     dtype = STORED_AS.get(dtype, dtype)
     if dtype not in _DTYPES:
         raise UsageError(f"{dtype} cannot be exported to ONNX", "use float32 or float16")
     _check_paths(model, file, force)
     device = _start(compute or Compute())
+    _check_libraries()
+
+    step = _stepper(progress)
+    with _hushed():
+        step()
+        network = load_quietly(model, device, _DTYPES[dtype], trust_remote_code=trust_remote_code)
+        call = _call_for(network)
+
+        # What a killed run left is never continued, since tracing starts from nothing: no other
+        # run has this identity, and whatever fails leaves no workspace
+        workspace = Workspace(file, is_file=True)
+        with disk_errors(file, resumes=False), workspace.locked():
+            workspace.resume(uuid4().hex, force=True)
+            try:
+                return _export_into(workspace, call, _TOLERANCES[dtype], step)
+            except BaseException:
+                workspace.remove()
+                raise
+
+
+def _check_libraries() -> None:
     missing = [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]
     if missing:
         raise SvdcliError(
             f"exporting to ONNX needs {' and '.join(missing)}", "pip install 'svdcli[onnx]'"
         )
-    step = _stepper(progress)
-    with _hushed():
-        step()
-        network = load_quietly(
-            model, device, _DTYPES[dtype][0], trust_remote_code=trust_remote_code
-        )
-        call = _call_for(network)
-        workspace = Workspace(file, is_file=True)
-        with disk_errors(file, resumes=False), workspace.locked():
-            workspace.resume(
-                uuid4().hex, force=True
-            )  # what a killed run left is not continued: tracing starts from nothing
-            try:
-                return _export_into(workspace, call, _DTYPES[dtype][1], step)
-            except BaseException:
-                workspace.remove()
-                raise
 
 
 def _start(compute: Compute) -> torch.device:
@@ -151,22 +156,24 @@ class _Call(nn.Module):
         sizes: dict[str, int],
     ) -> None:
         super().__init__()
-        self.model, self.inputs, self.fixed, self.sizes = model, inputs, fixed, sizes
+        self.model = model
+        self.inputs = inputs
+        self.fixed = fixed
+        self.sizes = sizes
         self.outputs: tuple[str, ...] = ()
         for module in model.modules():
             if "svd_rows" in module._buffers:
-                module.svd_rows = module.get_buffer(
-                    "svd_rows"
-                ).long()  # torch indexes with int32, ONNX does not
+                # torch indexes with int32, ONNX does not
+                module.svd_rows = module.get_buffer("svd_rows").long()
 
     def forward(self, *tensors: Tensor) -> dict[str, Tensor]:
         """(input, ...) in the order of `inputs` -> {name: tensor}."""
-        found = self.model(**dict(zip(self.inputs, tensors, strict=True)), **self.fixed)
-        return {name: value for name, value in found.items() if isinstance(value, Tensor)}
+        answer = self.model(**dict(zip(self.inputs, tensors, strict=True)), **self.fixed)
+        return {name: value for name, value in answer.items() if isinstance(value, Tensor)}
 
     def example(self, batch: int, length: int) -> tuple[Tensor, ...]:
-        """Inputs of a batch; sequences (batch, length) are whole, padded on the left and padded on
-        the right, in turn."""
+        """Random inputs of a batch. Sequences (batch, length) are in turn not padded, padded on the
+        left and padded on the right."""
         random = torch.Generator().manual_seed(length)
         if self.inputs == ("pixel_values",):
             shape = (batch, self.sizes["channels"], self.sizes["height"], self.sizes["width"])
@@ -174,7 +181,8 @@ class _Call(nn.Module):
             return (torch.randn(shape, generator=random).to(dtype),)
         ids = torch.randint(self.sizes["vocabulary"], (batch, length), generator=random)
         mask = torch.ones_like(ids)
-        mask[1::3, : length // 3], mask[2::3, -(length // 3) :] = 0, 0
+        mask[1::3, : length // 3] = 0
+        mask[2::3, -(length // 3) :] = 0
         return (ids, mask)[: len(self.inputs)]
 
     def axes(self) -> dict[str, Any]:
@@ -184,25 +192,34 @@ class _Call(nn.Module):
 
 
 def _call_for(model: Any) -> _Call:
-    """Raises SvdcliError for a model that needs more than text or than one image."""
-    name, config, main = type(model).__name__, model.config, getattr(model, "main_input_name", "")
-    takes = inspect.signature(model.forward).parameters
-    fixed = {"return_dict": True} | ({"use_cache": False} if "use_cache" in takes else {})
-    if getattr(config, "is_encoder_decoder", False) or main not in ("input_ids", "pixel_values"):
+    """The model with the inputs that it takes, tried out. Raises SvdcliError for a model that needs
+    more than text or than one image."""
+    # What kind of model it is
+    name = type(model).__name__
+    main_input = getattr(model, "main_input_name", "")
+    is_pair = getattr(model.config, "is_encoder_decoder", False)
+    if is_pair or main_input not in ("input_ids", "pixel_values"):
         raise SvdcliError(
             f"{name} is neither a text encoder, a decoder nor a vision model",
             "export knows only those",
         )
-    if main == "pixel_values":
-        size = getattr(config, "image_size", None) or 224
-        height, width = (size, size) if isinstance(size, int) else (size[0], size[-1])
-        sizes = {"channels": getattr(config, "num_channels", 3), "height": height, "width": width}
-        call = _Call(model, ("pixel_values",), fixed, sizes)
+
+    # What it is called with, besides the tensors
+    parameters = inspect.signature(model.forward).parameters
+    fixed = {"return_dict": True}
+    if "use_cache" in parameters:
+        fixed["use_cache"] = False
+    if main_input == "pixel_values":
+        call = _Call(model, ("pixel_values",), fixed, _image_sizes(model.config))
     else:
-        sizes = {"vocabulary": model.get_input_embeddings().weight.shape[0]}
+        inputs: tuple[str, ...] = ("input_ids",)
+        if "attention_mask" in parameters:
+            inputs = ("input_ids", "attention_mask")
         call = _Call(
-            model, ("input_ids", "attention_mask")[: 1 + ("attention_mask" in takes)], fixed, sizes
+            model, inputs, fixed, {"vocabulary": model.get_input_embeddings().weight.shape[0]}
         )
+
+    # A first run names the outputs, and meets models that lack an input
     try:
         with torch.inference_mode():
             call.outputs = tuple(call(*call.example(2, 8)))
@@ -213,39 +230,60 @@ def _call_for(model: Any) -> _Call:
     return call.eval()
 
 
+def _image_sizes(config: Any) -> dict[str, int]:
+    """Channels, height and width of the images that a vision model takes."""
+    size = getattr(config, "image_size", None) or 224
+    if isinstance(size, int):
+        size = (size, size)
+    return {
+        "channels": getattr(config, "num_channels", 3),
+        "height": size[0],
+        "width": size[-1],
+    }
+
+
 # Writing ------------------------------------------------------------------------------------------
 
 
 def _export_into(
     workspace: Workspace, call: _Call, tolerance: float, step: Callable[[], None]
 ) -> Exported:
+    """Trace, optimize, write and check, in the steps of `_STEPS`; then put the files in place."""
     step()
     program = _traced(call)
+
+    # Names come before the optimizer, which makes a weight of each transposed one
     step()
     _name_like_model(program.model.graph)
     program.optimize()
     _drop_notes(program.model.graph)
+
     step()
     workspace.data.mkdir(exist_ok=True)
-    made = workspace.data / workspace.out.name
-    program.save(made, external_data=_nbytes(call) > _IN_ONE_FILE)
+    graph = workspace.data / workspace.out.name
+    program.save(graph, external_data=_nbytes(call) > _IN_ONE_FILE)
     matmuls = sum(node.op_type in _PRODUCTS for node in program.model.graph)
-    del program
+    del program  # its weights are in memory a second time
+
+    # Not `checked > tolerance`: NaN must not pass
     step()
-    found = Exported(made, 0, call.inputs, call.outputs, matmuls, _difference(made, call))
-    if found.checked is not None and not found.checked <= tolerance:
+    checked = _difference(graph, call)
+    if checked is not None and not checked <= tolerance:
         raise SvdcliError(
-            f"onnxruntime's outputs differ from torch's by {found.checked:.1e} of the largest, "
+            f"onnxruntime's outputs differ from torch's by {checked:.1e} of the largest, "
             f"more than {tolerance:.0e}",
             "nothing was written; report this with the name of the model",
         )
-    size = sum(path.stat().st_size for path in (made, _weights_of(made)) if path.exists())
+    size = sum(path.stat().st_size for path in (graph, _weights_of(graph)) if path.exists())
     _publish(workspace)
-    return replace(found, path=workspace.out, bytes=size)
+    return Exported(workspace.out, size, call.inputs, call.outputs, matmuls, checked)
 
 
 def _traced(call: _Call) -> Any:
+    """What torch.onnx makes of it. Raises SvdcliError with the first line of what it says."""
     try:
+        # Not optimized here, since the weights get their names first; batch and length are not
+        # those of the check
         with torch.no_grad():
             return torch.onnx.export(
                 call,
@@ -280,26 +318,27 @@ def _name_like_model(graph: Any) -> None:
 
 
 def _drop_notes(graph: Any) -> None:
-    """The exporter notes where in which source file each node came from: megabytes, and paths of
-    this machine."""
+    """Remove the exporter's notes of where in which source file each node came from: megabytes, and
+    paths of this machine."""
     for node in graph.all_nodes():
-        for noted in (node, *node.outputs):
-            noted.metadata_props.clear()
+        for annotated in (node, *node.outputs):
+            annotated.metadata_props.clear()
     for value in (*graph.inputs, *graph.initializers.values()):
         value.metadata_props.clear()
 
 
 def _publish(workspace: Workspace) -> None:
-    file, made = workspace.out, workspace.target
-    weights, new_weights = _weights_of(file), _weights_of(made)
-    for path in (made, new_weights):
+    """Put the graph, and its weights where they are a file of their own, in the place of what was
+    there."""
+    graph, new_graph = workspace.out, workspace.target
+    weights, new_weights = _weights_of(graph), _weights_of(new_graph)
+    for path in (new_graph, new_weights):
         if path.exists():
             with path.open("rb") as stream:
                 sync(stream.fileno())
-    if (
-        weights.exists() or new_weights.exists()
-    ):  # a graph must never stand beside weights of another
-        file.unlink(missing_ok=True)
+    # A graph must never stand beside the weights of another: the old one goes first
+    if weights.exists() or new_weights.exists():
+        graph.unlink(missing_ok=True)
         weights.unlink(missing_ok=True)
     if new_weights.exists():
         os.replace(new_weights, weights)
@@ -319,48 +358,50 @@ def _nbytes(module: nn.Module) -> int:
 
 
 def _difference(file: Path, call: _Call) -> float | None:
-    """Between onnxruntime and torch on a batch and a length that were not traced, where the
-    attention mask is 1."""
+    """The largest difference between onnxruntime and torch, as a share of the largest output, where
+    the attention mask is 1; None where onnxruntime is not installed."""
     if importlib.util.find_spec("onnxruntime") is None:
         return None
     import onnxruntime
 
+    # Another batch and length than was traced: a graph that fixed one of them fails here
     inputs = call.example(4, 11)
+    arrays = {name: value.numpy() for name, value in zip(call.inputs, inputs, strict=True)}
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
+    options.log_severity_level = 3  # errors alone
     try:
         session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
-        got = session.run(
-            list(call.outputs),
-            {name: value.numpy() for name, value in zip(call.inputs, inputs, strict=True)},
-        )
+        answers = session.run(list(call.outputs), arrays)
     except Exception as error:  # onnxruntime's own exceptions share no other base
         raise SvdcliError(
             f"onnxruntime does not run what torch.onnx wrote: {_first_line(error)}"
         ) from error
+
     with torch.inference_mode():
         wanted = call(*inputs)
     mask = inputs[1].bool() if len(inputs) > 1 else None
     return max(
-        _distance(torch.from_numpy(y), wanted[name], mask)
-        for name, y in zip(call.outputs, got, strict=True)
+        _distance(torch.from_numpy(answer), wanted[name], mask)
+        for name, answer in zip(call.outputs, answers, strict=True)
     )
 
 
-def _distance(found: Tensor, wanted: Tensor, mask: Tensor | None) -> float:
-    """max|found - wanted| / max|wanted|; infinite where shapes differ."""
-    if found.shape != wanted.shape:
+def _distance(answer: Tensor, wanted: Tensor, mask: Tensor | None) -> float:
+    """max|answer - wanted| / max|wanted|, where the mask (batch, length) is true; infinite where
+    shapes differ."""
+    if answer.shape != wanted.shape:
         return float("inf")
     if mask is not None and wanted.shape[:2] == mask.shape:
-        found, wanted = found[mask], wanted[mask]
+        answer, wanted = answer[mask], wanted[mask]
     largest = wanted.double().abs().max().clamp(min=torch.finfo(torch.float32).tiny)
-    return float((found.double() - wanted.double()).abs().max() / largest)
+    return float((answer.double() - wanted.double()).abs().max() / largest)
 
 
 # Around it ----------------------------------------------------------------------------------------
 
 
 def _stepper(progress: Progress) -> Callable[[], None]:
+    """A function that tells of the next of `_STEPS` whenever it is called."""
     steps: Iterator[tuple[int, str]] = iter(enumerate(_STEPS))
 
     def step() -> None:
@@ -372,8 +413,8 @@ def _stepper(progress: Progress) -> Callable[[], None]:
 
 @contextmanager
 def _hushed() -> Iterator[None]:
-    """The exporter and what it imports warn about themselves, which nobody who runs it can act
-    on."""
+    """Silence warnings and logs: the exporter and what it imports warn about themselves, which a
+    user can do nothing about."""
     level = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:

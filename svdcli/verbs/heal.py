@@ -1,5 +1,5 @@
-"""The verb that refines: heal. A compressed directory and its original in, a compressed directory
-of the same size out."""
+"""Refine the factors of a compressed directory: that and its original in, a compressed directory of
+the same size out."""
 
 from __future__ import annotations
 
@@ -55,15 +55,15 @@ from svdcli.verbs.outcome import Outcome
 
 __all__ = ["HARD_LABELS", "Effort", "heal"]
 
+HARD_LABELS = 0.1
 _MOMENT_BATCHES = 12
-# times as much text for the whole model, which keeps no hidden states of it, as for the blocks
+# The whole model reads this times the text that the blocks read: it keeps no hidden states of it.
 _WHOLE_READS = 8
 _BLOCKS_SHARE = 0.2  # of the time, where the whole model is trained after them
 _SHARE_FOR_THE_WHOLE = 0.5  # of free memory
-HARD_LABELS = 0.1
 _NOT_WHOLE = (
     "heal refined the blocks one by one and did not train the whole model: "
-    "that takes up to {needed:.1f} GB of memory, and half of what is free is {room:.1f} GB"
+    "that takes up to {needed:.1f} GB of memory, and {limit} is {memory:.1f} GB"
 )
 
 
@@ -78,6 +78,7 @@ def heal(
     seq_len: int | None = None,
     hard_labels: float | None = None,
     seed: int = 0,
+    memory: int | None = None,
     compute: Compute | None = None,
     force: bool = False,
     trust_remote_code: bool = False,
@@ -91,8 +92,10 @@ def heal(
     trained on. A run that was cut short continues with the block it had reached. samples is how
     much text the blocks read, as for `calibrate`; the whole model reads eight times as much.
     hard_labels, from 0 to 1, is how much the tokens of the text count against the original's
-    answers where the whole of a decoder is trained; by default `HARD_LABELS`. trust_remote_code
-    runs Python that the folders bring along. Raises SvdcliError or a child of it.
+    answers where the whole of a decoder is trained; by default `HARD_LABELS`. memory bounds what
+    training the whole model may take (bytes; by default half of what is free): where it takes more,
+    the blocks alone are refined. trust_remote_code runs Python that the folders bring along. Raises
+    SvdcliError or a child of it.
     """
     if hard_labels is not None and not 0 <= hard_labels <= 1:
         raise UsageError(f"--hard-labels {hard_labels:g} is not a share", "give 0 to 1")
@@ -101,15 +104,18 @@ def heal(
         pair = _Pair(compressed, original, _plan_of(compressed, original))
         device = (compute or Compute()).start()
         with destination(compressed, out, ".healed", "-healed", force) as target:
+            # Both models are sources: neither may be written over
             check_place(target, None, source=original.path, force=force)
             workspace = Workspace(target, is_file=False)
-            run = _Run(workspace, device, progress)
+            run = _Run(workspace, device, memory, progress)
             with disk_errors(target), workspace.locked():
                 if workspace.resume(_identity(pair, texts, request), force=force):
                     with _nothing_left_of_a_refusal(workspace):
                         material = _read(pair, texts, request)
                         refined = _refine(pair, material, request, run)
                     _publish(pair, _healing(texts, material, refined), refined, run)
+
+            # What the output's own record says
             report = read_report(target)
             if out is not None:
                 report = replace(report, path=str(out))
@@ -170,10 +176,12 @@ class _Pair:
 
 @dataclass(frozen=True)
 class _Run:
-    """Where the work is kept, where it is computed, and who is told."""
+    """Where the work is kept, where it is computed, how many bytes the training of the whole model
+    may take (None: a share of what is free), and who is told."""
 
     workspace: Workspace
     device: torch.device
+    memory: int | None
     progress: Progress
 
 
@@ -259,8 +267,8 @@ def _modules(model: nn.Module, plan: Plan) -> list[str]:
     """Names of the modules behind the factored layers, as far as they have one each."""
     from svdcli.models.hf import module_names
 
-    found = module_names(model, [layer.tensor.module for layer in plan.factored])
-    return [name for name in found.values() if name is not None]
+    names = module_names(model, [layer.tensor.module for layer in plan.factored])
+    return [name for name in names.values() if name is not None]
 
 
 # The training -------------------------------------------------------------------------------------
@@ -302,13 +310,14 @@ def _refine(pair: _Pair, material: _Material, request: _Request, run: _Run) -> _
     trained = _stored_names(student, pair.plan, within=reached)
 
     # Whether the whole model can be trained in memory decides how much time the blocks get
-    note = _why_not_whole(material, run.device)
+    why_not = _why_not_whole(material, run)
     seconds = clock.left()
-    if seconds is not None and note is None:
+    if seconds is not None and why_not is None:
         seconds *= _BLOCKS_SHARE
     # The dtypes are noted now: training leaves float32 behind
     dtypes = {name: tensor.dtype for name, tensor in _named_tensors(student).items()}
 
+    # Block by block
     effort = Effort(request.effort.steps, seconds)
     trainable = trained.__contains__
     blocks = _refine_blocks(material, effort, trainable, moments, request.seed, run)
@@ -317,14 +326,17 @@ def _refine(pair: _Pair, material: _Material, request: _Request, run: _Run) -> _
             f"no block of {pair.compressed.shown} that reads text holds factors",
             "there is nothing to heal",
         )
-    if note is None:
-        whole = _read_block(run.workspace, WHOLE)
-        if whole is None:
-            _bring_into_memory(material, blocks.values(), run.device)
-            effort = Effort(request.effort.steps, clock.left())
-            whole = _refine_whole(material, effort, trainable, dtypes, request.seed, run)
-        blocks[WHOLE] = _kept(run.workspace, whole)
-    return _Refined(blocks, stored_names, () if note is None else (note,))
+    if why_not is not None:
+        return _Refined(blocks, stored_names, (why_not,))
+
+    # The whole model, for the time that is left
+    whole = _read_block(run.workspace, WHOLE)
+    if whole is None:
+        _bring_into_memory(material, blocks.values(), run.device)
+        effort = Effort(request.effort.steps, clock.left())
+        whole = _refine_whole(material, effort, trainable, dtypes, request.seed, run)
+    blocks[WHOLE] = _kept(run.workspace, whole)
+    return _Refined(blocks, stored_names, ())
 
 
 def _refine_blocks(
@@ -335,7 +347,7 @@ def _refine_blocks(
     seed: int,
     run: _Run,
 ) -> dict[str, HealedBlock]:
-    """Every block that holds factors, noted in the journal as soon as it is done."""
+    """Refine every block that holds factors, each noted in the journal as soon as it is done."""
     blocks: dict[str, HealedBlock] = {}
     for block in heal_blocks(
         material.teacher,
@@ -362,7 +374,7 @@ def _refine_whole(
     seed: int,
     run: _Run,
 ) -> HealedBlock:
-    """All factors together; both models are in memory."""
+    """Train all factors together; both models are in memory."""
     return heal_whole(
         material.teacher,
         material.student,
@@ -382,6 +394,7 @@ def _moments(
 ) -> tuple[dict[str, Tensor], Collection[str]]:
     """(how much each direction of each block's output matters, names of the modules that ran), from
     batches spread over the text."""
+    # The same few batches for every seed; the seed draws the labels
     run.progress("moments", "", 0, 1)
     torch.manual_seed(seed)
     teacher, side, batches = material.teacher, material.side, material.for_blocks.train
@@ -389,10 +402,11 @@ def _moments(
     few = [batches[len(batches) * i // count] for i in range(count)]
 
     # As many batches at a time as their hidden states fit into memory
-    room = int(SHARE_OF_MEMORY * free_memory())
+    memory = int(SHARE_OF_MEMORY * free_memory())
     width = width_of(side.config(teacher))
-    at_a_time = max(1, room // state_bytes(side.module(teacher), width, few, gradients=True))
+    at_a_time = max(1, memory // state_bytes(side.module(teacher), width, few, gradients=True))
 
+    # Modules that do not run here get no gradients from the text, and are not trained
     ran: set[int] = set()
     with watched(teacher, lambda part, inputs: ran.add(id(part))):
         moments = block_moments(
@@ -422,13 +436,18 @@ def _stored_names(
     return names
 
 
-def _why_not_whole(material: _Material, device: torch.device) -> str | None:
+def _why_not_whole(material: _Material, run: _Run) -> str | None:
     """None where there is memory to train the whole model, else the note that says how much it
     takes."""
-    room = _SHARE_FOR_THE_WHOLE * _free_memory(device)
-    if material.bytes_for_whole <= room:
+    if run.memory is None:
+        limit, memory = "half of what is free", _SHARE_FOR_THE_WHOLE * _free_memory(run.device)
+    else:
+        limit, memory = "what is allowed", run.memory
+    if material.bytes_for_whole <= memory:
         return None
-    return _NOT_WHOLE.format(needed=material.bytes_for_whole / 1e9, room=room / 1e9)
+    return _NOT_WHOLE.format(
+        needed=material.bytes_for_whole / 1e9, limit=limit, memory=memory / 1e9
+    )
 
 
 def _free_memory(device: torch.device) -> int:
@@ -459,20 +478,22 @@ def _named_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _file(workspace: Workspace, name: str) -> Path:
+    """Where the refined factors of a block are kept."""
     return workspace.folder / BLOCKS / f"{name}.safetensors"
 
 
 def _kept(workspace: Workspace, block: HealedBlock) -> HealedBlock:
-    """The block, noted in the journal if it is not there yet: the factors first, the line after
-    them."""
+    """The block, noted in the journal if it is not there yet."""
     from safetensors.torch import save_file
 
     if block.name in workspace.healed:
         return block
+
+    # The factors first, whole by the rename; the line after them says that they are there
     path = _file(workspace, block.name)
-    partly = path.with_suffix(".partial")
-    save_file({name: tensor.contiguous() for name, tensor in block.weights.items()}, partly)
-    partly.rename(path)
+    partial_path = path.with_suffix(".partial")
+    save_file({name: tensor.contiguous() for name, tensor in block.weights.items()}, partial_path)
+    partial_path.rename(path)
     line = {"block": block.name, "before": block.before, "after": block.after, "steps": block.steps}
     workspace.note(line)
     workspace.healed[block.name] = line
@@ -544,6 +565,6 @@ def _results(compressed: Checkpoint) -> dict[str, Result]:
     """How each layer was solved when it was compressed."""
     layers = (record_of(compressed) or {})["layers"]
     return {
-        name: Result(0.0, str(item["solver"]), tuple(item.get("fell_back", ())))
-        for name, item in layers.items()
+        name: Result(0.0, str(layer["solver"]), tuple(layer.get("fell_back", ())))
+        for name, layer in layers.items()
     }

@@ -14,8 +14,11 @@ COMMANDS = "commands"
 
 def topics() -> dict[str, str]:
     """The title of every page, by the name to ask for it."""
-    pages = sorted(FOLDER.glob("*.md"))
-    return {page.stem: _text(page.stem).split("\n", 1)[0].lstrip("# ") for page in pages}
+    titles = {}
+    for file in sorted(FOLDER.glob("*.md")):
+        first_line = _text(file.stem).split("\n", 1)[0]
+        titles[file.stem] = first_line.lstrip("# ")
+    return titles
 
 
 def page(topic: str) -> str:
@@ -26,9 +29,12 @@ def page(topic: str) -> str:
     sections = _sections()
     if name in sections:
         return sections[name]
-    known = [*topics(), *sections]
-    close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    hint = f"perhaps {', '.join(close)}" if close else "`svdcli help` lists the pages"
+
+    # No such page: what is spelt nearly so may be meant
+    close = difflib.get_close_matches(name, [*topics(), *sections], n=3, cutoff=0.5)
+    hint = "`svdcli help` lists the pages"
+    if close:
+        hint = f"perhaps {', '.join(close)}"
     raise UsageError(f"there is no page {topic!r}", hint)
 
 

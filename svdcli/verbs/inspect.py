@@ -5,22 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from svdcli.files.checkpoint import (
-    open_checkpoint,
-)
+from svdcli.files.checkpoint import open_checkpoint
 from svdcli.files.record import record_of
 from svdcli.files.report import JSON_VERSION
 from svdcli.plan.layers import break_even, choose_layers
 from svdcli.plan.layouts import LAYOUTS
 from svdcli.plan.tensors import TensorInfo
-
-if TYPE_CHECKING:
-    pass
-
-
-# inspect ------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -81,7 +73,9 @@ def inspect(
             tied=checkpoint.tied,
             facts=checkpoint.facts,
         )
-        reasons = {item.tensor.name: item.reason for item in skipped}
+
+        # Every tensor is listed, what is not selected with the reason
+        reasons = {skip.tensor.name: skip.reason for skip in skipped}
         return Inspection(
             path=checkpoint.shown,
             written_by_svdcli=record_of(checkpoint) is not None,
@@ -98,6 +92,8 @@ def inspect(
 
 
 def _inspect_row(info: TensorInfo, reasons: Mapping[str, str]) -> InspectRow:
+    """One tensor; reasons has the names of all that are not selected."""
+    # Break-even ranks mean nothing for what stays as it is
     selected = info.name not in reasons
     factored = pivoted = None
     if selected:

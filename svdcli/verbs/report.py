@@ -3,23 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from svdcli.errors import SvdcliError
-from svdcli.files.checkpoint import (
-    STANDARD,
-    open_from_pipe,
-)
+from svdcli.files.checkpoint import STANDARD, open_from_pipe
 from svdcli.files.record import record_in
 from svdcli.files.report import Report, newest_output, read_report, report_of
 
-if TYPE_CHECKING:
-    pass
-
 
 def report(output: str | Path | None = None) -> Report:
-    """What an output saved. Without one the newest output in the current folder; "-" reads a
-    pipe to its end.
+    """Read what an output saved and cost from its record. Without one take the newest output in the
+    current folder; "-" reads a pipe to its end.
 
     Raises BadCheckpointError where svdcli did not write it.
     """
@@ -27,6 +20,7 @@ def report(output: str | Path | None = None) -> Report:
         return read_report(newest_output(Path()))
     if str(output) != STANDARD:
         return read_report(Path(output))
+    # What comes through a pipe is a file, whose record lies in its header
     header = open_from_pipe()
     record = record_in(header.metadata, "standard input")
     if record is None:

@@ -9,9 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from svdcli.errors import SvdcliError
-from svdcli.files.checkpoint import (
-    open_checkpoint,
-)
+from svdcli.files.checkpoint import open_checkpoint
 from svdcli.files.record import record_of
 from svdcli.files.report import JSON_VERSION
 from svdcli.plan.layers import break_even, choose_layers, nothing_selected
@@ -23,9 +21,6 @@ if TYPE_CHECKING:
 
 
 CURVE_POINTS = 24
-
-
-# spectrum -----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -51,6 +46,8 @@ class SpectrumRow:
 
 @dataclass(frozen=True)
 class Spectrum:
+    """The singular values of every selected layer of one checkpoint."""
+
     path: str
     layers: tuple[SpectrumRow, ...]
 
@@ -68,7 +65,11 @@ def spectrum(
     compute: Compute | None = None,
     progress: Progress = silent,
 ) -> Spectrum:
-    """Measure the singular values of every layer that compress would select."""
+    """Measure the singular values of every layer that compress would select.
+
+    Raises SvdcliError for an output of svdcli and for NaN or infinity in a layer,
+    NothingSelectedError where there is no layer, and like `compress` for bad input.
+    """
     from svdcli.engine.compute import Compute
     from svdcli.engine.spectra import check_finite, measure_spectra
 
@@ -78,6 +79,8 @@ def spectrum(
                 f"{checkpoint.shown} is compressed already",
                 "look at the original, or expand it first",
             )
+
+        # The same layers as compress
         selected, skipped = choose_layers(
             checkpoint.infos,
             include=include,
@@ -88,38 +91,52 @@ def spectrum(
         )
         if not selected:
             raise nothing_selected(checkpoint.shown, skipped)
+
+        # Their squared singular values, all of them finite
         device = (compute or Compute()).start()
-        found = measure_spectra(
+        spectra = measure_spectra(
             checkpoint, selected, spectra=True, device=device, workspace=None, progress=progress
         )
-        check_finite([name for name, layer in found.items() if not layer.finite])
-        rows = [
-            _spectrum_row(tensor, found[tensor.name].energies or (), found[tensor.name].tails())
-            for tensor in selected
-        ]
+        check_finite([name for name, layer in spectra.items() if not layer.finite])
+
+        rows = []
+        for tensor in selected:
+            layer = spectra[tensor.name]
+            rows.append(_spectrum_row(tensor, layer.energies or (), layer.tails()))
         return Spectrum(checkpoint.shown, tuple(rows))
 
 
 def _spectrum_row(
     tensor: TensorInfo, energies: Sequence[float], tails: Sequence[float]
 ) -> SpectrumRow:
+    """energies are squared singular values, largest first; tails the share of energy beyond each
+    rank from 0 on."""
+    # A matrix of zeros is divided by 1: its numbers are 0
     sigmas = [math.sqrt(energy) for energy in energies]
-    top, mass = (sigmas[0] or 1.0), (math.fsum(sigmas) or 1.0)
-    shares = [sigma / mass for sigma in sigmas if sigma > 0]
-    entropy = -math.fsum(share * math.log(share) for share in shares)
-    places = [round(i * (len(sigmas) - 1) / (CURVE_POINTS - 1)) for i in range(CURVE_POINTS)]
-    rank_90, rank_95, rank_99 = (
-        next(r for r, tail in enumerate(tails) if tail <= cut) for cut in (0.1, 0.05, 0.01)
-    )
+    largest = sigmas[0] or 1.0
+    total = math.fsum(sigmas) or 1.0
+
+    # exp of the entropy counts the singular values as if all were equal
+    shares = [sigma / total for sigma in sigmas if sigma > 0]
+    effective_rank = 0.0
+    if shares:
+        effective_rank = math.exp(-math.fsum(share * math.log(share) for share in shares))
+
+    points = [round(i * (len(sigmas) - 1) / (CURVE_POINTS - 1)) for i in range(CURVE_POINTS)]
     return SpectrumRow(
         name=tensor.name,
         shape=tensor.shape,
         break_even=break_even(tensor.shape),
         sigma_max=sigmas[0],
-        effective_rank=math.exp(entropy) if shares else 0.0,
-        stable_rank=math.fsum(energies) / top**2,
-        rank_90=rank_90,
-        rank_95=rank_95,
-        rank_99=rank_99,
-        curve=tuple(sigmas[place] / top for place in places),
+        effective_rank=effective_rank,
+        stable_rank=math.fsum(energies) / largest**2,
+        rank_90=_rank_within(tails, 0.1),
+        rank_95=_rank_within(tails, 0.05),
+        rank_99=_rank_within(tails, 0.01),
+        curve=tuple(sigmas[point] / largest for point in points),
     )
+
+
+def _rank_within(tails: Sequence[float], share: float) -> int:
+    """The smallest rank whose tail is at most this share of the energy."""
+    return next(rank for rank, tail in enumerate(tails) if tail <= share)

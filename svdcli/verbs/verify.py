@@ -7,16 +7,11 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from svdcli.errors import BadCheckpointError, SvdcliError
-from svdcli.files.checkpoint import (
-    METADATA_KEY,
-    RECORD,
-    Checkpoint,
-    open_checkpoint,
-    sha256_of,
-)
+from svdcli.files.checkpoint import RECORD, Checkpoint, open_checkpoint, sha256_of
+from svdcli.files.config import asks_for_plugin
 from svdcli.files.formats import PICKLE_ENDINGS, format_of
 from svdcli.files.record import part_of_record, record_in, record_of, stored_layers
 from svdcli.files.report import JSON_VERSION
@@ -24,11 +19,30 @@ from svdcli.plan.layouts import LAYOUTS
 from svdcli.plan.plan import LayerPlan
 from svdcli.progress import Progress, silent
 
-if TYPE_CHECKING:
-    pass
+BESIDE = "other files"
+_STRANGE = "no other weights"
+_CONFIG, _ADAPTER = "config.json", "adapter_config.json"
+_CAME = "came after svdcli wrote the output"
+_MISSHAPEN = "missing, or of another shape or dtype"
+_NO_PERMUTATION = "svd_rows is no permutation"
 
+# How far a recomputed relative error may be from the recorded one: other threads and machines sum
+# in another order.
+_OF_THE_ERROR, _ABSOLUTE = 1e-4, 1e-6
 
-# verify -------------------------------------------------------------------------------------------
+# Numbers in a config.json by which a model's layers are built, in the spellings of transformers.
+_SIZES = frozenset(
+    (
+        *("hidden_size", "d_model", "n_embd", "dim", "embedding_size", "word_embed_proj_dim"),
+        *("intermediate_size", "moe_intermediate_size", "d_ff", "ffn_dim", "n_inner"),
+        *("encoder_ffn_dim", "decoder_ffn_dim", "vocab_size"),
+        *("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_decoder_layers"),
+        *("encoder_layers", "decoder_layers"),
+        *("num_attention_heads", "n_head", "n_heads", "num_heads", "num_key_value_heads"),
+        *("encoder_attention_heads", "decoder_attention_heads", "head_dim", "d_kv"),
+        *("num_experts", "num_local_experts", "n_routed_experts", "q_lora_rank", "kv_lora_rank"),
+    )
+)
 
 
 @dataclass(frozen=True)
@@ -43,6 +57,8 @@ class Check:
 
 @dataclass(frozen=True)
 class Verification:
+    """All checks of one output; against is the original, where one was given."""
+
     path: str
     against: str | None
     checks: tuple[Check, ...]
@@ -58,12 +74,12 @@ class Verification:
 def verify(
     output: str | Path, against: str | Path | None = None, *, progress: Progress = silent
 ) -> Verification:
-    """Does an output still hold what its record says; and, against its original, are the errors and
-    the copies right.
+    """Check that an output still holds what its record says; against its original, also the errors,
+    the copies and the sizes in config.json.
 
     Weights, their index and what makes a loader open them must be as they were written. Other files
-    that changed, came or went are checks that pass, of the kind `BESIDE`, whose detail says so.
-    Raises SvdcliError where `output` cannot be opened at all; everything else is a failed check.
+    that changed, came or went are checks that pass, named `BESIDE`, whose detail says so. Raises
+    SvdcliError where `output` cannot be opened at all; everything else is a failed check.
     """
     with open_checkpoint(output) as checkpoint:
         record = record_of(checkpoint)
@@ -71,53 +87,53 @@ def verify(
             raise SvdcliError(
                 f"{checkpoint.shown} is not a whole output of svdcli compress", "name what it wrote"
             )
+
+        # The files: that the headers are sound is known since they were opened
         checks = [
             Check("header", name, True, f"{size} bytes") for name, size in checkpoint.files.items()
         ]
         checks += _check_digests(checkpoint, record, progress)
         checks += _check_strangers(checkpoint, record)
-        if not all(check.ok for check in checks if check.check == _STRANGE):
-            return Verification(
-                checkpoint.shown, None if against is None else str(against), tuple(checks)
-            )  # not ours to judge
-        layers = stored_layers(checkpoint, record)
-        checks += _check_plan(checkpoint, record, layers)
-        if against is not None:
-            with _open_original(against, record) as original:
-                checks += _check_against(checkpoint, record, layers, original, progress)
-        return Verification(
-            checkpoint.shown, None if against is None else str(against), tuple(checks)
-        )
+
+        # The tensors, unless there are weights among them that the record knows nothing of
+        if all(check.ok for check in checks if check.check == _STRANGE):
+            layers = stored_layers(checkpoint, record)
+            checks += _check_plan(checkpoint, record, layers)
+            if against is not None:
+                with _open_original(against, record) as original:
+                    checks += _check_against(checkpoint, record, layers, original, progress)
+        shown = None if against is None else str(against)
+        return Verification(checkpoint.shown, shown, tuple(checks))
 
 
 def _open_original(against: str | Path, record: Mapping[str, Any]) -> Checkpoint:
     """The original; of a PyTorch file with several dicts of tensors the one that was compressed."""
     key = record["source"].get("state_dict")
     is_pickle = Path(against).is_file() and format_of(Path(against)).reader == "pickle"
-    return open_checkpoint(against, state_dict=key if is_pickle else None)
+    if not is_pickle:
+        key = None
+    return open_checkpoint(against, state_dict=key)
 
 
-BESIDE = "other files"
-
-
-_STRANGE = "no other weights"
-
-
-_CONFIG, _ADAPTER = "config.json", "adapter_config.json"
+# Files --------------------------------------------------------------------------------------------
 
 
 def _check_digests(
     checkpoint: Checkpoint, record: Mapping[str, Any], progress: Progress
 ) -> Iterator[Check]:
-    """Is every file that the record lists there, as it was written; only weights, and what they
-    open with, must be."""
+    """Compare every file that the record lists with its digest. Only weights, and what they open
+    with, have to be there as they were written."""
     files = record.get("files") or {}
-    for done, (name, item) in enumerate(files.items(), 1):
+    for done, (name, entry) in enumerate(files.items(), 1):
         path = checkpoint.path / name
-        state = "" if path.is_file() else "missing"
-        if not state and sha256_of(path) != item.get("sha256"):
+        state = ""
+        if not path.is_file():
+            state = "missing"
+        elif sha256_of(path) != entry.get("sha256"):
             state = "changed since svdcli wrote it"
-        lost = _lost_by_config(checkpoint, record) if state and name == _CONFIG else ""
+        lost = ""
+        if state and name == _CONFIG:
+            lost = _lost_by_config(checkpoint, record)
         if not state:
             yield Check("sha256", name, True)
         elif _is_weights(name):
@@ -130,32 +146,23 @@ def _check_digests(
 
 
 def _check_strangers(checkpoint: Checkpoint, record: Mapping[str, Any]) -> Iterator[Check]:
-    """Files that the record does not list: weights that a loader opens with ours, or in their
-    place, are no note."""
+    """Name the files that the record does not list. It is a failure where a loader would open them
+    with the output's weights, or in their place."""
     if not checkpoint.is_directory:
         return
     files = record.get("files") or {}
     for name in [*checkpoint.files, *checkpoint.carried, *checkpoint.left_out]:
+        # A folder below is listed as one name; where the record has files of it, it is no stranger
         folder = f"{name.partition('/')[0]}/"
         told_as_one = name.startswith(folder) and any(listed.startswith(folder) for listed in files)
         if name in files or name == RECORD or told_as_one:
             continue
         if name in checkpoint.files:
-            yield Check(
-                _STRANGE,
-                name,
-                False,
-                "came after svdcli wrote the output, and is what a loader opens",
-            )
+            yield Check(_STRANGE, name, False, f"{_CAME}, and is what a loader opens")
         elif name == _ADAPTER:
-            yield Check(
-                _STRANGE,
-                name,
-                False,
-                "came after svdcli wrote the output, and makes transformers add an adapter",
-            )
+            yield Check(_STRANGE, name, False, f"{_CAME}, and makes transformers add an adapter")
         else:
-            yield Check(BESIDE, name, True, "came after svdcli wrote the output")
+            yield Check(BESIDE, name, True, _CAME)
 
 
 def _is_weights(name: str) -> bool:
@@ -173,47 +180,54 @@ def _lost_by_config(checkpoint: Checkpoint, record: Mapping[str, Any]) -> str:
     named = config.get("transformers_weights")
     if named is not None and named not in record["files"]:
         return f"names other weights, {named}"
-    quantised = config.get("quantization_config")
-    method = quantised.get("quant_method") if isinstance(quantised, dict) else None
     layout = LAYOUTS.get(str(record["recipe"].get("layout")))
     needs_plugin = bool(record["layers"]) and (layout is None or layout.keeps_factors)
-    if needs_plugin and method != METADATA_KEY:
+    if needs_plugin and not asks_for_plugin(config):
         return "no longer says that svdcli wrote the weights"
     return ""
+
+
+# Tensors ------------------------------------------------------------------------------------------
+
+
+def _check(name: str, subject: str, ok: bool, failure: str) -> Check:
+    """A check whose detail says what is wrong, where something is."""
+    detail = "" if ok else failure
+    return Check(name, subject, ok, detail)
 
 
 def _check_plan(
     checkpoint: Checkpoint, record: Mapping[str, Any], layers: Sequence[LayerPlan]
 ) -> Iterator[Check]:
+    """Compare headers, dense tensors and the order of rows with the record."""
     from svdcli.engine.solve import has_row_order
 
-    stored = {tensor.name: layer for layer in layers for tensor in layer.stored()}
+    # What the header of each weight file says of the layers in it
+    layer_of = {}
+    for layer in layers:
+        for tensor in layer.stored():
+            layer_of[tensor.name] = layer.tensor.name
     for file, metadata in checkpoint.metadata.items():
-        names = {
-            stored[n].tensor.name
-            for n, ref in checkpoint.tensors.items()
-            if ref.file == file and n in stored
-        }
-        expected = part_of_record(record, names) if checkpoint.is_directory else record
+        inside = [name for name, ref in checkpoint.tensors.items() if ref.file == file]
+        names = {layer_of[name] for name in inside if name in layer_of}
+        expected = record
+        if checkpoint.is_directory:
+            expected = part_of_record(record, names)
         same = _record_or_none(metadata, file) == json.loads(json.dumps(expected))
-        yield Check(
-            "header agrees with plan", file, same, f"{len(names)} layers" if same else "differs"
-        )
-    for name, item in {**record["dense"], **record["skipped"]}.items():
+        detail = f"{len(names)} layers" if same else "differs"
+        yield Check("header agrees with plan", file, same, detail)
+
+    # Tensors that were copied; the shapes of factors were checked when the layers were read
+    for name, entry in {**record["dense"], **record["skipped"]}.items():
         ref = checkpoint.tensors.get(name)
-        same = ref is not None and (ref.info.dtype, list(ref.info.shape)) == (
-            item.get("dtype"),
-            item.get("shape"),
-        )
-        yield Check(
-            "tensor as planned", name, same, "" if same else "missing, or of another shape or dtype"
-        )
+        planned = (entry.get("dtype"), entry.get("shape"))
+        same = ref is not None and (ref.info.dtype, list(ref.info.shape)) == planned
+        yield _check("tensor as planned", name, same, _MISSHAPEN)
+
     for layer in layers:
         if LAYOUTS[layer.layout].ends_in_rows:
             same = has_row_order(checkpoint, layer)
-            yield Check(
-                "row order", layer.tensor.name, same, "" if same else "svd_rows is no permutation"
-            )
+            yield _check("row order", layer.tensor.name, same, _NO_PERMUTATION)
 
 
 def _record_or_none(metadata: Mapping[str, str], file: str) -> dict[str, Any] | None:
@@ -223,6 +237,9 @@ def _record_or_none(metadata: Mapping[str, str], file: str) -> dict[str, Any] | 
         return None
 
 
+# Against the original -----------------------------------------------------------------------------
+
+
 def _check_against(
     checkpoint: Checkpoint,
     record: Mapping[str, Any],
@@ -230,51 +247,74 @@ def _check_against(
     original: Checkpoint,
     progress: Progress,
 ) -> Iterator[Check]:
-    from svdcli.engine.solve import has_row_order, stored_error
-
+    """Compare config.json and every tensor of the original with what became of it."""
     same = original.fingerprint() == record["source"]["fingerprint"]
-    yield Check(
-        "source",
-        original.shown,
-        same,
-        "" if same else "is not the model that this output was made from",
-    )
+    failure = "is not the model that this output was made from"
+    yield _check("source", original.shown, same, failure)
+    yield from _check_sizes(checkpoint, original)
+
     factored = {layer.tensor.name: layer for layer in layers}
     refitted = {layer.bias.name: layer.bias for layer in layers if layer.bias is not None}
     for done, (name, ref) in enumerate(original.tensors.items(), 1):
-        layer = factored.get(name)
+        stored = checkpoint.tensors.get(name)
+        has_same_form = stored is not None and stored.info == ref.info
         if name in refitted:
-            there = checkpoint.tensors.get(name)
-            same = there is not None and there.info == ref.info == refitted[name]
-            yield Check(
-                "bias refitted", name, same, "" if same else "missing, or of another shape or dtype"
-            )
-        elif layer is None:
-            there = checkpoint.tensors.get(name)
-            equal = (
-                there is not None
-                and there.info == ref.info
-                and _same_bytes(checkpoint, original, name)
-            )
-            yield Check(
-                "bytes unchanged", name, equal, "" if equal else "differs from the original"
-            )
-        elif ref.info != layer.tensor:
-            yield Check("relative error", name, False, "the original has another shape or dtype")
-        elif not has_row_order(checkpoint, layer):
-            yield Check("relative error", name, False, "svd_rows is no permutation")
+            # Calibration may change a bias, but not its shape or dtype
+            same = has_same_form and ref.info == refitted[name]
+            yield _check("bias refitted", name, same, _MISSHAPEN)
+        elif name in factored:
+            yield _check_error(checkpoint, record, factored[name], original)
         else:
-            error = stored_error(original, checkpoint, layer)
-            noted = float(record["layers"][name]["relative_error"])
-            agrees = abs(error - noted) <= 1e-4 * noted + 1e-6
-            yield Check(
-                "relative error",
-                name,
-                agrees,
-                f"{error:.6f}" + ("" if agrees else f", the record says {noted:.6f}"),
-            )
+            same = has_same_form and _same_bytes(checkpoint, original, name)
+            yield _check("bytes unchanged", name, same, "differs from the original")
         progress("check", name, done, len(original.tensors))
 
 
-def _same_bytes(one: Checkpoint, other: Checkpoint, name: str) -> bool:
-    return all(a == b for a, b in zip(one.chunks(name), other.chunks(name), strict=True))
+def _check_sizes(checkpoint: Checkpoint, original: Checkpoint) -> Iterator[Check]:
+    """Failures alone: sizes in config.json that are not the original's, with which the weights do
+    not fit the model that transformers builds.
+
+    A size that only one of them has is no failure: transformers leaves out what is its default.
+    """
+    before = _sizes_in(original.config or {})
+    for key, size in _sizes_in(checkpoint.config or {}).items():
+        if before.get(key, size) != size:
+            detail = f"{key} is {size}, and {before[key]} in the original"
+            yield Check("config sizes", _CONFIG, False, detail)
+
+
+def _sizes_in(config: Mapping[str, Any], prefix: str = "") -> dict[str, int]:
+    """{dotted name: number} of the sizes in a config and in those inside it."""
+    sizes: dict[str, int] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            sizes |= _sizes_in(value, f"{prefix}{key}.")
+        elif key in _SIZES and isinstance(value, int):
+            sizes[f"{prefix}{key}"] = value
+    return sizes
+
+
+def _check_error(
+    checkpoint: Checkpoint, record: Mapping[str, Any], layer: LayerPlan, original: Checkpoint
+) -> Check:
+    """Measure the error of a factored layer, and compare it with the record's."""
+    from svdcli.engine.solve import has_row_order, stored_error
+
+    name = layer.tensor.name
+    if original.tensors[name].info != layer.tensor:
+        return Check("relative error", name, False, "the original has another shape or dtype")
+    if not has_row_order(checkpoint, layer):
+        return Check("relative error", name, False, _NO_PERMUTATION)
+    error = stored_error(original, checkpoint, layer)
+    recorded = float(record["layers"][name]["relative_error"])
+    agrees = abs(error - recorded) <= _OF_THE_ERROR * recorded + _ABSOLUTE
+    detail = f"{error:.6f}"
+    if not agrees:
+        detail += f", the record says {recorded:.6f}"
+    return Check("relative error", name, agrees, detail)
+
+
+def _same_bytes(checkpoint: Checkpoint, original: Checkpoint, name: str) -> bool:
+    """Read both tensors chunk by chunk, up to the first difference."""
+    pairs = zip(checkpoint.chunks(name), original.chunks(name), strict=True)
+    return all(ours == theirs for ours, theirs in pairs)

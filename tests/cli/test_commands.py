@@ -272,12 +272,26 @@ def test_a_reader_that_leaves_early_is_no_traceback(output: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("width", [40, 80, 160])
+@pytest.mark.parametrize("width", [40, 60, 79, 80, 160])
 def test_tables_fit_their_terminal(output: Path, model: Path, width: int) -> None:
     for arguments in (["report", output], ["inspect", model], ["spectrum", model]):
         text = cli(*arguments, env={"COLUMNS": str(width)}).out.decode()
         assert max(map(len, text.splitlines())) <= width
         assert "up" in text
+
+
+@pytest.mark.parametrize("width", [40, 60, 79])
+def test_narrow_tables_break_no_word_and_tell_what_they_leave_out(
+    output: Path, model: Path, width: int
+) -> None:
+    for arguments in (["report", output], ["inspect", model], ["spectrum", model]):
+        text = cli(*arguments, env={"COLUMNS": str(width)}).out.decode()
+        parts = set(re.findall(r"\w+", cli(*arguments, env={"COLUMNS": "160"}).out.decode()))
+        table = text.split("\n\n")[0].split("─\n")[-1]
+        assert set(re.findall(r"[^\W\d]\w*", table)) <= parts
+    assert ("no room for Shape:" in text) is (width == 60)
+    left_out = "no room for 95 %, 99 %, Even, Shape: see --csv or --json"
+    assert (left_out in " ".join(text.split())) is (width == 40)
 
 
 def test_no_colour_in_pipes_and_under_no_color(output: Path) -> None:
@@ -345,11 +359,25 @@ def test_the_list_of_commands_says_whole_sentences() -> None:
 @pytest.mark.parametrize("width", [60, 80, 100])
 def test_help_lists_the_options_panel_by_panel(width: int) -> None:
     shown = cli("compress", "--help", env={"COLUMNS": str(width)}).out.decode()
-    assert re.findall(r"^(\w+):$", shown, re.MULTILINE) == ["Arguments", *PANELS]
+    panels = [panel for panel in PANELS if panel != "Text"]
+    assert re.findall(r"^(\w+):$", shown, re.MULTILINE) == ["Arguments", *panels]
     assert re.search(r"Storage:\n(  .*\n)*  --layout", shown)
     assert max(map(len, shown.splitlines())) <= width
     assert shown.isascii()
     assert "\x1b" not in shown
+
+
+@pytest.mark.parametrize("command", ["eval", "heal"])
+def test_text_that_is_no_calibration_has_its_own_panel(command: str) -> None:
+    shown = cli(command, "--help").out.decode()
+    panel = shown.split("\nText:\n")[1].split("\n\n")[0]
+    assert re.findall(r"^  (--[a-z-]+)", panel, re.MULTILINE) == [
+        "--text",
+        "--stdlib",
+        "--samples",
+        "--seq-len",
+    ]
+    assert "Calibration:" not in shown
 
 
 DTYPES = get_args(words.Dtype)

@@ -96,8 +96,7 @@ def test_the_reported_errors_are_those_of_the_stored_weights(
     whole = svdcli.heal(
         small, tmp_path / "whole", teacher=teacher, texts=TEXT, **HOW, hard_labels=0.3
     )
-    monkeypatch.setattr("svdcli.verbs.heal._SHARE_FOR_THE_WHOLE", 0)
-    found = svdcli.heal(small, tmp_path / "healed", teacher=teacher, texts=TEXT, **HOW)
+    found = svdcli.heal(small, tmp_path / "healed", teacher=teacher, texts=TEXT, **HOW, memory=0)
     dense, ours, healed = (svdcli.load(folder) for folder in (teacher, small, tmp_path / "healed"))
     side = text_side(dense, "", 96, "")
     reading = Batches.split(
@@ -158,10 +157,9 @@ def test_hard_labels_teach_the_text_and_their_absence_the_original(
 
 
 def test_a_model_that_does_not_fit_into_memory_is_healed_in_blocks_and_says_so(
-    pair: tuple[Path, Path], tmp_path: Path, monkeypatch: Any
+    pair: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("svdcli.verbs.heal._SHARE_FOR_THE_WHOLE", 0)
-    found = svdcli.heal(pair[1], tmp_path / "healed", teacher=pair[0], texts=TEXT, **HOW)
+    found = svdcli.heal(pair[1], tmp_path / "healed", teacher=pair[0], texts=TEXT, **HOW, memory=0)
     assert list(found.report.healing["blocks"]) == ["model.layers.0", "model.layers.1"]
     assert any("did not train the whole model" in note for note in found.report.notes)
 

@@ -43,10 +43,7 @@ def losses(model: Any, ids: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("chunk", [2**25, 4096])
-def test_a_decoder_s_scores_are_those_of_the_long_way(
-    small_llama: Path, chunk: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(module, "_CHUNK", chunk)
+def test_a_decoder_s_scores_are_those_of_the_long_way(small_llama: Path, chunk: int) -> None:
     found = evaluate(small_llama, TEXT, against=SAMPLE, seq_len=48, samples=5)
     ours, theirs = (
         svdcli.load(small_llama, dtype=torch.float32),
@@ -63,11 +60,17 @@ def test_a_decoder_s_scores_are_those_of_the_long_way(
         same.append((p.argmax(-1) == q.argmax(-1)).double().mean().item())
     assert found.compressed is not None
     assert found.drift is not None
+    scores, _, drift = compare(ours, theirs, windows, chunk=chunk)
+    assert drift is not None
     for mean, values in (
         (found.compressed.loss, loss),
         (found.drift.excess_loss, excess),
         (found.drift.kl, kl),
         (found.drift.top1, same),
+        (scores.loss, loss),
+        (drift.excess_loss, excess),
+        (drift.kl, kl),
+        (drift.top1, same),
     ):
         assert mean.value == pytest.approx(statistics.fmean(values), abs=1e-5)
         assert mean.error == pytest.approx(statistics.stdev(values) / math.sqrt(5), abs=1e-5)

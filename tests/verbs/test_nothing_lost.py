@@ -27,6 +27,7 @@ from svdcli import Recipe
 from svdcli.engine.compute import Compute
 from svdcli.errors import SvdcliError
 from svdcli.files.workspace import Workspace
+from svdcli.progress import Progress, silent
 from svdcli.verbs.outcome import Outcome
 
 HERE = Path(__file__).parents[1]
@@ -99,24 +100,29 @@ def test_a_workspace_without_a_journal_says_nothing_of_an_output(
     assert not (tmp_path / "o.partial").exists()
 
 
-def test_other_threads_start_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def stop_when_written(phase: str, name: str, done: float, total: float) -> None:
+    """An interrupt between the last tensor and the publishing."""
+    if phase == "write" and done >= total:
+        raise KeyboardInterrupt
+
+
+def test_other_threads_start_over(tmp_path: Path) -> None:
     """They round sums in another order, and half of an output must not come from each."""
     model, usual = write_model(tmp_path / "m"), torch.get_num_threads()
 
-    def run(threads: int) -> Outcome:
+    def run(threads: int, progress: Progress = silent) -> Outcome:
         return svdcli.compress(
-            model, tmp_path / "o", Recipe("rank", 9), compute=Compute(threads=threads)
+            model,
+            tmp_path / "o",
+            Recipe("rank", 9),
+            compute=Compute(threads=threads),
+            progress=progress,
         )
-
-    def stop(*_: object) -> None:
-        raise KeyboardInterrupt
 
     try:
         for again, starts_over in ((2, False), (4, True)):
-            with monkeypatch.context() as patched:
-                patched.setattr("svdcli.verbs.compress.finish", stop)
-                with pytest.raises(KeyboardInterrupt):
-                    run(1)
+            with pytest.raises(KeyboardInterrupt):
+                run(1, stop_when_written)
             outcome = run(again)
             assert outcome.started_over is starts_over
             assert outcome.path is not None
@@ -208,17 +214,12 @@ def test_an_interrupt_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest.Monk
     assert cli("verify", tmp_path / "m").err == "svdcli: interrupted\n"
 
 
-def test_a_torn_tensor_is_written_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_torn_tensor_is_written_again(tmp_path: Path) -> None:
     model = write_model(tmp_path / "m")
     svdcli.compress(model, tmp_path / "whole", Recipe("rank", 9))
 
-    def stop(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("svdcli.verbs.compress.finish", stop)
     with pytest.raises(KeyboardInterrupt):
-        svdcli.compress(model, tmp_path / "o", Recipe("rank", 9))
-    monkeypatch.undo()
+        svdcli.compress(model, tmp_path / "o", Recipe("rank", 9), progress=stop_when_written)
     data = tmp_path / "o.partial" / "data" / "model.safetensors"
     assert data.read_bytes()[:8] == bytes(8), "a file without a header is no valid file"
     torn = bytearray(data.read_bytes())
@@ -250,31 +251,21 @@ def test_work_that_is_done_is_not_done_again(
     assert len(solved) == 4, "two of three were in the journal"
 
 
-def test_other_settings_start_over_and_say_so(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_other_settings_start_over_and_say_so(tmp_path: Path) -> None:
     model = write_model(tmp_path / "m")
-    with monkeypatch.context() as patch:
-        patch.setattr(
-            "svdcli.verbs.compress.finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
-        )
-        with pytest.raises(KeyboardInterrupt):
-            svdcli.compress(model, tmp_path / "o", Recipe("rank", 9))
+    with pytest.raises(KeyboardInterrupt):
+        svdcli.compress(model, tmp_path / "o", Recipe("rank", 9), progress=stop_when_written)
     done = cli("compress", model, "-o", tmp_path / "o", "--rank", "10")
     assert done.code == 0
     assert "started over" in done.err
     assert svdcli.verify(tmp_path / "o", model).ok
 
 
-def test_a_changed_source_is_not_mixed_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_changed_source_is_not_mixed_in(tmp_path: Path) -> None:
     path = tmp_path / "m.safetensors"
     save_file({"a.weight": weight(90, 70, 1), "b.weight": weight(90, 70, 2)}, path)
-    with monkeypatch.context() as patch:
-        patch.setattr(
-            "svdcli.verbs.compress.finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
-        )
-        with pytest.raises(KeyboardInterrupt):
-            svdcli.compress(path, None, Recipe("rank", 9))
+    with pytest.raises(KeyboardInterrupt):
+        svdcli.compress(path, None, Recipe("rank", 9), progress=stop_when_written)
     save_file({"a.weight": weight(90, 70, 1), "b.weight": weight(90, 70, 3)}, path)
     outcome = svdcli.compress(path, None, Recipe("rank", 9))
     assert outcome.started_over

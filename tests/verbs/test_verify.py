@@ -149,6 +149,36 @@ def test_a_config_that_is_gone(output: Path) -> None:
     assert [check.subject for check in failed(output)] == ["config.json"]
 
 
+@pytest.mark.parametrize(
+    ("change", "detail"),
+    [
+        (lambda config: config.update(hidden_size=128), "hidden_size is 128, and 64"),
+        (
+            lambda config: config["text_config"].update(vocab_size=81),
+            "text_config.vocab_size is 81",
+        ),
+    ],
+    ids=["outer", "inner"],
+)
+def test_sizes_in_the_config_that_are_not_the_original_s(
+    tmp_path: Path, change: Callable[[dict[str, Any]], Any], detail: str
+) -> None:
+    config = {"model_type": "llava", "hidden_size": 64, "text_config": {"vocab_size": 80}}
+    model = write_model(tmp_path / "m", config)
+    svdcli.compress(model, tmp_path / "o", Recipe("rank", 9, dtype="F16"))
+    assert svdcli.verify(tmp_path / "o", model).ok
+    edit(tmp_path / "o" / "config.json", change)
+    (failure,) = [check for check in svdcli.verify(tmp_path / "o", model).checks if not check.ok]
+    assert (failure.check, failure.subject) == ("config sizes", "config.json")
+    assert failure.detail.startswith(detail)
+
+
+def test_a_config_that_transformers_wrote_anew_may_lack_sizes(output: Path) -> None:
+    """It leaves out what is its default."""
+    edit(output / "config.json", lambda config: (config.pop("hidden_size"), config.update(bos=1)))
+    assert svdcli.verify(output, output.parent / "m").ok
+
+
 # Beside them --------------------------------------------------------------------------------------
 
 

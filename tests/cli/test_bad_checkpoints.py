@@ -1,31 +1,31 @@
-"""Every bad input: one line that says what and why, an exit code, and nothing on the disk that was
-not there before."""
+"""Bad checkpoints, and odd ones that are sound: one line that says what and why, an exit code, and
+nothing on the disk that was not there before."""
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import re
-import shutil
-import subprocess
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from helpers import (
+    OUT,
+    UP,
     cli,
     complaint,
+    compress_refused,
     contents,
     entry,
     framed,
+    refused,
     run,
-    size_of,
     small_tensors,
     tree,
     weight,
+    works,
     write_model,
     write_sharded,
 )
@@ -34,8 +34,6 @@ from safetensors.torch import save_file
 
 from svdcli.files.header import LARGEST_HEADER
 
-OUT = "out.safetensors"
-UP, DOWN = "layers.0.up.weight", "layers.0.down.weight"
 COMMANDS: list[list[str]] = [
     ["inspect"],
     ["report"],
@@ -44,23 +42,6 @@ COMMANDS: list[list[str]] = [
     ["expand", "-o", OUT],
     ["compress", "--rank", "4", "-o", OUT],
 ]
-
-
-def refused(*args: str | Path, code: int = 1, **how: Any) -> str:
-    """Run a command that must fail and must leave the current folder as it was."""
-    before = tree(Path())
-    line = complaint(cli(*args, **how), code)
-    assert tree(Path()) == before
-    return line
-
-
-def compress_refused(*args: str | Path, code: int = 2, model: str | Path = "m.safetensors") -> str:
-    return refused("compress", model, *args, code=code)
-
-
-def works(*args: str | Path, **how: Any) -> None:
-    done = cli(*args, **how)
-    assert done.code == 0, done.err
 
 
 # Headers that lie ---------------------------------------------------------------------------------
@@ -224,365 +205,6 @@ def test_the_scale_of_a_weight_does_not_change_what_is_decided(
     assert len(set(decided)) == 1
 
 
-# Where the output goes ----------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", ["inspect", "report", "spectrum", "verify", "expand", "compress"])
-def test_missing_path(folder: Path, name: str) -> None:
-    rest = ["--rank", "4"] if name == "compress" else []
-    assert "nothing.safetensors does not exist" in refused(name, "nothing.safetensors", *rest)
-
-
-@pytest.mark.parametrize(
-    "out", ["nowhere/out.safetensors", "m.safetensors/out.safetensors", "a/b/c/out.safetensors"]
-)
-@pytest.mark.parametrize("name", ["compress", "expand"])
-def test_output_folder_that_is_none(small: Path, name: str, out: str) -> None:
-    works("compress", small, "--rank", "4", "-o", "svd.safetensors")
-    args = [small, "--rank", "4"] if name == "compress" else ["svd.safetensors"]
-    assert "does not exist" in refused(name, *args, "-o", out)
-
-
-def unprivileged(folder: Path) -> Sequence[str]:
-    """What to put before a command so that file permissions bind it: nothing, or for root a tool
-    that drops its powers."""
-    prefix = [] if os.geteuid() else ["setpriv", "--bounding-set=-all", "--inh-caps=-all"]
-    if prefix and not shutil.which(prefix[0]):
-        pytest.skip("root ignores permissions, and setpriv is missing")
-    probe = subprocess.run(
-        [*prefix, "mkdir", str(folder / "probe")], capture_output=True, check=False
-    )
-    if b"ermission" not in probe.stderr:
-        pytest.skip("permissions do not bind here")
-    return prefix
-
-
-def test_read_only_output_folder(small: Path, folder: Path) -> None:
-    (folder / "locked").mkdir(mode=0o500)
-    before = tree(folder)
-    done = run(
-        "compress",
-        small,
-        "--rank",
-        "4",
-        "-o",
-        "locked/out.safetensors",
-        prefix=unprivileged(folder / "locked"),
-    )
-    assert "locked/out.safetensors" in complaint(done)
-    assert tree(folder) == before
-
-
-def test_unreadable_input(small: Path, folder: Path) -> None:
-    (folder / "locked").mkdir(mode=0o500)
-    small.chmod(0)
-    done = run("inspect", small, prefix=unprivileged(folder / "locked"))
-    small.chmod(0o600)
-    assert "m.safetensors: Permission denied" in complaint(done)
-
-
-@pytest.mark.parametrize("force", [[], ["--force"]], ids=["", "force"])
-@pytest.mark.parametrize(
-    "out",
-    [
-        "m.safetensors",
-        "./m.safetensors",
-        "sub/../m.safetensors",
-        "soft.safetensors",
-        "hard.safetensors",
-    ],
-)
-def test_the_source_file_is_never_the_output(
-    small: Path, folder: Path, out: str, force: list[str]
-) -> None:
-    (folder / "sub").mkdir()
-    (folder / "soft.safetensors").symlink_to(small)
-    (folder / "hard.safetensors").hardlink_to(small)
-    assert "is the source" in compress_refused("--rank", "4", "-o", out, *force, code=1)
-
-
-@pytest.mark.parametrize("force", [[], ["--force"]], ids=["", "force"])
-@pytest.mark.parametrize(
-    "out", ["model", "model/", "model/inside", "model/sub/inside", ".", "..", "link", "link/inside"]
-)
-def test_the_source_folder_is_never_the_output(folder: Path, out: str, force: list[str]) -> None:
-    write_model(folder / "model")
-    (folder / "model/sub").mkdir()
-    (folder / "link").symlink_to("model")
-    assert "is the source, or inside or around it" in compress_refused(
-        "--rank", "4", "-o", out, *force, code=1, model="model"
-    )
-
-
-def test_a_hard_linked_shard_is_never_the_output(folder: Path) -> None:
-    write_model(folder / "model")
-    Path("hard.safetensors").hardlink_to("model/model.safetensors")
-    compress_refused(
-        "--rank", "4", "-o", "hard.safetensors", "--force", code=1, model="model/model.safetensors"
-    )
-
-
-def test_an_output_that_exists(small: Path, folder: Path) -> None:
-    Path(OUT).write_text("precious")
-    assert "--force" in compress_refused("--rank", "4", "-o", OUT, code=1)
-    write_model(folder / "model")
-    Path("model-svd").mkdir()
-    assert "--force" in compress_refused("--rank", "4", code=1, model="model")
-
-
-def test_force_does_not_replace_a_folder_of_something_else(folder: Path) -> None:
-    write_model(folder / "model")
-    Path("thesis").mkdir()
-    Path("thesis/chapter.tex").write_text("precious")
-    assert "does not look like a model" in compress_refused(
-        "--rank", "4", "-o", "thesis", "--force", code=1, model="model"
-    )
-
-
-@pytest.mark.parametrize("force", [[], ["--force"]], ids=["", "force"])
-def test_a_file_is_not_replaced_by_a_folder_nor_a_folder_by_a_file(
-    small: Path, folder: Path, force: list[str]
-) -> None:
-    write_model(folder / "model")
-    Path("model-svd").write_text("file")
-    Path(OUT).mkdir()
-    compress_refused("--rank", "4", *force, code=1, model="model")
-    compress_refused("--rank", "4", "-o", OUT, *force, code=1)
-
-
-def test_a_stranger_in_the_place_of_the_workspace(small: Path) -> None:
-    """OUT.partial may be somebody's folder of that name; only svdcli's own is continued or cleared
-    away."""
-    Path(f"{OUT}.partial").mkdir()
-    Path(f"{OUT}.partial/notes.txt").write_text("precious")
-    cli("compress", small, "--rank", "4", "-o", OUT)
-    assert Path(f"{OUT}.partial/notes.txt").read_text() == "precious"
-    Path("b.safetensors.partial").write_text("precious")
-    compress_refused("--rank", "4", "-o", "b.safetensors", code=1)
-
-
-def test_an_output_that_another_run_is_writing(small: Path) -> None:
-    Path(f"{OUT}.partial").mkdir()
-    with Path(f"{OUT}.partial/lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        assert "another svdcli run" in compress_refused("--rank", "4", "-o", OUT, code=1)
-
-
-@pytest.mark.parametrize("out", ["out", "out.bin", "out.pt", "out.SAFETENSORS", "config.json"])
-@pytest.mark.parametrize("name", ["compress", "expand"])
-def test_an_output_by_another_ending_works_or_is_not_written(
-    small: Path, name: str, out: str
-) -> None:
-    works("compress", small, "--rank", "4", "-o", "svd.safetensors")
-    args = [small, "--rank", "4"] if name == "compress" else ["svd.safetensors"]
-    before = tree(Path())
-    done = cli(name, *args, "-o", out)
-    if done.code:
-        complaint(done, done.code)
-        assert tree(Path()) == before
-    else:
-        works("inspect", out)
-        if name == "compress":
-            works("report", out)
-
-
-@pytest.mark.parametrize("out", ["x" * 300 + ".safetensors", "x" * 240 + ".safetensors"])
-def test_output_names_that_no_disk_takes(small: Path, out: str) -> None:
-    compress_refused("--rank", "4", "-o", out, code=1)
-
-
-def test_a_plan_is_never_saved_over_the_model(small: Path) -> None:
-    before = small.read_bytes()
-    done = cli("compress", small, "--rank", "4", "-o", OUT, "--save-plan", small)
-    assert small.read_bytes() == before
-    complaint(done, done.code)
-
-
-def test_what_follows_the_work_is_checked_before_it(small: Path) -> None:
-    assert "nowhere" in refused(
-        "compress", small, "--rank", "4", "-o", OUT, "--save-plan", "nowhere/plan.json"
-    )
-    assert "--json and --csv" in compress_refused("--rank", "4", "-o", OUT, "--json", "--csv")
-
-
-def test_a_directory_does_not_fit_through_a_pipe(folder: Path) -> None:
-    write_model(folder / "model")
-    compress_refused("--rank", "4", "-o", "-", model="model")
-
-
-def test_standard_input_needs_a_name_for_the_output(small: Path) -> None:
-    assert "-o FILE" in refused("compress", "-", "--rank", "4", input=small.read_bytes(), code=2)
-
-
-# What was asked -----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("args", "names"),
-    [
-        ([], "exactly one target"),
-        (["--rank", "4", "--keep", "0.5"], "exactly one target"),
-        (["--size", "1MB", "--energy", "0.9", "--error", "0.1"], "exactly one target"),
-        (["--rank", "0"], "--rank 0"),
-        (["--rank", "-3"], "--rank -3"),
-        (["--rank", "1.5"], "--rank"),
-        (["--rank", "many"], "--rank"),
-        *[
-            (["--keep", value], f"--keep {value}")
-            for value in ("0", "-1", "1.5", "nan", "inf", "-inf")
-        ],
-        *[(["--energy", value], f"--energy {value}") for value in ("0", "-0.5", "1.01", "nan")],
-        *[(["--error", value], f"--error {value}") for value in ("0", "-1", "1", "nan")],
-        *[
-            (["--size", value], "--size")
-            for value in ("0", "-5", "nan", "1e9", "5 parsecs", "", "MB")
-        ],
-        (["--rank", "4", "--solver", "magic"], "'magic' is not one of"),
-        (["--rank", "4", "--layout", "magic"], "'magic' is not one of"),
-        (["--rank", "4", "--allocate", "magic"], "'magic' is not one of"),
-        (["--rank", "4", "--nonfinite", "magic"], "'magic' is not one of"),
-        (["--rank", "4", "--dtype", "magic"], "'magic'"),
-        (
-            ["--rank", "4", "--dtype", "int8"],
-            "'--dtype': 'int8' is not one of 'float32', 'float16', 'bfloat16', 'float64'",
-        ),
-        (
-            ["--rank", "4", "--device", "magic"],
-            "'--device': 'magic' is not one of 'auto', 'cpu', 'cuda', 'mps'",
-        ),
-        (["--rank", "4", "--device", ""], "--device"),
-        (["--rank", "4", "--threads", "0"], "--threads 0"),
-        (["--rank", "4", "--threads", "99999999999999999999"], "--threads"),
-        (["--rank", "4", "--solver", "randomized", "--seed", "9" * 30], "--seed"),
-        (["--rank", "4", "--multiple-of", "0"], "--multiple-of 0"),
-        (["--rank", "4", "--floor", "nan"], "--floor nan"),
-        (["--rank", "4", "--floor", "2"], "--floor 2"),
-        (["--error", "0.1", "--allocate", "global"], "--allocate global"),
-        (["--size", "15KB", "--layout", "dense"], "--size cannot be met"),
-        (["--rank", "4", "--max-shard-size", "1MB"], "--max-shard-size is for directories"),
-        (["--rank", "4", "--magic"], "--magic"),
-        (["--rank", "4", "--include", "re:("], "is not a regular expression"),
-        (["--rank", "4", "--exclude", "re:*"], "is not a regular expression"),
-        (["--plan", "p.json", "--rank", "4"], "--plan decides"),
-        (["--plan", "p.json", "--include", "*"], "--plan decides by itself, and --include"),
-        (["--plan", "p.json", "--layout", "dense"], "--plan decides by itself, and --layout"),
-        (["--plan", "p.json", "--seed", "0"], "--plan decides by itself, and --seed"),
-        (
-            ["--plan", "p.json", "--self-contained"],
-            "--plan decides by itself, and --self-contained",
-        ),
-        (["--rank", "4", "--multiple-of", "8"], "--rank 4 is below --multiple-of 8"),
-        (["--keep", "0.5", "--floor", "0.5"], "--floor is for --allocate global"),
-        (
-            ["--error", "0.1", "--solver", "randomized"],
-            "--solver randomized may miss what --error asks for",
-        ),
-        (
-            ["--energy", "0.9", "--solver", "randomized"],
-            "--solver randomized may miss what --energy asks for",
-        ),
-    ],
-)
-def test_requests_that_cannot_be_met(small: Path, args: list[str], names: str) -> None:
-    assert names in compress_refused(*args, "-o", OUT)
-
-
-@pytest.mark.parametrize(
-    ("args", "near"),
-    [
-        (["--include", "layers.O.up"], "layers.0.up"),
-        (["--exclude", "layers.0.dwn*"], "layers.0.down"),
-        (["--include", "re:emb_tokens"], "embed_tokens"),
-        (["--include", "dwn"], "layers.0.down"),
-        (["--include", "laiers"], "layers.0"),
-        (["--include", "*dwn*"], "layers.0.down"),
-        (["--exclude", r"re:\.dwn$"], "layers.0.down"),
-        (["--include", "0.dwn.weight"], "layers.0.down"),
-    ],
-)
-def test_a_pattern_that_matches_nothing_shows_near_names(
-    small: Path, args: list[str], near: str
-) -> None:
-    assert near in compress_refused("--rank", "4", *args, "-o", OUT).partition("near names")[2]
-    assert near in refused("inspect", small, *args, code=2).partition("near names")[2]
-
-
-@pytest.mark.parametrize(
-    ("listed", "code", "names"),
-    [
-        (b"layers.0.sideways\n", 2, "'layers.0.sideways'"),
-        (b"layers.0.up\nnone\n", 2, "'none'"),
-        (b"", 2, "names no layer"),
-        (b"\n \n", 2, "names no layer"),
-        (b"\xff\xfe", 1, "UTF-8"),
-        (b"odd.scalar\n", 3, "no layer"),
-    ],
-)
-def test_lists_of_layers_that_cannot_be_met(
-    small: Path, listed: bytes, code: int, names: str
-) -> None:
-    Path("list.txt").write_bytes(listed)
-    assert names in compress_refused(
-        "--rank", "4", "-o", OUT, "--layers-from", "list.txt", code=code
-    )
-    assert names in refused(
-        "compress", small, "--rank", "4", "-o", OUT, "--layers-from", "-", input=listed, code=code
-    )
-
-
-def test_lists_of_layers_that_are_no_file(small: Path) -> None:
-    assert "none.txt" in compress_refused("--rank", "4", "--layers-from", "none.txt", code=1)
-    compress_refused("--rank", "4", "--layers-from", ".", code=1)
-    assert "cannot be both" in refused(
-        "compress", "-", "--rank", "4", "--layers-from", "-", "-o", "-", code=2
-    )
-
-
-@pytest.mark.parametrize(
-    "extra", [[], ["--layout", "pivoted"], ["--allocate", "global"], ["--multiple-of", "3"]]
-)
-@pytest.mark.parametrize("kind", ["file", "directory"])
-def test_the_smallest_size_is_named_and_works(folder: Path, kind: str, extra: list[str]) -> None:
-    source = write_model(folder / "model", tensors=small_tensors())
-    model, out = (
-        (source, Path("out")) if kind == "directory" else (source / "model.safetensors", Path(OUT))
-    )
-    line = refused("compress", model, "--size", "1", *extra, "-o", out, code=2)
-    named = re.search(r"use --size (\d+)", line)
-    assert named, line
-    refused("compress", model, "--size", str(int(named[1]) - 1), *extra, "-o", out, code=2)
-    works("compress", model, "--size", named[1], *extra, "-o", out)
-    assert size_of(out) <= int(named[1])
-
-
-@pytest.mark.parametrize(
-    ("args", "says"),
-    [
-        (["--rank", "30"], "would not save bytes"),
-        (["--keep", "1"], "no layer"),
-        (["--error", "1e-9"], "rounding"),
-        (["--energy", "1"], "would not save bytes"),
-        (["--keep", "0.5", "--multiple-of", "1000"], "multiple"),
-        (["--rank", "4", "--exclude", "*"], "no layer"),
-        (["--rank", "4", "--include", "odd.scalar"], "no layer"),
-    ],
-)
-def test_nothing_to_do_is_exit_code_3(small: Path, args: list[str], says: str) -> None:
-    assert says in compress_refused(*args, "-o", OUT, code=3)
-
-
-def test_no_arguments_show_the_help() -> None:
-    done = cli()
-    assert "Usage:" in done.out.decode() + done.err
-    assert "compress" in done.out.decode() + done.err
-    assert "error" not in done.err
-
-
-@pytest.mark.parametrize("args", [["compress"], ["magic"], ["report", "a", "b"]])
-def test_command_lines_that_make_no_sense(folder: Path, args: list[str]) -> None:
-    assert "--help" in refused(*args, code=2)
-
-
 # Inputs of the wrong kind -------------------------------------------------------------------------
 
 
@@ -617,77 +239,6 @@ def test_a_config_that_is_no_json(folder: Path, raw: bytes) -> None:
     write_model(folder / "model")
     Path("model/config.json").write_bytes(raw)
     assert "config.json" in compress_refused("--rank", "4", code=1, model="model")
-
-
-def saved_plan() -> dict[str, Any]:
-    works("compress", "m.safetensors", "--rank", "8", "--dry-run", "--save-plan", "plan.json")
-    plan: dict[str, Any] = json.loads(Path("plan.json").read_text())
-    return plan
-
-
-GARBAGE = ["", "{", "[]", "null", "3", '"x"', "{}", '{"format":1}', '{"format":"1"}', "[" * 50_000]
-
-
-@pytest.mark.parametrize("text", GARBAGE)
-def test_a_plan_that_is_none(small: Path, text: str) -> None:
-    Path("plan.json").write_text(text)
-    compress_refused("--plan", "plan.json", "-o", OUT)
-
-
-def test_a_plan_that_is_not_there(small: Path) -> None:
-    assert "none.json" in compress_refused("--plan", "none.json", "-o", OUT, code=1)
-
-
-def test_a_plan_of_a_newer_format(small: Path) -> None:
-    Path("plan.json").write_text(json.dumps({**saved_plan(), "format": 99}))
-    assert "upgrade" in compress_refused("--plan", "plan.json", "-o", OUT)
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"rank": 0},
-        {"rank": -1},
-        {"rank": 41},
-        {"rank": "x"},
-        {"rank": [1]},
-        {"layout": "magic"},
-        {"solver": "magic"},
-        {"stored_dtype": "magic"},
-        {"stored_dtype": "I8"},
-        {"dtype": "F16"},
-        {"shape": [40, 48]},
-        {"shape": [1, 2, 3]},
-        {"shape": "x"},
-    ],
-    ids=str,
-)
-def test_a_plan_that_does_not_fit(small: Path, change: dict[str, Any]) -> None:
-    plan = saved_plan()
-    plan["layers"][UP].update(change)
-    Path("plan.json").write_text(json.dumps(plan))
-    compress_refused("--plan", "plan.json", "-o", OUT)
-    compress_refused("--plan", "plan.json", "--dry-run")
-
-
-@pytest.mark.parametrize(
-    "field", ["format", "recipe", "fingerprint", "layers", "dense", "skipped", "notes"]
-)
-def test_a_plan_that_lacks_something(small: Path, field: str) -> None:
-    plan = saved_plan()
-    del plan[field]
-    Path("plan.json").write_text(json.dumps(plan))
-    compress_refused("--plan", "plan.json", "-o", OUT)
-
-
-@pytest.mark.parametrize(
-    "tensors", [{"other.weight": (48, 40)}, {UP: (48, 41), DOWN: (40, 48)}], ids=["names", "shapes"]
-)
-def test_a_plan_for_another_model(small: Path, tensors: dict[str, tuple[int, int]]) -> None:
-    saved_plan()
-    save_file({name: weight(*shape) for name, shape in tensors.items()}, "other.safetensors")
-    line = compress_refused("--plan", "plan.json", "-o", OUT, model="other.safetensors")
-    assert "the model it was made for" in line
 
 
 # Outputs that were damaged ------------------------------------------------------------------------
