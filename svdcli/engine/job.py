@@ -19,7 +19,8 @@ from torch import Tensor
 from svdcli.calibration.moments import LayerMoments
 from svdcli.engine.executor import map_unordered
 from svdcli.engine.inputs import Inputs, Opened, shared
-from svdcli.engine.solve import LayerFailedError, refitted, solve_layer
+from svdcli.engine.run import Run
+from svdcli.engine.solve import LayerFailedError, Ready, refitted, solve_layer
 from svdcli.files.dtypes import TORCH_DTYPES, bytes_of
 from svdcli.files.record import Result
 from svdcli.files.source import Source
@@ -28,7 +29,6 @@ from svdcli.files.writer import Unit, WeightWriter, checksum_at, chunks_at, writ
 from svdcli.linalg.layouts import CODECS
 from svdcli.plan.plan import LayerPlan
 from svdcli.plan.tensors import TensorInfo
-from svdcli.progress import Progress
 
 # A line of the journal: what unit it is of, where its tensors are and their checksums.
 Line = dict[str, Any]
@@ -75,7 +75,7 @@ class Solved:
     result: Result | None = None
 
 
-def run(job: Job) -> Line:
+def run_job(job: Job) -> Line:
     """Do one job, unless what an earlier run left is still there: load, solve, store.
 
     The line says `failed`, and why, where every solver failed on a layer.
@@ -166,20 +166,17 @@ def _still_there(job: Job, line: Line) -> bool:
 
 
 def run_units(
-    opened: Opened,
+    run: Run,
     units: Sequence[Unit],
     layers: Mapping[str, LayerPlan],
     writer: WeightWriter,
-    workspace: Workspace,
-    *,
-    seed: int,
-    device: torch.device,
-    progress: Progress,
+    ready: Ready | None = None,
 ) -> tuple[dict[str, Result], dict[str, str]]:
     """Do every unit that the journal does not have; (results of factored layers, failed layers with
     the reasons)."""
     results: dict[str, Result] = {}
     failed: dict[str, str] = {}
+    workspace = run.kept
     _salvage(units, writer, workspace)
 
     # the longest first, so that both workers end together
@@ -192,42 +189,33 @@ def run_units(
             workspace.done[line["unit"]] = line
             workspace.note(line)
 
-    with shared(opened) as inputs:
-        jobs = [
-            _job(unit, layers.get(unit.name), inputs, writer, workspace, seed, device)
-            for unit in ordered
-        ]
-        for line in map_unordered(run, jobs, device, note):
+    with shared(Opened(run.source, run.calibration, ready)) as inputs:
+        jobs = [_job(run, unit, layers.get(unit.name), inputs, writer) for unit in ordered]
+        for line in map_unordered(run_job, jobs, run.device, note):
             name = line["unit"]
             if "failed" in line:
                 failed[name] = line["failed"]
             if "error" in line:
                 results[name] = Result(line["error"], line["solver"], tuple(line["fell_back"]))
             done += costs[name]
-            progress("write", name, done, total)
+            run.progress("write", name, done, total)
     return results, failed
 
 
 def _job(
-    unit: Unit,
-    layer: LayerPlan | None,
-    inputs: Inputs,
-    writer: WeightWriter,
-    workspace: Workspace,
-    seed: int,
-    device: torch.device,
+    run: Run, unit: Unit, layer: LayerPlan | None, inputs: Inputs, writer: WeightWriter
 ) -> Job:
     places = [writer.place_in(tensor.name) for tensor in unit.writes]
     return Job(
         unit=unit,
         layer=layer,
         inputs=inputs,
-        folder=workspace.data,
+        folder=run.kept.data,
         files=tuple(file for file, _ in places),
         offsets=tuple(offset for _, offset in places),
-        seed=seed,
-        device=str(device),
-        earlier=workspace.done.get(unit.name),
+        seed=run.seed,
+        device=str(run.device),
+        earlier=run.kept.done.get(unit.name),
     )
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from svdcli.engine.run import Run
 from svdcli.errors import NothingSelectedError, SvdcliError, UsageError
 from svdcli.files.blueprint import CompanionFile, CompressDesign
 from svdcli.files.checkpoint import STANDALONE, Checkpoint
@@ -43,6 +44,16 @@ class Request:
     skipped: tuple[Skipped, ...]
     fingerprint: str
     calibration: Calibration | None = None
+
+    def run(
+        self,
+        checkpoint: Checkpoint,
+        device: torch.device,
+        progress: Progress,
+        workspace: Workspace | None = None,
+    ) -> Run:
+        """The run that decides about it, and writes it where there is a workspace."""
+        return Run(checkpoint, device, progress, workspace, self.calibration, self.recipe.seed)
 
 
 def check_source(checkpoint: Checkpoint, recipe: Recipe) -> None:
@@ -157,14 +168,7 @@ def _check_needs_none(recipe: Recipe) -> None:
         )
 
 
-def make_plan(
-    checkpoint: Checkpoint,
-    request: Request,
-    name: str | None,
-    device: torch.device,
-    workspace: Workspace | None,
-    progress: Progress,
-) -> Plan:
+def make_plan(run: Run, checkpoint: Checkpoint, request: Request, name: str | None) -> Plan:
     """Measure the weights, then fix every rank. Nothing is written but lines of the journal.
 
     Raises SvdcliError for weights that are not finite, unless such layers are to stay dense, and
@@ -175,15 +179,7 @@ def make_plan(
     # A plan has its ranks: of the weights it only needs to know that they are finite.
     recipe = request.recipe
     spectra = request.plan is None and needs_spectra(recipe)
-    measured = measure_spectra(
-        checkpoint,
-        request.selected,
-        spectra=spectra,
-        device=device,
-        workspace=workspace,
-        progress=progress,
-        calibration=request.calibration,
-    )
+    measured = measure_spectra(run, request.selected, spectra=spectra)
     bad = [tensor.name for tensor in request.selected if not measured[tensor.name].finite]
     if recipe.nonfinite == "error":
         check_finite(bad)

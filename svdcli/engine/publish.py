@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
+from svdcli.engine.run import Run
 from svdcli.errors import SvdcliError, UsageError
 from svdcli.files.blueprint import Design
 from svdcli.files.checkpoint import CHUNK, RECORD, STANDARD, Checkpoint, sha256_of
@@ -27,9 +28,6 @@ from svdcli.progress import Progress
 from svdcli.version import __version__
 
 if TYPE_CHECKING:
-    import torch
-
-    from svdcli.engine.calibrated import Calibration
     from svdcli.engine.solve import Ready
 
 
@@ -37,14 +35,7 @@ AnyDesign = TypeVar("AnyDesign", bound=Design)
 
 
 def write(
-    design: AnyDesign,
-    layers: Sequence[LayerPlan],
-    workspace: Workspace,
-    device: torch.device,
-    seed: int,
-    progress: Progress,
-    calibration: Calibration | None = None,
-    ready: Ready | None = None,
+    run: Run, design: AnyDesign, layers: Sequence[LayerPlan], ready: Ready | None = None
 ) -> tuple[AnyDesign, dict[str, Result], dict[str, str]]:
     """Lay the files out and do every unit: (the design that was written, results, layers on which
     every solver failed).
@@ -52,45 +43,27 @@ def write(
     Where solvers gave way to others on more layers than the record has room for, all is laid out
     once more, with more room.
     """
-    settings = (layers, workspace, device, seed, progress, calibration, ready)
-    results, failed = _write_once(design, *settings)
+    results, failed = _write_once(run, design, layers, ready)
     if failed or design.fits(results):
         return design, results, failed
     design = design.with_room()
-    workspace.set_aside()
-    results, failed = _write_once(design, *settings)
+    run.kept.set_aside()
+    results, failed = _write_once(run, design, layers, ready)
     return design, results, failed
 
 
 def _write_once(
-    design: Design,
-    layers: Sequence[LayerPlan],
-    workspace: Workspace,
-    device: torch.device,
-    seed: int,
-    progress: Progress,
-    calibration: Calibration | None,
-    ready: Ready | None,
+    run: Run, design: Design, layers: Sequence[LayerPlan], ready: Ready | None
 ) -> tuple[dict[str, Result], dict[str, str]]:
     """Lay the files out and do every unit: (results, layers on which every solver failed)."""
-    from svdcli.engine.inputs import Opened
     from svdcli.engine.job import run_units
     from svdcli.files.writer import WeightWriter
 
     blueprint = design.blueprint()
-    _check_free(workspace, blueprint.total)
-    writer = WeightWriter(workspace.data, blueprint.files)
+    _check_free(run.kept, blueprint.total)
+    writer = WeightWriter(run.kept.data, blueprint.files)
     by_name = {layer.tensor.name: layer for layer in layers}
-    return run_units(
-        Opened(design.checkpoint, calibration, ready),
-        design.units,
-        by_name,
-        writer,
-        workspace,
-        seed=seed,
-        device=device,
-        progress=progress,
-    )
+    return run_units(run, design.units, by_name, writer, ready)
 
 
 def _check_free(workspace: Workspace, total: int) -> None:
@@ -101,15 +74,13 @@ def _check_free(workspace: Workspace, total: int) -> None:
         raise OSError(errno.ENOSPC, f"{missing} bytes are needed, {free} are free")
 
 
-def finish(
-    design: Design, results: Mapping[str, Result], workspace: Workspace, progress: Progress
-) -> None:
+def finish(run: Run, design: Design, results: Mapping[str, Result]) -> None:
     """Headers, the files beside the weights, the record; read everything back with the reference
     reader; publish."""
     from svdcli.files.writer import WeightWriter, write_file
 
     # a weight file is none until it has its header
-    blueprint = design.blueprint()
+    blueprint, workspace = design.blueprint(), run.kept
     writer = WeightWriter(workspace.data, blueprint.files)
     for file in blueprint.files:
         writer.finish(file.name, design.metadata(file, results))
@@ -125,7 +96,7 @@ def finish(
     # the record names the digest of every other file, so it comes last
     if blueprint.record_bytes:
         others = {name: size for name, size in blueprint.sizes().items() if name != RECORD}
-        digests = _digests(workspace.data, others, progress)
+        digests = _digests(workspace.data, others, run.progress)
         files = {name: (size, digests[name]) for name, size in others.items()}
         write_file(workspace.data / RECORD, [design.record(results, files, blueprint.record_bytes)])
 

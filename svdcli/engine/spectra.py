@@ -10,19 +10,17 @@ import torch
 from torch import Tensor
 
 from svdcli.calibration.moments import LayerMoments, metric_of
-from svdcli.engine.calibrated import Calibration
 from svdcli.engine.executor import map_unordered
 from svdcli.engine.inputs import Inputs, Opened, shared
 from svdcli.engine.job import Line, guess_seconds
+from svdcli.engine.run import Run
 from svdcli.engine.solve import bias_of, work_dtype
 from svdcli.errors import SvdcliError
 from svdcli.files.source import Source
-from svdcli.files.workspace import Workspace
 from svdcli.linalg.solvers import squared_singular_values
 from svdcli.linalg.whitening import weighted_energies
 from svdcli.plan.decide import UNSOUND, LayerSpectrum
 from svdcli.plan.tensors import TensorInfo, module_of
-from svdcli.progress import Progress
 
 _TINY = 1e-140  # the squares of smaller numbers, or larger than one over it, leave float64
 
@@ -96,7 +94,7 @@ class SpectrumJob:
     earlier: Line | None = None
 
 
-def run_spectrum(job: SpectrumJob) -> Line:
+def run_spectrum_job(job: SpectrumJob) -> Line:
     """What the spectrum of one layer is, as a line of the journal; that of an earlier run where it
     says enough."""
     earlier, name = job.earlier, job.tensor.name
@@ -134,33 +132,31 @@ def run_spectrum(job: SpectrumJob) -> Line:
 
 
 def measure_spectra(
-    source: Source,
-    tensors: Sequence[TensorInfo],
-    *,
-    spectra: bool,
-    device: torch.device,
-    workspace: Workspace | None,
-    progress: Progress,
-    calibration: Calibration | None = None,
+    run: Run, tensors: Sequence[TensorInfo], *, spectra: bool
 ) -> dict[str, LayerSpectrum]:
     """Measure every layer that the journal does not have yet; with a calibration, in its metric."""
+    workspace = run.workspace
     earlier = workspace.measured if workspace is not None else {}
     share = 0.3 if spectra else 0.0
     costs = {tensor.name: guess_seconds(tensor, share=share) for tensor in tensors}
     total, done = math.fsum(costs.values()), 0.0
     spectrum_of: dict[str, LayerSpectrum] = {}
 
+    # what is new goes to the journal as soon as it is known, so that the next run has it
+
     def note(line: Line) -> None:
         if workspace is not None and line != earlier.get(line["measured"]):
             workspace.note(line)
 
-    with shared(Opened(source, calibration)) as inputs:
-        jobs = [SpectrumJob(t, inputs, spectra, str(device), earlier.get(t.name)) for t in tensors]
-        for line in map_unordered(run_spectrum, jobs, device, note):
+    with shared(Opened(run.source, run.calibration)) as inputs:
+        jobs = [
+            SpectrumJob(t, inputs, spectra, str(run.device), earlier.get(t.name)) for t in tensors
+        ]
+        for line in map_unordered(run_spectrum_job, jobs, run.device, note):
             name = line["measured"]
-            spectrum_of[name] = _spectrum_of(source, line)
+            spectrum_of[name] = _spectrum_of(run.source, line)
             done += costs[name]
-            progress("measure", name, done, total)
+            run.progress("measure", name, done, total)
     return {tensor.name: spectrum_of[tensor.name] for tensor in tensors}
 
 

@@ -122,10 +122,8 @@ def _rows_squared(w: Tensor) -> float:
 # Second moments -----------------------------------------------------------------------------------
 
 
-def moment(rows: Tensor, full: int | None = None) -> Tensor:
-    """rows^T rows (n, n) for rows (k, n), or its diagonal (n,) where n is above `full`."""
-    if full is not None and rows.shape[1] > full:
-        return rows.square().sum(0)
+def moment(rows: Tensor) -> Tensor:
+    """rows^T rows (n, n) for rows (k, n)."""
     out = rows.new_empty((rows.shape[1], rows.shape[1]))
     fill_gram(rows.T, out)
     return mirror(out)

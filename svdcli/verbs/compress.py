@@ -6,7 +6,6 @@ import hashlib
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -106,23 +105,23 @@ def compress(
             return _predict(checkpoint, out, recipe, plan, source, device, progress, allow_larger)
 
         # Where no text is to be read, most refusals come before a workspace is made
-        choice = None
+        request = None
         if reading is None:
-            choice = request_of(checkpoint, recipe, plan, calibration)
+            request = request_of(checkpoint, recipe, plan, calibration)
         with destination(checkpoint, out, ".svd", "-svd", force) as target:
             workspace = Workspace(target, is_file=not checkpoint.is_directory)
             with disk_errors(target), workspace.locked():
                 # Reading takes long: its moments are kept in the workspace, for the next try too
-                if choice is None:
+                if request is None:
                     with workspace.beginning():
                         moments = source.file(checkpoint, workspace.folder, recipe, progress)
-                        choice = request_of(checkpoint, recipe, plan, moments)
+                        request = request_of(checkpoint, recipe, plan, moments)
 
                 # A journal counts for the same work only: threads change the order of sums
-                asked = (recipe_to_json(choice.recipe), plan and plan.to_json())
-                run = identity(checkpoint, "compress", *asked, threads_each(device))
-                if workspace.resume(run, force=force):
-                    _compress_into(workspace, checkpoint, choice, device, progress, allow_larger)
+                asked = (recipe_to_json(request.recipe), plan and plan.to_json())
+                command = identity(checkpoint, "compress", *asked, threads_each(device))
+                if workspace.resume(command, force=force):
+                    _compress_into(workspace, checkpoint, request, device, progress, allow_larger)
 
             outcome = _outcome(target, out, started_over=workspace.started_over)
             if reading is None:
@@ -210,13 +209,14 @@ def _predict(
     """Decide as a run would, and predict its report, without writing an output."""
     with tempfile.TemporaryDirectory(prefix="svdcli-") as folder:
         moments = source.file(checkpoint, Path(folder), recipe, progress)
-        choice = request_of(checkpoint, recipe, plan, moments)
+        request = request_of(checkpoint, recipe, plan, moments)
 
         # A file is planned under the name that it will have, a directory under none
         name = None
         if not checkpoint.is_directory:
             name = out_path(checkpoint, out, ".svd", "-svd").name
-        decided = make_plan(checkpoint, choice, name, device, None, progress)
+        run = request.run(checkpoint, device, progress)
+        decided = make_plan(run, checkpoint, request, name)
         refused = ""
         if not allow_larger:
             refused = not_smaller(design_of(checkpoint, decided, name))
@@ -280,28 +280,21 @@ _GRADIENTS = {"inputs": False, "auto": None}
 def _compress_into(
     workspace: Workspace,
     checkpoint: Checkpoint,
-    choice: Request,
+    request: Request,
     device: torch.device,
     progress: Progress,
     allow_larger: bool,
 ) -> None:
     """Decide, then write all layers; once more with those dense on which every solver failed."""
     name = workspace.out.name if workspace.is_file else None
+    run = request.run(checkpoint, device, progress, workspace)
 
     # Everything is decided, and a refusal leaves nothing behind
     with refusing(workspace):
-        plan = make_plan(checkpoint, choice, name, device, workspace, progress)
+        plan = make_plan(run, checkpoint, request, name)
         design = design_of(checkpoint, plan, name)
         check_smaller(design, allow_larger)
-    write_all = partial(
-        write,
-        workspace=workspace,
-        device=device,
-        seed=choice.recipe.seed,
-        progress=progress,
-        calibration=choice.calibration,
-    )
-    written, results, failed = write_all(design, plan.factored)
+    written, results, failed = write(run, design, plan.factored)
 
     if failed:
         # A layer that stays dense moves all that lies behind it: the files are laid out anew
@@ -310,9 +303,9 @@ def _compress_into(
         size = design_of(checkpoint, plan, name).blueprint().total
         plan = noting_a_miss(plan, missed_target(plan, size))
         workspace.set_aside()
-        written, results, _ = write_all(design_of(checkpoint, plan, name), plan.factored)
+        written, results, _ = write(run, design_of(checkpoint, plan, name), plan.factored)
     else:
         # Checked again, since a longer record of fall-backs may have taken more room
         with refusing(workspace):
             check_smaller(written, allow_larger)
-    finish(written, results, workspace, progress)
+    finish(run, written, results)

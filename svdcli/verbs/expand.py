@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from svdcli.engine.publish import destination, disk_errors, finish, identity, write
+from svdcli.engine.run import Run
 from svdcli.errors import BadCheckpointError, SvdcliError
 from svdcli.files.blueprint import ExpandDesign
 from svdcli.files.checkpoint import STANDARD, Checkpoint, open_checkpoint, sha256_of
@@ -53,10 +54,9 @@ def expand(
                     # Products of the factors: the CPU does them, and no seed plays a part
                     name = target.name if workspace.is_file else None
                     design = ExpandDesign(checkpoint, record, layers, name)
-                    written, results, _ = write(
-                        design, layers, workspace, torch.device("cpu"), 0, progress
-                    )
-                    finish(written, results, workspace, progress)
+                    run = Run(checkpoint, torch.device("cpu"), progress, workspace)
+                    written, results, _ = write(run, design, layers)
+                    finish(run, written, results)
             return None if out == STANDARD else target
 
 

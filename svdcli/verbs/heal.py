@@ -28,6 +28,7 @@ from svdcli.calibration.text_side import TextSide, text_side, watched
 from svdcli.engine.compute import Compute
 from svdcli.engine.planning import model_code, noting_a_miss
 from svdcli.engine.publish import check_place, destination, disk_errors, finish, identity, write
+from svdcli.engine.run import Run
 from svdcli.engine.solve import Ready
 from svdcli.errors import SvdcliError, UsageError
 from svdcli.files.blueprint import CompressDesign
@@ -107,12 +108,12 @@ def heal(
             # Both models are sources: neither may be written over
             check_place(target, None, source=original.path, force=force)
             workspace = Workspace(target, is_file=False)
-            run = _Run(workspace, device, memory, progress)
+            run = Run(original, device, progress, workspace)
             with disk_errors(target), workspace.locked():
                 if workspace.resume(_identity(pair, texts, request), force=force):
                     with _nothing_left_of_a_refusal(workspace):
                         material = _read(pair, texts, request)
-                        refined = _refine(pair, material, request, run)
+                        refined = _refine(pair, material, request, run, memory)
                     _publish(pair, _healing(texts, material, refined), refined, run)
 
             # What the output's own record says
@@ -172,17 +173,6 @@ class _Pair:
     compressed: Checkpoint
     original: Checkpoint
     plan: Plan
-
-
-@dataclass(frozen=True)
-class _Run:
-    """Where the work is kept, where it is computed, how many bytes the training of the whole model
-    may take (None: a share of what is free), and who is told."""
-
-    workspace: Workspace
-    device: torch.device
-    memory: int | None
-    progress: Progress
 
 
 def _identity(pair: _Pair, texts: Texts, request: _Request) -> str:
@@ -298,10 +288,13 @@ class _Clock:
         return self._seconds - (time.monotonic() - self._begin)
 
 
-def _refine(pair: _Pair, material: _Material, request: _Request, run: _Run) -> _Refined:
-    """Train block by block, then the whole model; what the journal has is taken from there."""
+def _refine(
+    pair: _Pair, material: _Material, request: _Request, run: Run, memory: int | None
+) -> _Refined:
+    """Train block by block, then the whole model; what the journal has is taken from there. memory
+    is as for `heal`."""
     student = material.student
-    (run.workspace.folder / BLOCKS).mkdir(exist_ok=True)
+    (run.kept.folder / BLOCKS).mkdir(exist_ok=True)
     clock = _Clock(request.effort.seconds)
 
     # How errors count, and which tensors the text reaches: others would only drift
@@ -310,7 +303,7 @@ def _refine(pair: _Pair, material: _Material, request: _Request, run: _Run) -> _
     trained = _stored_names(student, pair.plan, within=reached)
 
     # Whether the whole model can be trained in memory decides how much time the blocks get
-    why_not = _why_not_whole(material, run)
+    why_not = _why_not_whole(material, run.device, memory)
     seconds = clock.left()
     if seconds is not None and why_not is None:
         seconds *= _BLOCKS_SHARE
@@ -330,12 +323,12 @@ def _refine(pair: _Pair, material: _Material, request: _Request, run: _Run) -> _
         return _Refined(blocks, stored_names, (why_not,))
 
     # The whole model, for the time that is left
-    whole = _read_block(run.workspace, WHOLE)
+    whole = _read_block(run.kept, WHOLE)
     if whole is None:
         _bring_into_memory(material, blocks.values(), run.device)
         effort = Effort(request.effort.steps, clock.left())
         whole = _refine_whole(material, effort, trainable, dtypes, request.seed, run)
-    blocks[WHOLE] = _kept(run.workspace, whole)
+    blocks[WHOLE] = _kept(run.kept, whole)
     return _Refined(blocks, stored_names, ())
 
 
@@ -345,7 +338,7 @@ def _refine_blocks(
     trainable: Callable[[str], bool],
     moments: Mapping[str, Tensor],
     seed: int,
-    run: _Run,
+    run: Run,
 ) -> dict[str, HealedBlock]:
     """Refine every block that holds factors, each noted in the journal as soon as it is done."""
     blocks: dict[str, HealedBlock] = {}
@@ -356,13 +349,13 @@ def _refine_blocks(
         effort,
         trainable=trainable,
         moments=moments,
-        finished=partial(_read_block, run.workspace),
+        finished=partial(_read_block, run.kept),
         call=material.side.of,
         seed=seed,
         device=run.device,
         progress=run.progress,
     ):
-        blocks[block.name] = _kept(run.workspace, block)
+        blocks[block.name] = _kept(run.kept, block)
     return blocks
 
 
@@ -372,7 +365,7 @@ def _refine_whole(
     trainable: Callable[[str], bool],
     dtypes: Mapping[str, torch.dtype],
     seed: int,
-    run: _Run,
+    run: Run,
 ) -> HealedBlock:
     """Train all factors together; both models are in memory."""
     return heal_whole(
@@ -389,9 +382,7 @@ def _refine_whole(
     )
 
 
-def _moments(
-    material: _Material, seed: int, run: _Run
-) -> tuple[dict[str, Tensor], Collection[str]]:
+def _moments(material: _Material, seed: int, run: Run) -> tuple[dict[str, Tensor], Collection[str]]:
     """(how much each direction of each block's output matters, names of the modules that ran), from
     batches spread over the text."""
     # The same few batches for every seed; the seed draws the labels
@@ -436,13 +427,13 @@ def _stored_names(
     return names
 
 
-def _why_not_whole(material: _Material, run: _Run) -> str | None:
+def _why_not_whole(material: _Material, device: torch.device, allowed: int | None) -> str | None:
     """None where there is memory to train the whole model, else the note that says how much it
     takes."""
-    if run.memory is None:
-        limit, memory = "half of what is free", _SHARE_FOR_THE_WHOLE * _free_memory(run.device)
+    if allowed is None:
+        limit, memory = "half of what is free", _SHARE_FOR_THE_WHOLE * _free_memory(device)
     else:
-        limit, memory = "what is allowed", run.memory
+        limit, memory = "what is allowed", allowed
     if material.bytes_for_whole <= memory:
         return None
     return _NOT_WHOLE.format(
@@ -522,7 +513,7 @@ def _healing(texts: Texts, material: _Material, refined: _Refined) -> Healing:
     return Healing(texts.name, texts.digest, material.samples, material.window, blocks, hard_labels)
 
 
-def _publish(pair: _Pair, healing: Healing, refined: _Refined, run: _Run) -> None:
+def _publish(pair: _Pair, healing: Healing, refined: _Refined, run: Run) -> None:
     """Write the directory anew: the plan of before, with the refined factors."""
     # The refined tensors by their names in the checkpoint; the whole model's come last, and count
     weights: dict[str, Tensor] = {}
@@ -543,10 +534,8 @@ def _publish(pair: _Pair, healing: Healing, refined: _Refined, run: _Run) -> Non
 
     design = CompressDesign(pair.original, plan, None, files)
     ready = Ready(partial(_tensors, pair.compressed, weights), _results(pair.compressed))
-    written, results, _ = write(
-        design, plan.factored, run.workspace, run.device, 0, run.progress, ready=ready
-    )
-    finish(written, results, run.workspace, run.progress)
+    written, results, _ = write(run, design, plan.factored, ready)
+    finish(run, written, results)
 
 
 def _tensors(

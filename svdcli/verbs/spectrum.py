@@ -71,6 +71,7 @@ def spectrum(
     NothingSelectedError where there is no layer, and like `compress` for bad input.
     """
     from svdcli.engine.compute import Compute
+    from svdcli.engine.run import Run
     from svdcli.engine.spectra import check_finite, measure_spectra
 
     with open_checkpoint(model, state_dict=state_dict) as checkpoint:
@@ -94,9 +95,7 @@ def spectrum(
 
         # Their squared singular values, all of them finite
         device = (compute or Compute()).start()
-        spectra = measure_spectra(
-            checkpoint, selected, spectra=True, device=device, workspace=None, progress=progress
-        )
+        spectra = measure_spectra(Run(checkpoint, device, progress), selected, spectra=True)
         check_finite([name for name, layer in spectra.items() if not layer.finite])
 
         rows = []

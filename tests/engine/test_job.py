@@ -16,7 +16,7 @@ from helpers import tree, write_model
 
 import svdcli
 from svdcli.engine import job as module
-from svdcli.engine.job import Job, Line, run
+from svdcli.engine.job import Job, Line, run_job
 
 
 def in_another_process(
@@ -57,9 +57,9 @@ def test_jobs_hold_small_values(tmp_path: Path, monkeypatch: Any) -> None:
 
     def keep(job: Job) -> Line:
         jobs.append(job)
-        return run(job)
+        return run_job(job)
 
-    monkeypatch.setattr(module, "run", keep)
+    monkeypatch.setattr(module, "run_job", keep)
     svdcli.compress(write_model(tmp_path / "m"), tmp_path / "o", svdcli.Recipe("rank", 9))
     assert {job.unit.kind for job in jobs} == {"copy", "factor", "warn"}
     assert max(len(pickle.dumps(job)) for job in jobs) < 2000

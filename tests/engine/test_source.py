@@ -10,6 +10,7 @@ import torch
 from helpers import ranked_tensors, write_model
 from torch import Tensor
 
+from svdcli.engine.run import Run
 from svdcli.engine.spectra import measure_spectra
 from svdcli.files.checkpoint import Checkpoint, TensorRef, open_checkpoint
 from svdcli.files.dtypes import bytes_of
@@ -61,14 +62,7 @@ def test_the_spectra_of_a_difference(tmp_path: Path) -> None:
     other = open_checkpoint(write_model(tmp_path / "tuned", tensors=tuned))
     source: Source = Difference(one, other)
     layers, _ = choose_layers(source.infos)
-    found = measure_spectra(
-        source,
-        layers,
-        spectra=True,
-        device=torch.device("cpu"),
-        workspace=None,
-        progress=silent,
-    )
+    found = measure_spectra(Run(source, torch.device("cpu"), silent), layers, spectra=True)
     assert found.keys() == {layer.name for layer in layers}
     for name, measured in found.items():
         expected = torch.linalg.svdvals(source.read_tensor(name).double()).square()
