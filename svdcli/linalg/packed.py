@@ -1,0 +1,77 @@
+"""Weights on few-bit grids: the matrix itself, or two factors that are rounded for each other."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from svdcli.linalg.damping import damp
+from svdcli.linalg.rounding import Grid, Rounded, rounded
+from svdcli.linalg.whitening import Metric, weighted
+
+# What keeps a least squares problem regular where a direction of the rounded factor sees nothing.
+_RIDGE = 1e-10
+
+
+def packed_factors(
+    w: Tensor, rank: int, up_grid: Grid, down_grid: Grid, metric: Metric, dtype: torch.dtype
+) -> tuple[Rounded, Rounded]:
+    """Factors up (m, r) and down (r, n) of w (m, n) on their grids, for a small error tr(H_d D G
+    D^T).
+
+    down is rounded first. up is then the least squares solution against W itself with the rounded
+    down, so that it makes up for what down has lost, and is rounded in its turn. Both are rounded
+    in a basis turned by a random rotation Q, W_r = (up Q)(Q^T down): in that of the singular
+    vectors every direction would be as coarse as it is large, and no rounding error could be made
+    up for by another direction, since the metric of the factors is diagonal there. Turned, four
+    bits lost 4 to 20 times less. Raises as `weighted` does.
+    """
+    # the best factors, turned
+    factors = weighted(w.to(torch.float64), rank, metric)
+    rotation = random_rotation(rank)
+    up = factors.up @ rotation
+    down = rotation.T @ factors.down
+
+    # An error of down counts as up passes it on, and one of up by what down makes of the inputs.
+    inputs = metric.inputs.to(torch.float64)
+    if not inputs.any():
+        inputs = torch.eye(w.shape[1], dtype=torch.float64, device=w.device)
+    h = None
+    if metric.outputs is not None and metric.outputs.any():
+        h = damp(metric.outputs, metric.damping)
+    down_rounded = rounded(down, down_grid, dtype, inputs, _passed_on(up, h))
+    stored = down_rounded.values(torch.float64)
+    up, seen = _least_squares(w.to(torch.float64), stored, inputs)
+    return rounded(up, up_grid, dtype, seen, metric.outputs), down_rounded
+
+
+def packed_matrix(w: Tensor, grid: Grid, metric: Metric, dtype: torch.dtype) -> Rounded:
+    """w (m, n) itself on a grid, for a small error tr(H D G D^T)."""
+    return rounded(w.to(torch.float64), grid, dtype, metric.inputs, metric.outputs)
+
+
+def random_rotation(size: int) -> Tensor:
+    """An orthogonal matrix (size, size) in float64, the same for the same size."""
+    generator = torch.Generator().manual_seed(size)
+    gaussian = torch.randn(size, size, generator=generator, dtype=torch.float64)
+    rotation: Tensor = torch.linalg.qr(gaussian).Q
+    return rotation
+
+
+def _passed_on(up: Tensor, h: Tensor | None) -> Tensor:
+    """up^T H up (r, r)."""
+    if h is None:
+        return up.T @ up
+    return up.T @ (h @ up if h.ndim == 2 else h[:, None] * up)
+
+
+def _least_squares(w: Tensor, down: Tensor, inputs: Tensor) -> tuple[Tensor, Tensor]:
+    """(up, down G down^T): the up (m, r) with the least error of w - up @ down in the metric of
+    the inputs, whatever H is."""
+    side = inputs @ down.T
+    seen = down @ side
+    regular = seen.clone()
+    regular.diagonal().add_(_RIDGE * seen.diagonal().mean())
+    root = torch.linalg.cholesky(regular)
+    up: Tensor = torch.cholesky_solve((w @ side).T, root).T
+    return up, seen
