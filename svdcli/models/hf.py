@@ -200,7 +200,7 @@ class MergeFactors(ConversionOps):  # type: ignore[misc]
         dtype = model.get_parameter_or_buffer(full_layer_name).dtype
         weights: dict[str, Any] = {}
         for source, parts in read.items():
-            members = self.hf_quantizer.stacks[full_layer_name, source]
+            members = self.hf_quantizer.stacks.get((full_layer_name, source))
             weights[source] = _weights_of(parts, members, dtype)
         if self.original is None:
             return {full_layer_name: weights[""][0]}
@@ -223,12 +223,15 @@ class MergeFactors(ConversionOps):  # type: ignore[misc]
 
 
 def _weights_of(
-    parts: dict[str, list[Tensor]], members: list[Stored | None], dtype: torch.dtype
+    parts: dict[str, list[Tensor]], members: list[Stored | None] | None, dtype: torch.dtype
 ) -> list[Tensor]:
     """Return the weights of one source in their order, each of them factored, packed or, where
-    members says None, neither. parts has the tensors of all members that have such a part."""
+    members says None, neither; all of them dense without members. parts has the tensors of all
+    members that have such a part."""
     # A zero-size tensor only warns other loaders
     tensors = {part: iter([t for t in read if t.numel()]) for part, read in parts.items()}
+    if members is None:
+        return list(tensors[WEIGHT])
     weights: list[Tensor] = []
     for layer in members:
         if layer is None:
