@@ -7,12 +7,13 @@ Written for transformers 5.12 and later.
 
 from __future__ import annotations
 
+import copy
 import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass
 from functools import partial
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -41,11 +42,22 @@ from svdcli.models.modules import (
     DOWN,
     HOLDERS,
     LOW_RANK,
+    PACKED,
     ROWS,
+    SCALE,
+    SHAPE,
+    UNPACKED,
     UP,
+    WEIGHT,
+    WHOLE,
+    PackedLinear,
     dense_weight,
     is_row_order,
     low_rank_like,
+    matrix_parts,
+    packed_shapes,
+    part_names,
+    unpacked,
     weight_of,
 )
 from svdcli.plan.parts import tripwires
@@ -55,6 +67,11 @@ logger = logging.get_logger(f"transformers.{__name__}")
 METHOD = "svdcli"
 FORMAT = 1
 PARTS = (UP, DOWN, ROWS)
+_SUFFIXES = ("", PACKED, SCALE, SHAPE)
+
+# Of factors, packed or not; long names before those that they begin with, since early transformers
+# take the first pattern that fits.
+_FACTOR_PARTS = tuple(f"{part}{suffix}" for suffix in reversed(_SUFFIXES) for part in PARTS)
 
 # A second registration raises: the installed plugin and a copy shipped with a model may meet in one
 # process.
@@ -64,17 +81,19 @@ for _table in (auto.AUTO_QUANTIZATION_CONFIG_MAPPING, auto.AUTO_QUANTIZER_MAPPIN
 
 @dataclass(frozen=True)
 class Stored:
-    """One factored layer as the headers of the weight files show it: the stored weight's shape,
-    rank and layout."""
+    """One factored or packed layer as the headers of the weight files show it: the stored weight's
+    shape, rank and layout; the bits of its numbers, and how many columns share a scale at 4."""
 
     shape: tuple[int, int]
     rank: int
     layout: str
+    bits: int = UNPACKED
+    group: int | None = None
 
     @property
     def parts(self) -> tuple[str, ...]:
         """Names of its tensors in a weight file, after the layer's."""
-        return HOLDERS[self.layout].parts
+        return part_names(self.layout, self.bits)
 
     @property
     def has_rows(self) -> bool:
@@ -82,10 +101,24 @@ class Stored:
         return ROWS in self.parts
 
 
+class Integers(NamedTuple):
+    """What headers do not say of packed layers: how many columns share a scale at four bits, None
+    where nothing is packed; {matrix: its shape} as files declare it at four bits; the names of
+    matrices of int8."""
+
+    group: int | None = None
+    shapes: Mapping[str, tuple[int, ...]] = MappingProxyType({})
+    int8: Set[str] = frozenset()
+
+
+_NOTHING_PACKED = Integers()
+
+
 @register_quantization_config(METHOD)
 class SvdConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """`quantization_config` of a config.json. dequantize=True multiplies every layer out while
-    loading.
+    loading. group is how many columns share a scale in layers of four bits, None where nothing is
+    packed.
 
     Raises ValueError for a format that this version does not know.
     """
@@ -95,6 +128,7 @@ class SvdConfig(QuantizationConfigMixin):  # type: ignore[misc]
         format: int = FORMAT,  # noqa: A002
         layout: str = "factored",
         dequantize: bool = False,
+        group: int | None = None,
         **extra: Any,
     ) -> None:
         if not isinstance(format, int) or format > FORMAT:
@@ -106,6 +140,7 @@ class SvdConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self.format = format
         self.layout = layout
         self.dequantize = dequantize
+        self.group = group
         self.extra = extra
 
     def get_loading_attributes(self) -> dict[str, Any]:
@@ -114,19 +149,22 @@ class SvdConfig(QuantizationConfigMixin):  # type: ignore[misc]
         return {"dequantize": self.dequantize}
 
     def to_dict(self) -> dict[str, Any]:
-        return {"quant_method": METHOD, "format": self.format, "layout": self.layout} | self.extra
+        values = {"quant_method": METHOD, "format": self.format, "layout": self.layout}
+        if self.group is not None:
+            values["group"] = self.group
+        return values | self.extra
 
 
 auto.LOADING_ATTRIBUTES_CONFIG_TYPES = (*auto.LOADING_ATTRIBUTES_CONFIG_TYPES, SvdConfig)
 
 
 class MergeFactors(ConversionOps):  # type: ignore[misc]
-    """Multiply factors out while loading: for dequantize=True, and for layers whose module cannot
-    hold factors.
+    """Multiply factors out, and unpack integers, while loading: for dequantize=True, and for layers
+    whose module cannot hold them.
 
     parts maps each pattern of the converter that this belongs to, to a source of `original` and a
-    part of it ("weight" or one of a factor). original is the model's own converter, which gets the
-    weights next; without one there is a single weight.
+    part of it ("weight" or one of a factored or packed layer). original is the model's own
+    converter, which gets the weights next; without one there is a single weight.
     """
 
     def __init__(
@@ -138,6 +176,10 @@ class MergeFactors(ConversionOps):  # type: ignore[misc]
         self.hf_quantizer = hf_quantizer
         self.parts = parts
         self.original = original
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> MergeFactors:
+        # Transformers copies a converter for every tensor: not all that the quantizer knows, too
+        return MergeFactors(self.hf_quantizer, self.parts, copy.deepcopy(self.original, memo))
 
     def convert(
         self,
@@ -158,8 +200,8 @@ class MergeFactors(ConversionOps):  # type: ignore[misc]
         dtype = model.get_parameter_or_buffer(full_layer_name).dtype
         weights: dict[str, Any] = {}
         for source, parts in read.items():
-            order = self.hf_quantizer.stacks.get((full_layer_name, source))
-            weights[source] = self._in_order(parts, order, dtype)
+            members = self.hf_quantizer.stacks.get((full_layer_name, source))
+            weights[source] = _weights_of(parts, members, dtype)
         if self.original is None:
             return {full_layer_name: weights[""][0]}
 
@@ -179,25 +221,45 @@ class MergeFactors(ConversionOps):  # type: ignore[misc]
         before, _, after = full_layer_name.partition(target)
         return {f"{before}{key}{after}": weight for key, weight in weights.items()}
 
-    def _in_order(
-        self, parts: dict[str, list[Tensor]], order: list[bool] | None, dtype: torch.dtype
-    ) -> list[Tensor]:
-        """Return the weights of one source: those that are factored, multiplied out, among those
-        that are not. order tells of each whether it is factored; without it the factored ones come
-        first."""
-        ups = parts.get(UP, [])
-        downs = parts.get(DOWN, [])
-        row_orders = parts.get(ROWS, [None] * len(ups))
-        merged: list[Tensor] = []
-        for up, down, rows in zip(ups, downs, row_orders, strict=True):
-            merged.append(_product(up, down, rows).to(dtype))
 
-        # A zero-size tensor only warns other loaders
-        dense = [tensor for tensor in parts.get("weight", ()) if tensor.numel()]
-        if order is None:
-            return merged + dense
-        sources = {True: iter(merged), False: iter(dense)}
-        return [next(sources[factored]) for factored in order]
+def _weights_of(
+    parts: dict[str, list[Tensor]], members: list[Stored | None] | None, dtype: torch.dtype
+) -> list[Tensor]:
+    """Return the weights of one source in their order, each of them factored, packed or, where
+    members says None, neither; all of them dense without members. parts has the tensors of all
+    members that have such a part."""
+    # A zero-size tensor only warns other loaders
+    tensors = {part: iter([t for t in read if t.numel()]) for part, read in parts.items()}
+    if members is None:
+        return list(tensors[WEIGHT])
+    weights: list[Tensor] = []
+    for layer in members:
+        if layer is None:
+            weights.append(next(tensors[WEIGHT]))
+            continue
+        read = {part: next(tensors[part]) for part in layer.parts}
+        weights.append(_weight_of_parts(layer, read).to(dtype))
+    return weights
+
+
+def _weight_of_parts(layer: Stored, read: Mapping[str, Tensor]) -> Tensor:
+    """Return the dense weight of one layer from its tensors, computed in at least float32."""
+    n = layer.shape[1]
+    if layer.layout == WHOLE:
+        return _matrix(layer, WEIGHT, read, n)
+    up = _matrix(layer, UP, read, layer.rank)
+    down = _matrix(layer, DOWN, read, n)
+    return dense_weight(up, down, read.get(ROWS))
+
+
+def _matrix(layer: Stored, name: str, read: Mapping[str, Tensor], columns: int) -> Tensor:
+    """Return one matrix of a layer, unpacked, in at least float32."""
+    first = read[matrix_parts(name, layer.bits)[0]]
+    if layer.bits == UNPACKED:
+        return first.to(torch.promote_types(first.dtype, torch.float32))
+    scales = read[name + SCALE]
+    wide = torch.promote_types(scales.dtype, torch.float32)
+    return unpacked(first, scales, columns, layer.group, wide)
 
 
 @register_quantizer(METHOD)
@@ -219,9 +281,11 @@ class SvdQuantizer(HfQuantizer):  # type: ignore[misc]
         self.replaced: dict[str, Stored] = {}
         self.merged: dict[str, str] = {}
         # Of the latter, as transformers calls them, those that share no parameter with others
-        self.lone: list[str] = []
-        self.stacks: dict[tuple[str, str], list[bool]] = {}
-        # {module as the model's renamings call its factors: as they call its weight}
+        self.lone: dict[str, Stored] = {}
+        # What each weight in the model is made of, by the source of the converter that makes it,
+        # "" where there is none: layers in their order, None for dense ones
+        self.stacks: dict[tuple[str, str], list[Stored | None]] = {}
+        # {beginning of a layer's parts after the model's renamings: after those of its weight}
         self.renamed: dict[str, str] = {}
         # What the model ties, before factors took the places of weights
         self.ties: Any = None
@@ -234,11 +298,15 @@ class SvdQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def get_weight_conversions(self) -> list[Any]:
         """Return converters for single weights that are multiplied out."""
-        if self.quantization_config.dequantize:
-            return [_merging({part: ("", part) for part in PARTS}, "weight", self)]
         conversions = []
-        for name in self.lone:
-            patterns = {rf"^{re.escape(name)}\.{part}": ("", part) for part in PARTS}
+        lone = self.lone
+        if self.quantization_config.dequantize:
+            factors = {part: ("", part) for part in _FACTOR_PARTS}
+            conversions.append(_merging(factors, WEIGHT, self))
+            lone = {name: layer for name, layer in lone.items() if layer.layout == WHOLE}
+        for name, layer in lone.items():
+            parts = sorted(layer.parts, key=len, reverse=True)
+            patterns = {rf"^{re.escape(name)}\.{part}": ("", part) for part in parts}
             conversions.append(_merging(patterns, f"{name}.weight", self))
         return conversions
 
@@ -262,27 +330,28 @@ class SvdQuantizer(HfQuantizer):  # type: ignore[misc]
 
         # Renamings apply in order: these go last, and first when names are changed back
         for name, plain in self.renamed.items():
-            conversions.append(WeightRenaming(rf"^{re.escape(name)}\.svd_", f"{plain}.svd_"))
+            conversions.append(WeightRenaming(f"^{re.escape(name)}", plain))
         return conversions + self.get_weight_conversions()
 
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: Iterable[Any] | None = None, **_: Any
     ) -> None:
         # What the files hold, and where the model has it
-        shapes, stored = read_stored(str(file) for file in checkpoint_files or ())
+        files = [str(file) for file in checkpoint_files or ()]
+        shapes, stored = read_stored(files, self.quantization_config.group)
         named = Naming(model)
         homes = {name: named(f"{name}.weight") for name in stored}
-        self.stacks = _stacks(named, homes, shapes)
+        self.stacks = _stacks(named, homes, shapes, stored)
         self.renamed = _renamed(named, stored)
 
         # Low-rank modules in the model, tied as its weights were
         self._place(model, named, homes, stored)
         self._warn_of_merged(model)
         self.ties = (model.all_tied_weights_keys, model._tied_weights_keys)
-        self.tied, self.same_rows = _tie_factors(model, named, self.replaced, shapes)
+        self.tied, self.same_rows = _tie_factors(model, named, self.replaced, self.merged, shapes)
 
         # Then transformers loads, and its account of that is checked
-        self.unspoken = _unspoken(model, homes, shapes)
+        self.unspoken = _unspoken(model, homes, shapes, stored)
         self._watch(model)
 
     def _place(
@@ -309,7 +378,8 @@ class SvdQuantizer(HfQuantizer):  # type: ignore[misc]
             new = self._module_for(model, target, old, stored[name])
             if new is None:
                 self.merged[name] = key
-                self.lone.append(named.plainly(f"{name}.weight").removesuffix(".weight"))
+                self.lone[named.plainly(f"{name}.weight").removesuffix(".weight")] = stored[name]
+                self.stacks[key, ""] = [stored[name]]
                 continue
             for path in paths[id(old)]:
                 model.set_submodule(path, new)
@@ -321,6 +391,8 @@ class SvdQuantizer(HfQuantizer):  # type: ignore[misc]
         """Return the low-rank module for one layer, None where its weight is to be multiplied
         out."""
         if self.quantization_config.dequantize:
+            return None
+        if layer.bits != UNPACKED and target in _all_tied(model):
             return None
         if not _partners_can_hold(model, target, layer):
             return None
@@ -359,8 +431,9 @@ class SvdQuantizer(HfQuantizer):  # type: ignore[misc]
 
         # What nothing took though the class lacks just that, with or without its prefix
         for key in info.unexpected_keys:
-            if key.endswith(UP):
-                weight = f"{key.removesuffix(UP)}weight"
+            layer_name = _layer_of(key)
+            if layer_name is not None:
+                weight = f"{layer_name}.weight"
                 wanted |= {weight, prefix + weight, weight.removeprefix(prefix)}
         wanted |= {key for key, shape, _ in info.mismatched_keys if tuple(shape) == (0,)}
         lost = sorted(made_up & wanted)
@@ -406,7 +479,8 @@ class SvdQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
         state = model.state_dict()
-        for name in tripwires(name for name in self.replaced if name not in self.tied):
+        factored = [name for name, layer in self.replaced.items() if layer.layout != WHOLE]
+        for name in tripwires(name for name in factored if name not in self.tied):
             state[f"{name}.weight"] = torch.empty(0)
         for target in self.same_rows:
             del state[f"{target}.{ROWS}"]
@@ -434,14 +508,13 @@ class SvdQuantizer(HfQuantizer):  # type: ignore[misc]
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
         # Tied layers have the same factors, and get the same weight
         weights: dict[int, nn.Parameter] = {}
-        for name, module in list(model.named_modules()):
-            if not isinstance(module, LOW_RANK):
-                continue
-            up = module.get_parameter(UP)
-            if id(up) not in weights:
+        for name, module in _compressed_modules(model):
+            first = _first_numbers(module)
+            if id(first) not in weights:
                 weight = weight_of(module).detach().to(dtype)
-                weights[id(up)] = nn.Parameter(weight, up.requires_grad)
-            model.set_submodule(name, _dense(module, weights[id(up)]))
+                trains = first.requires_grad or not first.is_floating_point()
+                weights[id(first)] = nn.Parameter(weight, trains)
+            model.set_submodule(name, _dense(module, weights[id(first)]))
         if self.ties is not None:
             model.all_tied_weights_keys, model._tied_weights_keys = self.ties
         _forget_method(model.config)
@@ -495,16 +568,18 @@ def module_names(model: Any, stored: Iterable[str]) -> dict[str, str | None]:
     return places
 
 
-def unfilled(model: Any, shapes: dict[str, tuple[int, ...]]) -> tuple[int, int]:
+def unfilled(
+    model: Any, shapes: dict[str, tuple[int, ...]], integers: Integers = _NOTHING_PACKED
+) -> tuple[int, int]:
     """Return (how many tensors of `model` a checkpoint of these shapes lacks, how many of the
-    checkpoint's it does not take), by transformers' own account. Factored layers count as their
+    checkpoint's it does not take), by transformers' own account. Compressed layers count as their
     weights, tied weights as there where one of them is."""
     # Shapes as if nothing were factored
     named = Naming(model)
-    stored = stored_in(shapes)
+    stored = stored_in(shapes, integers)
     dense = dict(shapes)
     for name, layer in stored.items():
-        for part in PARTS:
+        for part in layer.parts:
             dense.pop(f"{name}.{part}", None)
         dense[f"{name}.weight"] = layer.shape
 
@@ -527,67 +602,123 @@ def unfilled(model: Any, shapes: dict[str, tuple[int, ...]]) -> tuple[int, int]:
     return len(info.missing_keys), len(info.unexpected_keys)
 
 
-def read_stored(files: Iterable[str]) -> tuple[dict[str, tuple[int, ...]], dict[str, Stored]]:
-    """Return (the shape of every tensor, the factored layers by module name) in safetensors files,
-    from the headers alone.
+def read_stored(
+    files: Iterable[str], group: int | None = None
+) -> tuple[dict[str, tuple[int, ...]], dict[str, Stored]]:
+    """Return (the shape of every tensor, the factored and packed layers by module name) in
+    safetensors files, from the headers and the declared shapes of packed matrices alone. group is
+    that of config.json.
 
-    Raises ValueError where a factor is missing, the shapes of a layer's parts disagree, or the
-    files' own record does.
+    Raises ValueError where a part of a layer is missing, the shapes of its parts disagree, or the
+    files' own record or group does.
     """
     # Shapes and record, from the headers
     shapes: dict[str, tuple[int, ...]] = {}
+    declared: dict[str, tuple[int, ...]] = {}
+    int8: set[str] = set()
     recorded: dict[str, Any] = {}
     for file in files:
         if not file.endswith(".safetensors"):
             continue
         with safe_open(file, framework="pt") as opened:
             for name in opened.keys():  # noqa: SIM118  no mapping
-                shapes[name] = tuple(opened.get_slice(name).get_shape())
+                part = opened.get_slice(name)
+                shapes[name] = tuple(part.get_shape())
+                if part.get_dtype() == "I8":
+                    int8.add(name)
+                if name.endswith(f".{WEIGHT}{SHAPE}") and shapes[name] == (2,):
+                    declared[name.removesuffix(SHAPE)] = tuple(opened.get_tensor(name).tolist())
             record = json.loads((opened.metadata() or {}).get(METHOD, "{}"))
         shared = record.get("every_layer", {})
         for name, entry in record.get("layers", {}).items():
             recorded[name] = shared | entry
 
-    # Every layer that is recorded as factored must be there, of that rank and shape
-    stored = stored_in(shapes)
+    # Every layer that is recorded as factored or packed must be there, as it is recorded
+    stored = stored_in(shapes, Integers(group, declared, int8))
     for name, entry in recorded.items():
-        if entry["layout"] == "dense":
-            continue
-        layer = name.removesuffix(".weight")
-        if layer not in stored:
-            raise ValueError(
-                f"the factors of {layer} are missing from the weight files; write or download "
-                f"them again"
-            )
-        if (stored[layer].rank, list(stored[layer].shape)) != (entry["rank"], entry["shape"]):
-            raise ValueError(
-                f"the factors of {layer} are not those that svdcli recorded in the file; write "
-                f"them again"
-            )
+        if entry["layout"] != "dense":
+            _check_recorded(name.removesuffix(".weight"), entry, stored, group)
     return shapes, stored
 
 
-def stored_in(shapes: dict[str, tuple[int, ...]]) -> dict[str, Stored]:
-    """Return the factored layers among tensors of these shapes. Raises ValueError as
-    `read_stored`."""
-    layers: set[str] = set()
-    for name in shapes:
-        for part in PARTS:
-            if name.endswith(f".{part}"):
-                layers.add(name.removesuffix(f".{part}"))
-    return {layer: _stored(layer, shapes) for layer in sorted(layers)}
-
-
-def _stored(layer: str, shapes: dict[str, tuple[int, ...]]) -> Stored:
-    # Both factors, and an order of all rows where there is one
-    up, down, rows = (shapes.get(f"{layer}.{part}") for part in PARTS)
-    if up is None or down is None:
+def _check_recorded(
+    layer: str, entry: Mapping[str, Any], stored: Mapping[str, Stored], group: int | None
+) -> None:
+    """Raise ValueError where a layer is not stored as its entry in the record says."""
+    what = "integers" if entry["layout"] == WHOLE else "factors"
+    if layer not in stored:
         raise ValueError(
-            f"{layer}.{UP if up is None else DOWN} is missing from the weight files; write or "
-            f"download them again"
+            f"the {what} of {layer} are missing from the weight files; write or download them again"
         )
-    matrices = len(up) == len(down) == 2 and up[1] == down[0]
-    if not matrices or (rows is not None and rows != (up[0] + down[0],)):
+    held = stored[layer]
+    bits = entry.get("bits", UNPACKED)
+    recorded = (entry["rank"], entry["shape"], bits)
+    if (held.rank, list(held.shape), held.bits) != recorded:
+        raise ValueError(
+            f"the {what} of {layer} are not those that svdcli recorded in the file; write "
+            f"them again"
+        )
+    if bits == 4 and entry.get("group") != group:
+        raise ValueError(
+            f"{layer} has groups of {entry.get('group')} columns, config.json says {group}; "
+            f"restore it"
+        )
+
+
+def stored_in(
+    shapes: Mapping[str, tuple[int, ...]], integers: Integers = _NOTHING_PACKED
+) -> dict[str, Stored]:
+    """Return the factored and packed layers among tensors of these shapes. Raises ValueError as
+    `read_stored`."""
+    factored: set[str] = set()
+    whole: set[str] = set()
+    for name in shapes:
+        layer = _layer_of(name)
+        if name in integers.int8 and name.endswith(f".{WEIGHT}") and layer is None:
+            layer = name.removesuffix(f".{WEIGHT}")
+        if layer is None:
+            continue
+        if name.startswith(f"{layer}.svd_"):
+            factored.add(layer)
+        elif _is_packed(f"{layer}.{WEIGHT}", shapes, integers):
+            whole.add(layer)
+
+    stored: dict[str, Stored] = {}
+    for layer in sorted(factored | whole):
+        if layer in factored:
+            stored[layer] = _stored(layer, shapes, integers)
+        else:
+            shape, bits = _stored_matrix(f"{layer}.{WEIGHT}", shapes, integers)
+            m, n = shape
+            stored[layer] = Stored((m, n), min(shape), WHOLE, bits, _group(bits, integers))
+    return stored
+
+
+def _layer_of(name: str) -> str | None:
+    """Return the layer that a tensor is a part of, by its name: a factor, or what may be one of a
+    packed weight; None for any other."""
+    layer, _, last = name.rpartition(".")
+    if layer.endswith((".svd_up", ".svd_down")) and last.startswith(WEIGHT):
+        return layer.rpartition(".")[0]
+    if last == ROWS or last in (WEIGHT + PACKED, WEIGHT + SCALE, WEIGHT + SHAPE):
+        return layer
+    return None
+
+
+def _is_packed(name: str, shapes: Mapping[str, tuple[int, ...]], integers: Integers) -> bool:
+    """Tell whether a weight is stored as integers: others, too, may have scales."""
+    if name in shapes:
+        return name in integers.int8 and (integers.group is not None or name + SCALE in shapes)
+    return name + PACKED in shapes or name + SHAPE in shapes or integers.group is not None
+
+
+def _stored(layer: str, shapes: Mapping[str, tuple[int, ...]], integers: Integers) -> Stored:
+    # Both factors, and an order of all rows where there is one
+    up, bits = _stored_matrix(f"{layer}.{UP}", shapes, integers)
+    down, down_bits = _stored_matrix(f"{layer}.{DOWN}", shapes, integers)
+    rows = shapes.get(f"{layer}.{ROWS}")
+    matrices = len(up) == len(down) == 2 and up[1] == down[0] and bits == down_bits
+    if not matrices or (rows is not None and (rows != (up[0] + down[0],) or bits != UNPACKED)):
         raise ValueError(
             f"the factors of {layer} disagree: up {up}, down {down}, rows {rows}; write them again"
         )
@@ -596,12 +727,50 @@ def _stored(layer: str, shapes: dict[str, tuple[int, ...]]) -> Stored:
     parts = (UP, DOWN) if rows is None else PARTS
     layout = next(name for name, holders in HOLDERS.items() if holders.parts == parts)
     m = up[0] if rows is None else rows[0]
-    return Stored((m, down[1]), down[0], layout)
+    return Stored((m, down[1]), down[0], layout, bits, _group(bits, integers))
+
+
+def _stored_matrix(
+    name: str, shapes: Mapping[str, tuple[int, ...]], integers: Integers
+) -> tuple[tuple[int, ...], int]:
+    """Return the shape of one matrix, and the bits of its numbers."""
+    bits = UNPACKED
+    if name + PACKED in shapes or name + SHAPE in shapes:
+        bits = 4
+    elif name + SCALE in shapes or name in integers.int8:
+        bits = 8
+    for part in matrix_parts(name, bits):
+        if part not in shapes:
+            raise ValueError(
+                f"{part} is missing from the weight files; write or download them again"
+            )
+    if bits == UNPACKED:
+        return shapes[name], bits
+    if integers.group is None:
+        raise ValueError(
+            f"{name} is packed, and the quantization_config of config.json has no group; restore it"
+        )
+
+    # What its parts must be by the shape of the matrix
+    shape = integers.shapes.get(name, ()) if bits == 4 else shapes[name]
+    agrees = len(shape) == 2 and (bits == 4 or name in integers.int8)
+    if agrees:
+        m, n = shape
+        for suffix, (wanted, _) in packed_shapes((m, n), bits, integers.group).items():
+            agrees = agrees and shapes[name + suffix] == wanted
+    if not agrees:
+        raise ValueError(f"the integers, scales and shape of {name} disagree; write them again")
+    return shape, bits
+
+
+def _group(bits: int, integers: Integers) -> int | None:
+    """Return how many columns share a scale, which is not told of eight bits."""
+    return integers.group if bits == 4 else None
 
 
 def _low_rank(name: str, old: nn.Module, layer: Stored) -> nn.Module | None:
-    """Return the module for one layer's factors, or None where `old` cannot be replaced by one."""
-    if isinstance(old, LOW_RANK):
+    """Return the module for one layer's tensors, or None where `old` cannot be replaced by one."""
+    if isinstance(old, (*LOW_RANK, PackedLinear)):
         return old
     expected = tuple(old.weight.shape)  # type: ignore[arg-type]
     if expected != layer.shape:
@@ -609,27 +778,35 @@ def _low_rank(name: str, old: nn.Module, layer: Stored) -> nn.Module | None:
             f"the factors of {name} stand for a weight {list(layer.shape)}, the model has "
             f"{list(expected)}"
         )
-    return low_rank_like(old, layer.rank, layout=layer.layout)
+    return low_rank_like(old, layer.rank, layout=layer.layout, bits=layer.bits, group=layer.group)
 
 
-def _unspoken(model: Any, homes: dict[str, Home], shapes: dict[str, tuple[int, ...]]) -> set[str]:
+def _unspoken(
+    model: Any,
+    homes: dict[str, Home],
+    shapes: dict[str, tuple[int, ...]],
+    stored: dict[str, Stored],
+) -> set[str]:
     """Return the keys that transformers would report as unexpected though they are meant to be left
-    out: zero-size tensors that warn other loaders, and factors of a weight that this class
+    out: zero-size tensors that warn other loaders, and parts of a weight that this class
     ignores."""
     named = Naming(model)
     patterns = model._keys_to_ignore_on_load_unexpected or ()  # a set, a list or None, by version
     keys = {named(f"{name}.weight").key for name in homes if 0 in shapes.get(f"{name}.weight", ())}
     for name, (key, _) in homes.items():
         if any(re.search(pattern, key) for pattern in patterns):
-            keys.update(named(f"{name}.{part}").key for part in PARTS)
+            keys.update(named(f"{name}.{part}").key for part in stored[name].parts)
     return keys
 
 
 def _stacks(
-    named: Naming, homes: dict[str, Home], shapes: dict[str, tuple[int, ...]]
-) -> dict[tuple[str, str], list[bool]]:
-    """Tell, for every parameter that a converter puts together from factored and other weights,
-    which of these are factored, in their order.
+    named: Naming,
+    homes: dict[str, Home],
+    shapes: dict[str, tuple[int, ...]],
+    stored: dict[str, Stored],
+) -> dict[tuple[str, str], list[Stored | None]]:
+    """Tell, for every parameter that a converter puts together from compressed and other weights,
+    how each of these is stored, in their order; None for a dense one.
 
     Keys are that parameter and the converter's pattern.
     """
@@ -638,24 +815,27 @@ def _stacks(
         return {}
 
     # transformers stacks in the natural order of names: layer 2 before layer 10
-    members: dict[Home, dict[str, bool]] = {home: {} for home in stacked}
+    members: dict[Home, dict[str, Stored | None]] = {home: {} for home in stacked}
     dense = (name.removesuffix(".weight") for name in shapes if name.endswith(".weight"))
     for name in sorted({*homes, *dense}, key=dot_natural_key):
         home = homes.get(name) or named(f"{name}.weight")
         if home in members:
-            members[home][name] = name in homes
-    return {(home.key, str(home.pattern)): list(flags.values()) for home, flags in members.items()}
+            members[home][name] = stored.get(name)
+    return {(home.key, str(home.pattern)): list(held.values()) for home, held in members.items()}
 
 
-def _renamed(named: Naming, stored: Iterable[str]) -> dict[str, str]:
-    """Return {module as the model's renamings call its factors: as they call its weight}, where a
-    renaming goes by `weight`."""
+def _renamed(named: Naming, stored: Mapping[str, Stored]) -> dict[str, str]:
+    """Return {what the model's renamings make of the parts of a layer: what they make of its
+    weight}, each up to where parts differ, where a renaming goes by `weight`."""
     renamed: dict[str, str] = {}
-    for name in stored:
-        as_factors = named.plainly(f"{name}.{UP}").removesuffix(f".{UP}")
-        as_weight = named.plainly(f"{name}.weight").removesuffix(".weight")
-        if as_factors != as_weight:
-            renamed[as_factors] = as_weight
+    for name, layer in stored.items():
+        beginning, part = "svd_", layer.parts[0]
+        if layer.layout == WHOLE:
+            beginning, part = "weight_", WEIGHT + SCALE
+        as_part = named.plainly(f"{name}.{part}").removesuffix(part)
+        as_weight = named.plainly(f"{name}.weight").removesuffix("weight")
+        if as_part != as_weight:
+            renamed[as_part + beginning] = as_weight + beginning
     return renamed
 
 
@@ -670,7 +850,11 @@ def _check_rows(name: str, rows: Tensor) -> None:
 
 
 def _tie_factors(
-    model: Any, named: Naming, replaced: dict[str, Stored], shapes: dict[str, tuple[int, ...]]
+    model: Any,
+    named: Naming,
+    replaced: dict[str, Stored],
+    merged: dict[str, str],
+    shapes: dict[str, tuple[int, ...]],
 ) -> tuple[set[str], dict[str, str]]:
     """Make of a tie of two weights, {target: source}, the same tie of both factors.
 
@@ -684,6 +868,7 @@ def _tie_factors(
     if not factored:
         return set(), {}
     dense = _held_dense(named, shapes, {replaced[name].shape for name in factored})
+    dense |= {key.removesuffix(".weight") for key in merged.values()}
     new_ties = dict(model.all_tied_weights_keys)
     tied: set[str] = set()
     same_rows: dict[str, str] = {}
@@ -725,6 +910,12 @@ def _tied_modules(model: Any) -> dict[str, str]:
         target.removesuffix(".weight"): source.removesuffix(".weight")
         for target, source in model.all_tied_weights_keys.items()
     }
+
+
+def _all_tied(model: Any) -> set[str]:
+    """Return the modules whose weights are tied, to each other's."""
+    ties = _tied_modules(model)
+    return {*ties, *ties.values()}
 
 
 def _partners_can_hold(model: Any, name: str, layer: Stored) -> bool:
@@ -823,6 +1014,25 @@ def _fixed_dtype(key: str, fixed: dict[str, torch.dtype]) -> torch.dtype | None:
     return None
 
 
+def _compressed_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield (name, module) of those that stand for a dense layer, and not those within them."""
+    inner: set[int] = set()
+    for name, module in list(model.named_modules()):
+        if isinstance(module, LOW_RANK):
+            inner.update(id(child) for child in module.children())
+        elif not isinstance(module, PackedLinear) or id(module) in inner:
+            continue
+        yield name, module
+
+
+def _first_numbers(module: nn.Module) -> Tensor:
+    """Return what tells whether two modules are tied: the parameter `up`, or integers."""
+    matrix = module.get_submodule("svd_up") if isinstance(module, LOW_RANK) else module
+    if isinstance(matrix, PackedLinear):
+        return matrix.codes
+    return matrix.get_parameter(WEIGHT)
+
+
 def _dense(module: Any, weight: nn.Parameter) -> nn.Module:
     """Return the ordinary layer that a low-rank module stands for."""
     dense: nn.Module
@@ -908,9 +1118,3 @@ def _without_merge(converter: Any) -> Any:
         if isinstance(operation, MergeFactors):
             return operation.original
     return converter
-
-
-def _product(up: Tensor, down: Tensor, rows: Tensor | None) -> Tensor:
-    """Return the dense weight, computed in at least float32."""
-    wide = torch.promote_types(up.dtype, torch.float32)
-    return dense_weight(up.to(wide), down.to(wide), rows)

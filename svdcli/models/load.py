@@ -16,7 +16,8 @@ from svdcli.errors import BadCheckpointError, SvdcliError, UsageError
 from svdcli.files.checkpoint import Checkpoint, open_checkpoint
 from svdcli.files.record import check_listed, record_of, stored_layers
 from svdcli.models import own_code
-from svdcli.models.modules import low_rank_like
+from svdcli.models.modules import UNPACKED, WHOLE, low_rank_like
+from svdcli.plan.packing import PLAIN, SHAPE, Packing
 from svdcli.plan.plan import FORMAT, LayerPlan
 
 METHOD = "svdcli"
@@ -141,13 +142,23 @@ def _check(checkpoint: Checkpoint) -> None:
                 f"{checkpoint.path / name} was changed after svdcli wrote it", "see `svdcli verify`"
             )
 
-    # Without its entry in config.json transformers would make up the factored layers
-    factored = any(layer.keeps_factors for layer in layers)
-    if factored and checkpoint.transformers_opens_it and method != METHOD:
+    # Without its entry in config.json transformers would make up the compressed layers
+    compressed = any(_needs_module(layer) for layer in layers)
+    if compressed and checkpoint.transformers_opens_it and method != METHOD:
         raise BadCheckpointError(
             f"{checkpoint.path / checkpoint.config_name} lost its quantization_config",
             "write the output again, or restore it",
         )
+
+
+def _packing(layer: LayerPlan) -> Packing:
+    """Return how the numbers of a layer are stored."""
+    return getattr(layer, "packing", PLAIN)
+
+
+def _needs_module(layer: LayerPlan) -> bool:
+    """Tell whether a layer is stored in another way than as its weight."""
+    return layer.keeps_factors or _packing(layer).bits != UNPACKED
 
 
 def _check_format(checkpoint: Checkpoint, quantised: Mapping[str, Any]) -> None:
@@ -247,6 +258,7 @@ def _best_class(checkpoint: Checkpoint) -> Any:
     from svdcli.models.hf import unfilled
 
     shapes = {name: ref.info.shape for name, ref in checkpoint.tensors.items()}
+    integers = _integers(checkpoint)
     scores: dict[Any, tuple[int, int]] = {}
 
     # Trying a class prints nothing
@@ -256,7 +268,7 @@ def _best_class(checkpoint: Checkpoint) -> Any:
         config = transformers.AutoConfig.from_pretrained(checkpoint.path)
         for candidate in _classes_of(config):
             try:
-                scores[candidate] = unfilled(_empty(candidate, config), shapes)
+                scores[candidate] = unfilled(_empty(candidate, config), shapes, integers)
             except (ImportError, NotImplementedError, RuntimeError, TypeError, AttributeError):
                 continue  # no class for this config after all, or not without memory
             if scores[candidate] == (0, 0):
@@ -270,6 +282,25 @@ def _best_class(checkpoint: Checkpoint) -> Any:
 
     # Of classes that fit alike the first, which is the likeliest
     return min(scores, key=lambda candidate: scores[candidate], default=transformers.AutoModel)
+
+
+def _integers(checkpoint: Checkpoint) -> Any:
+    """Return what tells the packed layers of a checkpoint, for the plugin."""
+    from svdcli.models.hf import Integers
+
+    quantised = (checkpoint.config or {}).get("quantization_config") or {}
+    group = quantised.get("group") if isinstance(quantised, dict) else None
+    if group is None:
+        return Integers()
+    declared: dict[str, tuple[int, ...]] = {}
+    int8: set[str] = set()
+    for name, ref in checkpoint.tensors.items():
+        if ref.info.dtype == "I8":
+            int8.add(name)
+        if name.endswith(f".weight{SHAPE}") and ref.info.shape == (2,):
+            numbers = checkpoint.read_tensor(name).tolist()
+            declared[name.removesuffix(SHAPE)] = tuple(numbers)
+    return Integers(group, declared, int8)
 
 
 def _classes_of(config: Any) -> list[Any]:
@@ -320,11 +351,11 @@ def _load_into(module: nn.Module, checkpoint: Checkpoint) -> nn.Module:
     record = record_of(checkpoint)
     if record is not None:
         stored = stored_layers(checkpoint, record)
-        layers = [layer for layer in stored if layer.keeps_factors]
+        layers = [layer for layer in stored if _needs_module(layer)]
     _replace(module, layers, checkpoint.shown)
 
     # Which tensor goes where: names may differ by prefixes, and one of two tied ones may be missing
-    tripwires = {layer.tensor.name for layer in layers}
+    tripwires = {layer.tensor.name for layer in layers if layer.layout != WHOLE}
     kept = [name for name in checkpoint.tensors if name not in tripwires]
     sources = _by_plain_name(kept, checkpoint.shown)
     expected = module.state_dict()
@@ -446,7 +477,14 @@ def _low_rank(old: nn.Module, layer: LayerPlan, shown: str) -> nn.Module:
     device."""
     name = layer.tensor.module
     shape = layer.tensor.shape
-    new = low_rank_like(old, int(layer.rank or 0), layout=layer.layout)
+    packing = _packing(layer)
+    new = low_rank_like(
+        old,
+        int(layer.rank or 0),
+        layout=layer.layout,
+        bits=packing.bits,
+        group=packing.group,
+    )
     weight = getattr(old, "weight", None)
     if new is None or not isinstance(weight, Tensor):
         raise SvdcliError(

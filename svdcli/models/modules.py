@@ -7,12 +7,28 @@ Torch only, and nothing of svdcli: `compress --self-contained` ships this file b
 from __future__ import annotations
 
 import itertools
-from typing import Any, NamedTuple
+import sys
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
-UP, DOWN, ROWS = "svd_up.weight", "svd_down.weight", "svd_rows"
+UP, DOWN, ROWS, WEIGHT = "svd_up.weight", "svd_down.weight", "svd_rows", "weight"
+
+# Behind the name of a matrix of few-bit integers: those of four bits, scales, and its shape.
+PACKED, SCALE, SHAPE = "_packed", "_scale", "_shape"
+UNPACKED = 16  # bits of a matrix that is stored as it is
+
+# The layout of a layer that is packed without being factored.
+WHOLE = "whole"
+
+# Numbers that are unpacked at once: few enough to stay in a cache.
+_NUMBERS_AT_ONCE = 1 << 20
+
+# Up to so many rows of x torch's product of bfloat16 with int8 is faster than unpacking.
+_FEW_ROWS = 8
+_ALIGNMENT = 16  # bytes and columns; without it that product ends the process
 
 
 class _WithDenseWeight(nn.Module):
@@ -28,7 +44,7 @@ class _WithDenseWeight(nn.Module):
 
 class LowRankLinear(_WithDenseWeight):
     """y = x W^T + b with W (out, in) = up @ down: two plain nn.Linear children, known to PEFT,
-    torchao and exporters."""
+    torchao and exporters, or two PackedLinear."""
 
     def __init__(
         self, in_features: int, out_features: int, rank: int, *, bias: bool, **factory: Any
@@ -37,8 +53,8 @@ class LowRankLinear(_WithDenseWeight):
         self.in_features = in_features
         self.out_features = out_features
         self.rank = rank
-        self.svd_down = nn.Linear(in_features, rank, bias=False, **factory)
-        self.svd_up = nn.Linear(rank, out_features, bias=False, **factory)
+        self.svd_down: nn.Module = nn.Linear(in_features, rank, bias=False, **factory)
+        self.svd_up: nn.Module = nn.Linear(rank, out_features, bias=False, **factory)
         self.bias = nn.Parameter(torch.empty(out_features, **factory)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -75,6 +91,95 @@ class PivotedLinear(_WithDenseWeight):
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
+
+
+class PackedLinear(_WithDenseWeight):
+    """y = x W^T + b with W (out, in) of integers of `bits` bits, 8 or 4, times scales: one a row
+    for 8 bits, one for each `group` columns of a row for 4.
+
+    Integers and scales are buffers: casts leave the integers as they are, and nothing trains them.
+    """
+
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bits: int,
+        group: int | None,
+        *,
+        bias: bool,
+        **factory: Any,
+    ) -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = out_features
+        self.bits = bits
+        self.group = group if bits == 4 else None
+
+        # Not by `register_buffer`, which refuses `weight`, a property of this class
+        device = factory.get("device")
+        shapes = packed_shapes((out_features, in_features), bits, group)
+        for part, (shape, dtype) in shapes.items():
+            kind = factory.get("dtype") if dtype is None else dtype
+            self._buffers[WEIGHT + part] = torch.empty(shape, dtype=kind, device=device)
+        self.bias = nn.Parameter(torch.empty(out_features, **factory)) if bias else None
+
+    @property
+    def codes(self) -> Tensor:
+        """The integers as they are stored: int8 (out, in), or eight to a word of int32."""
+        name = WEIGHT if self.group is None else WEIGHT + PACKED
+        return cast(Tensor, self._buffers[name])
+
+    @property
+    def scales(self) -> Tensor:
+        return cast(Tensor, self._buffers[WEIGHT + SCALE])
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self._product(x)
+        return y if self.bias is None else y + self.bias
+
+    def _product(self, x: Tensor) -> Tensor:
+        """Return x W^T, with a strip of rows of W unpacked at a time."""
+        if self._multiplies_integers(x):
+            few = x.reshape(-1, self.in_features)
+            y: Tensor = torch.ops.aten._weight_int8pack_mm(few, self.codes, self.scales.flatten())
+            return y.view(*x.shape[:-1], self.out_features)
+
+        # A compiler makes its own strips
+        rows = max(1, _NUMBERS_AT_ONCE // self.in_features)
+        if torch.compiler.is_compiling() or rows >= self.out_features:
+            return functional.linear(x, self.rows(0, self.out_features))
+        starts = range(0, self.out_features, rows)
+        strips = [functional.linear(x, self.rows(start, start + rows)) for start in starts]
+        return torch.cat(strips, -1)
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """Return these rows of W in the dtype of the scales."""
+        strip = slice(start, stop)
+        scales = self.scales[strip]
+        return unpacked(self.codes[strip], scales, self.in_features, self.group, scales.dtype)
+
+    def _multiplies_integers(self, x: Tensor) -> bool:
+        """Tell whether torch's own product of bfloat16 with int8 can be used: where it is faster,
+        and safe."""
+        if self.group is not None or torch.compiler.is_compiling() or x.device.type != "cpu":
+            return False
+        codes = self.codes
+        scales = self.scales
+        if x.dtype != torch.bfloat16 or scales.dtype != x.dtype or codes.dtype != torch.int8:
+            return False
+        if not 1 <= x.numel() // self.in_features <= _FEW_ROWS:
+            return False
+        if torch.is_grad_enabled() and x.requires_grad:  # it has no backward
+            return False
+        tensors = (x, codes)
+        plain = all(t.is_contiguous() and t.data_ptr() % _ALIGNMENT == 0 for t in tensors)
+        return plain and self.in_features % _ALIGNMENT == 0
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, bits={self.bits}"
 
 
 class Matrix(nn.Module):
@@ -212,12 +317,71 @@ def layout_of(module: nn.Module) -> str:
     raise KeyError(type(module).__name__)
 
 
-def low_rank_like(old: nn.Module, rank: int, *, layout: str) -> nn.Module | None:
+def part_names(layout: str, bits: int) -> tuple[str, ...]:
+    """Return the names of a layer's tensors, after its own."""
+    matrices = (WEIGHT,) if layout == WHOLE else HOLDERS[layout].parts
+    names = [matrix_parts(matrix, bits) for matrix in matrices]
+    return tuple(itertools.chain.from_iterable(names))
+
+
+def matrix_parts(matrix: str, bits: int) -> tuple[str, ...]:
+    """Return the names of the tensors that hold one matrix, those of its numbers first."""
+    if bits == UNPACKED:
+        return (matrix,)
+    if bits == 8:
+        return matrix, matrix + SCALE
+    return matrix + PACKED, matrix + SCALE, matrix + SHAPE
+
+
+def packed_shapes(
+    shape: tuple[int, int], bits: int, group: int | None
+) -> dict[str, tuple[tuple[int, ...], torch.dtype | None]]:
+    """Return {what is behind a matrix's name: (shape, dtype)} of the tensors that hold a packed
+    matrix; the dtype of scales, which is the model's, is None."""
+    m, n = shape
+    if bits == 8:
+        return {"": ((m, n), torch.int8), SCALE: ((m, 1), None)}
+    groups = -(-n // (group or n))
+    return {
+        PACKED: ((m, -(-n // 8)), torch.int32),
+        SCALE: ((m, groups), None),
+        SHAPE: ((2,), torch.int64),
+    }
+
+
+def unpacked(
+    codes: Tensor, scales: Tensor, columns: int, group: int | None, dtype: torch.dtype
+) -> Tensor:
+    """Return the matrix (m, columns) that stored codes stand for: int8 with scales (m, 1) where
+    group is None, else of four bits, eight to a word of int32, with scales (m, groups)."""
+    scales = scales.to(dtype)
+    if group is None:
+        return codes.to(dtype) * scales
+
+    # Codes -8 to 7 are stored as 0 to 15, the first of a word in its lowest bits
+    octets = codes.contiguous().view(torch.uint8)
+    if sys.byteorder == "big":
+        octets = octets.view(*codes.shape, 4).flip(-1).view_as(octets)
+    nibbles = torch.stack((octets & 15, octets >> 4), -1).view(codes.shape[0], -1)
+    values = nibbles[:, :columns].to(dtype).sub_(8)
+
+    # The last group may be narrower
+    even = columns - columns % group
+    values[:, :even].unflatten(1, (-1, group)).mul_(scales[:, : even // group, None])
+    values[:, even:].mul_(scales[:, even // group :])
+    return values
+
+
+def low_rank_like(
+    old: nn.Module, rank: int, *, layout: str, bits: int = UNPACKED, group: int | None = None
+) -> nn.Module | None:
     """Return an empty low-rank module on the meta device that can stand for `old`, or None where no
-    such module exists."""
-    holders = HOLDERS[layout]
+    such module exists; a packed one where bits is not 16."""
     weight = getattr(old, "weight", None)
     factory: dict[str, Any] = {"device": "meta", "dtype": getattr(weight, "dtype", None)}
+    if bits != UNPACKED:
+        return _packed_like(old, rank, layout, bits, group, factory)
+    holders = HOLDERS[layout]
     if isinstance(old, nn.Linear) and _computes_like(old, nn.Linear):
         sizes = (old.in_features, old.out_features, rank)
         return holders.linear(*sizes, bias=old.bias is not None, **factory)
@@ -228,6 +392,22 @@ def low_rank_like(old: nn.Module, rank: int, *, layout: str) -> nn.Module | None
     if type(old).__name__ == "Conv1D" and isinstance(weight, Tensor):
         return holders.conv(*weight.shape, rank, **factory)
     return None
+
+
+def _packed_like(
+    old: nn.Module, rank: int, layout: str, bits: int, group: int | None, factory: dict[str, Any]
+) -> nn.Module | None:
+    """Return what `low_rank_like` does, packed: there is such a module for linear layers only."""
+    if not isinstance(old, nn.Linear) or not _computes_like(old, nn.Linear):
+        return None
+    n, m = old.in_features, old.out_features
+    bias = old.bias is not None
+    if layout == WHOLE:
+        return PackedLinear(n, m, bits, group, bias=bias, **factory)
+    new = LowRankLinear(n, m, rank, bias=bias, **factory)
+    new.svd_down = PackedLinear(n, rank, bits, group, bias=False, **factory)
+    new.svd_up = PackedLinear(rank, m, bits, group, bias=False, **factory)
+    return new
 
 
 def _computes_like(module: nn.Module, plain: type[nn.Module]) -> bool:
@@ -255,15 +435,17 @@ def dense_weight(up: Tensor, down: Tensor, rows: Tensor | None) -> Tensor:
 
 
 def weight_of(module: nn.Module) -> Tensor:
-    """Return the dense weight of a low-rank module."""
+    """Return the dense weight of a low-rank or packed module."""
+    if isinstance(module, PackedLinear):
+        return module.rows(0, module.out_features)
     return dense_weight(*factors_of(module))
 
 
 def factors_of(module: nn.Module) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return the parts of a low-rank module as they are stored: up, down, and the row order where
-    it is pivoted."""
-    up = module.get_parameter(UP)
-    down = module.get_parameter(DOWN)
+    """Return the parts of a low-rank module: up, down, and the row order where it is pivoted.
+    Packed factors are lazy weights."""
+    up = cast(Tensor, module.get_submodule("svd_up").weight)
+    down = cast(Tensor, module.get_submodule("svd_down").weight)
     rows = dict(module.named_buffers(recurse=False)).get(ROWS)
     return up, down, rows
 
@@ -284,11 +466,9 @@ class LazyWeight(Tensor):
 
     @staticmethod
     def __new__(cls, module: nn.Module) -> LazyWeight:
-        up, down, rows = factors_of(module)
-        m = up.shape[0] if rows is None else rows.shape[0]
-        shape = (m, down.shape[1])
+        shape, like = _shape_and_kind(module)
         lazy: LazyWeight = torch.Tensor._make_wrapper_subclass(
-            cls, shape, dtype=up.dtype, device=up.device
+            cls, shape, dtype=like.dtype, device=like.device
         )
         lazy._module = module
         return lazy
@@ -306,6 +486,15 @@ class LazyWeight(Tensor):
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         """Multiply out for what reaches below autograd, such as printing."""
         return func(*_filled_in(args), **_filled_in(kwargs or {}))
+
+
+def _shape_and_kind(module: nn.Module) -> tuple[tuple[int, int], Tensor]:
+    """Return the shape of a module's dense weight, and a tensor of its dtype on its device."""
+    if isinstance(module, PackedLinear):
+        return (module.out_features, module.in_features), module.scales
+    up, down, rows = factors_of(module)
+    m = up.shape[0] if rows is None else rows.shape[0]
+    return (m, down.shape[1]), up
 
 
 # What may be asked without the numbers: methods, and the getters of attributes.
