@@ -200,9 +200,14 @@ def recipe_for(wanted: Mapping[str, object], *, calibrated: bool) -> Recipe:
         names = ", ".join(f"--{target}" for target in TARGETS)
         raise UsageError(f"give exactly one target, not {len(given)}", f"one of {names}, or --plan")
     [target] = given
-    value = float(asked.pop(target))
+    value = asked.pop(target)
+    if not isinstance(value, (int, float)):
+        raise UsageError(f"{target} {value!r} is no number", "give sizes in bytes")
+    for name in ("include", "exclude", "layers"):
+        if isinstance(asked.get(name), str):  # one pattern, and no list of letters
+            asked[name] = (asked[name],)
     fields = best_defaults(target, calibrated=calibrated) | asked
-    recipe = recipe_from_json({"target": target, "value": value} | fields)
+    recipe = recipe_from_json({"target": target, "value": float(value)} | fields)
     if "floor" in asked and recipe.allocate != "global":
         raise UsageError("--floor is for --allocate global", "leave it out, or allocate globally")
     return recipe
