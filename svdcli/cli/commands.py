@@ -458,7 +458,8 @@ def verify(
 ) -> None:
     """Check that an output still holds what its record says.
 
-    SHA-256, headers and plan; against the original also the errors and the copies.
+    SHA-256, headers and plan; against the original also the errors, the copies
+    and the sizes in config.json.
     """
     from svdcli.render import tables
 
@@ -631,7 +632,10 @@ def heal(
     text: TextToRead = None,
     stdlib: StdlibToRead = False,
     healed: OutOfHeal = None,
-    minutes: Annotated[float | None, typer.Option("--minutes", help="Time for all of it.")] = None,
+    minutes: Annotated[
+        float | None,
+        typer.Option("--minutes", help="Time for refining, once both models are loaded."),
+    ] = None,
     steps: Annotated[
         int | None,
         typer.Option(

@@ -233,7 +233,10 @@ def _salvage(units: Sequence[Unit], writer: WeightWriter, workspace: Workspace) 
     for unit in units:
         line = workspace.done.get(unit.name)
         with_bytes = [tensor for tensor in unit.writes if tensor.nbytes]
-        if line is None or not workspace.before.exists() or len(line["crc"]) < len(with_bytes):
+        if line is None or len(line["crc"]) < len(with_bytes):
+            continue
+        # an earlier run may have been killed while it removed them
+        if not all((workspace.before / file).is_file() for file in line["files"]):
             continue
         # Those without bytes stand last, and may have come or gone since.
         for tensor, offset, file in zip(with_bytes, line["at"], line["files"], strict=False):

@@ -33,8 +33,8 @@ _NoConvergence: type[Exception] = torch.linalg.LinAlgError  # type: ignore[attr-
 _LADDER = (("gram", torch.float32), ("svd", torch.float32), ("svd", torch.float64))
 
 
-# A float32 Gram matrix knows singular values down to about 3e-4 of the largest; a smaller tail is
-# not to be trusted.
+# A float32 Gram matrix is rounded to about 1e-7 of its largest eigenvalue, in many places: a tail
+# below this share of the energy may be noise, and is not trusted.
 _GRAM_FLOOR = {torch.float32: 1e-4, torch.float64: 1e-11}
 
 

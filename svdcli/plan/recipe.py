@@ -252,17 +252,24 @@ def recipe_for(wanted: Mapping[str, object], *, calibrated: bool) -> Recipe:
         names = ", ".join(option_of(target) for target in TARGETS)
         raise UsageError(f"give exactly one target, not {len(given)}", f"one of {names}, or --plan")
     [target] = given
-    value = float(asked.pop(target))
-    bits = None if asked.get("bits") is None else str(asked["bits"])
+    value = asked.pop(target)
+    if not isinstance(value, (int, float)):
+        raise UsageError(f"{target} {value!r} is no number", "give sizes in bytes")
+    for name in ("include", "exclude", "layers"):
+        if isinstance(asked.get(name), str):  # one pattern, and no list of letters
+            asked[name] = (asked[name],)
+
+    # Python callers may give bits as a number
+    bits = None
+    if asked.get("bits") is not None:
+        bits = asked["bits"] = str(asked["bits"])
     fields = best_defaults(target, calibrated=calibrated, bits=bits) | asked
-    if bits is not None:
-        fields["bits"] = bits
-    if fields.get("bits", "16") == "auto" and not calibrated:
+    if fields.get("bits") == "auto" and not calibrated:
         raise UsageError(
             "--bits auto weighs what layers lose, which takes a calibration",
             "give --text or --calibration too, or --bits 8 or 4",
         )
-    recipe = recipe_from_json({"target": target, "value": value} | fields)
+    recipe = recipe_from_json({"target": target, "value": float(value)} | fields)
     if "floor" in asked and recipe.allocate != "global":
         raise UsageError("--floor is for --allocate global", "leave it out, or allocate globally")
     return recipe

@@ -220,7 +220,7 @@ def _healing_lines(healing: Mapping[str, Any]) -> list[tuple[str, str]]:
     )
     lines = [("healed", f"on {printable(healing['text'])}; {text}")]
     for name, block in healing["blocks"].items():
-        change = "nothing better found"
+        change = "nothing better found" if block["steps"] else "there was no time for a step"
         if block["after"] < block["before"]:
             change = f"{block['before']:.3e} → {block['after']:.3e}"
         lines.append(("", f"{printable(name)}: {change}, {block['steps']} steps"))
