@@ -230,8 +230,9 @@ def _weights_of(
     """Return the weights of one source in their order, each of them factored, packed or, where
     members says None, neither; all of them dense without members. parts has the tensors of all
     members that have such a part."""
-    # A zero-size tensor only warns other loaders
-    tensors = {part: iter([t for t in read if t.numel()]) for part, read in parts.items()}
+    # A zero-size weight only warns other loaders
+    tensors = {part: iter(read) for part, read in parts.items()}
+    tensors[WEIGHT] = iter([tensor for tensor in parts.get(WEIGHT, ()) if tensor.numel()])
     if members is None:
         return list(tensors[WEIGHT])
     weights: list[Tensor] = []
