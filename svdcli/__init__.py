@@ -85,6 +85,11 @@ _HOMES = {
 }
 
 
+def __dir__() -> list[str]:
+    """The public names, imported or not."""
+    return __all__
+
+
 def __getattr__(name: str) -> object:
     """Import public names when they are first asked for (PEP 562): `import svdcli` itself stays
     instant."""

@@ -19,6 +19,7 @@ from svdcli.cli.options import (
     AgainstToVerify,
     Allocate,
     AllowLarger,
+    Bits,
     CalibrationFile,
     Carry,
     Csv,
@@ -35,10 +36,12 @@ from svdcli.cli.options import (
     Floor,
     Force,
     Group,
+    GroupSize,
     Include,
     Json,
     JsonBesidePipe,
     Keep,
+    KeepBytes,
     LayersFrom,
     Layout,
     MaxShardSize,
@@ -150,6 +153,7 @@ def compress(
     output: Out = None,
     rank: Rank = None,
     keep: Keep = None,
+    keep_bytes: KeepBytes = None,
     size: Size = None,
     energy: Energy = None,
     error: Error = None,
@@ -169,6 +173,8 @@ def compress(
     state_dict: StateDict = None,
     carry: Carry = None,
     layout: Layout = None,
+    bits: Bits = None,
+    group_size: GroupSize = 64,
     dtype: DtypeOfFactors = None,
     solver: Solver = "auto",
     device: Device = "auto",
@@ -452,7 +458,8 @@ def verify(
 ) -> None:
     """Check that an output still holds what its record says.
 
-    SHA-256, headers and plan; against the original also the errors and the copies.
+    SHA-256, headers and plan; against the original also the errors, the copies
+    and the sizes in config.json.
     """
     from svdcli.render import tables
 
@@ -625,7 +632,10 @@ def heal(
     text: TextToRead = None,
     stdlib: StdlibToRead = False,
     healed: OutOfHeal = None,
-    minutes: Annotated[float | None, typer.Option("--minutes", help="Time for all of it.")] = None,
+    minutes: Annotated[
+        float | None,
+        typer.Option("--minutes", help="Time for refining, once both models are loaded."),
+    ] = None,
     steps: Annotated[
         int | None,
         typer.Option(

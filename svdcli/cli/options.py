@@ -145,6 +145,12 @@ Keep = Annotated[
 ]
 
 
+KeepBytes = Annotated[
+    float | None,
+    _target("--keep-bytes", help="Share of the selected layers' bytes that remain."),
+]
+
+
 Size = Annotated[int | None, _size(_target, "--size", "Bytes of the whole output, such as 350MB.")]
 
 
@@ -269,6 +275,21 @@ def _dtype(help_: str) -> Any:
 Layout = Annotated[
     words.Layout | None,
     _storage("--layout", help="How factors are stored (factored; with text: pivoted)."),
+]
+
+
+Bits = Annotated[
+    words.Bits | None,
+    _storage(
+        "--bits",
+        help="Bits of a stored number (16: as they are); auto chooses them and the ranks for each "
+        "layer, of one budget in bytes.",
+    ),
+]
+
+
+GroupSize = Annotated[
+    int, _storage("--group-size", help="Columns that share a scale at 4 bits: 32, 64 or 128.")
 ]
 
 

@@ -1,4 +1,4 @@
-"""How jobs are handed to workers: any executor of `concurrent.futures` would do."""
+"""How jobs are handed to workers, behind the interface of `concurrent.futures`."""
 
 from __future__ import annotations
 
@@ -62,8 +62,7 @@ def map_unordered(
     """Do `work` on every item and yield the answers as they come.
 
     done is told each answer even where nobody takes it any more: an error, or an interrupt, lets
-    the work under way end first. Any `concurrent.futures.Executor` would do, since what is
-    submitted is a function and a value.
+    the work under way end first.
     """
     executor, at_once = executor_for(device)
     queue, running = iter(items), set[Future[Answer]]()

@@ -16,7 +16,8 @@ from svdcli.files.source import Source
 
 @dataclass(frozen=True)
 class Opened:
-    """The same, open in this process. ready holds layers that are solved already, if any."""
+    """A source and its calibration, open in this process. ready holds layers that are solved
+    already, if any: those are in memory, and no other process has them."""
 
     source: Source
     calibration: Calibration | None = None
@@ -25,15 +26,20 @@ class Opened:
 
 @dataclass(frozen=True)
 class Inputs:
-    """How to open a source and its calibration, and the run that reads them."""
+    """How to open a source and its calibration, and the run that reads them. here says that the run
+    has more than files: its jobs can only be done in the process that it began in."""
 
     run: str
     source: Callable[[], Source]
     moments: Path | None
     metric: str
+    here: bool = False
 
     def open(self) -> Opened:
-        """Open them once a process and run."""
+        """Open them once a process and run. Raises ValueError in another process where that cannot
+        be done."""
+        if self.run not in _OPENED and self.here:
+            raise ValueError("layers that are solved already are in the memory of another process")
         if self.run not in _OPENED:
             _OPENED[self.run] = self._open()
         return _OPENED[self.run]
@@ -55,7 +61,8 @@ def shared(opened: Opened) -> Iterator[Inputs]:
     moments, metric = None, ""
     if opened.calibration is not None:
         moments, metric = opened.calibration.moments.path, opened.calibration.metric
-    inputs = Inputs(uuid.uuid4().hex, opened.source.opener, moments, metric)
+    here = opened.ready is not None
+    inputs = Inputs(uuid.uuid4().hex, opened.source.opener, moments, metric, here)
     _OPENED[inputs.run] = opened
     try:
         yield inputs

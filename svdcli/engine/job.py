@@ -19,6 +19,7 @@ from torch import Tensor
 from svdcli.calibration.moments import LayerMoments
 from svdcli.engine.executor import map_unordered
 from svdcli.engine.inputs import Inputs, Opened, shared
+from svdcli.engine.packing import parts_of
 from svdcli.engine.run import Run
 from svdcli.engine.solve import LayerFailedError, Ready, refitted, solve_layer
 from svdcli.files.dtypes import TORCH_DTYPES, bytes_of
@@ -118,6 +119,8 @@ def store(job: Job, solved: Solved) -> Line:
         line["error"] = solved.result.relative_error
         line["solver"] = solved.result.solver
         line["fell_back"] = list(solved.result.fell_back)
+        if solved.result.rounding_share is not None:
+            line["rounding_share"] = solved.result.rounding_share
     places = zip(job.places(), solved.chunks, strict=True)
     line["crc"] = [write_at(path, offset, chunks) for (path, offset), chunks in places]
     return line | _where(job)
@@ -141,9 +144,10 @@ def _expanded(source: Source, layer: LayerPlan, target: TensorInfo) -> Iterator[
     """The dense weight of a factored layer in its original dtype, a block of rows at a time."""
     stored = tuple(source.read_tensor(tensor.name) for tensor in layer.stored())
     compute = torch.float64 if "F64" in (layer.stored_dtype, target.dtype) else torch.float32
+    parts = parts_of(layer, stored)
     step = max(1, 2**22 // max(1, target.shape[1]))
     for start in range(0, target.shape[0], step):
-        rows = CODECS[layer.layout].rows(stored, compute, slice(start, start + step))
+        rows = CODECS[layer.layout].rows(parts, compute, slice(start, start + step))
         yield bytes_of(rows.to(TORCH_DTYPES[target.dtype]))
 
 
@@ -196,7 +200,12 @@ def run_units(
             if "failed" in line:
                 failed[name] = line["failed"]
             if "error" in line:
-                results[name] = Result(line["error"], line["solver"], tuple(line["fell_back"]))
+                results[name] = Result(
+                    line["error"],
+                    line["solver"],
+                    tuple(line["fell_back"]),
+                    line.get("rounding_share"),
+                )
             done += costs[name]
             run.progress("write", name, done, total)
     return results, failed
@@ -224,7 +233,10 @@ def _salvage(units: Sequence[Unit], writer: WeightWriter, workspace: Workspace) 
     for unit in units:
         line = workspace.done.get(unit.name)
         with_bytes = [tensor for tensor in unit.writes if tensor.nbytes]
-        if line is None or not workspace.before.exists() or len(line["crc"]) < len(with_bytes):
+        if line is None or len(line["crc"]) < len(with_bytes):
+            continue
+        # an earlier run may have been killed while it removed them
+        if not all((workspace.before / file).is_file() for file in line["files"]):
             continue
         # Those without bytes stand last, and may have come or gone since.
         for tensor, offset, file in zip(with_bytes, line["at"], line["files"], strict=False):

@@ -19,13 +19,21 @@ from svdcli.files.workspace import Workspace
 from svdcli.models import self_contained as standalone
 from svdcli.plan.adapters import adapter_kind
 from svdcli.plan.budget import missed_target, staying_dense
-from svdcli.plan.decide import UNSOUND, LayerSpectrum, decide, needs_spectra, rerun
+from svdcli.plan.decide import (
+    UNSOUND,
+    LayerSpectrum,
+    chooses_packings,
+    decide,
+    needs_spectra,
+    rerun,
+)
 from svdcli.plan.layers import choose_layers, nothing_selected
 from svdcli.plan.parts import part_configs
 from svdcli.plan.plan import Plan, Skipped, TextRead
 from svdcli.plan.recipe import Recipe
 from svdcli.plan.roles import Roles
 from svdcli.plan.tensors import TensorInfo
+from svdcli.plan.words import option_of
 from svdcli.progress import Progress
 
 if TYPE_CHECKING:
@@ -179,7 +187,10 @@ def make_plan(run: Run, checkpoint: Checkpoint, request: Request, name: str | No
     # A plan has its ranks: of the weights it only needs to know that they are finite.
     recipe = request.recipe
     spectra = request.plan is None and needs_spectra(recipe)
-    measured = measure_spectra(run, request.selected, spectra=spectra)
+    chooses = request.plan is None and chooses_packings(recipe)
+    measured = measure_spectra(
+        run, request.selected, spectra=spectra, recipe=recipe if chooses else None
+    )
     bad = [tensor.name for tensor in request.selected if not measured[tensor.name].finite]
     if recipe.nonfinite == "error":
         check_finite(bad)
@@ -250,7 +261,7 @@ def _rerun(checkpoint: Checkpoint, saved: Plan, name: str | None, bad: Sequence[
     if bad and not missed_target(saved, design_of(checkpoint, saved, name).blueprint().total):
         dense = {layer.tensor.name: layer.reason for layer in plan.layers if layer.rank is None}
         why = staying_dense(dense, len(plan.layers))
-        hint = f"make a new plan of this model: --{plan.recipe.target} without --plan"
+        hint = f"make a new plan of this model: {option_of(plan.recipe.target)} without --plan"
         raise UsageError(f"the plan does not meet its target here: {missed}, since {why}", hint)
     return noting_a_miss(plan, missed)
 

@@ -43,6 +43,7 @@ def write(
     Where solvers gave way to others on more layers than the record has room for, all is laid out
     once more, with more room.
     """
+    run.kept.drop_other()
     results, failed = _write_once(run, design, layers, ready)
     if failed or design.fits(results):
         return design, results, failed

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from svdcli.calibration.moments import LayerMoments, metric_of
+from svdcli.engine.packing import parts_of, solve_packed
 from svdcli.files.dtypes import TORCH_DTYPES
 from svdcli.files.record import Result
 from svdcli.files.source import Source
@@ -20,6 +21,7 @@ from svdcli.linalg.solvers import SOLVERS, Factors, transposed
 from svdcli.linalg.whitening import refit_bias, weighted, weighted_error
 from svdcli.models.modules import is_row_order
 from svdcli.plan.layouts import LAYOUTS
+from svdcli.plan.packing import PLAIN
 from svdcli.plan.plan import LayerPlan
 from svdcli.plan.tensors import FACTORED_DTYPES, TensorInfo
 from svdcli.plan.words import WEIGHTED
@@ -31,8 +33,8 @@ _NoConvergence: type[Exception] = torch.linalg.LinAlgError  # type: ignore[attr-
 _LADDER = (("gram", torch.float32), ("svd", torch.float32), ("svd", torch.float64))
 
 
-# A float32 Gram matrix knows singular values down to about 3e-4 of the largest; a smaller tail is
-# not to be trusted.
+# A float32 Gram matrix is rounded to about 1e-7 of its largest eigenvalue, in many places: a tail
+# below this share of the energy may be noise, and is not trusted.
 _GRAM_FLOOR = {torch.float32: 1e-4, torch.float64: 1e-11}
 
 
@@ -82,6 +84,8 @@ def solve_layer(
     """
     if layer.rank is None:
         raise ValueError(f"{layer.tensor.name} is dense")
+    if layer.packing != PLAIN:
+        return _solve_packed(w, layer, moments)
     codec, stored_dtype = CODECS[layer.layout], TORCH_DTYPES[layer.stored_dtype]
     attempts = _attempts(layer, device)
     fell_back: list[str] = []
@@ -113,6 +117,15 @@ def solve_layer(
     raise LayerFailedError(", ".join(fell_back))
 
 
+def _solve_packed(
+    w: Tensor, layer: LayerPlan, moments: LayerMoments | None
+) -> tuple[tuple[Tensor, ...], Result]:
+    try:
+        return solve_packed(w, layer, moments)
+    except _NoConvergence as error:
+        raise LayerFailedError(f"{layer.solver}: no convergence") from error
+
+
 def _factor(
     work: Tensor, layer: LayerPlan, solver: str, seed: int, moments: LayerMoments | None
 ) -> Factors:
@@ -129,7 +142,7 @@ def _dense(
     stored: tuple[Tensor, ...], layer: LayerPlan, moments: LayerMoments, device: torch.device
 ) -> Tensor:
     """What the stored factors stand for, (out, in) in float64."""
-    parts = tuple(part.to(device) for part in stored)
+    parts = tuple(part.to(device) for part in parts_of(layer, stored))
     dense = CODECS[layer.layout].rows(parts, torch.float64, slice(None))
     return dense.T if moments.transposed else dense
 
@@ -196,7 +209,8 @@ def _relative_error(weight: Tensor, stored: tuple[Tensor, ...], layer: LayerPlan
     total = squared_norm(work)
     if not total > 0:
         return 0.0
-    return math.sqrt(CODECS[layer.layout].residual(work, stored) / total)
+    parts = parts_of(layer, stored)
+    return math.sqrt(CODECS[layer.layout].residual(work, parts) / total)
 
 
 def _attempts(layer: LayerPlan, device: torch.device) -> list[tuple[str, torch.dtype]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -13,13 +13,17 @@ from svdcli.calibration.moments import LayerMoments, metric_of
 from svdcli.engine.executor import map_unordered
 from svdcli.engine.inputs import Inputs, Opened, shared
 from svdcli.engine.job import Line, guess_seconds
+from svdcli.engine.packing import measure_roundings, metric_for_packing
 from svdcli.engine.run import Run
 from svdcli.engine.solve import bias_of, work_dtype
 from svdcli.errors import SvdcliError
+from svdcli.files.dtypes import TORCH_DTYPES
 from svdcli.files.source import Source
 from svdcli.linalg.solvers import squared_singular_values
 from svdcli.linalg.whitening import weighted_energies
 from svdcli.plan.decide import UNSOUND, LayerSpectrum
+from svdcli.plan.menus import Rounding, Trial, trials_of
+from svdcli.plan.recipe import Recipe
 from svdcli.plan.tensors import TensorInfo, module_of
 
 _TINY = 1e-140  # the squares of smaller numbers, or larger than one over it, leave float64
@@ -92,6 +96,8 @@ class SpectrumJob:
     spectra: bool
     device: str
     earlier: Line | None = None
+    trials: tuple[Trial, ...] = ()
+    dtype: str = ""
 
 
 def run_spectrum_job(job: SpectrumJob) -> Line:
@@ -100,7 +106,8 @@ def run_spectrum_job(job: SpectrumJob) -> Line:
     earlier, name = job.earlier, job.tensor.name
     if earlier is not None:
         lacks_spectrum = earlier["energies"] is None and earlier["finite"]
-        if not (job.spectra and lacks_spectrum):
+        lacks_roundings = bool(job.trials) and earlier["finite"] and "roundings" not in earlier
+        if not (job.spectra and lacks_spectrum) and not lacks_roundings:
             return earlier
 
     # the weight, and the metric it is measured in
@@ -121,7 +128,7 @@ def run_spectrum_job(job: SpectrumJob) -> Line:
         moments=moments,
         centred=refits,
     )
-    return {
+    line: Line = {
         "measured": name,
         "finite": spectrum.finite,
         "energies": spectrum.energies,
@@ -129,18 +136,33 @@ def run_spectrum_job(job: SpectrumJob) -> Line:
         "refit": refits,
         "weight": loss,
     }
+    if job.trials and spectrum.finite:
+        counts = metric_for_packing(weight, moments, centred=refits)
+        roundings = measure_roundings(weight, job.trials, TORCH_DTYPES[job.dtype], counts)
+        line["roundings"] = [rounding.share for rounding in roundings]
+    return line
 
 
 def measure_spectra(
-    run: Run, tensors: Sequence[TensorInfo], *, spectra: bool
+    run: Run,
+    tensors: Sequence[TensorInfo],
+    *,
+    spectra: bool,
+    recipe: Recipe | None = None,
 ) -> dict[str, LayerSpectrum]:
-    """Measure every layer that the journal does not have yet; with a calibration, in its metric."""
+    """Measure every layer that the journal does not have yet; with a calibration, in its metric.
+
+    recipe is one that chooses packings: what rounding costs is measured for it, too.
+    """
     workspace = run.workspace
     earlier = workspace.measured if workspace is not None else {}
     share = 0.3 if spectra else 0.0
     costs = {tensor.name: guess_seconds(tensor, share=share) for tensor in tensors}
     total, done = math.fsum(costs.values()), 0.0
     spectrum_of: dict[str, LayerSpectrum] = {}
+    trials: dict[str, Sequence[Trial]] = {}
+    if recipe is not None:
+        trials = {tensor.name: trials_of(tensor, recipe) for tensor in tensors}
 
     # what is new goes to the journal as soon as it is known, so that the next run has it
 
@@ -149,18 +171,27 @@ def measure_spectra(
             workspace.note(line)
 
     with shared(Opened(run.source, run.calibration)) as inputs:
-        jobs = [
-            SpectrumJob(t, inputs, spectra, str(run.device), earlier.get(t.name)) for t in tensors
-        ]
+        jobs = [_job(run, tensor, inputs, spectra, recipe) for tensor in tensors]
         for line in map_unordered(run_spectrum_job, jobs, run.device, note):
             name = line["measured"]
-            spectrum_of[name] = _spectrum_of(run.source, line)
+            spectrum_of[name] = _spectrum_of(run.source, line, trials.get(name, ()))
             done += costs[name]
             run.progress("measure", name, done, total)
     return {tensor.name: spectrum_of[tensor.name] for tensor in tensors}
 
 
-def _spectrum_of(source: Source, line: Line) -> LayerSpectrum:
+def _job(
+    run: Run, tensor: TensorInfo, inputs: Inputs, spectra: bool, recipe: Recipe | None
+) -> SpectrumJob:
+    earlier = run.workspace.measured if run.workspace is not None else {}
+    job = SpectrumJob(tensor, inputs, spectra, str(run.device), earlier.get(tensor.name))
+    if recipe is None:
+        return job
+    trials = tuple(trials_of(tensor, recipe))
+    return replace(job, trials=trials, dtype=recipe.dtype or tensor.dtype)
+
+
+def _spectrum_of(source: Source, line: Line, trials: Sequence[Trial]) -> LayerSpectrum:
     """A line of the journal as a value."""
     energies, bias = line["energies"], None
     if energies is not None:
@@ -173,6 +204,10 @@ def _spectrum_of(source: Source, line: Line) -> LayerSpectrum:
         metric=line["metric"],
         bias=bias,
         loss_scale=line["weight"],
+        roundings=tuple(
+            Rounding(trial, share)
+            for trial, share in zip(trials, line.get("roundings", ()), strict=False)
+        ),
     )
 
 

@@ -28,6 +28,7 @@ from svdcli.files.record import (
     widest_results,
 )
 from svdcli.files.writer import OutFile, Unit, group_units, lay_out, safetensors_name, shard_stem
+from svdcli.plan.layouts import WHOLE
 from svdcli.plan.parts import tripwires
 from svdcli.plan.plan import LayerPlan, Plan
 from svdcli.plan.tensors import TensorInfo
@@ -367,7 +368,8 @@ def compress_units(checkpoint: Checkpoint, plan: Plan) -> list[Unit]:
     refitted = {layer.bias.name for layer in plan.factored if layer.bias is not None}
     warned: set[str] = set()
     if checkpoint.is_directory and checkpoint.transformers_opens_it and plan.recipe.keeps_factors:
-        warned.update(tripwires(layer.tensor.module for layer in plan.factored))
+        factored = [layer for layer in plan.factored if layer.layout != WHOLE]
+        warned.update(tripwires(layer.tensor.module for layer in factored))
 
     units = []
     for name, ref in checkpoint.tensors.items():

@@ -8,6 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from svdcli.plan.packing import PLAIN
 from svdcli.plan.parts import part_configs
 from svdcli.plan.plan import FORMAT, Plan
 
@@ -33,7 +34,7 @@ def changes_of(
     changes: dict[Path, Any] = {}
     for path, part in (((), config), *part_configs(config)):
         if factored:
-            changes[(*path, "quantization_config")] = quantization_config(plan.recipe.layout)
+            changes[(*path, "quantization_config")] = quantization_config(plan)
         if transformers and plan.recipe.dtype is not None:
             # Under the keys that say it already, so that they do not contradict each other.
             keys = [key for key in _DTYPE_KEYS if part.get(key) is not None]
@@ -44,9 +45,11 @@ def changes_of(
     return changes
 
 
-def quantization_config(layout: str) -> dict[str, Any]:
+def quantization_config(plan: Plan) -> dict[str, Any]:
     """What makes transformers ask the plugin."""
-    return {"quant_method": METHOD, "format": FORMAT, "layout": layout}
+    data = {"quant_method": METHOD, "format": FORMAT, "layout": plan.recipe.layout}
+    packed = [layer.packing for layer in plan.factored if layer.packing != PLAIN]
+    return data | {"group": packed[0].group} if packed else data
 
 
 def asks_for_plugin(config: Mapping[str, Any]) -> bool:

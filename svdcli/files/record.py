@@ -11,13 +11,14 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from svdcli.errors import BadCheckpointError, UsageError
 from svdcli.files.checkpoint import METADATA_KEY, RECORD, Checkpoint, read_file_header
 from svdcli.files.folder import read_json
+from svdcli.plan.packing import PLAIN
 from svdcli.plan.plan import FORMAT, LayerPlan, Plan, layer_from_json
 from svdcli.plan.tensors import TensorInfo
 from svdcli.version import __version__
@@ -26,11 +27,13 @@ from svdcli.version import __version__
 @dataclass(frozen=True)
 class Result:
     """What came of one layer: relative Frobenius error of what is stored, the solver that did it,
-    the ones that failed."""
+    the ones that failed, and, where it is packed, the rounding's share of the squared error in the
+    metric that counts."""
 
     relative_error: float
     solver: str
     fell_back: tuple[str, ...] = ()
+    rounding_share: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         data: dict[str, Any] = {
@@ -39,6 +42,8 @@ class Result:
         }
         if self.fell_back:
             data["fell_back"] = list(self.fell_back)
+        if self.rounding_share is not None:
+            data["rounding_share"] = float(f"{self.rounding_share:.3e}")
         return data
 
 
@@ -48,7 +53,7 @@ _USUAL_ERROR = 1.234567e-10  # as many letters as the error of a solver that did
 EVERY = "every_layer"
 CONDENSED = 2  # the format of a record in which `every_layer` says what its layers share
 # What layers may share.
-_SHARED = ("shape", "dtype", "rank", "layout", "stored_dtype", "solver", "metric")
+_SHARED = ("shape", "dtype", "rank", "layout", "stored_dtype", "solver", "metric", "bits", "group")
 _SHA_WIDTH = 64
 # What every record says of its source.
 _SOURCE = {"name", "fingerprint", "bytes", "parameters"}
@@ -101,12 +106,23 @@ def make_record(
 
 def usual_results(plan: Plan) -> dict[str, Result]:
     """Results as wide as they are where no solver gives way to another, for reserving space."""
-    return {layer.tensor.name: Result(_USUAL_ERROR, layer.solver) for layer in plan.factored}
+    return {
+        layer.tensor.name: Result(_USUAL_ERROR, layer.solver, (), _widest_share(layer))
+        for layer in plan.factored
+    }
 
 
 def widest_results(plan: Plan) -> dict[str, Result]:
     """Results as wide as they can get, whatever happens."""
-    return {layer.tensor.name: WIDEST for layer in plan.factored}
+    return {
+        layer.tensor.name: replace(WIDEST, rounding_share=_widest_share(layer))
+        for layer in plan.factored
+    }
+
+
+def _widest_share(layer: LayerPlan) -> float | None:
+    """A rounding's share that takes as many letters as any can; None where there is none."""
+    return None if layer.packing == PLAIN else 1.234e-100
 
 
 def shared_fields(record: Mapping[str, Any]) -> dict[str, Any]:

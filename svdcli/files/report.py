@@ -13,8 +13,9 @@ from svdcli.files.checkpoint import RECORD, read_file_header
 from svdcli.files.record import read_record
 from svdcli.plan.layouts import LAYOUTS
 from svdcli.plan.loss import expected_loss
-from svdcli.plan.plan import Healing, TextRead
-from svdcli.plan.tensors import TensorInfo
+from svdcli.plan.packing import PLAIN
+from svdcli.plan.plan import Healing, TextRead, packing_from_json
+from svdcli.plan.tensors import DTYPE_BITS, TensorInfo
 
 JSON_VERSION = 1
 SOLVERS_FAILED = "every solver failed"  # so begins the reason of a layer that stays dense for it
@@ -26,7 +27,9 @@ _ABOVE = 1 + 1e-6
 @dataclass(frozen=True)
 class LayerRow:
     """One selected layer. relative_error is ||W - W_stored||_F / ||W||_F; energy_kept is 1 -
-    relative_error^2.
+    relative_error^2. bits are those of one stored number; rounding_share is the part of the squared
+    error, in the metric that counts, that comes of rounding and not of the rank, where layers are
+    packed.
 
     Dense layers have rank None, a reason, and no error. Bytes are those of the tensors.
     """
@@ -37,6 +40,8 @@ class LayerRow:
     rank: int | None
     layout: str
     stored_dtype: str
+    bits: int
+    rounding_share: float | None
     parameters_before: int
     parameters_after: int
     bytes_before: int
@@ -269,6 +274,7 @@ def _row(name: str, layer: Mapping[str, Any], predicted: bool) -> LayerRow:
     solver = ""
     parameters = tensor.parameters
     error = energy_kept = None
+    bits = DTYPE_BITS[tensor.dtype]
 
     # A factored one. Numbers of rows are bytes, and no parameters: they have a dtype of their own.
     rank = layer["rank"]
@@ -276,8 +282,11 @@ def _row(name: str, layer: Mapping[str, Any], predicted: bool) -> LayerRow:
         layout = layer["layout"]
         stored_dtype = layer["stored_dtype"]
         solver = layer["solver"]
-        stored = LAYOUTS[layout].tensors(tensor, rank, stored_dtype)
-        parameters = sum(part.parameters for part in stored if part.dtype == stored_dtype)
+        packing = packing_from_json(layer)
+        bits = packing.bits if packing != PLAIN else DTYPE_BITS[stored_dtype]
+        stored = LAYOUTS[layout].tensors(tensor, rank, stored_dtype, packing)
+        plain = LAYOUTS[layout].tensors(tensor, rank, stored_dtype)
+        parameters = sum(part.parameters for part in plain if part.dtype == stored_dtype)
     if rank is not None and not predicted:
         error = float(layer["relative_error"])
         energy_kept = 1 - error**2
@@ -290,6 +299,8 @@ def _row(name: str, layer: Mapping[str, Any], predicted: bool) -> LayerRow:
         rank=rank,
         layout=layout,
         stored_dtype=stored_dtype,
+        bits=bits,
+        rounding_share=layer.get("rounding_share"),
         parameters_before=tensor.parameters,
         parameters_after=parameters,
         bytes_before=tensor.nbytes,

@@ -21,7 +21,7 @@ SUFFIX = ".partial"
 MOMENTS = "moments.safetensors"
 BLOCKS = "blocks"
 # What may be in the folder of a workspace.
-_OWN = frozenset({"lock", "journal.jsonl", "data", "before", "replaced", MOMENTS, BLOCKS})
+_OWN = frozenset({"lock", "journal.jsonl", "data", "before", "replaced", "other", MOMENTS, BLOCKS})
 
 
 class Workspace:
@@ -30,7 +30,8 @@ class Workspace:
 
     measured, done and healed are what earlier runs of the same command left in the journal.
     `*.moments.safetensors` is a calibration made on the way, `blocks/` holds factors that were
-    healed.
+    healed, `other/` the unfinished work of another command until it is certain that this one is
+    not refused.
     """
 
     def __init__(self, out: Path, *, is_file: bool) -> None:
@@ -43,6 +44,7 @@ class Workspace:
         self.healed: dict[str, dict[str, Any]] = {}
         self.started_over = False  # the journal was another command's
         self.before = self.folder / "before"
+        self._other = self.folder / "other"
         self._noting = threading.Lock()
         self._was_there = self.folder.exists()
         self._journal = self.folder / "journal.jsonl"
@@ -136,11 +138,37 @@ class Workspace:
             self.healed = {line["block"]: line for line in lines if "block" in line}
             return True
         self.started_over = any("identity" in line for line in lines)
+        if self.started_over:
+            self._displace()
         for path in (self.data, self.folder / BLOCKS):
             shutil.rmtree(path, ignore_errors=True)
         self._journal.unlink(missing_ok=True)
         self.note({"identity": identity})
         return True
+
+    def _displace(self) -> None:
+        """Keep the work of another command, for `put_back`."""
+        shutil.rmtree(self._other, ignore_errors=True)
+        self._other.mkdir()
+        for path in (self._journal, self.data, self.folder / BLOCKS):
+            if path.exists():
+                path.rename(self._other / path.name)
+
+    def put_back(self) -> bool:
+        """Put the other command's work in its place again, where there was any."""
+        if not self._other.is_dir():
+            return False
+        self._clear_own()
+        # the journal last: what it lists is there then
+        for name in (self.data.name, BLOCKS, self._journal.name):
+            if (self._other / name).exists():
+                (self._other / name).rename(self.folder / name)
+        shutil.rmtree(self._other)
+        return True
+
+    def drop_other(self) -> None:
+        """Forget the other command's work: this one is not refused any more."""
+        shutil.rmtree(self._other, ignore_errors=True)
 
     def set_aside(self) -> None:
         """Keep what was written under an older layout, for `salvage`."""
@@ -207,15 +235,22 @@ class Workspace:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def give_up(self) -> bool:
-        """Remove the folder, or all in it but a calibration, which takes long to make again. True
-        where one stays."""
+        """Remove the folder, or all in it but a calibration, which takes long to make again, and
+        the unfinished work of another command. True where a calibration stays."""
+        other = self.put_back()
         if not any(path.name.endswith(f".{MOMENTS}") for path in self.folder.iterdir()):
-            self.remove()
+            if not other:
+                self.remove()
             return False
-        self._clear()
+        if not other:
+            self._clear()
         return True
 
     def _clear(self) -> None:
+        self.drop_other()
+        self._clear_own()
+
+    def _clear_own(self) -> None:
         for path in (self.data, self.before, self.folder / "replaced", self.folder / BLOCKS):
             shutil.rmtree(path, ignore_errors=True)
         self._journal.unlink(missing_ok=True)

@@ -53,7 +53,8 @@ def svd(w: Tensor, rank: int, seed: int = 0) -> Factors:
 
 
 def gram(w: Tensor, rank: int, seed: int = 0) -> Factors:
-    """Eigenvectors Q of W W^T on the short side: up = Q_r, down = Q_r^T W.
+    """Eigenvectors Q of W W^T on the short side: up = Q_r and down = Q_r^T W, balanced as all
+    factors are.
 
     Several times cheaper than an SVD, at the price of the squared condition number: singular values
     below sqrt(eps) of the largest drown in rounding, which the caller sees as a residual above the

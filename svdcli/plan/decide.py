@@ -13,7 +13,9 @@ from svdcli.plan.budget import (
     ranks_within_share,
     staying_dense,
 )
-from svdcli.plan.knapsack import allocate_globally
+from svdcli.plan.knapsack import Menu, allocate_globally, allocate_menus
+from svdcli.plan.menus import Rounding, packed_menu, rounding_share
+from svdcli.plan.packing import PLAIN
 from svdcli.plan.plan import LayerPlan, Plan, Skipped
 from svdcli.plan.ranks import (
     Choice,
@@ -28,7 +30,7 @@ from svdcli.plan.ranks import (
 )
 from svdcli.plan.recipe import Recipe
 from svdcli.plan.tensors import TensorInfo
-from svdcli.plan.words import WEIGHTED
+from svdcli.plan.words import WEIGHTED, option_of
 
 # Up to this short side LAPACK's SVD takes milliseconds, and there is nothing to win with a Gram
 # matrix.
@@ -47,7 +49,8 @@ class LayerSpectrum:
     energies are its squared singular values in descending order, in the metric of the calibration
     where there is one; None where no policy needs them. metric says which that is ("" plain). bias
     is the layer's own, where it will be refitted. loss_scale is the loss of the model that its
-    whole energy stands for, where that was measured.
+    whole energy stands for, where that was measured. roundings are what packing it costs, where
+    packings are to be chosen.
     """
 
     finite: bool
@@ -55,6 +58,7 @@ class LayerSpectrum:
     metric: str = ""
     bias: TensorInfo | None = None
     loss_scale: float | None = None
+    roundings: tuple[Rounding, ...] = ()
 
     def tails(self) -> list[float]:
         """Share of the energy beyond each rank 0 .. min(m, n)."""
@@ -79,6 +83,12 @@ def needs_spectra(recipe: Recipe) -> bool:
         or recipe.target in ("energy", "error")
         or recipe.calibration is not None
     )
+
+
+def chooses_packings(recipe: Recipe) -> bool:
+    """Does every layer get its own bits and rank, of one budget in bytes."""
+    in_bytes = recipe.target in ("size", "keep_bytes")
+    return bool(recipe.packings) and in_bytes and recipe.allocate == "global"
 
 
 def decide(
@@ -116,13 +126,19 @@ def decide(
         return Plan(recipe, fingerprint, tuple(layers), tuple(skipped), loss_unit=loss_unit)
 
     # Costs are counted in what the budget is given in.
-    unit = "bytes" if recipe.target == "size" else "parameters"
+    in_bytes = recipe.target in ("size", "keep_bytes")
+    unit = "bytes" if in_bytes else "parameters"
     options = [options_of(tensor, recipe, unit=unit) for tensor in sound]
     loss_at = [losses.get(tensor.name, ()).__getitem__ for tensor in sound]
 
     # A size is met by trying whole plans; a bound holds for each layer by itself.
-    if recipe.target == "size":
-        return _within_size(recipe, options, loss_at, plan_with, predict)
+    if in_bytes:
+        budgets = _Budgets(recipe, options, loss_at)
+        if chooses_packings(recipe):
+            budgets = _PackedBudgets(_packed_menus(recipe, sound, losses, measured))
+        if recipe.target == "size":
+            return _within_size(recipe, sound, budgets, plan_with, predict)
+        return _within_share(recipe, selected, sound, budgets, plan_with)
     if recipe.target in ("energy", "error"):
         return plan_with([_bounded(o, recipe, measured[o.tensor.name]) for o in options])
 
@@ -139,6 +155,19 @@ def decide(
     if recipe.target == "keep":
         notes = note_of_missed_share(recipe, selected, options, choices)
     return replace(plan_with(choices), notes=notes)
+
+
+def _packed_menus(
+    recipe: Recipe,
+    layers: Sequence[TensorInfo],
+    losses: Mapping[str, Sequence[float]],
+    measured: Mapping[str, LayerSpectrum],
+) -> list[Menu]:
+    menus = []
+    for tensor in layers:
+        roundings = measured[tensor.name].roundings
+        menus.append(packed_menu(tensor, recipe, losses[tensor.name], roundings))
+    return menus
 
 
 def _unsound_layers(
@@ -168,26 +197,33 @@ def _layer_plan(
     solver = WEIGHTED if spectrum.metric else recipe.solver
     if solver == "auto":
         solver = "svd" if min(tensor.shape) <= _SVD_IS_CHEAP else "gram"
+    packing = choice.packing
+    if choice.rank is not None and not choice.layout and recipe.packings:
+        packing = recipe.packings[0]
     loss = None
     bias = None if choice.rank is None else spectrum.bias
     if losses is not None and choice.rank is not None:
-        loss = float(f"{losses[choice.rank]:.6e}")  # as many digits as the record keeps
+        lost = losses[choice.rank]
+        if choice.packing != PLAIN and spectrum.roundings:
+            lost += losses[0] * rounding_share(spectrum.roundings, choice)
+        loss = float(f"{lost:.6e}")  # as many digits as the record keeps
     return LayerPlan(
         tensor=tensor,
         rank=choice.rank,
-        layout=recipe.layout,
+        layout=choice.layout or recipe.layout,
         stored_dtype=recipe.dtype or tensor.dtype,
         solver=solver,
         reason=choice.reason,
         loss=loss,
         metric=spectrum.metric,
         bias=bias,
+        packing=packing,
     )
 
 
 def _bounded(options: Options, recipe: Recipe, spectrum: LayerSpectrum) -> Choice:
     """The smallest rank that keeps the bound after the factors were rounded to their dtype."""
-    target = f"--{recipe.target} {recipe.value:g}"
+    target = f"{option_of(recipe.target)} {recipe.value:g}"
     allowed = recipe.value**2 if recipe.target == "error" else 1 - recipe.value
     if recipe.target == "error":
         dtype = recipe.dtype or options.tensor.dtype
@@ -233,17 +269,88 @@ def _total_loss(choices: Sequence[Choice], losses: Sequence[Callable[[int], floa
     return math.fsum(lost)
 
 
+class _Budgets:
+    """What the layers become within a budget in bytes, by ranks alone."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        options: Sequence[Options],
+        losses: Sequence[Callable[[int], float]],
+    ) -> None:
+        self.recipe, self.options, self.losses = recipe, options, losses
+
+    def least(self) -> list[Choice]:
+        """The smallest choice for every layer."""
+        return [_least(option) for option in self.options]
+
+    def choose(self, budget: int) -> list[Choice]:
+        """The best choices that take at most `budget`, or else the smallest."""
+        choices = uniform_within(self.options, budget)
+        if self.recipe.allocate == "global":
+            choices = _globally(self.recipe, self.options, self.losses, choices, budget)
+        return choices
+
+
+class _PackedBudgets(_Budgets):
+    """The same by ranks and bits."""
+
+    def __init__(self, menus: Sequence[Menu]) -> None:
+        self.menus = menus
+
+    def least(self) -> list[Choice]:
+        return [menu.smallest.choice or Choice(None, "no packing saves") for menu in self.menus]
+
+    def choose(self, budget: int) -> list[Choice]:
+        return allocate_menus(self.menus, budget)
+
+
+def _within_share(
+    recipe: Recipe,
+    selected: Sequence[TensorInfo],
+    sound: Sequence[TensorInfo],
+    budgets: _Budgets,
+    plan_with: Callable[[Sequence[Choice]], Plan],
+) -> Plan:
+    """At most this share of the bytes of all selected layers; those that stay dense count in full.
+    Raises UsageError where it cannot be reached."""
+    total = sum(tensor.nbytes for tensor in selected)
+    fixed = total - sum(tensor.nbytes for tensor in sound)
+    smallest = plan_with(budgets.least())
+    reachable = fixed + _stored_bytes(smallest, sound)
+    if reachable > recipe.value * total:
+        share = math.ceil(1000 * reachable / total) / 1000
+        dense = {layer.tensor.name: layer.reason for layer in smallest.layers if layer.rank is None}
+        why = f", since {staying_dense(dense, len(smallest.layers))}" if dense else ""
+        raise UsageError(
+            f"--keep-bytes {recipe.value:g} is not reachable: the smallest layers take {share:g} "
+            f"of the bytes{why}",
+            f"use --keep-bytes {share:g} or more, or --bits 4",
+        )
+    return plan_with(budgets.choose(math.floor(recipe.value * total + 1e-9) - fixed))
+
+
+def _stored_bytes(plan: Plan, layers: Sequence[TensorInfo]) -> int:
+    """Bytes of all tensors that stand for these layers under a plan."""
+    names = {tensor.name for tensor in layers}
+    total = 0
+    for layer in plan.layers:
+        if layer.tensor.name in names:
+            total += sum(tensor.nbytes for tensor in layer.stored())
+    return total
+
+
 def _within_size(
     recipe: Recipe,
-    options: Sequence[Options],
-    losses: Sequence[Callable[[int], float]],
+    sound: Sequence[TensorInfo],
+    budgets: _Budgets,
     plan_with: Callable[[Sequence[Choice]], Plan],
     predict: Callable[[Plan], int],
 ) -> Plan:
     """Never above the size, as close below as whole ranks allow. Headers grow with the plan, so its
     bytes are predicted again and again."""
     size = int(recipe.value)
-    smallest = plan_with([_least(option) for option in options])
+    smallest = plan_with(budgets.least())
     reachable = predict(smallest)
     if reachable > size:
         raise _size_unreachable(recipe, smallest, reachable, predict)
@@ -251,12 +358,9 @@ def _within_size(
     # The layers may spend what all else in the output leaves: other tensors, carried files,
     # headers, the record. The last two differ from plan to plan, so that each corrects the budget.
     best, best_bytes = smallest, reachable
-    budget = size - (reachable - _spent(options, smallest))
+    budget = size - (reachable - _stored_bytes(smallest, sound))
     for _ in range(_SIZE_ROUNDS):
-        choices = uniform_within(options, budget)
-        if recipe.allocate == "global":
-            choices = _globally(recipe, options, losses, choices, budget)
-        plan = plan_with(choices)
+        plan = plan_with(budgets.choose(budget))
         total = predict(plan)
         if best_bytes < total <= size:
             best, best_bytes = plan, total
@@ -264,7 +368,7 @@ def _within_size(
             break
 
         # A budget whose plan fits shrinks by half the difference: a better one may lie between.
-        following = size - (total - _spent(options, plan))
+        following = size - (total - _stored_bytes(plan, sound))
         if following == budget:
             break
         if total > size or following > budget:
@@ -279,12 +383,6 @@ def _least(option: Options) -> Choice:
     if not option.ranks:
         return Choice(None, "no rank saves bytes")
     return Choice(option.ranks[0])
-
-
-def _spent(options: Sequence[Options], plan: Plan) -> int:
-    """What the layers of `options` cost under a plan."""
-    ranks = {layer.tensor.name: layer.rank for layer in plan.layers}
-    return sum(option.cost(ranks[option.tensor.name]) for option in options)
 
 
 def _size_unreachable(

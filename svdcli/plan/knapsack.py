@@ -13,17 +13,18 @@ from svdcli.plan.ranks import Choice, Options, choice_of
 
 # Branch and bound looks at so many layers at most: the closest calls at the price of the budget.
 _CLOSE_CALLS = 16
+_WORTH_MORE = "worth more whole than the same bytes elsewhere"
 # So many partial solutions go on from one layer to the next.
 _PARTIAL_SOLUTIONS = 1000
 
 
 @dataclass(frozen=True)
-class _Point:
-    """One choice for a layer: its cost, its loss, and the rank, or None for staying dense."""
+class Point:
+    """One choice for a layer: its cost, its loss, and what it is, or None for staying dense."""
 
     cost: int
     loss: float
-    rank: int | None
+    choice: Choice | None
 
 
 def allocate_globally(
@@ -43,50 +44,58 @@ def allocate_globally(
     menus = _menus(options, losses, floors)
     if sum(menu.smallest.cost for menu in menus) > budget:
         menus = _menus(options, losses, [1] * len(floors))
-    best = _search(menus, budget)
-    reason = "worth more whole than the same bytes elsewhere"
-    return [
-        choice_of(option, point.rank, reason) for option, point in zip(options, best, strict=True)
-    ]
+    choices = []
+    for option, point in zip(options, _search(menus, budget), strict=True):
+        rank = None if point.choice is None else point.choice.rank
+        choices.append(choice_of(option, rank, _WORTH_MORE))
+    return choices
+
+
+def allocate_menus(menus: Sequence[Menu], budget: int) -> list[Choice]:
+    """The same for choices of any kind, without floors."""
+    return [point.choice or Choice(None, _WORTH_MORE) for point in _search(menus, budget)]
 
 
 @dataclass(frozen=True)
-class _Menu:
-    """All choices of one layer: ranked ones by rising cost, and staying dense."""
+class Menu:
+    """All choices of one layer: those that save by rising cost and falling loss, and staying
+    dense."""
 
-    ranked: list[_Point]
-    dense: _Point
+    ranked: list[Point]
+    dense: Point
 
     @property
-    def smallest(self) -> _Point:
+    def smallest(self) -> Point:
         return self.ranked[0] if self.ranked else self.dense
 
 
 def _menus(
     options: Sequence[Options], losses: Sequence[Callable[[int], float]], floors: Sequence[int]
-) -> list[_Menu]:
+) -> list[Menu]:
     return [
         _menu(option, loss, floor)
         for option, loss, floor in zip(options, losses, floors, strict=True)
     ]
 
 
-def _menu(options: Options, loss: Callable[[int], float], floor: int) -> _Menu:
+def _menu(options: Options, loss: Callable[[int], float], floor: int) -> Menu:
     """The choices of one layer from its floor on; its largest rank where the floor is above it."""
     last = max(0, len(options.ranks) - 1)
     first = min(bisect.bisect_left(options.ranks, floor), last)
     ranks = options.ranks[first:]
     costs = options.costs[first:]
-    ranked = [_Point(cost, loss(rank), rank) for rank, cost in zip(ranks, costs, strict=True)]
-    return _Menu(ranked, _Point(options.dense_cost, 0.0, None))
+    ranked = [
+        Point(cost, loss(rank), Choice(rank)) for rank, cost in zip(ranks, costs, strict=True)
+    ]
+    return Menu(ranked, Point(options.dense_cost, 0.0, None))
 
 
 # The convex hulls, steepest segments first --------------------------------------------------------
 
 
-def _hull(points: Sequence[_Point]) -> list[_Point]:
+def _hull(points: Sequence[Point]) -> list[Point]:
     """The lower convex hull: each segment flatter than the one before, none of which goes up."""
-    hull: list[_Point] = []
+    hull: list[Point] = []
     for point in points:
         if hull and point.loss >= hull[-1].loss:
             continue
@@ -96,7 +105,7 @@ def _hull(points: Sequence[_Point]) -> list[_Point]:
     return hull
 
 
-def _gain(low: _Point, high: _Point) -> float:
+def _gain(low: Point, high: Point) -> float:
     """Loss removed per unit of cost."""
     return (low.loss - high.loss) / (high.cost - low.cost)
 
@@ -108,11 +117,11 @@ class _Step:
 
     gain: float
     layer: int
-    target: _Point
+    target: Point
     extra: int
 
 
-def _steps(hulls: Sequence[Sequence[_Point]]) -> list[_Step]:
+def _steps(hulls: Sequence[Sequence[Point]]) -> list[_Step]:
     """Every segment of every hull, the one that removes most loss per cost first, each layer's in
     order."""
     steps = []
@@ -125,8 +134,8 @@ def _steps(hulls: Sequence[Sequence[_Point]]) -> list[_Step]:
 
 
 def _climb(
-    menus: Sequence[_Menu], start: Sequence[_Point], steps: Sequence[_Step], budget: int
-) -> tuple[list[_Point], float]:
+    menus: Sequence[Menu], start: Sequence[Point], steps: Sequence[_Step], budget: int
+) -> tuple[list[Point], float]:
     """Take steps while they fit; a layer whose next step does not fit stops as far on the way as it
     can.
 
@@ -150,7 +159,7 @@ def _climb(
     return chosen, 0.0 if math.isinf(price) else price
 
 
-def _search(menus: Sequence[_Menu], budget: int) -> list[_Point]:
+def _search(menus: Sequence[Menu], budget: int) -> list[Point]:
     """The best choices that are found for every layer: the hulls first, what is left over next,
     close calls last."""
     hulls = [_hull([*menu.ranked, menu.dense]) for menu in menus]
@@ -168,7 +177,7 @@ def _search(menus: Sequence[_Menu], budget: int) -> list[_Point]:
     return best
 
 
-def _fill(menus: Sequence[_Menu], chosen: Sequence[_Point], budget: int) -> list[_Point]:
+def _fill(menus: Sequence[Menu], chosen: Sequence[Point], budget: int) -> list[Point]:
     """Spend what is left: again and again the single change that removes most loss and still
     fits."""
     filled = list(chosen)
@@ -189,11 +198,11 @@ def _fill(menus: Sequence[_Menu], chosen: Sequence[_Point], budget: int) -> list
     return filled
 
 
-def _affordable(menu: _Menu, point: _Point, left: int) -> _Point:
+def _affordable(menu: Menu, point: Point, left: int) -> Point:
     """The best choice that costs at most `left` more; loss falls with cost, so it is the dearest
     one."""
     most = point.cost + left
-    if point.rank is None or menu.dense.cost <= most:
+    if point.choice is None or menu.dense.cost <= most:
         return menu.dense
     above = bisect.bisect_right(menu.ranked, most, key=lambda ranked: ranked.cost)
     return menu.ranked[max(0, above - 1)]
@@ -207,10 +216,10 @@ class _Reduced:
     """A choice, and what it loses against its layer's best one when cost has a price."""
 
     loss: float
-    point: _Point
+    point: Point
 
 
-def _reduced(menu: _Menu, price: float) -> list[_Reduced]:
+def _reduced(menu: Menu, price: float) -> list[_Reduced]:
     """Every choice of a layer with its reduced loss at this price of cost, least first."""
     points = [*menu.ranked, menu.dense]
     priced = [point.loss + price * point.cost for point in points]
@@ -222,7 +231,7 @@ def _reduced(menu: _Menu, price: float) -> list[_Reduced]:
     return sorted(reduced, key=lambda choice: choice.loss)
 
 
-def _indifference(menu: _Menu, price: float) -> float:
+def _indifference(menu: Menu, price: float) -> float:
     """How little the second best choice loses against the best one."""
     return _reduced(menu, price)[1].loss if menu.ranked else math.inf
 
@@ -234,12 +243,12 @@ class _Partial(NamedTuple):  # there are many, and dataclasses are slower to mak
     cost: int
     loss: float
     reduced: float
-    points: tuple[_Point, ...]
+    points: tuple[Point, ...]
 
 
 def _polish(
-    menus: Sequence[_Menu], close: Sequence[int], best: Sequence[_Point], price: float, budget: int
-) -> dict[int, _Point]:
+    menus: Sequence[Menu], close: Sequence[int], best: Sequence[Point], price: float, budget: int
+) -> dict[int, Point]:
     """The best choices for the layers in `close` while the others stay: branch and bound with the
     Lagrangian bound.
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from svdcli.errors import UsageError
 from svdcli.plan.layouts import LAYOUTS
+from svdcli.plan.packing import PLAIN, Packing
 from svdcli.plan.recipe import Recipe, recipe_from_json, recipe_to_json
 from svdcli.plan.tensors import FACTORED_DTYPES, TensorInfo
 from svdcli.plan.words import METRICS, SOLVERS, WEIGHTED
@@ -21,7 +23,7 @@ class LayerPlan:
     loss is what the rank gives up, where the spectrum was measured: the share of the weight's
     energy (of the outputs' with metric "inputs"), or, with metric "diagonal" or "full", the
     predicted rise of the model's own loss. bias names the bias that is refitted to the inputs'
-    mean.
+    mean. packing says how the numbers of each stored matrix are written.
     """
 
     tensor: TensorInfo
@@ -33,6 +35,7 @@ class LayerPlan:
     loss: float | None = None
     metric: str = ""
     bias: TensorInfo | None = None
+    packing: Packing = PLAIN
 
     @property
     def keeps_factors(self) -> bool:
@@ -43,11 +46,12 @@ class LayerPlan:
         """The tensors that are written for this layer."""
         if self.rank is None:
             return (self.tensor,)
-        return LAYOUTS[self.layout].tensors(self.tensor, self.rank, self.stored_dtype)
+        layout = LAYOUTS[self.layout]
+        return layout.tensors(self.tensor, self.rank, self.stored_dtype, self.packing)
 
     def left_dense(self, reason: str) -> LayerPlan:
         """The same layer, which stays dense for `reason`."""
-        return replace(self, rank=None, reason=reason, loss=None, bias=None)
+        return replace(self, rank=None, reason=reason, loss=None, bias=None, packing=PLAIN)
 
 
 @dataclass(frozen=True)
@@ -240,6 +244,9 @@ def _layer_to_json(layer: LayerPlan) -> dict[str, Any]:
         data["metric"] = layer.metric
     if layer.bias is not None:
         data["bias"] = {"name": layer.bias.name} | _tensor_to_json(layer.bias)
+    if layer.packing != PLAIN:
+        data["bits"] = layer.packing.bits
+        data["group"] = layer.packing.group
     return data
 
 
@@ -280,4 +287,16 @@ def layer_from_json(name: str, data: dict[str, Any]) -> LayerPlan:
         loss=data.get("loss"),
         metric=str(data.get("metric", "")),
         bias=bias,
+        packing=packing_from_json(data),
     )
+
+
+def packing_from_json(data: Mapping[str, Any]) -> Packing:
+    """How a layer of a plan or record is packed. Raises ValueError where there is no such
+    packing."""
+    if "bits" not in data:
+        return PLAIN
+    packing = Packing(int(data["bits"]), int(data["group"]))
+    if packing.bits not in (8, 4) or packing.group < 1:
+        raise ValueError(f"{packing.bits} bits in groups of {packing.group} are unknown")
+    return packing

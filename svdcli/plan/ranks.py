@@ -14,8 +14,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from svdcli.plan.layouts import LAYOUTS
+from svdcli.plan.packing import PLAIN, Packing
 from svdcli.plan.recipe import Recipe
 from svdcli.plan.tensors import FACTORED_DTYPES, TensorInfo
+
+# What the inner dimension of a packed product must be a multiple of: torch's int8 kernel steps
+# through it by 16, its int4 kernel by a group, the smallest of which has 32.
+_KERNEL_STEPS = {16: 1, 8: 16, 4: 32}
 
 
 @dataclass(frozen=True)
@@ -53,23 +58,34 @@ class Options:
 
 @dataclass(frozen=True)
 class Choice:
-    """A rank, or None with the reason why the layer stays dense."""
+    """A rank, or None with the reason why the layer stays dense. layout is another one than the
+    recipe's, where it is; packing how each matrix is stored."""
 
     rank: int | None
     reason: str = ""
+    layout: str = ""
+    packing: Packing = PLAIN
 
 
 def options_of(tensor: TensorInfo, recipe: Recipe, *, unit: str) -> Options:
     """Every rank of this layer that saves, with its cost in `unit` ("parameters" or "bytes")."""
     dtype = recipe.dtype or tensor.dtype
     layout = LAYOUTS[recipe.layout]
-    largest = layout.largest_saving_rank(tensor, dtype)
-    ranks = range(recipe.multiple_of, largest + 1, recipe.multiple_of)
+    packing = recipe.packings[0] if recipe.packings else PLAIN
+    largest = layout.largest_saving_rank(tensor, dtype, packing)
+    step = rank_step(recipe, packing)
+    ranks = range(step, largest + 1, step)
     if unit == "bytes":
-        sizes = [layout.nbytes(tensor, rank, dtype) for rank in ranks]
+        sizes = [layout.nbytes(tensor, rank, dtype, packing) for rank in ranks]
         return Options(tensor, ranks, sizes, tensor.nbytes, largest)
     costs = [layout.parameters(tensor.shape, rank) for rank in ranks]
     return Options(tensor, ranks, costs, tensor.parameters, largest)
+
+
+def rank_step(recipe: Recipe, packing: Packing) -> int:
+    """Ranks are multiples of this: of what the recipe says, and of what kernels for packed matrices
+    want."""
+    return math.lcm(recipe.multiple_of, _KERNEL_STEPS[packing.bits])
 
 
 def fixed_rank(options: Options, rank: int) -> Choice:

@@ -9,21 +9,25 @@ from typing import Any, TypedDict
 
 from svdcli.errors import UsageError
 from svdcli.plan.layouts import LAYOUTS
+from svdcli.plan.packing import Packing
 from svdcli.plan.tensors import FACTORED_DTYPES
 from svdcli.plan.words import (
     ALLOCATIONS,
+    BITS,
     METRICS,
     NONFINITE,
     SOLVERS,
     STORED_AS,
     TARGETS,
     Allocation,
+    Bits,
     Dtype,
     Layout,
     MetricName,
     OnNonfinite,
     Solver,
     Target,
+    option_of,
 )
 
 
@@ -32,7 +36,8 @@ class Recipe:
     """What the person asked for. Everything here changes what the output is; device and threads,
     which change the last bits at most, and verbosity do not belong.
 
-    target is one of words.TARGETS; value is its number (a rank, a share in (0, 1], bytes). dtype is
+    target is one of words.TARGETS; value is its number (a rank, a share in (0, 1], bytes). bits is
+    how many a stored number takes, in groups of group_size with a scale each at four. dtype is
     a word such as float32, kept as checkpoints call it (F32). calibration is the digest of a file
     of moments, metric how much of them counts: the inputs alone, or the loss gradients besides.
     Raises UsageError where the values cannot be met together.
@@ -55,13 +60,21 @@ class Recipe:
     self_contained: bool = False
     calibration: str | None = None
     metric: MetricName = "auto"
+    bits: Bits = "16"
+    group_size: int = 64
 
     def __post_init__(self) -> None:
         # Words first: what follows asks for the layout and the target by their names.
+        layouts = tuple(name for name, layout in LAYOUTS.items() if layout.is_asked_for)
         for name, value, words in (
             ("target", self.target, TARGETS),
             ("--allocate", self.allocate, ALLOCATIONS),
-            ("--layout", self.layout, tuple(LAYOUTS)),
+            (
+                "--layout",
+                self.layout,
+                layouts,
+            ),
+            ("--bits", self.bits, BITS),
             ("--solver", self.solver, SOLVERS),
             ("--nonfinite", self.nonfinite, NONFINITE),
             ("--metric", self.metric, METRICS),
@@ -84,6 +97,7 @@ class Recipe:
             )
         self._check_target()
         self._check_numbers()
+        self._check_bits()
         if self.target in ("rank", "size"):  # whole numbers, and JSON shows them so
             object.__setattr__(self, "value", int(self.value))
 
@@ -101,9 +115,10 @@ class Recipe:
             raise UsageError(
                 f"--{self.target} {self.value:g} is not a whole number above 0", "give at least 1"
             )
-        if self.target in ("keep", "energy") and not 0 < self.value <= 1:
+        if self.target in ("keep", "keep_bytes", "energy") and not 0 < self.value <= 1:
             raise UsageError(
-                f"--{self.target} {self.value:g} is outside (0, 1]", "give a share such as 0.6"
+                f"{option_of(self.target)} {self.value:g} is outside (0, 1]",
+                "give a share such as 0.6",
             )
         if self.target == "error" and not 0 < self.value < 1:
             raise UsageError(
@@ -125,11 +140,39 @@ class Recipe:
                 f"--rank {self.value:g} is below --multiple-of {self.multiple_of}",
                 "no rank is both",
             )
-        if self.target == "size" and not self.keeps_factors:
+        if self.target in ("size", "keep_bytes") and not self.keeps_factors:
             raise UsageError(
-                "--size cannot be met in the dense layout, which saves no bytes",
+                f"{option_of(self.target)} cannot be met in the dense layout, which saves no bytes",
                 "use --layout factored or pivoted",
             )
+
+    def _check_bits(self) -> None:
+        """Raises UsageError for fewer bits where they do not go with the rest."""
+        if self.group_size not in (32, 64, 128):
+            raise UsageError(f"--group-size {self.group_size} is not 32, 64 or 128", "use 64")
+        if self.bits == "16":
+            return
+        if self.layout != "factored":
+            raise UsageError(
+                f"--bits {self.bits} goes with --layout factored alone: other layouts were "
+                f"measured to be no better in fewer bits",
+                "leave out --layout",
+            )
+        if self.bits == "auto" and self.target not in ("size", "keep_bytes"):
+            raise UsageError(
+                f"--bits auto needs a budget in bytes, and {option_of(self.target)} is none",
+                "use --keep-bytes or --size, or give --bits 8 or 4",
+            )
+        if self.bits == "auto" and self.allocate != "global":
+            raise UsageError(
+                "--bits auto chooses for all layers together", "leave out --allocate uniform"
+            )
+
+    @property
+    def packings(self) -> tuple[Packing, ...]:
+        """How layers may be packed, the widest first; none where numbers stay as they are."""
+        allowed = {"16": (), "8": (8,), "4": (4,), "auto": (8, 4)}[self.bits]
+        return tuple(Packing(bits, self.group_size) for bits in allowed)
 
     def _check_numbers(self) -> None:
         """Raises UsageError for a number out of its range, whatever the target."""
@@ -150,7 +193,7 @@ class Recipe:
             )
 
 
-def best_defaults(target: Target, *, calibrated: bool) -> dict[str, Any]:
+def best_defaults(target: Target, *, calibrated: bool, bits: str | None = None) -> dict[str, Any]:
     """What --allocate, --floor and --layout are where a person does not say.
 
     With a calibration, losses of different layers compare, and the best is what was measured to be
@@ -158,6 +201,12 @@ def best_defaults(target: Target, *, calibrated: bool) -> dict[str, Any]:
     """
     if not calibrated:
         return {"allocate": "uniform", "floor": 0.6, "layout": "factored"}
+    in_bytes = target in ("size", "keep_bytes")
+    if target == "keep_bytes" and bits is None:
+        bits = "auto"
+    if bits not in (None, "16"):
+        allocate = "global" if in_bytes else "uniform"
+        return {"allocate": allocate, "floor": 0.0, "layout": "factored", "bits": bits}
     # A bound for each layer leaves nothing to allocate.
     allocate = "uniform" if target in ("energy", "error") else "global"
     return {"allocate": allocate, "floor": 0.0, "layout": "pivoted"}
@@ -169,6 +218,7 @@ class Wanted(TypedDict, total=False):
 
     rank: int | None
     keep: float | None
+    keep_bytes: float | None
     size: int | None
     energy: float | None
     error: float | None
@@ -186,6 +236,8 @@ class Wanted(TypedDict, total=False):
     max_shard_size: int | None
     self_contained: bool
     metric: MetricName
+    bits: Bits | None
+    group_size: int
 
 
 WANTED: frozenset[str] = Wanted.__optional_keys__
@@ -197,19 +249,40 @@ def recipe_for(wanted: Mapping[str, object], *, calibrated: bool) -> Recipe:
     asked: dict[str, Any] = {name: value for name, value in wanted.items() if value is not None}
     given: list[Target] = [name for name in TARGETS if name in asked]
     if len(given) != 1:
-        names = ", ".join(f"--{target}" for target in TARGETS)
+        names = ", ".join(option_of(target) for target in TARGETS)
         raise UsageError(f"give exactly one target, not {len(given)}", f"one of {names}, or --plan")
     [target] = given
-    value = float(asked.pop(target))
-    fields = best_defaults(target, calibrated=calibrated) | asked
-    recipe = recipe_from_json({"target": target, "value": value} | fields)
+    value = asked.pop(target)
+    if not isinstance(value, (int, float)):
+        raise UsageError(f"{target} {value!r} is no number", "give sizes in bytes")
+    for name in ("include", "exclude", "layers"):
+        if isinstance(asked.get(name), str):  # one pattern, and no list of letters
+            asked[name] = (asked[name],)
+
+    # Python callers may give bits as a number
+    bits = None
+    if asked.get("bits") is not None:
+        bits = asked["bits"] = str(asked["bits"])
+    fields = best_defaults(target, calibrated=calibrated, bits=bits) | asked
+    if fields.get("bits") == "auto" and not calibrated:
+        raise UsageError(
+            "--bits auto weighs what layers lose, which takes a calibration",
+            "give --text or --calibration too, or --bits 8 or 4",
+        )
+    recipe = recipe_from_json({"target": target, "value": float(value)} | fields)
     if "floor" in asked and recipe.allocate != "global":
         raise UsageError("--floor is for --allocate global", "leave it out, or allocate globally")
     return recipe
 
 
 def recipe_to_json(recipe: Recipe) -> dict[str, Any]:
-    return asdict(recipe)
+    """The fields of a recipe; bits only where there are fewer than 16, as the first svdcli knew
+    none."""
+    data = asdict(recipe)
+    if recipe.bits == "16":
+        del data["bits"]
+        del data["group_size"]
+    return data
 
 
 def recipe_from_json(data: dict[str, Any]) -> Recipe:

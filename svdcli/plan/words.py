@@ -6,9 +6,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Literal, get_args
 
-Target = Literal["rank", "keep", "size", "energy", "error"]
+Target = Literal["rank", "keep", "keep_bytes", "size", "energy", "error"]
 Allocation = Literal["uniform", "global"]
 Layout = Literal["factored", "pivoted", "dense"]
+Bits = Literal["16", "8", "4", "auto"]
 Solver = Literal["auto", "svd", "gram", "randomized"]
 OnNonfinite = Literal["error", "skip"]
 MetricName = Literal["auto", "inputs", "diagonal", "full"]
@@ -18,9 +19,16 @@ OnnxDtype = Literal["float32", "float16"]
 
 TARGETS: tuple[Target, ...] = get_args(Target)
 ALLOCATIONS: tuple[Allocation, ...] = get_args(Allocation)
+BITS: tuple[Bits, ...] = get_args(Bits)
 SOLVERS: tuple[Solver, ...] = get_args(Solver)
 NONFINITE: tuple[OnNonfinite, ...] = get_args(OnNonfinite)
 METRICS: tuple[MetricName, ...] = get_args(MetricName)
+
+
+def option_of(target: Target) -> str:
+    """The option that asks for a target."""
+    return f"--{target.replace('_', '-')}"
+
 
 # What a checkpoint calls the dtypes that people ask for.
 STORED_AS: Mapping[str, str] = {

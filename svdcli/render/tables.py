@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from svdcli.errors import printable
+from svdcli.plan.layouts import WHOLE
 from svdcli.render.layers import (
     NARROW,
     WIDE,
@@ -123,7 +124,7 @@ def _report_cells(rows: Sequence[LayerRow], error: str, *, spans: bool) -> dict[
     bytes_after = sum(row.bytes_after for row in rows)
     return {
         "Shape": shape_text(rows[0].shape),
-        "Rank": span([row.rank for row in rows if row.rank is not None]) or "dense",
+        "Rank": _ranks(rows),
         "Parameters": arrow(parameters_before, parameters_after),
         "Memory": arrow(bytes_before, bytes_after, "B"),
         error: shown_errors,
@@ -131,6 +132,19 @@ def _report_cells(rows: Sequence[LayerRow], error: str, *, spans: bool) -> dict[
         "Saved": percent_of(sum(row.saved_bytes for row in rows), bytes_before),
         "Solver": ", ".join(dict.fromkeys(solvers)),
     }
+
+
+def _ranks(rows: Sequence[LayerRow]) -> str:
+    """The ranks of the factored rows and the bits of the packed ones; `whole` for a matrix that is
+    packed as it is."""
+    ranks = span([row.rank for row in rows if row.rank is not None and row.layout != WHOLE])
+    shown = [ranks] if ranks else []
+    if any(row.layout == WHOLE for row in rows):
+        shown.append(WHOLE)
+    packed = sorted({row.bits for row in rows if row.rounding_share is not None}, reverse=True)
+    if packed:
+        shown.append(f"{'/'.join(map(str, packed))} bits")
+    return ", ".join(shown) or "dense"
 
 
 def _total_lines(report: Report, *, has_groups: bool) -> list[tuple[str, str]]:
@@ -206,7 +220,7 @@ def _healing_lines(healing: Mapping[str, Any]) -> list[tuple[str, str]]:
     )
     lines = [("healed", f"on {printable(healing['text'])}; {text}")]
     for name, block in healing["blocks"].items():
-        change = "nothing better found"
+        change = "nothing better found" if block["steps"] else "there was no time for a step"
         if block["after"] < block["before"]:
             change = f"{block['before']:.3e} → {block['after']:.3e}"
         lines.append(("", f"{printable(name)}: {change}, {block['steps']} steps"))

@@ -53,7 +53,7 @@ class Texts:
         return digest.hexdigest()
 
 
-def read_texts(path: str | None, *, stdlib: bool, held_out: bool) -> Texts:
+def read_texts(path: str | None, *, stdlib: bool = False, held_out: bool = False) -> Texts:
     """Return the text of `--text PATH` (a file, a folder of files, `-`) or of `--stdlib`, its
     held-out half or the other.
 

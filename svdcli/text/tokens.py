@@ -124,7 +124,7 @@ def window_length(longest: int | None, asked: int | None) -> int:
     wanted = _LONGEST if asked is None else asked
     length = min(wanted, longest or _LONGEST)
     if length < 2:
-        raise SvdcliError(f"--seq-len {length} leaves nothing to predict", "give at least 2")
+        raise UsageError(f"--seq-len {length} leaves nothing to predict", "give at least 2")
     return length
 
 

@@ -333,10 +333,13 @@ def _sums(logits: Tensor, original_logits: Tensor | None, targets: Tensor) -> Te
 
 @torch.inference_mode()
 def _continue(prompt: str, parts: Sequence[Any], tokenizer: Any, new_tokens: int) -> Continuation:
-    """What the model and, where there are two, its original make of a prompt."""
+    """What the model and, where there are two, its original make of a prompt. Raises UsageError
+    for one without tokens."""
     device = next(parts[0].parameters()).device
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(device)
     prompt_length = inputs["input_ids"].shape[1]
+    if not prompt_length:
+        raise UsageError(f"--prompt {prompt!r} has no tokens", "give some text")
     texts = []
     for part in parts:
         ids = part.generate(

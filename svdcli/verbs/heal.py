@@ -183,11 +183,12 @@ def _identity(pair: _Pair, texts: Texts, request: _Request) -> str:
 
 @contextmanager
 def _nothing_left_of_a_refusal(workspace: Workspace) -> Iterator[None]:
-    """Remove the workspace where healing is refused before its first block is done."""
+    """Remove the workspace where healing is refused before its first block is done; the unfinished
+    work of another command comes back."""
     try:
         yield
     except SvdcliError:
-        if not workspace.healed:
+        if not workspace.healed and not workspace.put_back():
             workspace.remove()
         raise
 

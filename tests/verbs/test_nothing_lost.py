@@ -261,6 +261,31 @@ def test_other_settings_start_over_and_say_so(tmp_path: Path) -> None:
     assert svdcli.verify(tmp_path / "o", model).ok
 
 
+def test_a_command_that_is_refused_leaves_the_unfinished_work_of_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from svdcli.engine import job
+
+    model, out, recipe = write_model(tmp_path / "m"), tmp_path / "o", Recipe("rank", 9)
+
+    def stop(phase: str, *_: object) -> None:
+        if phase == "check":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        svdcli.compress(model, out, recipe, progress=stop)
+    before = snapshot(tmp_path / "o.partial")
+    for refused in (Recipe("rank", 10**6), Recipe("keep", 1.0)):
+        with pytest.raises(SvdcliError, match=r"no layer|no fewer"):
+            svdcli.compress(model, out, refused)
+        assert snapshot(tmp_path / "o.partial") == before
+
+    # all of it is there: no layer is solved again
+    monkeypatch.setattr(job, "solve_layer", lambda *_: pytest.fail("solved again"))
+    assert not svdcli.compress(model, out, recipe).started_over
+    assert {path.name for path in tmp_path.iterdir()} == {"m", "o"}
+
+
 def test_a_changed_source_is_not_mixed_in(tmp_path: Path) -> None:
     path = tmp_path / "m.safetensors"
     save_file({"a.weight": weight(90, 70, 1), "b.weight": weight(90, 70, 2)}, path)

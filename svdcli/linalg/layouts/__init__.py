@@ -14,4 +14,5 @@ CODECS: dict[str, Codec] = {
     "factored": FactoredCodec(),
     "pivoted": PivotedCodec(),
     "dense": DenseCodec(),
+    "whole": DenseCodec(),
 }

@@ -8,6 +8,10 @@ For a stored weight `P.weight` of shape (m, n) at rank r:
                W ~ cat(down, up @ down)[rows]
     dense      P.weight (m, n), of rank r
                W ~ the low-rank matrix itself
+    whole      P.weight (m, n), packed, r = min(m, n)
+               W itself
+
+Each matrix is stored as its `plan.packing` says.
 """
 
 from __future__ import annotations
@@ -16,7 +20,11 @@ from svdcli.plan.layouts.base import Layout
 from svdcli.plan.layouts.dense import Dense
 from svdcli.plan.layouts.factored import Factored
 from svdcli.plan.layouts.pivoted import Pivoted
+from svdcli.plan.layouts.whole import Whole
 
-__all__ = ["LAYOUTS", "Layout"]
+__all__ = ["LAYOUTS", "WHOLE", "Layout"]
 
-LAYOUTS: dict[str, Layout] = {layout.name: layout for layout in (Factored(), Pivoted(), Dense())}
+LAYOUTS: dict[str, Layout] = {
+    layout.name: layout for layout in (Factored(), Pivoted(), Dense(), Whole())
+}
+WHOLE = Whole.name

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import ClassVar
 
+from svdcli.plan.packing import PLAIN, Packing
 from svdcli.plan.tensors import TensorInfo, module_of
 
 # Names of parts below a layer's own name. The dense weight keeps the name that it had.
@@ -18,6 +19,7 @@ class Layout(ABC):
     """How one layer (m, n) of rank r is stored.
 
     keeps_factors says whether factors, rather than their product, are in the file and in memory.
+    is_asked_for says whether a person may choose it; others come of other choices.
     ends_in_rows says whether the last tensor is an order of rows. usual_rounding and most_rounding
     are by how many squared units of the stored dtype the relative squared error grows when factors
     are rounded to it: an upper estimate for choosing ranks, and what no sound result exceeds.
@@ -25,6 +27,7 @@ class Layout(ABC):
 
     name: ClassVar[str]
     keeps_factors: ClassVar[bool] = True
+    is_asked_for: ClassVar[bool] = True
     ends_in_rows: ClassVar[bool] = False
     usual_rounding: ClassVar[float]
     most_rounding: ClassVar[float]
@@ -41,27 +44,32 @@ class Layout(ABC):
         """The largest rank that can be stored."""
         return min(shape)
 
-    def tensors(self, layer: TensorInfo, rank: int, dtype: str) -> tuple[TensorInfo, ...]:
+    def tensors(
+        self, layer: TensorInfo, rank: int, dtype: str, packing: Packing = PLAIN
+    ) -> tuple[TensorInfo, ...]:
         """The tensors that stand for `layer` at `rank`, in the order in which they are written."""
         m, n = layer.shape
-        stored = []
+        stored: list[TensorInfo] = []
         for part, shape in self.parts(m, n, rank).items():
-            part_dtype = ROW_NUMBERS if part == ROWS else dtype
-            stored.append(TensorInfo(_part_name(layer.name, part), part_dtype, shape))
+            name = _part_name(layer.name, part)
+            if part == ROWS:
+                stored.append(TensorInfo(name, ROW_NUMBERS, shape))
+            else:
+                stored += packing.tensors(name, (shape[0], shape[1]), dtype)
         return tuple(stored)
 
-    def nbytes(self, layer: TensorInfo, rank: int, dtype: str) -> int:
+    def nbytes(self, layer: TensorInfo, rank: int, dtype: str, packing: Packing = PLAIN) -> int:
         """Bytes of the stored tensors at `rank`."""
-        return sum(tensor.nbytes for tensor in self.tensors(layer, rank, dtype))
+        return sum(tensor.nbytes for tensor in self.tensors(layer, rank, dtype, packing))
 
-    def largest_saving_rank(self, layer: TensorInfo, dtype: str) -> int:
+    def largest_saving_rank(self, layer: TensorInfo, dtype: str, packing: Packing = PLAIN) -> int:
         """The largest rank whose stored bytes and parameters are both below those of the dense
         weight; 0 if there is none."""
         # By bisection: what saves at one rank saves at every smaller one.
         low, high = 0, self.largest_rank(layer.shape)
         while low < high:
             rank = (low + high + 1) // 2
-            fewer_bytes = self.nbytes(layer, rank, dtype) < layer.nbytes
+            fewer_bytes = self.nbytes(layer, rank, dtype, packing) < layer.nbytes
             if fewer_bytes and self.parameters(layer.shape, rank) < layer.parameters:
                 low = rank
             else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from svdcli.plan.layouts.base import WEIGHT, Layout
 from svdcli.plan.layouts.factored import Factored
+from svdcli.plan.packing import PLAIN, Packing
 from svdcli.plan.tensors import TensorInfo
 
 
@@ -22,5 +23,5 @@ class Dense(Layout):
     def parameters(self, shape: tuple[int, ...], rank: int) -> int:
         return Factored().parameters(shape, rank)
 
-    def nbytes(self, layer: TensorInfo, rank: int, dtype: str) -> int:
-        return Factored().nbytes(layer, rank, dtype)
+    def nbytes(self, layer: TensorInfo, rank: int, dtype: str, packing: Packing = PLAIN) -> int:
+        return Factored().nbytes(layer, rank, dtype, packing)

@@ -1,0 +1,101 @@
+"""Layers in fewer bits: how they are solved, what they lose, and what their stored tensors stand
+for."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from svdcli.calibration.moments import LayerMoments, metric_of
+from svdcli.files.dtypes import TORCH_DTYPES
+from svdcli.files.record import Result
+from svdcli.linalg.codes import stored_codes, stored_values
+from svdcli.linalg.machine import squared_norm
+from svdcli.linalg.packed import packed_factors, packed_matrix
+from svdcli.linalg.rounding import Grid, Rounded
+from svdcli.linalg.whitening import Metric, weighted, weighted_error
+from svdcli.plan.layouts import WHOLE
+from svdcli.plan.menus import Rounding, Trial
+from svdcli.plan.packing import PLAIN, Packing
+from svdcli.plan.plan import LayerPlan
+
+# What the record calls a layer that was packed after its metric's best factors were found.
+_WHOLE_SOLVER = "rounded"
+
+
+def grid_of(packing: Packing) -> Grid:
+    """The codes and scales of a packing."""
+    return Grid(8) if packing.bits == 8 else Grid(packing.bits, packing.group)
+
+
+def metric_for_packing(w: Tensor, moments: LayerMoments | None, *, centred: bool = False) -> Metric:
+    """How the errors of a stored weight (m, n) count, on the CPU: alike where nothing was
+    measured, and where the weight is stored the other way round."""
+    if moments is None or moments.transposed:
+        return Metric(torch.zeros(w.shape[1], w.shape[1], dtype=torch.float64))
+    return metric_of(moments, torch.device("cpu"), centred=centred)
+
+
+def solve_packed(
+    w: Tensor, layer: LayerPlan, moments: LayerMoments | None
+) -> tuple[tuple[Tensor, ...], Result]:
+    """The stored tensors of a packed layer, and the error of what they stand for.
+
+    Raises torch.linalg.LinAlgError where LAPACK does not converge.
+    """
+    work = w.to(torch.float64)
+    metric = metric_for_packing(w, moments, centred=layer.bias is not None)
+    trial = Trial(layer.layout, int(layer.rank or 0), layer.packing)
+    matrices = _packed(work, trial, metric, TORCH_DTYPES[layer.stored_dtype])
+    stored: list[Tensor] = []
+    for matrix in matrices:
+        stored += stored_codes(matrix)
+
+    # how far that is, and how much of it is due to rounding
+    approx = _product(matrices)
+    error = weighted_error(work, approx, metric)
+    tail = 0.0 if layer.layout == WHOLE else weighted(work, trial.rank, metric).tail
+    share = max(0.0, 1 - tail / error) if error > 0 else 0.0
+    total = squared_norm(work)
+    relative = math.sqrt(squared_norm(work - approx) / total) if total > 0 else 0.0
+    return tuple(stored), Result(relative, layer.solver, (), share)
+
+
+def measure_roundings(
+    w: Tensor, trials: Sequence[Trial], dtype: torch.dtype, metric: Metric
+) -> list[Rounding]:
+    """What rounding adds in each trial, as a share of the layer's energy in the metric."""
+    work = w.to(torch.float64)
+    energy = weighted_error(work, torch.zeros_like(work), metric)
+    roundings = []
+    for trial in trials:
+        error = weighted_error(work, _product(_packed(work, trial, metric, dtype)), metric)
+        tail = 0.0 if trial.layout == WHOLE else weighted(work, trial.rank, metric).tail
+        share = max(0.0, error - tail) / energy if energy > 0 else 0.0
+        roundings.append(Rounding(trial, share))
+    return roundings
+
+
+def parts_of(layer: LayerPlan, stored: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The matrices that the stored tensors of a layer stand for, in the order of its layout."""
+    if layer.packing == PLAIN:
+        return tuple(stored)
+    count = 2 if layer.packing.bits == 8 else 3
+    dtype = torch.float64 if layer.stored_dtype == "F64" else torch.float32
+    groups = [tuple(stored[i : i + count]) for i in range(0, len(stored), count)]
+    return tuple(stored_values(group, layer.packing.group, dtype) for group in groups)
+
+
+def _packed(w: Tensor, trial: Trial, metric: Metric, dtype: torch.dtype) -> tuple[Rounded, ...]:
+    grid = grid_of(trial.packing)
+    if trial.layout == WHOLE:
+        return (packed_matrix(w, grid, metric, dtype),)
+    return packed_factors(w, trial.rank, grid, grid, metric, dtype)
+
+
+def _product(matrices: Sequence[Rounded]) -> Tensor:
+    values = [matrix.values(torch.float64) for matrix in matrices]
+    return values[0] if len(values) == 1 else values[0] @ values[1]
