@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import svdcli
+from svdcli.calibration.stream import units_of
 from svdcli.linalg.codes import pack_int4, stored_codes, stored_values
 from svdcli.linalg.packed import packed_factors, packed_matrix
 from svdcli.linalg.rounding import Grid
@@ -34,17 +35,12 @@ from svdcli.models.modules import (
     weight_of,
 )
 from svdcli.models.self_contained import standalone_source
-from svdcli.plan.layouts import LAYOUTS
 from svdcli.plan.packing import Packing
 from svdcli.plan.parts import tripwires
 
 Written = Callable[[str], Path]
 
 GROUP = 24  # which divides no size of these models
-
-reads_packed_records = pytest.mark.skipif(
-    "whole" not in LAYOUTS, reason="records of packed layers cannot be read yet"
-)
 
 
 @dataclass(frozen=True)
@@ -524,7 +520,6 @@ def test_another_group_than_the_recorded_one_is_told(written: Written, tmp_path:
 # Into a module of one's own -----------------------------------------------------------------------
 
 
-@reads_packed_records
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_a_file_loads_into_a_module(device: str, tmp_path: Path) -> None:
     forms = {"0": Form(8), "2": Form(4, 9), "3": Form(4), "4": Form(8, 9), "5": Form(16, 9)}
@@ -648,3 +643,14 @@ def test_only_linear_layers_are_packed() -> None:
     for layout in ("whole", "factored"):
         assert low_rank_like(nn.Embedding(9, 8), 2, layout=layout, bits=8) is None
         assert low_rank_like(nn.Conv2d(3, 4, 1), 2, layout=layout, bits=4, group=8) is None
+
+
+def test_packed_numbers_count_and_take_turns(llama: Packed, dense_llama: Any) -> None:
+    model = svdcli.load(llama.path)
+    ranks = {name: form.rank for name, form in LLAMA.items() if form.rank is not None}
+    expected = modules.numbers_of(dense_llama)
+    for name, rank in ranks.items():
+        m, n = dense_llama.get_submodule(name).weight.shape
+        expected += rank * (m + n) - m * n
+    assert modules.numbers_of(model) == expected
+    assert units_of(model).keys() == units_of(dense_llama).keys()
