@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from svdcli.errors import SvdcliError
-from svdcli.models.modules import LOW_RANK
+from svdcli.models.modules import LOW_RANK, PackedLinear
 
 Visit = Callable[[str, str, int, int], None]
 Gradients = Callable[[str, int, Tensor], None]
@@ -58,8 +58,8 @@ def units_of(model: nn.Module) -> dict[str, nn.Module]:
     modules outside them that own parameters.
 
     A module around blocks that owns some besides (a scale, a token) takes no turn of its own. A
-    compressed model has the same units as its original: a low-rank module counts as the layer that
-    it stands for.
+    compressed model has the same units as its original: a low-rank or packed module counts as the
+    layer that it stands for.
     """
     units: dict[str, nn.Module] = {}
 
@@ -67,7 +67,8 @@ def units_of(model: nn.Module) -> dict[str, nn.Module]:
         # A unit: what owns parameters, unless there are blocks in it
         owns = next(module.parameters(recurse=False), None) is not None
         around_blocks = any(map(_is_list_of_blocks, module.modules()))
-        if isinstance(module, LOW_RANK) or (owns and not around_blocks):
+        compressed = isinstance(module, (*LOW_RANK, PackedLinear))
+        if compressed or (owns and not around_blocks):
             units[name] = module
             return
 

@@ -62,6 +62,7 @@ class Worker:
     def load(self) -> dict[str, Any]:
         """Open the model; refuse what does not read text, or not that much of it."""
         from svdcli.models.load import load
+        from svdcli.models.modules import numbers_of
 
         # Timed until the weights are on the device
         begin = time.perf_counter()
@@ -71,12 +72,11 @@ class Worker:
 
         self._check()
         self.prompt = self._prompt()
-        weights = list(self.model.parameters())
         return {
             "seconds": seconds,
             "model_class": type(self.model).__name__,
-            "dtype": str(weights[0].dtype).removeprefix("torch."),
-            "parameters": sum(weight.numel() for weight in weights),
+            "dtype": str(next(self.model.parameters()).dtype).removeprefix("torch."),
+            "parameters": numbers_of(self.model),
         }
 
     def prefill(self) -> dict[str, Any]:

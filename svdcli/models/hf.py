@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from types import MappingProxyType, SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -67,11 +68,12 @@ logger = logging.get_logger(f"transformers.{__name__}")
 METHOD = "svdcli"
 FORMAT = 1
 PARTS = (UP, DOWN, ROWS)
-_SUFFIXES = ("", PACKED, SCALE, SHAPE)
 
-# Of factors, packed or not; long names before those that they begin with, since early transformers
-# take the first pattern that fits.
-_FACTOR_PARTS = tuple(f"{part}{suffix}" for suffix in reversed(_SUFFIXES) for part in PARTS)
+# Of factors and of whole weights, packed or not; long names before those that they begin with,
+# since early transformers take the first pattern that fits.
+_SUFFIXES = (PACKED, SCALE, SHAPE, "")
+_FACTOR_PARTS = (*map("".join, product((UP, DOWN), _SUFFIXES)), ROWS)
+_ALL_PARTS = (*_FACTOR_PARTS, *map("".join, product((WEIGHT,), _SUFFIXES)))
 
 # A second registration raises: the installed plugin and a copy shipped with a model may meet in one
 # process.
@@ -228,8 +230,9 @@ def _weights_of(
     """Return the weights of one source in their order, each of them factored, packed or, where
     members says None, neither; all of them dense without members. parts has the tensors of all
     members that have such a part."""
-    # A zero-size tensor only warns other loaders
-    tensors = {part: iter([t for t in read if t.numel()]) for part, read in parts.items()}
+    # A zero-size weight only warns other loaders
+    tensors = {part: iter(read) for part, read in parts.items()}
+    tensors[WEIGHT] = iter([tensor for tensor in parts.get(WEIGHT, ()) if tensor.numel()])
     if members is None:
         return list(tensors[WEIGHT])
     weights: list[Tensor] = []
@@ -1084,7 +1087,7 @@ def _for_factors(converter: Any, quantizer: SvdQuantizer) -> Any:
     patterns: dict[str, tuple[str, str]] = {}
     for source in converter.source_patterns:
         stem = _up_to_weight(source)
-        for part in ("weight", *PARTS):
+        for part in _ALL_PARTS:
             patterns[stem + part] = (source, part)
 
     # Its target, where it takes all that a module holds: the weight there

@@ -17,7 +17,7 @@ from svdcli.files.checkpoint import Checkpoint, open_checkpoint
 from svdcli.files.record import check_listed, record_of, stored_layers
 from svdcli.models import own_code
 from svdcli.models.modules import UNPACKED, WHOLE, low_rank_like
-from svdcli.plan.packing import PLAIN, SHAPE, Packing
+from svdcli.plan.packing import SHAPE
 from svdcli.plan.plan import FORMAT, LayerPlan
 
 METHOD = "svdcli"
@@ -151,14 +151,9 @@ def _check(checkpoint: Checkpoint) -> None:
         )
 
 
-def _packing(layer: LayerPlan) -> Packing:
-    """Return how the numbers of a layer are stored."""
-    return getattr(layer, "packing", PLAIN)
-
-
 def _needs_module(layer: LayerPlan) -> bool:
     """Tell whether a layer is stored in another way than as its weight."""
-    return layer.keeps_factors or _packing(layer).bits != UNPACKED
+    return layer.keeps_factors or layer.packing.bits != UNPACKED
 
 
 def _check_format(checkpoint: Checkpoint, quantised: Mapping[str, Any]) -> None:
@@ -477,13 +472,12 @@ def _low_rank(old: nn.Module, layer: LayerPlan, shown: str) -> nn.Module:
     device."""
     name = layer.tensor.module
     shape = layer.tensor.shape
-    packing = _packing(layer)
     new = low_rank_like(
         old,
         int(layer.rank or 0),
         layout=layer.layout,
-        bits=packing.bits,
-        group=packing.group,
+        bits=layer.packing.bits,
+        group=layer.packing.group,
     )
     weight = getattr(old, "weight", None)
     if new is None or not isinstance(weight, Tensor):

@@ -424,6 +424,16 @@ def is_linear(module: nn.Module | None) -> bool:
     return type(module).__name__ == "Conv1D"
 
 
+def numbers_of(model: nn.Module) -> int:
+    """Return how many numbers the weights of a model have, packed ones, which are no parameters,
+    included."""
+    count = sum(parameter.numel() for parameter in model.parameters())
+    for module in model.modules():
+        if isinstance(module, PackedLinear):
+            count += module.in_features * module.out_features
+    return count
+
+
 def is_row_order(rows: Tensor) -> bool:
     """Tell whether `rows` (m,) names every row of m once."""
     return torch.equal(rows.long().sort().values, torch.arange(rows.shape[0], device=rows.device))
