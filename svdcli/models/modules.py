@@ -6,6 +6,7 @@ Torch only, and nothing of svdcli: `compress --self-contained` ships this file b
 
 from __future__ import annotations
 
+import copy
 import itertools
 import sys
 from typing import Any, NamedTuple, cast
@@ -129,8 +130,19 @@ class PackedLinear(_WithDenseWeight):
     @property
     def codes(self) -> Tensor:
         """The integers as they are stored: int8 (out, in), or eight to a word of int32."""
-        name = WEIGHT if self.group is None else WEIGHT + PACKED
-        return cast(Tensor, self._buffers[name])
+        self._take_back()
+        return cast(Tensor, self._buffers[self._name_of_codes])
+
+    @property
+    def _name_of_codes(self) -> str:
+        return WEIGHT if self.group is None else WEIGHT + PACKED
+
+    def _take_back(self) -> None:
+        """Put the integers in the place of a lazy weight: accelerate moves a module tensor by
+        tensor, reads `weight`, and puts back what it has read."""
+        held = self._buffers.get(WEIGHT)
+        if isinstance(held, LazyWeight):
+            self._buffers[WEIGHT] = cast(PackedLinear, held._module).codes
 
     @property
     def scales(self) -> Tensor:
@@ -160,6 +172,23 @@ class PackedLinear(_WithDenseWeight):
         strip = slice(start, stop)
         scales = self.scales[strip]
         return unpacked(self.codes[strip], scales, self.in_features, self.group, scales.dtype)
+
+    def moved(self, device: torch.device) -> PackedLinear:
+        """Return a copy whose integers and scales are on a device."""
+        other = copy.copy(self)
+        other.__dict__["_buffers"] = {
+            self._name_of_codes: self.codes.to(device),
+            WEIGHT + SCALE: self.scales.to(device),
+        }
+        return other
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        self._take_back()
+        return super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
+
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._take_back()
+        super()._save_to_state_dict(*args, **kwargs)
 
     def _multiplies_integers(self, x: Tensor) -> bool:
         """Tell whether torch's own product of bfloat16 with int8 can be used: where it is faster,
@@ -486,6 +515,15 @@ class LazyWeight(Tensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Answer questions about its kind at once, everything else by the dense weight."""
+        lazy = args[0] if args else None
+        if isinstance(lazy, LazyWeight) and isinstance(lazy._module, PackedLinear):
+            # Those that move a module tensor by tensor read this one for the integers
+            if func is Tensor.data_ptr:
+                return lazy._module.codes.data_ptr()
+            if func is Tensor.to:
+                device, dtype, *_ = torch._C._nn._parse_to(*args[1:], **(kwargs or {}))
+                if dtype is None:
+                    return LazyWeight(lazy._module.moved(device))
         if func not in _METADATA:
             args = _filled_in(args)
             kwargs = _filled_in(kwargs)

@@ -13,6 +13,7 @@ import pytest
 import torch
 import transformers
 import zoo
+from accelerate.utils import set_module_tensor_to_device
 from helpers import contents, load_all, run_code, weight
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -290,6 +291,38 @@ def test_bfloat16_answers_as_the_stock_model(tmp_path: Path) -> None:
     ids = zoo.IDS[:1, :6]  # so few rows that torch multiplies the integers themselves
     expected = dense(ids).logits.float()
     assert (model(ids).logits.float() - expected).norm() < 0.02 * expected.norm()
+
+
+def test_tensors_may_be_moved_one_by_one(llama: Packed, tmp_path: Path) -> None:
+    """As accelerate does where a model is spread over devices: by the names of buffers."""
+    model = svdcli.load(llama.path)
+    expected = zoo.answer("llama", model)
+    for name, _ in list(model.named_buffers()):
+        set_module_tensor_to_device(model, name, "cpu")
+    assert torch.equal(zoo.answer("llama", model), expected)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, llama.tensors[name])
+        assert type(tensor) is Tensor
+    head = svdcli.load(llama.path).lm_head
+    moved = head.weight.to("meta")
+    assert isinstance(moved, LazyWeight)
+    assert (moved.device.type, moved.shape) == ("meta", (96, 64))
+    set_module_tensor_to_device(head, "weight", "meta")
+    assert head.state_dict()["weight"].dtype == torch.int8
+    assert head.state_dict()["weight"].is_meta
+
+
+def test_a_model_on_disk_answers_the_same(llama: Packed, tmp_path: Path) -> None:
+    expected = zoo.answer("llama", svdcli.load(llama.path))
+    model = svdcli.load(llama.path, device_map={"": "disk"}, offload_folder=str(tmp_path / "aside"))
+    assert torch.equal(zoo.answer("llama", model), expected)
+    model = svdcli.load(
+        llama.path,
+        device_map={"": "disk"},
+        offload_folder=str(tmp_path / "all"),
+        offload_buffers=True,
+    )
+    assert torch.allclose(zoo.answer("llama", model), expected, atol=1e-6)
 
 
 def test_compiles_as_one_graph(llama: Packed) -> None:
