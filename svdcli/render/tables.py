@@ -182,7 +182,7 @@ def _total_lines(report: Report, *, has_groups: bool) -> list[tuple[str, str]]:
 
 
 def _error_lines(report: Report) -> list[tuple[str, str]]:
-    """Mean and largest of the layers' errors, where there are any."""
+    """Mean and largest of the layers' errors, where there are any, and the part of rounding."""
     errors = {}
     for row in report.layers:
         if row.relative_error is not None:
@@ -192,7 +192,12 @@ def _error_lines(report: Report) -> list[tuple[str, str]]:
     mean = sum(errors.values()) / len(errors)
     largest, name = max((error, name) for name, error in errors.items())
     text = f"mean {mean:.4f}, largest {largest:.4f} ({short_name(name)})"
-    return [("relative error", text)]
+    lines = [("relative error", text)]
+    shares = [row.rounding_share for row in report.layers if row.rounding_share is not None]
+    if shares:
+        share = f"{100 * sum(shares) / len(shares):.0f} % of the error that counts"
+        lines.append(("rounding", f"{share}, in the mean of {len(shares)} packed layers"))
+    return lines
 
 
 def _loss_lines(report: Report) -> list[tuple[str, str]]:

@@ -39,6 +39,7 @@ BLOCK = re.compile(
 )
 BENCHMARKS = ROOT / "tests" / "benchmarks"
 QUALITY = re.compile(r"(?<=<!-- quality -->\n).*?(?=<!-- /quality -->)", re.DOTALL)
+BITS = re.compile(r"(?<=<!-- bits -->\n).*?(?=<!-- /bits -->)", re.DOTALL)
 SHORT = re.compile(r"(?<=<!-- quality in short -->\n).*?(?=<!-- /quality in short -->)", re.DOTALL)
 SHORT_ROWS = {
     "plain": "plain SVD",
@@ -91,6 +92,7 @@ def render(page: Path) -> str:
         return render_commands()
     text = QUALITY.sub(lambda _: quality_tables(), page.read_text())
     text = SHORT.sub(lambda _: quality_in_short(), text)
+    text = BITS.sub(lambda _: bits_table(), text)
     return BLOCK.sub(lambda block: block[1] + session(block["command"]), text)
 
 
@@ -111,19 +113,28 @@ def render_commands() -> str:
 
 def quality_tables() -> str:
     """The recorded comparison of methods, as quality.py renders it."""
-    return quality().markdown(quality_results()) + "\n\n"
+    return benchmark("quality").markdown(quality_results()) + "\n\n"
+
+
+def bits_table() -> str:
+    """The recorded comparison of bits and ranks, as bits.py renders it."""
+    results = json.loads((BENCHMARKS / "bits.json").read_text())
+    return benchmark("bits").markdown(results) + "\n\n"
 
 
 def quality_in_short() -> str:
     """Perplexities of the sample model, for four of the methods."""
-    return quality().in_short(quality_results()["models"]["tiny-llama"], SHORT_ROWS) + "\n\n"
+    return (
+        benchmark("quality").in_short(quality_results()["models"]["tiny-llama"], SHORT_ROWS)
+        + "\n\n"
+    )
 
 
-def quality() -> ModuleType:
-    """tests/benchmarks/quality.py."""
+def benchmark(name: str) -> ModuleType:
+    """A file of tests/benchmarks."""
     if str(BENCHMARKS) not in sys.path:
         sys.path.insert(0, str(BENCHMARKS))
-    return importlib.import_module("quality")
+    return importlib.import_module(name)
 
 
 def quality_results() -> dict[str, Any]:

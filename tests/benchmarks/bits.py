@@ -1,0 +1,147 @@
+"""What fewer bits, lower rank and both together cost in quality, by the bytes that remain: one
+table.
+
+    python tests/benchmarks/bits.py                the sample model, about ten minutes on two cores
+    python tests/benchmarks/bits.py --quick        few windows, two budgets
+    python tests/benchmarks/bits.py --json FILE    what was measured, as JSON
+
+Every row reads the same calibration (the training half of Python's standard library) and is judged
+on text that it never saw, by the excess of its loss over the original's. Bytes are those of the
+block linears, as a share of bfloat16. Round to nearest and GPTQ (Frantar et al., 2022: columns in
+order of falling diagonal, damped by 1 %) store the matrices themselves, symmetric, 8 bits with a
+scale a row, fewer in groups of 64; both are this project's own rounding, without coupling of rows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import HERE, building_in, parser, say, table, write_json
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import svdcli
+from svdcli.calibration.moments import LayerMoments, open_moments
+from svdcli.linalg.rounding import Grid, rounded
+from svdcli.text.texts import read_texts
+
+SAMPLE = HERE.parents[1] / "sample_models" / "tiny-llama"
+SHARES = (0.5, 0.4, 0.3, 0.267, 0.2, 0.16, 0.13)
+GROUP = 64
+GRIDS = {8: Grid(8), 4: Grid(4, GROUP), 3: Grid(3, GROUP), 2: Grid(2, GROUP)}
+Round = Callable[[Tensor, Grid, LayerMoments], Tensor]
+
+
+def to_nearest(w: Tensor, grid: Grid, _: LayerMoments) -> Tensor:
+    return rounded(w, grid, torch.bfloat16).values(torch.float32)
+
+
+def gptq(w: Tensor, grid: Grid, moments: LayerMoments) -> Tensor:
+    matrix = rounded(w, grid, torch.bfloat16, moments.inputs.double())
+    return matrix.values(torch.float32)
+
+
+class Bench:
+    """The sample model, its calibration, and the text that everything is judged on."""
+
+    def __init__(self, folder: Path, options: argparse.Namespace) -> None:
+        self.folder = folder
+        self.windows = 16 if options.quick else 128
+        self.shares = (0.267, 0.2) if options.quick else SHARES
+        self.held_out = read_texts(None, stdlib=True, held_out=True)
+        self.moments = folder / "moments.safetensors"
+        if not self.moments.exists():
+            say("calibrating")
+            text = read_texts(None, stdlib=True)
+            samples = 32 if options.quick else 256
+            svdcli.calibrate(SAMPLE, self.moments, text, samples=samples)
+
+    def excess(self, model: Path) -> tuple[float, float]:
+        """Excess loss in nats a token, and its standard error over windows."""
+        found = svdcli.evaluate(
+            model, self.held_out, against=SAMPLE, seq_len=256, samples=self.windows
+        )
+        assert found.drift is not None
+        excess = found.drift.excess_loss
+        return excess.value, excess.error or 0.0
+
+    def bits_alone(self, rounding: Round, bits: int) -> dict[str, Any]:
+        """Every block linear on a grid, by itself."""
+        model = self.folder / "rounded"
+        shutil.rmtree(model, ignore_errors=True)
+        shutil.copytree(SAMPLE, model)
+        weights = load_file(SAMPLE / "model.safetensors")
+        moments = open_moments(self.moments)
+        grid, stored, before = GRIDS[bits], 0.0, 0
+        for name in moments.layers:
+            w, measured = weights[name].float(), moments.of(name)
+            assert measured is not None
+            weights[name] = rounding(w, grid, measured).to(torch.bfloat16)
+            groups = -(-w.shape[1] // grid.width(w.shape[1]))
+            stored += w.numel() * bits / 8 + 2 * w.shape[0] * groups
+            before += 2 * w.numel()
+        save_file(weights, model / "model.safetensors", {"format": "pt"})
+        value, error = self.excess(model)
+        return {"bytes": stored / before, "excess": value, "error": error}
+
+    def budget(self, share: float, **wanted: Any) -> dict[str, Any] | None:
+        """svdcli's own choice within a share of the bytes; None where it cannot be reached."""
+        out = self.folder / "out"
+        shutil.rmtree(out, ignore_errors=True)
+        try:
+            outcome = svdcli.compress(
+                SAMPLE, out, calibration=self.moments, keep_bytes=share, **wanted
+            )
+        except svdcli.SvdcliError:
+            return None
+        selected = outcome.report.selected
+        value, error = self.excess(out)
+        share_kept = selected.bytes_after / selected.bytes_before
+        predicted = outcome.report.expected_loss
+        return {"bytes": share_kept, "excess": value, "error": error, "expected": predicted}
+
+
+def measure(bench: Bench) -> dict[str, Any]:
+    results: dict[str, Any] = {}
+    for name, rounding in (("round to nearest", to_nearest), ("GPTQ", gptq)):
+        for bits in GRIDS:
+            say(f"{name}, {bits} bits")
+            results[f"{name}, {bits} bits"] = [bench.bits_alone(rounding, bits)]
+    ways = {
+        "rank alone": {"bits": "16", "layout": "pivoted", "allocate": "global", "floor": 0.0},
+        "rank and bits": {},
+    }
+    for name, wanted in ways.items():
+        say(name)
+        found = [bench.budget(share, **wanted) for share in bench.shares]
+        results[name] = [result for result in found if result is not None]
+    return results
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """What was measured, a line each."""
+    lines = [("way", "bytes", "excess loss, nats a token")]
+    for name, found in results.items():
+        for result in found:
+            shown = f"{result['excess']:.4f} ± {result['error']:.4f}"
+            lines.append((name, f"{result['bytes']:.3f}", shown))
+    return table(lines)
+
+
+def main() -> None:
+    options = parser(__doc__)
+    options.add_argument("--quick", action="store_true", help="few windows, two budgets")
+    given = options.parse_args()
+    with building_in(given.folder) as folder:
+        results = measure(Bench(folder, given))
+    print(markdown(results))
+    write_json(given.json, results)
+
+
+if __name__ == "__main__":
+    main()
