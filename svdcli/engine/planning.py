@@ -187,10 +187,10 @@ def make_plan(run: Run, checkpoint: Checkpoint, request: Request, name: str | No
     # A plan has its ranks: of the weights it only needs to know that they are finite.
     recipe = request.recipe
     spectra = request.plan is None and needs_spectra(recipe)
-    chooses = request.plan is None and chooses_packings(recipe)
-    measured = measure_spectra(
-        run, request.selected, spectra=spectra, recipe=recipe if chooses else None
-    )
+    packed_for = None
+    if request.plan is None and chooses_packings(recipe):
+        packed_for = recipe
+    measured = measure_spectra(run, request.selected, spectra=spectra, recipe=packed_for)
     bad = [tensor.name for tensor in request.selected if not measured[tensor.name].finite]
     if recipe.nonfinite == "error":
         check_finite(bad)

@@ -673,6 +673,7 @@ def stored_in(
 ) -> dict[str, Stored]:
     """Return the factored and packed layers among tensors of these shapes. Raises ValueError as
     `read_stored`."""
+    # A layer has factors, or packed tensors under its own name
     factored: set[str] = set()
     whole: set[str] = set()
     for name in shapes:

@@ -479,6 +479,7 @@ def _low_rank(old: nn.Module, layer: LayerPlan, shown: str) -> nn.Module:
         bits=layer.packing.bits,
         group=layer.packing.group,
     )
+    # It must stand for just this weight
     weight = getattr(old, "weight", None)
     if new is None or not isinstance(weight, Tensor):
         raise SvdcliError(

@@ -197,9 +197,12 @@ def _layer_plan(
     solver = WEIGHTED if spectrum.metric else recipe.solver
     if solver == "auto":
         solver = "svd" if min(tensor.shape) <= _SVD_IS_CHEAP else "gram"
+
+    # A choice among bits says its own; a rank alone takes those that were asked for.
     packing = choice.packing
     if choice.rank is not None and not choice.layout and recipe.packings:
         packing = recipe.packings[0]
+
     loss = None
     bias = None if choice.rank is None else spectrum.bias
     if losses is not None and choice.rank is not None:
