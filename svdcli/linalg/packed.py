@@ -9,8 +9,9 @@ from svdcli.linalg.damping import damp
 from svdcli.linalg.rounding import Grid, Rounded, rounded
 from svdcli.linalg.whitening import Metric, weighted
 
-# What keeps a least squares problem regular where a direction of the rounded factor sees nothing.
-_RIDGE = 1e-10
+# Of the mean diagonal of the inputs' moment: in directions that were not seen, for want of text, up
+# stays near W.
+_DAMPING_UNSEEN = 1e-4
 
 
 def packed_factors(
@@ -68,10 +69,8 @@ def _passed_on(up: Tensor, h: Tensor | None) -> Tensor:
 def _least_squares(w: Tensor, down: Tensor, inputs: Tensor) -> tuple[Tensor, Tensor]:
     """(up, down G down^T): the up (m, r) with the least error of w - up @ down in the metric of
     the inputs, whatever H is."""
-    side = inputs @ down.T
+    side = damp(inputs, _DAMPING_UNSEEN) @ down.T
     seen = down @ side
-    regular = seen.clone()
-    regular.diagonal().add_(_RIDGE * seen.diagonal().mean())
-    root = torch.linalg.cholesky(regular)
+    root = torch.linalg.cholesky(seen)
     up: Tensor = torch.cholesky_solve((w @ side).T, root).T
     return up, seen

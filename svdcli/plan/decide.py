@@ -322,10 +322,11 @@ def _within_share(
         share = math.ceil(1000 * reachable / total) / 1000
         dense = {layer.tensor.name: layer.reason for layer in smallest.layers if layer.rank is None}
         why = f", since {staying_dense(dense, len(smallest.layers))}" if dense else ""
+        fewer = ", or fewer --bits" if recipe.bits in ("16", "8") else ""
         raise UsageError(
             f"--keep-bytes {recipe.value:g} is not reachable: the smallest layers take {share:g} "
             f"of the bytes{why}",
-            f"use --keep-bytes {share:g} or more, or --bits 4",
+            f"use --keep-bytes {share:g} or more{fewer}",
         )
     return plan_with(budgets.choose(math.floor(recipe.value * total + 1e-9) - fixed))
 

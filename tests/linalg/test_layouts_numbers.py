@@ -11,6 +11,8 @@ from svdcli.linalg.layouts.pivoted import pivot
 from svdcli.linalg.solvers import svd
 from svdcli.plan.layouts import LAYOUTS
 
+FULL_BITS = [name for name, layout in LAYOUTS.items() if layout.is_asked_for]
+
 SHAPES = [(60, 40), (40, 60), (50, 50)]
 
 
@@ -34,7 +36,7 @@ def test_pivoting_keeps_rows_as_they_are_and_coefficients_small() -> None:
     assert coefficients.abs().max() < 8
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", FULL_BITS)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_every_layout_reaches_the_optimum(layout: str, shape: tuple[int, int]) -> None:
     w = decaying(*shape, 0.7)
@@ -42,7 +44,7 @@ def test_every_layout_reaches_the_optimum(layout: str, shape: tuple[int, int]) -
     assert CODECS[layout].residual(w, stored) == pytest.approx(best_error(w, 17), rel=1e-9)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", FULL_BITS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_the_residual_is_that_of_the_rounded_tensors(layout: str, dtype: torch.dtype) -> None:
     w = decaying(90, 70, 0.7)
@@ -56,7 +58,7 @@ def test_the_residual_is_that_of_the_rounded_tensors(layout: str, dtype: torch.d
         assert oracle >= best_error(w, 20) * (1 - 1e-12)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", FULL_BITS)
 def test_rows_can_be_rebuilt_in_pieces(layout: str) -> None:
     stored = CODECS[layout].encode(svd(decaying(50, 30, 0.7), 9), torch.float32)
     whole = CODECS[layout].rows(stored, torch.float32, slice(None))

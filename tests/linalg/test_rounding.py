@@ -188,3 +188,15 @@ def test_a_calibration_that_saw_nothing_rounds_to_nearest() -> None:
     assert float((w - product).square().sum()) == pytest.approx(
         weighted(w, 5, blind).tail, rel=0.02
     )
+
+
+def test_inputs_that_were_seen_in_few_directions() -> None:
+    """Fewer than the rank: the factors stay near the matrix where nothing was seen."""
+    w = decaying(40, 48, 0.5)
+    x = normal(10, 48, seed=4)
+    metric = Metric(x.T @ x / 10)
+    up, down = packed_factors(w, 24, INT8, INT8, metric, torch.float32)
+    product = up.values(torch.float64) @ down.values(torch.float64)
+    energy = weighted_error(w, torch.zeros_like(w), metric)
+    assert weighted_error(w, product, metric) < 1e-4 * energy
+    assert float((w - product).norm()) < 2 * float(w.norm())

@@ -1,0 +1,159 @@
+"""Layers in fewer bits, from a checkpoint to a file and back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import zoo
+from helpers import cli, tree, weight, write_model
+from safetensors.torch import load_file as read_tensors
+from safetensors.torch import save_file
+
+import svdcli
+from svdcli.engine.packing import measure_roundings, parts_of
+from svdcli.errors import SvdcliError
+from svdcli.files.checkpoint import open_checkpoint
+from svdcli.files.record import record_of, stored_layers
+from svdcli.linalg.packed import packed_matrix
+from svdcli.linalg.rounding import Grid
+from svdcli.linalg.whitening import Metric, weighted, weighted_error
+from svdcli.plan.menus import Trial
+from svdcli.plan.packing import Packing
+
+INT8, INT4 = Packing(8), Packing(4, 32)
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    tensors = {f"{i}.weight": weight(160, 128, i).to(torch.bfloat16) for i in range(3)}
+    tensors["0.bias"] = torch.ones(160, dtype=torch.bfloat16)
+    save_file(tensors, tmp_path / "m.safetensors")
+    return tmp_path / "m.safetensors"
+
+
+def dense_of(path: Path) -> dict[str, torch.Tensor]:
+    """What the packed layers of an output stand for, in float64."""
+    with open_checkpoint(path) as checkpoint:
+        record = record_of(checkpoint)
+        assert record is not None
+        weights = {}
+        for layer in stored_layers(checkpoint, record):
+            stored = [checkpoint.read_tensor(tensor.name) for tensor in layer.stored()]
+            up, down = (part.double() for part in parts_of(layer, stored))
+            weights[layer.tensor.name] = up @ down
+        return weights
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_the_report_and_expand_tell_what_is_stored(bits: int, model: Path, tmp_path: Path) -> None:
+    out, dense = tmp_path / "o.safetensors", tmp_path / "d.safetensors"
+    outcome = svdcli.compress(model, out, rank=32, bits=bits, group_size=32)
+    stored, original = dense_of(out), read_tensors(model)
+    for row in outcome.report.layers:
+        w = original[row.name].double()
+        error = float((w - stored[row.name]).norm() / w.norm())
+        assert row.relative_error == pytest.approx(error, rel=1e-5)
+        best = weighted(w, 32, Metric(torch.zeros(128, 128))).tail
+        share = 1 - best / float((w - stored[row.name]).square().sum())
+        assert row.rounding_share == pytest.approx(share, rel=1e-2)
+        assert row.bits == bits
+    assert outcome.path is not None
+    assert sum(outcome.report.files.values()) == out.stat().st_size
+    assert svdcli.verify(out, model).ok
+    svdcli.expand(out, dense)
+    for name, tensor in read_tensors(dense).items():
+        assert (tensor.dtype, tensor.shape) == (original[name].dtype, original[name].shape)
+        if name in stored:
+            torch.testing.assert_close(tensor.double(), stored[name], rtol=2**-8, atol=1e-3)
+        else:
+            assert torch.equal(tensor, original[name])
+
+
+def test_a_dry_run_knows_every_byte(model: Path, tmp_path: Path) -> None:
+    wanted: dict[str, Any] = {"keep": 0.6, "bits": "4", "group_size": 32}
+    predicted = svdcli.compress(model, tmp_path / "o.safetensors", dry_run=True, **wanted).report
+    written = svdcli.compress(model, tmp_path / "o.safetensors", **wanted).report
+    assert predicted.files == written.files
+    assert predicted.selected == written.selected
+
+
+def test_a_plan_gives_the_same_bytes_again(model: Path, tmp_path: Path) -> None:
+    first = svdcli.compress(model, tmp_path / "a.safetensors", rank=32, bits=4)
+    svdcli.compress(model, tmp_path / "b.safetensors", plan=first.plan)
+    one, other = (read_tensors(tmp_path / f"{name}.safetensors") for name in "ab")
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_packed_output_is_no_source(model: Path, tmp_path: Path) -> None:
+    svdcli.compress(model, tmp_path / "o.safetensors", rank=32, bits=8)
+    with pytest.raises(SvdcliError, match="written by svdcli already"):
+        svdcli.compress(tmp_path / "o.safetensors", rank=16)
+
+
+def test_a_damaged_code_does_not_verify(model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "o.safetensors"
+    svdcli.compress(model, out, rank=32, bits=4)
+    data = bytearray(out.read_bytes())
+    data[-1000:] = bytes(1000)
+    out.write_bytes(data)
+    assert not svdcli.verify(out, model).ok
+
+
+def calibrated(model: Path, folder: Path) -> Path:
+    zoo.words_tokenizer(model)
+    text = svdcli.Texts("words", (" ".join(f"w{i * i % 90 + 2}" for i in range(3000)),))
+    svdcli.calibrate(model, folder / "moments.safetensors", text, samples=24, seq_len=32)
+    return folder / "moments.safetensors"
+
+
+@pytest.mark.parametrize("share", [0.2, 0.3, 0.5])
+def test_bits_and_ranks_of_one_budget(share: float, written: Any, tmp_path: Path) -> None:
+    model = written("llama")
+    moments = calibrated(model, tmp_path)
+    outcome = svdcli.compress(
+        model, tmp_path / "o", calibration=moments, keep_bytes=share, group_size=32
+    )
+    selected = outcome.report.selected
+    assert selected.bytes_after <= share * selected.bytes_before
+    assert svdcli.verify(tmp_path / "o", model).ok
+    assert outcome.report.predicted_loss is not None
+    again = svdcli.compress(
+        model, tmp_path / "p", calibration=moments, keep_bytes=share, group_size=32
+    )
+    assert tree(tmp_path / "o") == tree(tmp_path / "p")
+    assert again.report.predicted_loss == outcome.report.predicted_loss
+
+
+def test_the_size_of_the_output_is_never_above_what_was_asked(written: Any, tmp_path: Path) -> None:
+    model = written("llama")
+    moments = calibrated(model, tmp_path)
+    whole = sum(file.stat().st_size for file in model.iterdir())
+    outcome = svdcli.compress(
+        model, tmp_path / "o", calibration=moments, size=int(0.8 * whole), bits="auto"
+    )
+    assert outcome.report.total.bytes_after <= 0.8 * whole
+
+
+def test_measured_roundings_are_what_packing_adds() -> None:
+    w = weight(96, 128).double()
+    x = torch.randn(400, 128, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    metric = Metric(x.T @ x / 400)
+    trials = [Trial("whole", 96, INT8), Trial("whole", 96, INT4), Trial("factored", 32, INT4)]
+    eight, four, factors = measure_roundings(w, trials, torch.bfloat16, metric)
+    assert [rounding.trial for rounding in (eight, four, factors)] == trials
+    assert 0 < 100 * eight.share < four.share < 0.02
+    assert 0 < factors.share < 0.02
+
+    # the share of the whole matrix, by hand
+    energy = weighted_error(w, torch.zeros_like(w), metric)
+    stored = packed_matrix(w, Grid(4, 32), metric, torch.bfloat16).values(torch.float64)
+    assert four.share == pytest.approx(weighted_error(w, stored, metric) / energy)
+
+
+def test_auto_without_a_calibration_is_refused(tmp_path: Path) -> None:
+    done = cli("compress", write_model(tmp_path / "m"), "--keep-bytes", "0.3", "--bits", "auto")
+    assert (done.code, done.out) == (2, b"")
+    assert "takes a calibration" in done.err
