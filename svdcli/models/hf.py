@@ -673,7 +673,7 @@ def stored_in(
 ) -> dict[str, Stored]:
     """Return the factored and packed layers among tensors of these shapes. Raises ValueError as
     `read_stored`."""
-    # A layer has factors, or packed tensors under its own name
+    # Layers by the names of their parts; of integers of 8 bits, one part is called `weight`
     factored: set[str] = set()
     whole: set[str] = set()
     for name in shapes:
@@ -687,6 +687,7 @@ def stored_in(
         elif _is_packed(f"{layer}.{WEIGHT}", shapes, integers):
             whole.add(layer)
 
+    # How each is stored, with a look at all of its parts
     stored: dict[str, Stored] = {}
     for layer in sorted(factored | whole):
         if layer in factored:

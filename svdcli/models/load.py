@@ -470,6 +470,7 @@ def _tied(module: nn.Module, missing: Set[str], names: Set[str]) -> dict[str, st
 def _low_rank(old: nn.Module, layer: LayerPlan, shown: str) -> nn.Module:
     """Return the module that will hold one layer's factors in place of `old`, on the meta
     device."""
+    # Linear layers can hold factors and integers, a few others factors alone
     name = layer.tensor.module
     shape = layer.tensor.shape
     new = low_rank_like(

@@ -387,18 +387,29 @@ def unpacked(
     if group is None:
         return codes.to(dtype) * scales
 
-    # Codes -8 to 7 are stored as 0 to 15, the first of a word in its lowest bits
-    octets = codes.contiguous().view(torch.uint8)
-    if sys.byteorder == "big":
-        octets = octets.view(*codes.shape, 4).flip(-1).view_as(octets)
-    nibbles = torch.stack((octets & 15, octets >> 4), -1).view(codes.shape[0], -1)
-    values = nibbles[:, :columns].to(dtype).sub_(8)
-
     # The last group may be narrower
+    values = _four_bits(codes)[:, :columns].to(dtype)
     even = columns - columns % group
     values[:, :even].unflatten(1, (-1, group)).mul_(scales[:, : even // group, None])
     values[:, even:].mul_(scales[:, even // group :])
     return values
+
+
+def _four_bits(words: Tensor) -> Tensor:
+    """Return the codes (m, 8 k) from -8 to 7 of words (m, k), which hold them as 0 to 15, the first
+    in the lowest bits."""
+    # By shifts where a compiler fuses them, and an exporter knows nothing of bytes in a word
+    if torch.compiler.is_compiling():
+        shifts = torch.arange(0, 32, 4, dtype=words.dtype, device=words.device)
+        codes = torch.bitwise_right_shift(words[..., None], shifts) & 15
+        return codes.flatten(1) - 8
+
+    # By bytes, which takes a third less time
+    octets = words.contiguous().view(torch.uint8)
+    if sys.byteorder == "big":
+        octets = octets.view(*words.shape, 4).flip(-1).flatten(1)
+    nibbles = torch.stack((octets & 15, octets >> 4), -1).view(torch.int8)
+    return nibbles.flatten(1).sub_(8)
 
 
 def low_rank_like(
