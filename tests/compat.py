@@ -18,7 +18,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 OLDEST = "5.12.0"
-TESTS = ("families", "load", "evaluate", "modules", "strictness", "parts")
+TESTS = ("families", "load", "evaluate", "modules", "strictness", "parts", "packed")
 FREE = re.compile(r"(transformers|tokenizers|huggingface.hub)==")
 
 
