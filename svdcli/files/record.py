@@ -52,8 +52,8 @@ WIDEST = Result(1.234567e-100, "randomized float64", ("randomized float32: no co
 _USUAL_ERROR = 1.234567e-10  # as many letters as the error of a solver that did not fail can take
 EVERY = "every_layer"
 CONDENSED = 2  # the format of a record in which `every_layer` says what its layers share
-# What layers may share.
-_SHARED = ("shape", "dtype", "rank", "layout", "stored_dtype", "solver", "metric", "bits", "group")
+# What layers may share: fields that every one has.
+_SHARED = ("shape", "dtype", "rank", "layout", "stored_dtype", "solver", "metric")
 _SHA_WIDTH = 64
 # What every record says of its source.
 _SOURCE = {"name", "fingerprint", "bytes", "parameters"}

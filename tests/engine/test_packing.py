@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,18 @@ import svdcli
 from svdcli.engine.packing import measure_roundings, parts_of
 from svdcli.errors import SvdcliError
 from svdcli.files.checkpoint import open_checkpoint
-from svdcli.files.record import record_of, stored_layers
+from svdcli.files.record import (
+    check_record,
+    condensed,
+    record_of,
+    shared_fields,
+    stored_layers,
+)
 from svdcli.linalg.packed import packed_matrix
 from svdcli.linalg.rounding import Grid
 from svdcli.linalg.whitening import Metric, weighted, weighted_error
 from svdcli.plan.menus import Trial
-from svdcli.plan.packing import Packing
+from svdcli.plan.packing import PLAIN, Packing
 
 INT8, INT4 = Packing(8), Packing(4, 32)
 
@@ -157,3 +164,41 @@ def test_auto_without_a_calibration_is_refused(tmp_path: Path) -> None:
     done = cli("compress", write_model(tmp_path / "m"), "--keep-bytes", "0.3", "--bits", "auto")
     assert (done.code, done.out) == (2, b"")
     assert "takes a calibration" in done.err
+
+
+def test_a_short_record_keeps_apart_what_layers_do_not_share(model: Path, tmp_path: Path) -> None:
+    """The first layer is packed, and the second is not."""
+    plan = svdcli.compress(model, tmp_path / "o.safetensors", rank=32, bits=4, dry_run=True).plan
+    plain = tuple(replace(layer, packing=PLAIN) for layer in plan.layers[1:])
+    data = replace(plan, layers=(plan.layers[0], *plain)).to_json()
+    record = {**data, "source": dict.fromkeys(("name", "fingerprint", "bytes", "parameters"), 0)}
+    record["left_out"] = {}
+    short = condensed(record, shared_fields(record))
+    assert len(str(short)) < len(str(record))
+    assert check_record(short, "o")["layers"] == record["layers"]
+
+
+def test_an_interrupted_run_goes_on_to_the_same_bytes(model: Path, tmp_path: Path) -> None:
+    def stop(phase: str, *_: object) -> None:
+        if phase == "write":
+            raise KeyboardInterrupt
+
+    unbroken, out = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    svdcli.compress(model, unbroken, rank=32, bits=4)
+    with pytest.raises(KeyboardInterrupt):
+        svdcli.compress(model, out, rank=32, bits=4, progress=stop)
+    assert not out.exists()
+    outcome = svdcli.compress(model, out, rank=32, bits=4)
+    assert not outcome.started_over
+    one, other = read_tensors(unbroken), read_tensors(out)
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert [row.rounding_share for row in outcome.report.layers] == [
+        row.rounding_share for row in svdcli.report(unbroken).layers
+    ]
+
+
+def test_heal_refuses_packed_layers(written: Any, tmp_path: Path) -> None:
+    model = written("llama")
+    svdcli.compress(model, tmp_path / "o", rank=32, bits=4)
+    with pytest.raises(SvdcliError, match="fewer bits, which heal does not train"):
+        svdcli.heal(tmp_path / "o", teacher=model, texts=svdcli.Texts("t", ("a b c",)))
