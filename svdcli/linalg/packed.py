@@ -25,7 +25,7 @@ def packed_factors(
     in a basis turned by a random rotation Q, W_r = (up Q)(Q^T down): in that of the singular
     vectors every direction would be as coarse as it is large, and no rounding error could be made
     up for by another direction, since the metric of the factors is diagonal there. Turned, four
-    bits lost 4 to 20 times less. Raises as `weighted` does.
+    bits lost 2 to 20 times less. Raises as `weighted` does.
     """
     # the best factors, turned
     factors = weighted(w.to(torch.float64), rank, metric)

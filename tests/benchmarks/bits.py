@@ -1,7 +1,7 @@
 """What fewer bits, lower rank and both together cost in quality, by the bytes that remain: one
 table.
 
-    python tests/benchmarks/bits.py                the sample model, about ten minutes on two cores
+    python tests/benchmarks/bits.py                the sample model, about twenty minutes on two cores
     python tests/benchmarks/bits.py --quick        few windows, two budgets
     python tests/benchmarks/bits.py --json FILE    what was measured, as JSON
 
@@ -58,7 +58,7 @@ class Bench:
         if not self.moments.exists():
             say("calibrating")
             text = read_texts(None, stdlib=True)
-            samples = 32 if options.quick else 256
+            samples = 32 if options.quick else 128
             svdcli.calibrate(SAMPLE, self.moments, text, samples=samples)
 
     def excess(self, model: Path) -> tuple[float, float]:
