@@ -1,9 +1,9 @@
 """What fewer bits, lower rank and both together cost in quality, by the bytes that remain: one
 table.
 
-    python tests/benchmarks/bits.py                the sample model, about twenty minutes on two cores
-    python tests/benchmarks/bits.py --quick        few windows, two budgets
-    python tests/benchmarks/bits.py --json FILE    what was measured, as JSON
+    python tests/benchmarks/bits.py              the sample model, twenty minutes on two cores
+    python tests/benchmarks/bits.py --quick      few windows, two budgets
+    python tests/benchmarks/bits.py --json FILE  what was measured, as JSON
 
 Every row reads the same calibration (the training half of Python's standard library) and is judged
 on text that it never saw, by the excess of its loss over the original's. Bytes are those of the
