@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from svdcli.calibration.moments import LayerMoments, metric_of
+from svdcli.errors import BadCheckpointError
 from svdcli.files.dtypes import TORCH_DTYPES
 from svdcli.files.record import Result
 from svdcli.linalg.codes import stored_codes, stored_values
@@ -17,7 +18,7 @@ from svdcli.linalg.machine import squared_norm
 from svdcli.linalg.packed import packed_factors, packed_matrix
 from svdcli.linalg.rounding import Grid, Rounded
 from svdcli.linalg.whitening import Metric, weighted, weighted_error
-from svdcli.plan.layouts import WHOLE
+from svdcli.plan.layouts import LAYOUTS, WHOLE
 from svdcli.plan.menus import Rounding, Trial
 from svdcli.plan.packing import PLAIN, Packing
 from svdcli.plan.plan import LayerPlan
@@ -80,13 +81,27 @@ def measure_roundings(
 
 
 def parts_of(layer: LayerPlan, stored: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """The matrices that the stored tensors of a layer stand for, in the order of its layout."""
+    """The matrices that the stored tensors of a layer stand for, in the order of its layout.
+
+    Raises BadCheckpointError where a stored shape is not that of its matrix.
+    """
     if layer.packing == PLAIN:
         return tuple(stored)
-    count = 2 if layer.packing.bits == 8 else 3
     dtype = torch.float64 if layer.stored_dtype == "F64" else torch.float32
-    groups = [tuple(stored[i : i + count]) for i in range(0, len(stored), count)]
-    return tuple(stored_values(group, layer.packing.group, dtype) for group in groups)
+    m, n = layer.tensor.shape
+    shapes = LAYOUTS[layer.layout].parts(m, n, int(layer.rank or 0)).values()
+    count = len(stored) // len(shapes)
+    parts = []
+    for i, shape in enumerate(shapes):
+        tensors = tuple(stored[i * count : (i + 1) * count])
+        if layer.packing.bits == 4 and tuple(tensors[-1].tolist()) != shape:
+            raise BadCheckpointError(
+                f"a stored shape of {layer.tensor.name} is {tensors[-1].tolist()} where its matrix "
+                f"is {list(shape)}",
+                "write the output again",
+            )
+        parts.append(stored_values(tensors, layer.packing.group, dtype))
+    return tuple(parts)
 
 
 def _packed(w: Tensor, trial: Trial, metric: Metric, dtype: torch.dtype) -> tuple[Rounded, ...]:

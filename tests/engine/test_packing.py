@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import struct
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -202,3 +204,22 @@ def test_heal_refuses_packed_layers(written: Any, tmp_path: Path) -> None:
     svdcli.compress(model, tmp_path / "o", rank=32, bits=4)
     with pytest.raises(SvdcliError, match="fewer bits, which heal does not train"):
         svdcli.heal(tmp_path / "o", teacher=model, texts=svdcli.Texts("t", ("a b c",)))
+
+
+@pytest.mark.parametrize("shape", [(160, 5), (-1, -1), (160, 4 * 10**12), (32, 160)])
+def test_a_stored_shape_that_is_another_is_one_line(
+    shape: tuple[int, int], model: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "o.safetensors"
+    svdcli.compress(model, out, rank=32, bits=4)
+    data = bytearray(out.read_bytes())
+    length = int.from_bytes(data[:8], "little")
+    info = json.loads(data[8 : 8 + length])["1.svd_up.weight_shape"]
+    start, end = (8 + length + offset for offset in info["data_offsets"])
+    data[start:end] = struct.pack("<2q", *shape)
+    out.write_bytes(data)
+    for arguments in (("verify", out, "--against", model), ("expand", out)):
+        done = cli(*arguments)
+        assert (done.code, done.out) == (1, b"")
+        assert "a stored shape of 1.weight is" in done.err
+        assert done.err.count("\n") == 1
