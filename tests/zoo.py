@@ -274,3 +274,25 @@ def albert() -> Any:
     }
     model = transformers.AlbertModel(transformers.AlbertConfig(num_hidden_layers=3, **sizes))
     return model.requires_grad_(False).eval()
+
+
+# DeepSeek-V4, some of whose linear layers work in groups.
+GROUPED: dict[str, Any] = {
+    "vocab_size": 96,
+    "hidden_size": 64,
+    "moe_intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "head_dim": 32,
+    "qk_rope_head_dim": 16,
+    "q_lora_rank": 32,
+    "o_groups": 2,
+    "o_lora_rank": 32,
+    "n_routed_experts": 16,
+    "num_experts_per_tok": 2,
+    "index_n_heads": 2,
+    "index_head_dim": 32,
+    "index_topk": 4,
+    "sliding_window": 8,
+    "max_position_embeddings": 64,
+}

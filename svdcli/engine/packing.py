@@ -23,9 +23,6 @@ from svdcli.plan.menus import Rounding, Trial
 from svdcli.plan.packing import PLAIN, Packing
 from svdcli.plan.plan import LayerPlan
 
-# What the record calls a layer that was packed after its metric's best factors were found.
-_WHOLE_SOLVER = "rounded"
-
 
 def grid_of(packing: Packing) -> Grid:
     """The codes and scales of a packing."""
@@ -50,7 +47,7 @@ def solve_packed(
     work = w.to(torch.float64)
     metric = metric_for_packing(w, moments, centred=layer.bias is not None)
     trial = Trial(layer.layout, int(layer.rank or 0), layer.packing)
-    matrices = _packed(work, trial, metric, TORCH_DTYPES[layer.stored_dtype])
+    matrices, tail = _packed(work, trial, metric, TORCH_DTYPES[layer.stored_dtype])
     stored: list[Tensor] = []
     for matrix in matrices:
         stored += stored_codes(matrix)
@@ -58,7 +55,6 @@ def solve_packed(
     # how far that is, and how much of it is due to rounding
     approx = _product(matrices)
     error = weighted_error(work, approx, metric)
-    tail = 0.0 if layer.layout == WHOLE else weighted(work, trial.rank, metric).tail
     share = max(0.0, 1 - tail / error) if error > 0 else 0.0
     total = squared_norm(work)
     relative = math.sqrt(squared_norm(work - approx) / total) if total > 0 else 0.0
@@ -73,8 +69,8 @@ def measure_roundings(
     energy = weighted_error(work, torch.zeros_like(work), metric)
     roundings = []
     for trial in trials:
-        error = weighted_error(work, _product(_packed(work, trial, metric, dtype)), metric)
-        tail = 0.0 if trial.layout == WHOLE else weighted(work, trial.rank, metric).tail
+        matrices, tail = _packed(work, trial, metric, dtype)
+        error = weighted_error(work, _product(matrices), metric)
         share = max(0.0, error - tail) / energy if energy > 0 else 0.0
         roundings.append(Rounding(trial, share))
     return roundings
@@ -104,11 +100,15 @@ def parts_of(layer: LayerPlan, stored: Sequence[Tensor]) -> tuple[Tensor, ...]:
     return tuple(parts)
 
 
-def _packed(w: Tensor, trial: Trial, metric: Metric, dtype: torch.dtype) -> tuple[Rounded, ...]:
+def _packed(
+    w: Tensor, trial: Trial, metric: Metric, dtype: torch.dtype
+) -> tuple[tuple[Rounded, ...], float]:
+    """(the packed matrices, the error in the metric that the rank alone makes)."""
     grid = grid_of(trial.packing)
     if trial.layout == WHOLE:
-        return (packed_matrix(w, grid, metric, dtype),)
-    return packed_factors(w, trial.rank, grid, grid, metric, dtype)
+        return (packed_matrix(w, grid, metric, dtype),), 0.0
+    factors = weighted(w, trial.rank, metric)
+    return packed_factors(w, factors, grid, metric, dtype), factors.tail
 
 
 def _product(matrices: Sequence[Rounded]) -> Tensor:

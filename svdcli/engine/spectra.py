@@ -160,21 +160,18 @@ def measure_spectra(
     costs = {tensor.name: guess_seconds(tensor, share=share) for tensor in tensors}
     total, done = math.fsum(costs.values()), 0.0
     spectrum_of: dict[str, LayerSpectrum] = {}
-    trials: dict[str, Sequence[Trial]] = {}
-    if recipe is not None:
-        trials = {tensor.name: trials_of(tensor, recipe) for tensor in tensors}
 
     # what is new goes to the journal as soon as it is known, so that the next run has it
-
     def note(line: Line) -> None:
         if workspace is not None and line != earlier.get(line["measured"]):
             workspace.note(line)
 
     with shared(Opened(run.source, run.calibration)) as inputs:
         jobs = [_job(run, tensor, inputs, spectra, recipe) for tensor in tensors]
+        trials = {job.tensor.name: job.trials for job in jobs}
         for line in map_unordered(run_spectrum_job, jobs, run.device, note):
             name = line["measured"]
-            spectrum_of[name] = _spectrum_of(run.source, line, trials.get(name, ()))
+            spectrum_of[name] = _spectrum_of(run.source, line, trials[name])
             done += costs[name]
             run.progress("measure", name, done, total)
     return {tensor.name: spectrum_of[tensor.name] for tensor in tensors}

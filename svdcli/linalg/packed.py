@@ -7,7 +7,8 @@ from torch import Tensor
 
 from svdcli.linalg.damping import damp
 from svdcli.linalg.rounding import Grid, Rounded, rounded
-from svdcli.linalg.whitening import Metric, weighted
+from svdcli.linalg.solvers import Factors
+from svdcli.linalg.whitening import Metric
 
 # Of the mean diagonal of the inputs' moment: in directions that were not seen, for want of text, up
 # stays near W.
@@ -15,21 +16,20 @@ _DAMPING_UNSEEN = 1e-4
 
 
 def packed_factors(
-    w: Tensor, rank: int, up_grid: Grid, down_grid: Grid, metric: Metric, dtype: torch.dtype
+    w: Tensor, factors: Factors, grid: Grid, metric: Metric, dtype: torch.dtype
 ) -> tuple[Rounded, Rounded]:
-    """Factors up (m, r) and down (r, n) of w (m, n) on their grids, for a small error tr(H_d D G
-    D^T).
+    """Factors up (m, r) and down (r, n) of w (m, n) on a grid, for a small error tr(H_d D G D^T).
 
-    down is rounded first. up is then the least squares solution against W itself with the rounded
-    down, so that it makes up for what down has lost, and is rounded in its turn. Both are rounded
-    in a basis turned by a random rotation Q, W_r = (up Q)(Q^T down): in that of the singular
-    vectors every direction would be as coarse as it is large, and no rounding error could be made
-    up for by another direction, since the metric of the factors is diagonal there. Turned, four
-    bits lost 2 to 20 times less. Raises as `weighted` does.
+    factors are the best ones in the metric, those of `weighted` in float64. down is rounded first.
+    up is then the least squares solution against W itself with the rounded down, so that it makes
+    up for what down has lost, and is rounded in its turn. Both are rounded in a basis turned by a
+    random rotation Q, W_r = (up Q)(Q^T down): in that of the singular vectors every direction would
+    be as coarse as it is large, and no rounding error could be made up for by another direction,
+    since the metric of the factors is diagonal there. Turned, four bits lost 2 to 20 times less.
+    Raises torch.linalg.LinAlgError where a moment is indefinite.
     """
     # the best factors, turned
-    factors = weighted(w.to(torch.float64), rank, metric)
-    rotation = random_rotation(rank)
+    rotation = random_rotation(factors.up.shape[1])
     up = factors.up @ rotation
     down = rotation.T @ factors.down
 
@@ -40,10 +40,10 @@ def packed_factors(
     h = None
     if metric.outputs is not None and metric.outputs.any():
         h = damp(metric.outputs, metric.damping)
-    down_rounded = rounded(down, down_grid, dtype, inputs, _passed_on(up, h))
+    down_rounded = rounded(down, grid, dtype, inputs, _passed_on(up, h))
     stored = down_rounded.values(torch.float64)
     up, seen = _least_squares(w.to(torch.float64), stored, inputs)
-    return rounded(up, up_grid, dtype, seen, metric.outputs), down_rounded
+    return rounded(up, grid, dtype, seen, metric.outputs), down_rounded
 
 
 def packed_matrix(w: Tensor, grid: Grid, metric: Metric, dtype: torch.dtype) -> Rounded:

@@ -8,13 +8,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from svdcli.plan.knapsack import Menu, Point
-from svdcli.plan.layouts import LAYOUTS, WHOLE
+from svdcli.plan.layouts import FACTORED, LAYOUTS, WHOLE
 from svdcli.plan.packing import Packing
 from svdcli.plan.ranks import Choice, rank_step
 from svdcli.plan.recipe import Recipe
 from svdcli.plan.tensors import TensorInfo
-
-FACTORED = "factored"
 
 # Shares of the full rank at which rounding is measured; what lies between is interpolated.
 _MEASURED_AT = (0.25, 0.5, 0.75)

@@ -39,10 +39,6 @@ class Packing:
             TensorInfo(name + SHAPE, "I64", (2,)),
         )
 
-    def nbytes(self, shape: tuple[int, int], dtype: str) -> int:
-        """Bytes of a matrix of that shape."""
-        return sum(tensor.nbytes for tensor in self.tensors("", shape, dtype))
-
 
 # As they are.
 PLAIN = Packing()

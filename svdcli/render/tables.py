@@ -141,7 +141,7 @@ def _ranks(rows: Sequence[LayerRow]) -> str:
     shown = [ranks] if ranks else []
     if any(row.layout == WHOLE for row in rows):
         shown.append(WHOLE)
-    packed = sorted({row.bits for row in rows if row.rounding_share is not None}, reverse=True)
+    packed = sorted({row.bits for row in rows if row.bits < 16}, reverse=True)
     if packed:
         shown.append(f"{'/'.join(map(str, packed))} bits")
     return ", ".join(shown) or "dense"

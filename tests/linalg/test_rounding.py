@@ -155,7 +155,7 @@ def test_packed_factors_are_near_the_best_of_their_rank(
     tail = weighted(w, 16, metric).tail
     errors = {}
     for grid in (Grid(8), Grid(4, 16)):
-        up, down = packed_factors(w, 16, grid, grid, metric, torch.float32)
+        up, down = packed_factors(w, weighted(w, 16, metric), grid, metric, torch.float32)
         assert up.codes.shape == (m, 16)
         assert down.codes.shape == (16, n)
         product = up.values(torch.float64) @ down.values(torch.float64)
@@ -167,7 +167,7 @@ def test_packed_factors_are_near_the_best_of_their_rank(
 def test_turned_factors_lose_less_than_singular_vectors() -> None:
     w, grid = decaying(96, 96, 1.5), Grid(4, 32)
     metric = Metric(torch.eye(96, dtype=torch.float64))
-    up, down = packed_factors(w, 64, grid, grid, metric, torch.float32)
+    up, down = packed_factors(w, weighted(w, 64, metric), grid, metric, torch.float32)
     turned = weighted_error(w, up.values(torch.float64) @ down.values(torch.float64), metric)
     factors = weighted(w, 64, metric)
     plain = [
@@ -182,9 +182,9 @@ def test_a_calibration_that_saw_nothing_rounds_to_nearest() -> None:
     blind = Metric(torch.zeros(32, 32), torch.zeros(10, 10))
     found = packed_matrix(w, INT4, blind, torch.float32)
     assert torch.equal(found.codes, to_nearest(w, INT4, found.scales).codes)
-    up, down = packed_factors(decaying(10, 32, 0.5), 5, INT8, INT8, blind, torch.float32)
-    product = up.values(torch.float64) @ down.values(torch.float64)
     w = decaying(10, 32, 0.5)
+    up, down = packed_factors(w, weighted(w, 5, blind), INT8, blind, torch.float32)
+    product = up.values(torch.float64) @ down.values(torch.float64)
     assert float((w - product).square().sum()) == pytest.approx(
         weighted(w, 5, blind).tail, rel=0.02
     )
@@ -195,7 +195,7 @@ def test_inputs_that_were_seen_in_few_directions() -> None:
     w = decaying(40, 48, 0.5)
     x = normal(10, 48, seed=4)
     metric = Metric(x.T @ x / 10)
-    up, down = packed_factors(w, 24, INT8, INT8, metric, torch.float32)
+    up, down = packed_factors(w, weighted(w, 24, metric), INT8, metric, torch.float32)
     product = up.values(torch.float64) @ down.values(torch.float64)
     energy = weighted_error(w, torch.zeros_like(w), metric)
     assert weighted_error(w, product, metric) < 1e-4 * energy

@@ -269,33 +269,14 @@ def test_what_no_class_takes_and_what_routes_stays_as_it_is(case: str, tmp_path:
         assert all(torch.equal(written.get_tensor(key), tensors[key]) for key in besides)
 
 
-_GROUPED = {
-    "vocab_size": 96,
-    "hidden_size": 64,
-    "moe_intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "head_dim": 32,
-    "qk_rope_head_dim": 16,
-    "q_lora_rank": 32,
-    "o_groups": 2,
-    "o_lora_rank": 32,
-    "n_routed_experts": 16,
-    "num_experts_per_tok": 2,
-    "index_n_heads": 2,
-    "index_head_dim": 32,
-    "index_topk": 4,
-    "sliding_window": 8,
-    "max_position_embeddings": 64,
-}
 # Layers of classes that torch does not know, and names that are others in the model: (class,
 # config, what is asked for).
 OWN_CLASSES = {
     "linear layers of its own": ("IBertForMaskedLM", zoo._BERT, ("*layer.0*",)),
-    "layers in groups": ("DeepseekV4ForCausalLM", _GROUPED, (r"re:attn\.",)),
+    "layers in groups": ("DeepseekV4ForCausalLM", zoo.GROUPED, (r"re:attn\.",)),
     "a head and a table under other names": (
         "DeepseekV4ForCausalLM",
-        _GROUPED,
+        zoo.GROUPED,
         ("head", "model.embed_tokens"),
     ),
     "a router that is named in full": (

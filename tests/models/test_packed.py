@@ -26,7 +26,7 @@ from svdcli.linalg.codes import pack_int4, stored_codes, stored_values
 from svdcli.linalg.packed import packed_factors, packed_matrix
 from svdcli.linalg.rounding import Grid
 from svdcli.linalg.solvers import svd
-from svdcli.linalg.whitening import Metric
+from svdcli.linalg.whitening import Metric, weighted
 from svdcli.models import modules
 from svdcli.models.modules import (
     LazyWeight,
@@ -84,7 +84,8 @@ def pack(w: Tensor, name: str, form: Form) -> tuple[dict[str, Tensor], Tensor]:
         tensors = {f"{name}.svd_up.weight": up, f"{name}.svd_down.weight": down}
         return tensors, up.float() @ down.float()
     grid = form.grid
-    up, down = map(stored_codes, packed_factors(w, form.rank, grid, grid, metric, w.dtype))
+    factors = weighted(w.to(torch.float64), form.rank, metric)
+    up, down = map(stored_codes, packed_factors(w, factors, grid, metric, w.dtype))
     tensors = named(f"{name}.svd_up.weight", up, form)
     tensors |= named(f"{name}.svd_down.weight", down, form)
     return tensors, values(up) @ values(down)
@@ -430,27 +431,8 @@ def test_a_packed_head_beside_a_table_is_a_weight_of_its_own(
 
 @pytest.mark.parametrize("form", [Form(8), Form(4), Form(4, 10)])
 def test_names_that_are_others_in_the_model(form: Form, tmp_path: Path) -> None:
-    config = {
-        "vocab_size": 96,
-        "hidden_size": 64,
-        "moe_intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "head_dim": 32,
-        "qk_rope_head_dim": 16,
-        "q_lora_rank": 32,
-        "o_groups": 2,
-        "o_lora_rank": 32,
-        "n_routed_experts": 16,
-        "num_experts_per_tok": 2,
-        "index_n_heads": 2,
-        "index_head_dim": 32,
-        "index_topk": 4,
-        "sliding_window": 8,
-        "max_position_embeddings": 64,
-    }
     source = tmp_path / "model"
-    zoo._model("DeepseekV4ForCausalLM", **config)().save_pretrained(source)
+    zoo._model("DeepseekV4ForCausalLM", **zoo.GROUPED)().save_pretrained(source)
     packed = write(source, tmp_path / "out", {"head": form})
     model = svdcli.load(tmp_path / "out").eval()
     assert isinstance(model.lm_head, PackedLinear if form.rank is None else LowRankLinear)

@@ -22,9 +22,9 @@ from svdcli.plan.layouts.factored import Factored
 from svdcli.plan.layouts.pivoted import Pivoted
 from svdcli.plan.layouts.whole import Whole
 
-__all__ = ["LAYOUTS", "WHOLE", "Layout"]
+__all__ = ["FACTORED", "LAYOUTS", "WHOLE", "Layout"]
 
 LAYOUTS: dict[str, Layout] = {
     layout.name: layout for layout in (Factored(), Pivoted(), Dense(), Whole())
 }
-WHOLE = Whole.name
+FACTORED, WHOLE = Factored.name, Whole.name
