@@ -102,23 +102,34 @@ def differing(expected: dict[str, bytes] | None, actual: dict[str, bytes] | None
             differences.append(f"{name} differs")
         else:
             first, second = _entries(one), _entries(other)
-            keys = sorted(first.keys() | second.keys())
-            changed = [key for key in keys if first.get(key) != second.get(key)]
-            differences.append(f"{name}: {changed}")
+            for key in sorted(first.keys() | second.keys()):
+                if first.get(key) != second.get(key):
+                    differences.append(f"{name}: {key}: {_apart(first.get(key), second.get(key))}")
     return "; ".join(differences)
 
 
-def _entries(file: bytes) -> dict[str, bytes]:
-    """The tensors of a safetensors file, and what its header says of each, by name."""
+def _entries(file: bytes) -> dict[str, tuple[str, bytes]]:
+    """(what its header says, the bytes) of each tensor of a safetensors file, by name."""
     length = int.from_bytes(file[:8], "little")
     if not length:
-        return {"header": b""}
+        return {"header": ("", b"")}
     header = json.loads(file[8 : 8 + length])
-    entries = {f"metadata {k}": v.encode() for k, v in header.pop("__metadata__", {}).items()}
+    metadata = header.pop("__metadata__", {})
+    entries = {f"metadata {key}": ("", value.encode()) for key, value in metadata.items()}
     for name, info in header.items():
         start, end = (8 + length + offset for offset in info["data_offsets"])
-        entries[name] = json.dumps(info).encode() + file[start:end]
+        entries[name] = (json.dumps(info), file[start:end])
     return entries
+
+
+def _apart(one: tuple[str, bytes] | None, other: tuple[str, bytes] | None) -> str:
+    """In what two entries of the same name differ."""
+    if one is None or other is None:
+        return "in one of them only"
+    if one[0] != other[0]:
+        return f"{one[0]} and {other[0]}"
+    places = [i for i, (a, b) in enumerate(zip(one[1], other[1], strict=False)) if a != b]
+    return f"{len(places)} of {len(one[1])} bytes, the first at {places[:6]}"
 
 
 def try_point(
