@@ -27,11 +27,13 @@ from svdcli.calibration.loss import answer_of, excess_of
 from svdcli.calibration.rows import padding_mask
 from svdcli.calibration.stream import Stream, Turn, caches_off
 from svdcli.errors import SvdcliError
-from svdcli.healing.coordinates import WhitenedLayers
-from svdcli.healing.refit import Block, BlockRun, refit
-from svdcli.healing.training import Best, Schedule, train
+from svdcli.healing.coordinates import whitened_layers
+from svdcli.healing.learned import LearnedRounding
+from svdcli.healing.refit import Block, BlockRun, refit, refittable
+from svdcli.healing.standins import StandIns
+from svdcli.healing.training import Best, Schedule, by_size, train
 from svdcli.linalg.damping import damped_root
-from svdcli.models.modules import LOW_RANK
+from svdcli.models.modules import LOW_RANK, SCALE, WEIGHT, PackedLinear
 from svdcli.progress import Progress, silent
 from svdcli.text.tokens import Batch
 
@@ -39,10 +41,16 @@ DAMPING = 0.1
 BLOCK_RATE = 0.002  # largest step of a weight, as a share of its tensor's root mean square
 # the same, times the root of the divergence at the start: errors of weights grow with that
 WHOLE_RATE = 0.01
+# largest step of an integer, in steps of its grid
+BLOCK_STEP = 0.005
+WHOLE_STEP = 0.005
 WHOLE = "whole model"
 _MOMENT_BATCHES = 8
 HELD_OUT = 4  # batches: more would cost as much as the training
 _REFIT_SHARE = 0.8  # of a block's time
+
+# The layers that are refined.
+REFINED: tuple[type[nn.Module], ...] = (*LOW_RANK, PackedLinear)
 
 Call = Callable[[nn.Module], Callable[..., Any]]
 
@@ -147,7 +155,7 @@ def heal_blocks(
     device = device or torch.device("cpu")
     student_stream = Stream(student, device, torch.float32, call=call(student))
     teacher_stream = Stream(teacher, device, torch.float32, call=call(teacher))
-    dtypes = {name: tensor.dtype for name, tensor in _tensors(student)}
+    dtypes = {name: tensor.dtype for name, tensor in _tensors(student) if trainable(name)}
 
     # The blocks that will be refined, known beforehand so that they can share the time
     to_refine = _to_refine(student_stream, trainable, moments)
@@ -174,6 +182,7 @@ def heal_blocks(
                 teacher=BlockRun(teacher_turn.unit, teacher_turn.call, teacher_arguments),
                 targets=targets,
                 masks=[padding_mask(all_batches[batch.index]) for batch in student_turn.batches],
+                scale_dtypes=_scale_dtypes(student_turn.unit, name, dtypes),
             )
             read, held_out = _parted(student_turn, len(batches.train))
             moment = None if moments is None else moments[name]
@@ -258,16 +267,41 @@ def _tensors(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, Tensor]
 
 
 def _trainable(unit: nn.Module, name: str, allowed: Callable[[str], bool]) -> dict[str, Tensor]:
-    """Return the parameters and row orders of the low-rank modules in one unit that may change, by
-    their names in the whole model."""
+    """Return the parameters, row orders, integers and scales of the low-rank and packed modules in
+    one unit that may change, by their names in the whole model."""
     tensors: dict[str, Tensor] = {}
     for path, module in unit.named_modules(prefix=name):
-        if not isinstance(module, LOW_RANK):
+        if not isinstance(module, REFINED):
             continue
         for full_name, tensor in _tensors(module, path):
             if allowed(full_name):
                 tensors[full_name] = tensor
     return tensors
+
+
+def _scale_dtypes(
+    unit: nn.Module, name: str, dtypes: Mapping[str, torch.dtype]
+) -> dict[str, torch.dtype]:
+    """Return the stored dtype of the scales of every packed matrix in a unit of this name whose
+    scales are among `dtypes`, by the matrix's name in the unit."""
+    found: dict[str, torch.dtype] = {}
+    for path, module in unit.named_modules():
+        scale = f"{name}.{path}.{WEIGHT}{SCALE}".lstrip(".")
+        if isinstance(module, PackedLinear) and scale in dtypes:
+            found[path] = dtypes[scale]
+    return found
+
+
+def _learned_roundings(
+    model: nn.Module, scale_dtypes: Mapping[str, torch.dtype]
+) -> dict[str, LearnedRounding]:
+    """Return a stand-in for each of these packed matrices of a model."""
+    roundings: dict[str, LearnedRounding] = {}
+    for name, dtype in scale_dtypes.items():
+        module = model.get_submodule(name)
+        assert isinstance(module, PackedLinear)
+        roundings[name] = LearnedRounding(module, dtype)
+    return roundings
 
 
 def assign(healed: HealedBlock, tensors: Mapping[str, Tensor], device: torch.device) -> None:
@@ -340,9 +374,20 @@ class _Healer:
         # By gradient, from where the closed form ended
         remaining = None if seconds is None else seconds - (time.monotonic() - begin)
         schedule = Schedule(steps, remaining, report)
-        weights = [tensor for tensor in self.tensors.values() if isinstance(tensor, nn.Parameter)]
-        better = self.best.keep_if_better
-        train(weights, schedule, BLOCK_RATE, self.read, self._loss, better, seed)
+        unit = self.block.student.unit
+        roundings = _learned_roundings(unit, self.block.scale_dtypes)
+        parameters = [t for t in self.tensors.values() if isinstance(t, nn.Parameter)]
+        weights = by_size(parameters, BLOCK_RATE)
+        for rounding in roundings.values():
+            weights += rounding.weights(BLOCK_STEP)
+        layers = StandIns(unit, roundings)
+
+        def keep_if_better() -> bool:
+            with layers.stored():
+                return self.best.keep_if_better()
+
+        with layers.training():
+            train(weights, schedule, self.read, self._loss, keep_if_better, seed)
 
         # The best weights are on record; the caller decides when they take effect
         for name, tensor in self.tensors.items():
@@ -365,9 +410,8 @@ class _Healer:
         self._error()
         seconds_a_batch = (time.monotonic() - begin) / len(self.held_out)
 
-        # Each low-rank layer takes about two passes over the batches, one in either model
-        modules = self.block.student.unit.modules()
-        passes = 2 * sum(isinstance(module, LOW_RANK) for module in modules)
+        # Each layer takes about two passes over the batches, one in either model
+        passes = 2 * len(refittable(self.block.student.unit))
         needed = passes * seconds_a_batch * len(self.read)
         return max(1, math.ceil(needed / max(1e-9, _REFIT_SHARE * seconds)))
 
@@ -508,7 +552,18 @@ def heal_whole(
 
         # Coordinates in which all steps cost alike, learned from a few batches
         sample = [_moved(batch, device) for batch in batches.fewer(_MOMENT_BATCHES).train]
-        layers = WhitenedLayers(teacher, student, tensors, sample, call(teacher))
+        whitened = whitened_layers(teacher, student, tensors, sample, call(teacher))
+        stored_dtypes = {name: dtypes[name] for name in tensors}
+        roundings = _learned_roundings(student, _scale_dtypes(student, "", stored_dtypes))
+        layers = StandIns(student, {**whitened, **roundings})
+
+        # What is trained: their weights, and the biases that may change
+        biases = [tensor for name, tensor in tensors.items() if name.endswith(".bias")]
+        weights = by_size((bias for bias in biases if isinstance(bias, nn.Parameter)), rate)
+        for layer in whitened.values():
+            weights += by_size([layer.a, layer.b], rate)
+        for rounding in roundings.values():
+            weights += rounding.weights(WHOLE_STEP)
 
         def keep_if_better() -> bool:
             with layers.stored():
@@ -518,5 +573,5 @@ def heal_whole(
         schedule = Schedule(effort.steps, effort.seconds, report)
         indices = range(len(batches.train))
         with layers.training():
-            train(layers.weights, schedule, rate, indices, goal.loss, keep_if_better, seed)
+            train(weights, schedule, indices, goal.loss, keep_if_better, seed)
     return HealedBlock(WHOLE, best.first, best.error, schedule.step, best.weights)

@@ -9,8 +9,7 @@ there is worth the same in every direction, whatever the layout stores.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,7 +21,7 @@ from svdcli.healing.refit import put_factors
 from svdcli.linalg.balance import balanced
 from svdcli.linalg.damping import damped_root
 from svdcli.linalg.solvers import Factors, transposed
-from svdcli.models.modules import LOW_RANK, factors_of, is_linear
+from svdcli.models.modules import LOW_RANK, factors_of, is_linear, is_packed
 from svdcli.text.tokens import Batch
 
 FULL = 2048  # wider sides are scaled by their diagonal
@@ -68,6 +67,14 @@ class WhitenedLinear(nn.Module):
         up, down = self.factors()
         return (up @ down).T if self.conv else up @ down
 
+    def store(self, module: nn.Module) -> None:
+        """Set the factors of a low-rank layer to what was learned."""
+        up, down = (factor.detach() for factor in self.factors())
+        factors = Factors(up, down, up.new_empty(0), 0.0)
+        if self.conv:  # stored as (in, out)
+            factors = transposed(factors)
+        put_factors(module, factors)
+
     def forward(self, x: Tensor) -> Tensor:
         up, down = self.factors()
         y = nn.functional.linear(nn.functional.linear(x, down), up)
@@ -94,81 +101,43 @@ def _times(scale: Tensor, x: Tensor) -> Tensor:
     return scale.to(x.dtype) @ x if scale.ndim == 2 else scale.to(x.dtype)[:, None] * x
 
 
-class WhitenedLayers:
-    """For every low-rank linear layer whose factors are in `tensors`, a `WhitenedLinear` to train
-    in its place; biases in `tensors` are trained where they are. batches are what the teacher reads
-    to learn the coordinates; call is what is called with each, if not the whole teacher."""
+def whitened_layers(
+    teacher: nn.Module,
+    student: nn.Module,
+    tensors: Mapping[str, Tensor],
+    batches: Sequence[Batch],
+    call: Callable[..., Any] | None = None,
+) -> dict[str, WhitenedLinear]:
+    """Return a stand-in for every low-rank linear layer of the student whose factors are in
+    `tensors`, by the layer's name. batches are what the teacher reads to learn the coordinates;
+    call is what is called with each, if not the whole teacher."""
+    # The layers to train, where the original has a linear layer
+    dense: dict[str, nn.Module] = {}
+    for name, module in student.named_modules():
+        if not isinstance(module, LOW_RANK) or f"{name}.svd_up.weight" not in tensors:
+            continue
+        original = teacher.get_submodule(name)
+        if is_linear(original) and not is_packed(module):
+            dense[name] = original
+    if not dense:
+        return {}
 
-    def __init__(
-        self,
-        teacher: nn.Module,
-        student: nn.Module,
-        tensors: Mapping[str, Tensor],
-        batches: Sequence[Batch],
-        call: Callable[..., Any] | None = None,
-    ) -> None:
-        self.student = student
-        # The layers to train, where the original has a linear layer
-        dense: dict[str, nn.Module] = {}
-        for name, module in student.named_modules():
-            if not isinstance(module, LOW_RANK) or f"{name}.svd_up.weight" not in tensors:
-                continue
-            original = teacher.get_submodule(name)
-            if is_linear(original):
-                dense[name] = original
-        self.originals = {name: student.get_submodule(name) for name in dense}
-
-        # Each in coordinates that its moments scale; a moment that was not met scales nothing
-        inputs, outputs = moments_of(teacher, dense, batches, call)
-        self.layers: dict[str, WhitenedLinear] = {}
-        for name, original in dense.items():
-            conv = not isinstance(original, nn.Linear)
-            m, n = original.get_parameter("weight").shape
-            if conv:  # stored as (in, out)
-                m, n = n, m
-            unknown = torch.ones(max(m, n), device=tensors[f"{name}.svd_up.weight"].device)
-            input_moment = inputs.get(name, unknown[:n])
-            output_moment = outputs.get(name, unknown[:m])
-            self.layers[name] = WhitenedLinear(
-                self.originals[name], conv, input_moment, output_moment
-            )
-
-        # What is trained: the factors, then the biases that may change
-        self.weights: list[nn.Parameter] = []
-        for layer in self.layers.values():
-            self.weights += [layer.a, layer.b]
-        for name in dense:
-            bias = tensors.get(f"{name}.bias")
-            if isinstance(bias, nn.Parameter):
-                self.weights.append(bias)
-
-    @contextmanager
-    def training(self) -> Iterator[None]:
-        """Put the layers to train in place of the model's own, which come back afterwards."""
-        self._use(self.layers)
-        try:
-            yield
-        finally:
-            self._use(self.originals)
-
-    @contextmanager
-    def stored(self) -> Iterator[None]:
-        """Put what would be stored of the layers in place of them, inside `training`."""
-        for name, layer in self.layers.items():
-            up, down = (factor.detach() for factor in layer.factors())
-            factors = Factors(up, down, up.new_empty(0), 0.0)
-            if layer.conv:  # stored as (in, out)
-                factors = transposed(factors)
-            put_factors(self.originals[name], factors)
-        self._use(self.originals)
-        try:
-            yield
-        finally:
-            self._use(self.layers)
-
-    def _use(self, modules: Mapping[str, nn.Module]) -> None:
-        for name, module in modules.items():
-            self.student.set_submodule(name, module)
+    # Each in coordinates that its moments scale; a moment that was not met scales nothing
+    inputs, outputs = moments_of(teacher, dense, batches, call)
+    layers: dict[str, WhitenedLinear] = {}
+    for name, original in dense.items():
+        conv = not isinstance(original, nn.Linear)
+        m, n = original.get_parameter("weight").shape
+        if conv:  # stored as (in, out)
+            m, n = n, m
+        unknown = torch.ones(max(m, n), device=tensors[f"{name}.svd_up.weight"].device)
+        layers[name] = WhitenedLinear(
+            student.get_submodule(name),
+            conv,
+            inputs=inputs.get(name, unknown[:n]),
+            outputs=outputs.get(name, unknown[:m]),
+        )
+    return layers
 
 
 def moments_of(

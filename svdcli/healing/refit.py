@@ -13,7 +13,7 @@ all that the block's output still lacks.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -25,10 +25,12 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from svdcli.calibration.gather import FULL_OUTPUTS
 from svdcli.calibration.rows import MomentSums, without_padding
 from svdcli.calibration.stream import first_tensor
+from svdcli.healing.learned import grid_of, put_rounded
 from svdcli.linalg.layouts import CODECS
+from svdcli.linalg.packed import packed_factors, packed_matrix
 from svdcli.linalg.solvers import Factors, transposed
 from svdcli.linalg.whitening import Metric, weighted
-from svdcli.models.modules import LOW_RANK, is_linear, layout_of
+from svdcli.models.modules import LOW_RANK, PackedLinear, is_linear, layout_of
 from svdcli.plan.layouts import LAYOUTS
 
 RIDGE = 0.01  # of the mean diagonal of E[x x^T], against directions that were hardly seen
@@ -57,7 +59,7 @@ class LayerPair:
 
     refits_bias says that the layer's bias may change; feeds_output that its output is added to the
     block's; output_moment is the second moment of the loss gradient at its output, None where none
-    arrives there.
+    arrives there; scale_dtype is the dtype in which scales are stored, None for layers without.
     """
 
     name: str
@@ -66,6 +68,7 @@ class LayerPair:
     refits_bias: bool
     feeds_output: bool
     output_moment: Tensor | None
+    scale_dtype: torch.dtype | None
 
     def weight(self) -> Tensor:
         """Return the dense weight, (out, in), float64."""
@@ -76,12 +79,17 @@ class LayerPair:
 @dataclass
 class Block:
     """Both models' block, what it should answer, and which entries of each batch count (None:
-    all)."""
+    all).
+
+    scale_dtypes has, for every packed matrix by its name in the block, the dtype in which its
+    scales are stored.
+    """
 
     student: BlockRun
     teacher: BlockRun
     targets: Sequence[Tensor]
     masks: Sequence[Tensor | None]
+    scale_dtypes: Mapping[str, torch.dtype]
 
     def rows(self, values: Tensor, index: int) -> Tensor:
         """Return (tokens, width), without padding."""
@@ -138,23 +146,45 @@ def _groups(
             refits_bias=allowed(f"{name}.bias".removeprefix(".")),
             feeds_output=name in feeding,
             output_moment=moments.get(name),
+            scale_dtype=_scale_dtype(block, name),
         )
 
     return [[pair_of(name) for name in group] for group in grouped_names]
 
 
+def _scale_dtype(block: Block, name: str) -> torch.dtype | None:
+    """Return the dtype in which the scales of a layer, or of its factors, are stored."""
+    for matrix in (name, f"{name}.svd_down"):
+        if matrix in block.scale_dtypes:
+            return block.scale_dtypes[matrix]
+    return None
+
+
+def refittable(unit: nn.Module) -> dict[str, nn.Module]:
+    """Return the low-rank modules of a block, and the packed ones that are no factor of these, by
+    their names in it."""
+    layers: dict[str, nn.Module] = {}
+    factors: set[int] = set()
+    for name, module in unit.named_modules():
+        if isinstance(module, LOW_RANK):
+            layers[name] = module
+            factors |= {id(part) for part in module.modules()}
+        elif isinstance(module, PackedLinear) and id(module) not in factors:
+            layers[name] = module
+    return layers
+
+
 def _grouped_names(block: Block, index: int) -> list[list[str]]:
-    """Return the names of the low-rank layers that are called exactly once and stand for a linear
-    layer, in the order of their calls; neighbours that read the very same tensor make a group."""
+    """Return the names of the layers that are called exactly once and stand for a linear layer, in
+    the order of their calls; neighbours that read the very same tensor make a group."""
     calls: list[tuple[str, Tensor]] = []
 
     def note(name: str) -> Callable[..., None]:
         return lambda module, inputs: calls.append((name, inputs[0]))
 
     handles = []
-    for name, module in block.student.unit.named_modules():
-        if isinstance(module, LOW_RANK):
-            handles.append(module.register_forward_pre_hook(note(name)))
+    for name, module in refittable(block.student.unit).items():
+        handles.append(module.register_forward_pre_hook(note(name)))
     with _hooked(handles):
         block.student.answer(index)
 
@@ -328,14 +358,45 @@ def _solve(pair: LayerPair, sums: _Sums) -> None:
     damped = inputs + ridge * torch.eye(inputs.shape[0], dtype=inputs.dtype, device=inputs.device)
     best = w + torch.linalg.solve(damped, (cross - w @ inputs).T).T
 
-    # Its truncation, and the bias that takes the mean error out
-    rank = int(pair.student.rank)  # type: ignore[arg-type]
-    factors = weighted(best, rank, Metric(inputs, pair.output_moment))
+    # What comes nearest to it of what the layer can store, and the bias that takes the mean error
+    # out
+    mean = x
+    for matrix in reversed(_put_nearest(pair, best, Metric(inputs, pair.output_moment))):
+        mean = matrix @ mean
     if pair.refits_bias and bias is not None:
-        bias.data = (y - factors.up @ (factors.down @ x)).to(bias.dtype)
+        bias.data = (y - mean).to(bias.dtype)
+
+
+def _put_nearest(pair: LayerPair, best: Tensor, metric: Metric) -> tuple[Tensor, ...]:
+    """Put what is nearest to a weight (out, in) in the metric into a layer: its truncation, and of
+    few-bit integers where the layer is packed. Return the matrices whose product the layer then
+    stands for."""
+    # A whole matrix of integers
+    dtype = pair.scale_dtype
+    if isinstance(pair.student, PackedLinear):
+        assert dtype is not None
+        rounded = packed_matrix(best, grid_of(pair.student), metric, dtype)
+        put_rounded(pair.student, rounded)
+        return (rounded.values(torch.float64),)
+
+    # Two factors of integers
+    rank = int(pair.student.rank)  # type: ignore[arg-type]
+    factors = weighted(best, rank, metric)
+    if dtype is not None:
+        up, down = (pair.student.get_submodule(name) for name in ("svd_up", "svd_down"))
+        assert isinstance(up, PackedLinear)
+        assert isinstance(down, PackedLinear)
+        pieces = packed_factors(best, factors, grid_of(up), metric, dtype)
+        for module, rounded in zip((up, down), pieces, strict=True):
+            put_rounded(module, rounded)
+        return tuple(rounded.values(torch.float64) for rounded in pieces)
+
+    # Two factors as they are
+    matrices = (factors.up, factors.down)
     if not isinstance(pair.teacher, nn.Linear):  # a Conv1D, stored as (in, out)
         factors = transposed(factors)
     put_factors(pair.student, factors)
+    return matrices
 
 
 def put_factors(module: nn.Module, factors: Factors) -> None:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -105,10 +106,26 @@ class Best:
         }
 
 
+@dataclass(frozen=True)
+class Trained:
+    """A tensor that is trained, and the largest step of an entry of it."""
+
+    weight: nn.Parameter
+    step: float
+
+
+def by_size(weights: Iterable[nn.Parameter], rate: float) -> list[Trained]:
+    """Let the steps of each weight follow the size of its entries: rate is the largest one, as a
+    share of their root mean square."""
+    trained: list[Trained] = []
+    for weight in weights:
+        trained.append(Trained(weight, rate * float(weight.detach().square().mean().sqrt())))
+    return trained
+
+
 def train(
-    weights: Sequence[nn.Parameter],
+    weights: Sequence[Trained],
     schedule: Schedule,
-    rate: float,
     indices: Sequence[int],
     loss: Callable[[int], Tensor],
     keep_if_better: Callable[[], bool],
@@ -117,26 +134,25 @@ def train(
     """Minimise loss(index) over batches drawn at random from `indices`, until the schedule is over
     or late checks find nothing better.
 
-    rate is the largest step of a weight, as a share of its tensor's root mean square;
     keep_if_better keeps the present state where it is better. The weights themselves end where the
     training ended.
     """
-    # A group for each weight, since the size of its steps follows the size of its entries
+    # A group for each weight, which has steps of its own size
     groups: list[dict[str, Any]] = []
-    for weight in weights:
-        groups.append({"params": [weight], "lr": 0.0, "scale": rate * _rms(weight)})
+    for trained in weights:
+        groups.append({"params": [trained.weight], "lr": 0.0, "step": trained.step})
     optimiser = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.0)
     generator = torch.Generator().manual_seed(seed)
     order: list[int] = []
-    for weight in weights:
-        weight.requires_grad_()
+    for trained in weights:
+        trained.weight.requires_grad_()
 
     next_check = 1 / _CHECKS
     checks_in_vain = 0
     while schedule.progress() < 1 and checks_in_vain < _PATIENCE:
         # One step on one batch; all batches are drawn once before one comes again
         for group in optimiser.param_groups:
-            group["lr"] = schedule.rate() * group["scale"]
+            group["lr"] = schedule.rate() * group["step"]
         order = order or torch.randperm(len(indices), generator=generator).tolist()
         with torch.enable_grad():
             loss(indices[order.pop()]).backward()
@@ -154,12 +170,7 @@ def train(
                 checks_in_vain += 1
 
     # The weights as they came: without gradients
-    for weight in weights:
-        weight.requires_grad_(False)
-        weight.grad = None
+    for trained in weights:
+        trained.weight.requires_grad_(False)
+        trained.weight.grad = None
     schedule.report(1.0)
-
-
-def _rms(weight: Tensor) -> float:
-    """Return the root mean square of a weight's entries."""
-    return float(weight.detach().square().mean().sqrt())

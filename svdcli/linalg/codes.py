@@ -32,6 +32,11 @@ def stored_values(stored: tuple[Tensor, ...], group: int, dtype: torch.dtype) ->
     return Rounded(codes, scales, Grid(4, group)).values(dtype)
 
 
+def stored_integers(codes: Tensor, columns: int) -> Tensor:
+    """The codes (m, columns), int8, of the first of the tensors that are stored."""
+    return codes if codes.dtype == torch.int8 else unpack_int4(codes, columns)
+
+
 def pack_int4(codes: Tensor) -> Tensor:
     """Codes (m, n) from -8 to 7, int8, eight to an int32 word (m, ceil(n / 8)), the first in the
     lowest bits. A last word that is not full ends in zero bits."""

@@ -66,12 +66,12 @@ class Rounded:
 
     def values(self, dtype: torch.dtype) -> Tensor:
         """The matrix (m, n) that they stand for."""
-        return self.codes.to(dtype) * _by_column(self.scales.to(dtype), self.grid, self.codes)
+        return self.codes.to(dtype) * by_column(self.scales.to(dtype), self.grid, self.codes)
 
 
 def to_nearest(w: Tensor, grid: Grid, scales: Tensor) -> Rounded:
     """Every number of w (m, n) by itself, to the nearest code."""
-    codes = (w / _by_column(scales.to(w.dtype), grid, w)).round_()
+    codes = (w / by_column(scales.to(w.dtype), grid, w)).round_()
     return Rounded(codes.clamp_(grid.lowest, grid.highest).to(torch.int8), scales, grid)
 
 
@@ -142,8 +142,7 @@ class _Feedback:
         """Codes (m, n) int8 for w (m, n) and its scales."""
         # columns as rows: what is worked on then lies together in memory
         rest = w.to(torch.float32)[:, self.order].T.contiguous()
-        by_column = _by_column(scales.to(torch.float32), self.grid, w)
-        steps = by_column[:, self.order].T.contiguous()
+        steps = by_column(scales.to(torch.float32), self.grid, w)[:, self.order].T.contiguous()
 
         codes = torch.empty_like(rest, dtype=torch.int8)
         for start in range(0, rest.shape[0], _COLUMNS_AT_ONCE):
@@ -207,7 +206,7 @@ def inverse_root(moment: Tensor) -> Tensor:
     return inverse
 
 
-def _by_column(scales: Tensor, grid: Grid, like: Tensor) -> Tensor:
+def by_column(scales: Tensor, grid: Grid, like: Tensor) -> Tensor:
     """The scale of every number of a matrix (m, n) such as `like`."""
     n = like.shape[1]
     if scales.shape[1] == 1:

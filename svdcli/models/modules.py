@@ -464,6 +464,11 @@ def is_linear(module: nn.Module | None) -> bool:
     return type(module).__name__ == "Conv1D"
 
 
+def is_packed(module: nn.Module) -> bool:
+    """Tell whether a low-rank or whole layer is of few-bit integers."""
+    return any(isinstance(part, PackedLinear) for part in module.modules())
+
+
 def numbers_of(model: nn.Module) -> int:
     """Return how many numbers the weights of a model have, packed ones, which are no parameters,
     included."""

@@ -48,7 +48,7 @@ from svdcli.healing.blocks import (
 )
 from svdcli.models.load import load_stored
 from svdcli.plan.budget import missed_target
-from svdcli.plan.packing import PLAIN
+from svdcli.plan.packing import SHAPE
 from svdcli.plan.plan import Healing, LayerPlan, Plan
 from svdcli.progress import Progress, silent
 from svdcli.text.texts import Texts
@@ -144,11 +144,6 @@ def _plan_of(compressed: Checkpoint, original: Checkpoint) -> Plan:
     if not plan.recipe.keeps_factors:
         raise UsageError(
             f"{compressed.shown} has the dense layout, which holds no factors", "compress it again"
-        )
-    if any(layer.packing != PLAIN for layer in plan.factored):
-        raise SvdcliError(
-            f"{compressed.shown} has layers in fewer bits, which heal does not train",
-            "heal an output of --bits 16",
         )
     if plan.fingerprint != original.fingerprint():
         raise SvdcliError(
@@ -428,6 +423,8 @@ def _stored_names(
         if target is None or (within is not None and target not in within):
             continue
         for tensor in layer.stored():
+            if tensor.name.endswith(SHAPE):  # which stays
+                continue
             names[f"{target}{tensor.name.removeprefix(layer.tensor.module)}"] = tensor.name
         if layer.bias is not None:
             names[f"{target}.bias"] = layer.bias.name

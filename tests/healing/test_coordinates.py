@@ -13,7 +13,8 @@ import zoo
 
 import svdcli
 from svdcli.calibration.loss import ModelLoss
-from svdcli.healing.coordinates import WhitenedLayers, moments_of
+from svdcli.healing.coordinates import moments_of, whitened_layers
+from svdcli.healing.standins import StandIns
 from svdcli.linalg.balance import balanced
 from svdcli.models.modules import LOW_RANK
 
@@ -37,8 +38,9 @@ def test_a_whitened_layer_answers_as_the_layer_it_stands_for(
     layers = [name for name, module in student.named_modules() if isinstance(module, LOW_RANK)]
     with torch.no_grad():
         before = zoo.answer(family, student)
-        whitened = WhitenedLayers(teacher, student, tensors, IDS)
-        assert sorted(whitened.layers) == sorted(layers)
+        found = whitened_layers(teacher, student, tensors, IDS)
+        assert sorted(found) == sorted(layers)
+        whitened = StandIns(student, found)
         with whitened.training():
             assert not any(isinstance(module, LOW_RANK) for module in student.modules())
             torch.testing.assert_close(zoo.answer(family, student), before, rtol=1e-3, atol=1e-4)
@@ -46,7 +48,7 @@ def test_a_whitened_layer_answers_as_the_layer_it_stands_for(
                 torch.testing.assert_close(
                     zoo.answer(family, student), before, rtol=1e-3, atol=1e-4
                 )
-            whitened.weights[0].data *= 1.5
+            next(iter(found.values())).a.data *= 1.5
             changed = zoo.answer(family, student)
             with whitened.stored():
                 torch.testing.assert_close(
