@@ -68,7 +68,8 @@ def measure_spectrum(
     # mps has no float64
     capable = torch.device("cpu") if device.type == "mps" else device
     matrix = (w.T if moments.transposed else w).to(capable)
-    metric, roundings = metric_of(moments, capable, centred=centred), []
+    metric = metric_of(moments, capable, centred=centred)
+    roundings: list[Rounding] = []
     if trials:
         scales = TORCH_DTYPES[dtype]
         energies, roundings = expected_roundings(

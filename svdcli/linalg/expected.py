@@ -97,7 +97,8 @@ class ExpectedRounding:
         delta = DAMPING_COLUMNS * self.inputs.diagonal().mean()
         signs = _signs(len(self.root), _PROBES, self.w)
         lengths = torch.linalg.solve_triangular(self.root, signs, upper=True).square().mean(1)
-        return self.root.diagonal().square() * (1 - delta * lengths).clamp(min=0)
+        pivots: Tensor = self.root.diagonal().square() * (1 - delta * lengths).clamp(min=0)
+        return pivots
 
     def _look_at_spectrum(self, grids: Sequence[Grid], root: Root) -> None:
         """Spectrum, and the lengths of what the factors' rows and columns will be."""
@@ -226,6 +227,10 @@ def _turned_pivot(spectrum: Tensor, damping: float, blocks: int) -> float:
     size = len(values)
     rotation = random_rotation(size)
     turned = (rotation.T * values) @ rotation
+    if blocks >= size:
+        # columns one by one, those that count most first
+        order = turned.diagonal().argsort(descending=True)
+        turned = turned[order][:, order]
     turned.diagonal().add_(delta)
 
     # as for columns and rows of the layer, but damped less when errors are counted
