@@ -152,8 +152,10 @@ class ExpectedRounding:
     def _steps(self, grid: Grid, chosen: Tensor) -> Tensor:
         """The step of every number of the chosen rows, in float64."""
         if self.transposed:
-            stored = self.w.T
-            scales = searched_scales(stored, grid, self.dtype, self.rows)
+            stored, weights = self.w.T, self.outputs
+            if weights is not None and weights.ndim == 2:
+                weights = weights.diagonal()
+            scales = searched_scales(stored, grid, self.dtype, weights)
             return by_column(scales.to(torch.float64), grid, stored).T[chosen]
         some = self.w[chosen]
         weights = self.inputs.diagonal().clamp(min=0)

@@ -128,15 +128,19 @@ def rounded(
     if rows is not None and not rows.any():
         rows = None
 
-    # what the numbers of a group weigh beside each other
-    weights = rows if transposed else columns
-    if weights is not None and weights.ndim == 2:
-        weights = weights.diagonal()
+    # what the numbers of a group weigh beside each other; rows that H hardly tells of count too
+    weights: Tensor | None = columns.diagonal()
+    if transposed:
+        weights = None if rows is None else damp(_diagonal(rows), DAMPING_ROWS)
     scales = searched_scales(stored, grid, dtype, weights)
 
     steps = by_column(scales.to(torch.float32), grid, stored)
     codes = _codes(w, steps.T if transposed else steps, grid, columns, rows)
     return Rounded(codes.T.contiguous() if transposed else codes, scales, grid)
+
+
+def _diagonal(moment: Tensor) -> Tensor:
+    return moment.diagonal() if moment.ndim == 2 else moment
 
 
 def _codes(w: Tensor, steps: Tensor, grid: Grid, columns: Tensor, rows: Tensor | None) -> Tensor:

@@ -217,7 +217,8 @@ def test_a_weight_stored_the_other_way_round_loses_no_more(
         turned = packed_matrix(w, grid, metric, torch.float32, transposed=True)
         assert turned.codes.shape == (n, m)
         lost = weighted_error(w, turned.values(torch.float64).T, metric)
-        assert lost < 1.2 * error(w, upright, g, metric.outputs)
+        # a scale of 8 bits is for a whole side, which may be the longer one
+        assert lost < 1.3 * error(w, upright, g, metric.outputs)
         nearest = to_nearest(w.T, grid, searched_scales(w.T, grid, torch.float32))
         assert lost < 0.8 * weighted_error(w, nearest.values(torch.float64).T, metric)
 
