@@ -282,8 +282,8 @@ Bits = Annotated[
     words.Bits | None,
     _storage(
         "--bits",
-        help="Bits of a stored number (16: as they are); auto chooses them and the ranks for each "
-        "layer, of one budget in bytes.",
+        help="Bits of a stored number (16: as they are); auto, with text what --size and "
+        "--keep-bytes do, chooses them and the ranks for each layer.",
     ),
 ]
 

@@ -14,6 +14,7 @@ from svdcli.errors import BadCheckpointError
 from svdcli.files.dtypes import TORCH_DTYPES
 from svdcli.files.record import Result
 from svdcli.linalg.codes import stored_codes, stored_values
+from svdcli.linalg.expected import ExpectedRounding
 from svdcli.linalg.machine import squared_norm
 from svdcli.linalg.packed import packed_factors, packed_matrix
 from svdcli.linalg.rounding import Grid, Rounded
@@ -29,14 +30,6 @@ def grid_of(packing: Packing) -> Grid:
     return Grid(8) if packing.bits == 8 else Grid(packing.bits, packing.group)
 
 
-def metric_for_packing(w: Tensor, moments: LayerMoments | None, *, centred: bool = False) -> Metric:
-    """How the errors of a stored weight (m, n) count, on the CPU: alike where nothing was
-    measured, and where the weight is stored the other way round."""
-    if moments is None or moments.transposed:
-        return Metric(torch.zeros(w.shape[1], w.shape[1], dtype=torch.float64))
-    return metric_of(moments, torch.device("cpu"), centred=centred)
-
-
 def solve_packed(
     w: Tensor, layer: LayerPlan, moments: LayerMoments | None
 ) -> tuple[tuple[Tensor, ...], Result]:
@@ -44,16 +37,23 @@ def solve_packed(
 
     Raises torch.linalg.LinAlgError where LAPACK does not converge.
     """
-    work = w.to(torch.float64)
-    metric = metric_for_packing(w, moments, centred=layer.bias is not None)
-    trial = Trial(layer.layout, int(layer.rank or 0), layer.packing)
-    matrices, tail = _packed(work, trial, metric, TORCH_DTYPES[layer.stored_dtype])
+    # (out, in) in float64; where nothing was measured all errors count alike
+    transposed = moments is not None and moments.transposed
+    work = (w.T if transposed else w).to(torch.float64)
+    if moments is None:
+        metric = Metric(torch.zeros(work.shape[1], work.shape[1], dtype=torch.float64))
+    else:
+        metric = metric_of(moments, torch.device("cpu"), centred=layer.bias is not None)
+
+    matrices, tail = _packed(work, layer, metric, transposed=transposed)
     stored: list[Tensor] = []
     for matrix in matrices:
         stored += stored_codes(matrix)
 
     # how far that is, and how much of it is due to rounding
     approx = _product(matrices)
+    if transposed:
+        approx = approx.T
     error = weighted_error(work, approx, metric)
     share = max(0.0, 1 - tail / error) if error > 0 else 0.0
     total = squared_norm(work)
@@ -61,19 +61,31 @@ def solve_packed(
     return tuple(stored), Result(relative, layer.solver, (), share)
 
 
-def measure_roundings(
-    w: Tensor, trials: Sequence[Trial], dtype: torch.dtype, metric: Metric
-) -> list[Rounding]:
-    """What rounding adds in each trial, as a share of the layer's energy in the metric."""
-    work = w.to(torch.float64)
-    energy = weighted_error(work, torch.zeros_like(work), metric)
+def expected_roundings(
+    w: Tensor,
+    metric: Metric,
+    trials: Sequence[Trial],
+    dtype: torch.dtype,
+    *,
+    transposed: bool = False,
+) -> tuple[Tensor, list[Rounding]]:
+    """(the spectrum of w (out, in) in the metric, what rounding adds in each trial as a share of
+    the spectrum's sum). transposed says that w is stored the other way round.
+
+    Raises torch.linalg.LinAlgError where LAPACK does not converge.
+    """
+    grids = {trial.packing: grid_of(trial.packing) for trial in trials}
+    expected = ExpectedRounding(w, metric, tuple(grids.values()), dtype, transposed=transposed)
+    energy = float(expected.energies.sum())
     roundings = []
     for trial in trials:
-        matrices, tail = _packed(work, trial, metric, dtype)
-        error = weighted_error(work, _product(matrices), metric)
-        share = max(0.0, error - tail) / energy if energy > 0 else 0.0
-        roundings.append(Rounding(trial, share))
-    return roundings
+        grid, added = grids[trial.packing], 0.0
+        if energy > 0 and trial.layout == WHOLE:
+            added = expected.whole(grid)
+        elif energy > 0:
+            added = expected.factored(trial.rank, grid)
+        roundings.append(Rounding(trial, added / energy if energy > 0 else 0.0))
+    return expected.energies, roundings
 
 
 def parts_of(layer: LayerPlan, stored: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -101,14 +113,15 @@ def parts_of(layer: LayerPlan, stored: Sequence[Tensor]) -> tuple[Tensor, ...]:
 
 
 def _packed(
-    w: Tensor, trial: Trial, metric: Metric, dtype: torch.dtype
+    w: Tensor, layer: LayerPlan, metric: Metric, *, transposed: bool
 ) -> tuple[tuple[Rounded, ...], float]:
     """(the packed matrices, the error in the metric that the rank alone makes)."""
-    grid = grid_of(trial.packing)
-    if trial.layout == WHOLE:
-        return (packed_matrix(w, grid, metric, dtype),), 0.0
-    factors = weighted(w, trial.rank, metric)
-    return packed_factors(w, factors, grid, metric, dtype), factors.tail
+    grid, dtype = grid_of(layer.packing), TORCH_DTYPES[layer.stored_dtype]
+    if layer.layout == WHOLE:
+        return (packed_matrix(w, grid, metric, dtype, transposed=transposed),), 0.0
+    factors = weighted(w, int(layer.rank or 0), metric)
+    both = packed_factors(w, factors, grid, metric, dtype, transposed=transposed)
+    return both, factors.tail
 
 
 def _product(matrices: Sequence[Rounded]) -> Tensor:

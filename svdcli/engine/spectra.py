@@ -13,7 +13,7 @@ from svdcli.calibration.moments import LayerMoments, metric_of
 from svdcli.engine.executor import map_unordered
 from svdcli.engine.inputs import Inputs, Opened, shared
 from svdcli.engine.job import Line, guess_seconds
-from svdcli.engine.packing import measure_roundings, metric_for_packing
+from svdcli.engine.packing import expected_roundings
 from svdcli.engine.run import Run
 from svdcli.engine.solve import bias_of, work_dtype
 from svdcli.errors import SvdcliError
@@ -36,9 +36,12 @@ def measure_spectrum(
     device: torch.device,
     moments: LayerMoments | None = None,
     centred: bool = False,
+    trials: Sequence[Trial] = (),
+    dtype: str = "",
 ) -> LayerSpectrum:
     """Is the weight finite, its squares included, and, where asked, what are its squared singular
-    values, in the metric of its moments if any.
+    values, in the metric of its moments if any, and what rounding will cost in trials with scales
+    in that dtype.
 
     Weights of 16 bits are measured through a float32 Gram matrix, whose noise is below their own
     rounding; others in float64.
@@ -52,26 +55,30 @@ def measure_spectrum(
         return LayerSpectrum(finite=True)
 
     # in the metric of its moments, or else plain
-    if moments is not None:
-        energies = _weighted(w, device, moments, centred=centred)
-    else:
-        energies = _plain(w, device, largest)
-    return LayerSpectrum(finite=True, energies=tuple(energies.tolist()))
-
-
-def _weighted(w: Tensor, device: torch.device, moments: LayerMoments, *, centred: bool) -> Tensor:
-    """Squared singular values in the metric of the moments, descending, in float64."""
-    # mps has no float64
-    capable = torch.device("cpu") if device.type == "mps" else device
-    matrix = (w.T if moments.transposed else w).to(capable)
-    energies = weighted_energies(matrix, metric_of(moments, capable, centred=centred))
+    if moments is None:
+        return LayerSpectrum(finite=True, energies=tuple(_plain(w, device, largest).tolist()))
     measured = [moments.inputs]
     if moments.outputs is not None:
         measured.append(moments.outputs)
     if not all(moment.any() for moment in measured):
         # such a layer is solved as if all mattered alike, but is worth nothing to the model
-        return torch.zeros_like(energies)
-    return energies
+        nothing = tuple(Rounding(trial, 0.0) for trial in trials)
+        return LayerSpectrum(finite=True, energies=(0.0,) * min(w.shape), roundings=nothing)
+
+    # mps has no float64
+    capable = torch.device("cpu") if device.type == "mps" else device
+    matrix = (w.T if moments.transposed else w).to(capable)
+    metric = metric_of(moments, capable, centred=centred)
+    roundings: list[Rounding] = []
+    if trials:
+        scales = TORCH_DTYPES[dtype]
+        energies, roundings = expected_roundings(
+            matrix, metric, trials, scales, transposed=moments.transposed
+        )
+    else:
+        energies = weighted_energies(matrix, metric)
+    values = tuple(energies.tolist())
+    return LayerSpectrum(finite=True, energies=values, roundings=tuple(roundings))
 
 
 def _plain(w: Tensor, device: torch.device, largest: float) -> Tensor:
@@ -127,6 +134,8 @@ def run_spectrum_job(job: SpectrumJob) -> Line:
         device=torch.device(job.device),
         moments=moments,
         centred=refits,
+        trials=job.trials,
+        dtype=job.dtype,
     )
     line: Line = {
         "measured": name,
@@ -137,9 +146,7 @@ def run_spectrum_job(job: SpectrumJob) -> Line:
         "weight": loss,
     }
     if job.trials and spectrum.finite:
-        counts = metric_for_packing(weight, moments, centred=refits)
-        roundings = measure_roundings(weight, job.trials, TORCH_DTYPES[job.dtype], counts)
-        line["roundings"] = [rounding.share for rounding in roundings]
+        line["roundings"] = [rounding.share for rounding in spectrum.roundings]
     return line
 
 
@@ -152,7 +159,7 @@ def measure_spectra(
 ) -> dict[str, LayerSpectrum]:
     """Measure every layer that the journal does not have yet; with a calibration, in its metric.
 
-    recipe is one that chooses packings: what rounding costs is measured for it, too.
+    recipe is one that chooses packings: what rounding will cost is found for it, too.
     """
     workspace = run.workspace
     earlier = workspace.measured if workspace is not None else {}

@@ -77,3 +77,10 @@ class Root:
         column = self.scale[:, None]
         turned = torch.where(column > 0, x / column, 0.0)
         return turned if self.vectors is None else self.vectors @ turned
+
+    def undo_transposed(self, x: Tensor) -> Tensor:
+        """K^-T x for x (m, n), where K can be inverted or is diagonal."""
+        if self.triangle is None:
+            return self.undo(x)
+        solution: Tensor = torch.linalg.solve_triangular(self.triangle.T, x, upper=False)
+        return solution

@@ -16,9 +16,16 @@ _DAMPING_UNSEEN = 1e-4
 
 
 def packed_factors(
-    w: Tensor, factors: Factors, grid: Grid, metric: Metric, dtype: torch.dtype
+    w: Tensor,
+    factors: Factors,
+    grid: Grid,
+    metric: Metric,
+    dtype: torch.dtype,
+    *,
+    transposed: bool = False,
 ) -> tuple[Rounded, Rounded]:
     """Factors up (m, r) and down (r, n) of w (m, n) on a grid, for a small error tr(H_d D G D^T).
+    transposed gives those of w^T, down^T (n, r) and up^T (r, m).
 
     factors are the best ones in the metric, those of `weighted` in float64. down is rounded first.
     up is then the least squares solution against W itself with the rounded down, so that it makes
@@ -40,15 +47,22 @@ def packed_factors(
     h = None
     if metric.outputs is not None and metric.outputs.any():
         h = damp(metric.outputs, metric.damping)
-    down_rounded = rounded(down, grid, dtype, inputs, _passed_on(up, h))
+    passed_on = _passed_on(up, h)
+    down_rounded = rounded(down, grid, dtype, inputs, passed_on, transposed=transposed)
     stored = down_rounded.values(torch.float64)
+    if transposed:
+        stored = stored.T
     up, seen = _least_squares(w.to(torch.float64), stored, inputs)
-    return rounded(up, grid, dtype, seen, metric.outputs), down_rounded
+    up_rounded = rounded(up, grid, dtype, seen, metric.outputs, transposed=transposed)
+    return (down_rounded, up_rounded) if transposed else (up_rounded, down_rounded)
 
 
-def packed_matrix(w: Tensor, grid: Grid, metric: Metric, dtype: torch.dtype) -> Rounded:
-    """w (m, n) itself on a grid, for a small error tr(H D G D^T)."""
-    return rounded(w.to(torch.float64), grid, dtype, metric.inputs, metric.outputs)
+def packed_matrix(
+    w: Tensor, grid: Grid, metric: Metric, dtype: torch.dtype, *, transposed: bool = False
+) -> Rounded:
+    """w (m, n) itself on a grid, or transposed w^T, for a small error tr(H D G D^T)."""
+    matrix = w.to(torch.float64)
+    return rounded(matrix, grid, dtype, metric.inputs, metric.outputs, transposed=transposed)
 
 
 def random_rotation(size: int) -> Tensor:

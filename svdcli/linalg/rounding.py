@@ -27,11 +27,11 @@ _COLUMNS_AT_ONCE = 128
 
 # Rows are rounded in so many blocks. More gained nothing: 8 took a third off the error of an
 # attention layer, 16 no more.
-_ROW_BLOCKS = 8
+ROW_BLOCKS = 8
 
 # Of the mean diagonal: what keeps directions that were hardly seen from taking up every error.
-_DAMPING_COLUMNS = 0.01
-_DAMPING_ROWS = 0.1
+DAMPING_COLUMNS = 0.01
+DAMPING_ROWS = 0.1
 
 
 @dataclass(frozen=True)
@@ -113,20 +113,43 @@ def rounded(
     dtype: torch.dtype,
     columns: Tensor | None = None,
     rows: Tensor | None = None,
+    *,
+    transposed: bool = False,
 ) -> Rounded:
     """w (m, n) on the grid, with scales in `dtype`, for a small error tr(H D G D^T).
 
     columns is G (n, n), rows H (m, m) or its diagonal (m,); both are damped here. Without columns
-    every number is rounded by itself. Raises torch.linalg.LinAlgError where a moment is indefinite.
+    every number is rounded by itself. transposed gives the codes and scales of w^T (n, m): its
+    groups are of rows of w. Raises torch.linalg.LinAlgError where a moment is indefinite.
     """
+    stored = w.T if transposed else w
     if columns is None or not columns.any():
-        return to_nearest(w, grid, searched_scales(w, grid, dtype))
-    scales = searched_scales(w, grid, dtype, columns.diagonal())
+        return to_nearest(stored, grid, searched_scales(stored, grid, dtype))
+    if rows is not None and not rows.any():
+        rows = None
+
+    # what the numbers of a group weigh beside each other; rows that H hardly tells of count too
+    weights: Tensor | None = columns.diagonal()
+    if transposed:
+        weights = None if rows is None else damp(_diagonal(rows), DAMPING_ROWS)
+    scales = searched_scales(stored, grid, dtype, weights)
+
+    steps = by_column(scales.to(torch.float32), grid, stored)
+    codes = _codes(w, steps.T if transposed else steps, grid, columns, rows)
+    return Rounded(codes.T.contiguous() if transposed else codes, scales, grid)
+
+
+def _diagonal(moment: Tensor) -> Tensor:
+    return moment.diagonal() if moment.ndim == 2 else moment
+
+
+def _codes(w: Tensor, steps: Tensor, grid: Grid, columns: Tensor, rows: Tensor | None) -> Tensor:
+    """Codes (m, n) int8 for w (m, n) and the step of each of its numbers."""
     feedback = _Feedback(columns, grid)
-    if rows is None or rows.ndim == 1 or not rows.any():
+    if rows is None or rows.ndim == 1:
         # a diagonal H weighs rows, and tells none of another
-        return Rounded(feedback.codes(w, scales), scales, grid)
-    return Rounded(_in_row_blocks(w, scales, rows, feedback), scales, grid)
+        return feedback.codes(w, steps)
+    return _in_row_blocks(w, steps, rows, feedback)
 
 
 class _Feedback:
@@ -135,14 +158,14 @@ class _Feedback:
     def __init__(self, columns: Tensor, grid: Grid) -> None:
         self.grid = grid
         self.order = columns.diagonal().argsort(descending=True)
-        ordered = damp(columns, _DAMPING_COLUMNS)[self.order][:, self.order]
+        ordered = damp(columns, DAMPING_COLUMNS)[self.order][:, self.order]
         self.spread = inverse_root(ordered).to(torch.float32)
 
-    def codes(self, w: Tensor, scales: Tensor) -> Tensor:
-        """Codes (m, n) int8 for w (m, n) and its scales."""
+    def codes(self, w: Tensor, steps: Tensor) -> Tensor:
+        """Codes (m, n) int8 for w (m, n) and the step of each of its numbers."""
         # columns as rows: what is worked on then lies together in memory
         rest = w.to(torch.float32)[:, self.order].T.contiguous()
-        steps = by_column(scales.to(torch.float32), self.grid, w)[:, self.order].T.contiguous()
+        steps = steps[:, self.order].T.contiguous()
 
         codes = torch.empty_like(rest, dtype=torch.int8)
         for start in range(0, rest.shape[0], _COLUMNS_AT_ONCE):
@@ -166,24 +189,28 @@ class _Feedback:
         return errors
 
 
-def _in_row_blocks(w: Tensor, scales: Tensor, rows: Tensor, feedback: _Feedback) -> Tensor:
+def _in_row_blocks(w: Tensor, steps: Tensor, rows: Tensor, feedback: _Feedback) -> Tensor:
     """Codes of w where H couples its rows."""
-    # Rows of one block are told nothing of each other, so that neighbours, which are likely to be
-    # alike, come into different ones.
-    blocks = [torch.arange(i, w.shape[0], _ROW_BLOCKS) for i in range(min(_ROW_BLOCKS, w.shape[0]))]
+    blocks = interleaved(w.shape[0], ROW_BLOCKS)
     order = torch.cat(blocks)
-    spread = inverse_root(damp(rows, _DAMPING_ROWS)[order][:, order])
+    spread = inverse_root(damp(rows, DAMPING_ROWS)[order][:, order])
     rest = w.to(torch.float64)[order]
 
     codes = torch.empty(w.shape, dtype=torch.int8)
     for block, place in zip(blocks, _consecutive(blocks), strict=True):
-        codes[block] = feedback.codes(rest[place], scales[block])
+        codes[block] = feedback.codes(rest[place], steps[block])
         if place.stop < w.shape[0]:
-            stored = Rounded(codes[block], scales[block], feedback.grid).values(torch.float64)
             triangle = spread[place, place].T
-            error = torch.linalg.solve_triangular(triangle, rest[place] - stored, upper=False)
+            lost = rest[place] - codes[block] * steps[block].to(torch.float64)
+            error = torch.linalg.solve_triangular(triangle, lost, upper=False)
             rest[place.stop :] -= spread[place, place.stop :].T @ error
     return codes
+
+
+def interleaved(rows: int, blocks: int) -> list[Tensor]:
+    """The rows of each block. Rows of one are told nothing of each other, so that neighbours, which
+    are likely to be alike, come into different ones."""
+    return [torch.arange(i, rows, blocks) for i in range(min(blocks, rows))]
 
 
 def _consecutive(blocks: list[Tensor]) -> Iterator[slice]:

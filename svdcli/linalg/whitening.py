@@ -55,7 +55,7 @@ def weighted(w: Tensor, rank: int, metric: Metric) -> Factors:
     """
     if not 1 <= rank <= min(w.shape):
         raise ValueError(f"rank {rank} is not in 1 .. {min(w.shape)}")
-    inputs, outputs = _moments(w, metric)
+    inputs, outputs = counted_moments(w, metric)
     root = Root.of(outputs, metric.damping)
     del outputs
 
@@ -82,7 +82,7 @@ def weighted_energies(w: Tensor, metric: Metric) -> Tensor:
 
     The sum from place r on is the error of `weighted` at rank r. Raises as `weighted` does.
     """
-    inputs, outputs = _moments(w, metric)
+    inputs, outputs = counted_moments(w, metric)
     short = Root.of(outputs, metric.damping).times(w.to(torch.float64))
     if w.shape[0] > w.shape[1]:
         short = torch.linalg.qr(short, mode="r").R
@@ -98,7 +98,7 @@ def weighted_error(w: Tensor, approx: Tensor, metric: Metric) -> float:
         raise ValueError(
             f"approx {tuple(approx.shape)} has not the shape of the weight {tuple(w.shape)}"
         )
-    inputs, outputs = _moments(w, metric)
+    inputs, outputs = counted_moments(w, metric)
     difference = w.to(torch.float64) - approx.to(torch.float64)
     right = difference if inputs is None else difference @ inputs
     if outputs is not None:
@@ -118,7 +118,7 @@ def refit_bias(w: Tensor, approx: Tensor, mean: Tensor, bias: Tensor | None) -> 
     return moved.to(w.dtype) if bias is None else (moved + bias.to(torch.float64)).to(bias.dtype)
 
 
-def _moments(w: Tensor, metric: Metric) -> tuple[Tensor | None, Tensor | None]:
+def counted_moments(w: Tensor, metric: Metric) -> tuple[Tensor | None, Tensor | None]:
     """G and H_d in float64, None where the identity stands for them."""
     m, n = w.shape
     g, h = metric.inputs, metric.outputs

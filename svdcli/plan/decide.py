@@ -49,7 +49,7 @@ class LayerSpectrum:
     energies are its squared singular values in descending order, in the metric of the calibration
     where there is one; None where no policy needs them. metric says which that is ("" plain). bias
     is the layer's own, where it will be refitted. loss_scale is the loss of the model that its
-    whole energy stands for, where that was measured. roundings are what packing it costs, where
+    whole energy stands for, where that was measured. roundings are what packing it will cost, where
     packings are to be chosen.
     """
 

@@ -14,13 +14,13 @@ from svdcli.plan.ranks import Choice, rank_step
 from svdcli.plan.recipe import Recipe
 from svdcli.plan.tensors import TensorInfo
 
-# Shares of the full rank at which rounding is measured; what lies between is interpolated.
-_MEASURED_AT = (0.25, 0.5, 0.75)
+# Shares of the full rank at which rounding is predicted; what lies between is interpolated.
+_PREDICTED_AT = (1 / 16, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75)
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One way of packing a layer, whose rounding is to be measured."""
+    """One way of packing a layer, whose rounding is to be predicted."""
 
     layout: str
     rank: int
@@ -42,7 +42,7 @@ def trials_of(tensor: TensorInfo, recipe: Recipe) -> list[Trial]:
     for packing in recipe.packings:
         trials.append(Trial(WHOLE, full, packing))
         step = rank_step(recipe, packing)
-        ranks = {step * round(share * full / step) for share in _MEASURED_AT}
+        ranks = {step * round(share * full / step) for share in _PREDICTED_AT}
         trials += [Trial(FACTORED, rank, packing) for rank in sorted(ranks) if 0 < rank <= full]
     return trials
 
@@ -55,9 +55,9 @@ def packed_menu(
     dtype = recipe.dtype or tensor.dtype
     points = []
     for packing in recipe.packings:
-        measured = [rounding for rounding in roundings if rounding.trial.packing == packing]
-        whole = [rounding for rounding in measured if rounding.trial.layout == WHOLE]
-        factored = [rounding for rounding in measured if rounding.trial.layout == FACTORED]
+        alike = [rounding for rounding in roundings if rounding.trial.packing == packing]
+        whole = [rounding for rounding in alike if rounding.trial.layout == WHOLE]
+        factored = [rounding for rounding in alike if rounding.trial.layout == FACTORED]
 
         # the matrix itself
         most = tensor.nbytes
@@ -97,11 +97,11 @@ def _undominated(points: Sequence[Point], below: int) -> list[Point]:
     return kept
 
 
-def _interpolated(measured: Sequence[Rounding], rank: int) -> float:
+def _interpolated(known: Sequence[Rounding], rank: int) -> float:
     """The share of the energy that rounding adds at a rank: along straight lines in its logarithm
-    between the ranks at which it was measured, and level beyond."""
+    between the ranks at which it is known, and level beyond."""
     points = []
-    for rounding in measured:
+    for rounding in known:
         points.append((rounding.trial.rank, math.log(max(rounding.share, 1e-300))))
     if rank <= points[0][0]:
         return math.exp(points[0][1])

@@ -197,12 +197,13 @@ def best_defaults(target: Target, *, calibrated: bool, bits: str | None = None) 
     """What --allocate, --floor and --layout are where a person does not say.
 
     With a calibration, losses of different layers compare, and the best is what was measured to be
-    best: ranks where they are worth most, without a floor, stored pivoted.
+    best: ranks where they are worth most, without a floor, stored pivoted; of a budget in bytes,
+    ranks and bits, whose factors are stored as such.
     """
     if not calibrated:
         return {"allocate": "uniform", "floor": 0.6, "layout": "factored"}
     in_bytes = target in ("size", "keep_bytes")
-    if target == "keep_bytes" and bits is None:
+    if in_bytes and bits is None:
         bits = "auto"
     if bits not in (None, "16"):
         allocate = "global" if in_bytes else "uniform"
@@ -263,6 +264,8 @@ def recipe_for(wanted: Mapping[str, object], *, calibrated: bool) -> Recipe:
     bits = None
     if asked.get("bits") is not None:
         bits = asked["bits"] = str(asked["bits"])
+    elif _is_about_ranks(asked):
+        bits = "16"
     fields = best_defaults(target, calibrated=calibrated, bits=bits) | asked
     if fields.get("bits") == "auto" and not calibrated:
         raise UsageError(
@@ -270,9 +273,19 @@ def recipe_for(wanted: Mapping[str, object], *, calibrated: bool) -> Recipe:
             "give --text or --calibration too, or --bits 8 or 4",
         )
     recipe = recipe_from_json({"target": target, "value": float(value)} | fields)
+    if "floor" in asked and recipe.bits == "auto":
+        raise UsageError(
+            "--floor bounds ranks, and --bits auto chooses among ranks and bits", "leave it out"
+        )
     if "floor" in asked and recipe.allocate != "global":
         raise UsageError("--floor is for --allocate global", "leave it out, or allocate globally")
     return recipe
+
+
+def _is_about_ranks(asked: Mapping[str, object]) -> bool:
+    """Was something asked for that only ranks at 16 bits have."""
+    layout, allocate = asked.get("layout", "factored"), asked.get("allocate", "global")
+    return layout != "factored" or allocate == "uniform" or "floor" in asked
 
 
 def recipe_to_json(recipe: Recipe) -> dict[str, Any]:

@@ -16,7 +16,8 @@ from safetensors.torch import load_file as read_tensors
 from safetensors.torch import save_file
 
 import svdcli
-from svdcli.engine.packing import measure_roundings, parts_of
+from svdcli.calibration.moments import metric_of, open_moments
+from svdcli.engine.packing import parts_of
 from svdcli.errors import SvdcliError
 from svdcli.files.checkpoint import open_checkpoint
 from svdcli.files.record import (
@@ -26,10 +27,7 @@ from svdcli.files.record import (
     shared_fields,
     stored_layers,
 )
-from svdcli.linalg.packed import packed_matrix
-from svdcli.linalg.rounding import Grid
 from svdcli.linalg.whitening import Metric, weighted, weighted_error
-from svdcli.plan.menus import Trial
 from svdcli.plan.packing import PLAIN, Packing
 
 INT8, INT4 = Packing(8), Packing(4, 32)
@@ -51,8 +49,8 @@ def dense_of(path: Path) -> dict[str, torch.Tensor]:
         weights = {}
         for layer in stored_layers(checkpoint, record):
             stored = [checkpoint.read_tensor(tensor.name) for tensor in layer.stored()]
-            up, down = (part.double() for part in parts_of(layer, stored))
-            weights[layer.tensor.name] = up @ down
+            up, *down = (part.double() for part in parts_of(layer, stored))
+            weights[layer.tensor.name] = up @ down[0] if down else up
         return weights
 
 
@@ -146,20 +144,29 @@ def test_the_size_of_the_output_is_never_above_what_was_asked(written: Any, tmp_
     assert outcome.report.total.bytes_after <= 0.8 * whole
 
 
-def test_measured_roundings_are_what_packing_adds() -> None:
-    w = weight(96, 128).double()
-    x = torch.randn(400, 128, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    metric = Metric(x.T @ x / 400)
-    trials = [Trial("whole", 96, INT8), Trial("whole", 96, INT4), Trial("factored", 32, INT4)]
-    eight, four, factors = measure_roundings(w, trials, torch.bfloat16, metric)
-    assert [rounding.trial for rounding in (eight, four, factors)] == trials
-    assert 0 < 100 * eight.share < four.share < 0.02
-    assert 0 < factors.share < 0.02
-
-    # the share of the whole matrix, by hand
-    energy = weighted_error(w, torch.zeros_like(w), metric)
-    stored = packed_matrix(w, Grid(4, 32), metric, torch.bfloat16).values(torch.float64)
-    assert four.share == pytest.approx(weighted_error(w, stored, metric) / energy)
+@pytest.mark.parametrize("share", [0.17, 0.3])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])  # gpt2 stores (in, out), and has biases
+def test_the_plan_knows_what_rounding_will_cost(
+    family: str, share: float, written: Any, tmp_path: Path
+) -> None:
+    """The predicted loss against that of what is stored, in the metric of the calibration."""
+    model = written(family)
+    moments = calibrated(model, tmp_path)
+    outcome = svdcli.compress(
+        model, tmp_path / "o", calibration=moments, keep_bytes=share, group_size=32
+    )
+    opened, stored = open_moments(moments), dense_of(tmp_path / "o")
+    with open_checkpoint(model) as original:
+        lost = 0.0
+        for name, approx in stored.items():
+            measured = opened.of(name)
+            assert measured is not None
+            metric = metric_of(measured, torch.device("cpu"), centred=family == "gpt2")
+            w = original.read_tensor(name)
+            if measured.transposed:
+                w, approx = w.T, approx.T
+            lost += weighted_error(w, approx, metric) / 2
+    assert outcome.report.predicted_loss == pytest.approx(lost, rel=0.15)
 
 
 def test_auto_without_a_calibration_is_refused(tmp_path: Path) -> None:

@@ -200,3 +200,34 @@ def test_inputs_that_were_seen_in_few_directions() -> None:
     energy = weighted_error(w, torch.zeros_like(w), metric)
     assert weighted_error(w, product, metric) < 1e-4 * energy
     assert float((w - product).norm()) < 2 * float(w.norm())
+
+
+@pytest.mark.parametrize("shape", [(96, 64), (64, 96)])
+@pytest.mark.parametrize("outputs", ["none", "diagonal", "full"])
+def test_a_weight_stored_the_other_way_round_loses_no_more(
+    shape: tuple[int, int], outputs: str
+) -> None:
+    """The same layer, with scales along its other side."""
+    m, n = shape
+    w, g, h = decaying(m, n, 0.7), moment(n, decay=0.03), moment(m, 9, decay=0.03)
+    metric = Metric(g, {"none": None, "diagonal": h.diagonal(), "full": h}[outputs])
+    best = weighted(w, 32, metric)
+    for grid in (INT8, INT4):
+        upright = packed_matrix(w, grid, metric, torch.float32)
+        turned = packed_matrix(w, grid, metric, torch.float32, transposed=True)
+        assert turned.codes.shape == (n, m)
+        lost = weighted_error(w, turned.values(torch.float64).T, metric)
+        # a scale of 8 bits is for a whole side, which may be the longer one
+        assert lost < 1.3 * error(w, upright, g, metric.outputs)
+        nearest = to_nearest(w.T, grid, searched_scales(w.T, grid, torch.float32))
+        assert lost < 0.8 * weighted_error(w, nearest.values(torch.float64).T, metric)
+
+        added = []
+        for transposed in (False, True):
+            factors = packed_factors(w, best, grid, metric, torch.float32, transposed=transposed)
+            first, second = (part.values(torch.float64) for part in factors)
+            product = first @ second
+            assert product.shape == ((n, m) if transposed else (m, n))
+            product = product.T if transposed else product
+            added.append(weighted_error(w, product, metric) - best.tail)
+        assert added[1] < 1.2 * added[0]

@@ -132,13 +132,26 @@ def test_sixteen_bits_are_as_they_were() -> None:
     assert "bits" not in data["layers"]["a.weight"]
 
 
+@pytest.mark.parametrize("target", [{"size": 10**6}, {"keep_bytes": 0.3}])
+def test_a_budget_in_bytes_is_spent_on_bits_too(target: dict[str, object]) -> None:
+    """With a calibration, and unless something is asked for that only ranks have."""
+    found = recipe_for(target, calibrated=True)
+    assert (found.bits, found.allocate, found.layout) == ("auto", "global", "factored")
+    plain = recipe_for(target | {"bits": 16}, calibrated=True)
+    assert (plain.bits, plain.allocate, plain.layout) == ("16", "global", "pivoted")
+    for asked in ({"layout": "pivoted"}, {"allocate": "uniform"}, {"floor": 0.5}):
+        assert recipe_for(target | asked, calibrated=True).bits == "16"
+    assert recipe_for(target, calibrated=False).bits == "16"
+
+
 @pytest.mark.parametrize(
     ("wanted", "calibrated", "message"),
     [
         ({"keep_bytes": 0.2, "bits": "auto"}, False, "takes a calibration"),
         ({"keep": 0.2, "bits": "auto"}, True, "needs a budget in bytes"),
         ({"rank": 9, "bits": 4, "layout": "pivoted"}, False, "--layout factored alone"),
-        ({"keep_bytes": 0.2, "allocate": "uniform"}, True, "for all layers together"),
+        ({"size": 9, "bits": "auto", "allocate": "uniform"}, True, "for all layers together"),
+        ({"size": 9, "bits": "auto", "floor": 0.5}, True, "--floor bounds ranks"),
         ({"keep_bytes": 1.5}, False, "--keep-bytes 1.5 is outside"),
         ({"rank": 9, "bits": 3}, False, "--bits '3' is unknown"),
         ({"rank": 9, "bits": 4, "group_size": 48}, False, "--group-size 48"),
