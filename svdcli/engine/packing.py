@@ -18,7 +18,7 @@ from svdcli.linalg.machine import squared_norm
 from svdcli.linalg.packed import packed_factors, packed_matrix
 from svdcli.linalg.rounding import Grid, Rounded
 from svdcli.linalg.whitening import Metric, weighted, weighted_error
-from svdcli.plan.layouts import LAYOUTS, WHOLE
+from svdcli.plan.layouts import DENSE, LAYOUTS, WHOLE
 from svdcli.plan.menus import Rounding, Trial
 from svdcli.plan.packing import PLAIN, Packing
 from svdcli.plan.plan import LayerPlan
@@ -50,7 +50,7 @@ def solve_packed(
     matrices, tail = _packed(work, trial, metric, TORCH_DTYPES[layer.stored_dtype])
     stored: list[Tensor] = []
     for matrix in matrices:
-        stored += stored_codes(matrix)
+        stored += stored_codes(matrix, in_words=layer.packing.in_words)
 
     # how far that is, and how much of it is due to rounding
     approx = _product(matrices)
@@ -90,13 +90,13 @@ def parts_of(layer: LayerPlan, stored: Sequence[Tensor]) -> tuple[Tensor, ...]:
     parts = []
     for i, shape in enumerate(shapes):
         tensors = tuple(stored[i * count : (i + 1) * count])
-        if layer.packing.bits == 4 and tuple(tensors[-1].tolist()) != shape:
+        if len(tensors) == 3 and tuple(tensors[-1].tolist()) != shape:
             raise BadCheckpointError(
                 f"a stored shape of {layer.tensor.name} is {tensors[-1].tolist()} where its matrix "
                 f"is {list(shape)}",
                 "write the output again",
             )
-        parts.append(stored_values(tensors, layer.packing.group, dtype))
+        parts.append(stored_values(tensors, layer.packing.group, dtype, layer.packing.bits))
     return tuple(parts)
 
 
@@ -105,7 +105,7 @@ def _packed(
 ) -> tuple[tuple[Rounded, ...], float]:
     """(the packed matrices, the error in the metric that the rank alone makes)."""
     grid = grid_of(trial.packing)
-    if trial.layout == WHOLE:
+    if trial.layout in (WHOLE, DENSE):
         return (packed_matrix(w, grid, metric, dtype),), 0.0
     factors = weighted(w, trial.rank, metric)
     return packed_factors(w, factors, grid, metric, dtype), factors.tail

@@ -11,7 +11,7 @@ import copy
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
 from types import MappingProxyType, SimpleNamespace
@@ -84,18 +84,20 @@ for _table in (auto.AUTO_QUANTIZATION_CONFIG_MAPPING, auto.AUTO_QUANTIZER_MAPPIN
 @dataclass(frozen=True)
 class Stored:
     """One factored or packed layer as the headers of the weight files show it: the stored weight's
-    shape, rank and layout; the bits of its numbers, and how many columns share a scale at 4."""
+    shape, rank and layout; the bits of its numbers, and how many columns share a scale at 4;
+    whether those of 8 bits are stored as words."""
 
     shape: tuple[int, int]
     rank: int
     layout: str
     bits: int = UNPACKED
     group: int | None = None
+    in_words: bool = False
 
     @property
     def parts(self) -> tuple[str, ...]:
         """Names of its tensors in a weight file, after the layer's."""
-        return part_names(self.layout, self.bits)
+        return part_names(self.layout, self.bits, in_words=self.in_words)
 
     @property
     def has_rows(self) -> bool:
@@ -257,7 +259,7 @@ def _weight_of_parts(layer: Stored, read: Mapping[str, Tensor]) -> Tensor:
 
 def _matrix(layer: Stored, name: str, read: Mapping[str, Tensor], columns: int) -> Tensor:
     """Return one matrix of a layer, unpacked, in at least float32."""
-    first = read[matrix_parts(name, layer.bits)[0]]
+    first = read[matrix_parts(name, layer.bits, in_words=layer.in_words)[0]]
     if layer.bits == UNPACKED:
         return first.to(torch.promote_types(first.dtype, torch.float32))
     scales = read[name + SCALE]
@@ -473,6 +475,9 @@ class SvdQuantizer(HfQuantizer):  # type: ignore[misc]
         for target, layer in self.replaced.items():
             if layer.has_rows:
                 _check_rows(target, model.get_submodule(target).svd_rows)
+            if layer.in_words:
+                model.get_submodule(target).take_words()
+                self.replaced[target] = replace(layer, in_words=False)
 
         # From here on it is a model as any other
         if self.quantization_config.dequantize:
@@ -639,7 +644,7 @@ def read_stored(
     # Every layer that is recorded as factored or packed must be there, as it is recorded
     stored = stored_in(shapes, Integers(group, declared, int8))
     for name, entry in recorded.items():
-        if entry["layout"] != "dense":
+        if entry["layout"] != "dense" or "bits" in entry:
             _check_recorded(name.removesuffix(".weight"), entry, stored, group)
     return shapes, stored
 
@@ -648,7 +653,7 @@ def _check_recorded(
     layer: str, entry: Mapping[str, Any], stored: Mapping[str, Stored], group: int | None
 ) -> None:
     """Raise ValueError where a layer is not stored as its entry in the record says."""
-    what = "integers" if entry["layout"] == WHOLE else "factors"
+    what = "integers" if entry["layout"] in (WHOLE, "dense") else "factors"
     if layer not in stored:
         raise ValueError(
             f"the {what} of {layer} are missing from the weight files; write or download them again"
@@ -695,7 +700,9 @@ def stored_in(
         else:
             shape, bits = _stored_matrix(f"{layer}.{WEIGHT}", shapes, integers)
             m, n = shape
-            stored[layer] = Stored((m, n), min(shape), WHOLE, bits, _group(bits, integers))
+            group = _group(bits, integers)
+            in_words = f"{layer}.{WEIGHT}{PACKED}" in shapes and bits == 8
+            stored[layer] = Stored((m, n), min(shape), WHOLE, bits, group, in_words)
     return stored
 
 
@@ -740,11 +747,12 @@ def _stored_matrix(
 ) -> tuple[tuple[int, ...], int]:
     """Return the shape of one matrix, and the bits of its numbers."""
     bits = UNPACKED
-    if name + PACKED in shapes or name + SHAPE in shapes:
-        bits = 4
+    in_words = name + PACKED in shapes or name + SHAPE in shapes
+    if in_words:
+        bits = _bits_of_words(shapes.get(name + PACKED, ()), integers.shapes.get(name, ()))
     elif name + SCALE in shapes or name in integers.int8:
         bits = 8
-    for part in matrix_parts(name, bits):
+    for part in matrix_parts(name, bits, in_words=in_words):
         if part not in shapes:
             raise ValueError(
                 f"{part} is missing from the weight files; write or download them again"
@@ -757,15 +765,23 @@ def _stored_matrix(
         )
 
     # What its parts must be by the shape of the matrix
-    shape = integers.shapes.get(name, ()) if bits == 4 else shapes[name]
-    agrees = len(shape) == 2 and (bits == 4 or name in integers.int8)
+    shape = integers.shapes.get(name, ()) if in_words else shapes[name]
+    agrees = len(shape) == 2 and (in_words or name in integers.int8)
     if agrees:
         m, n = shape
-        for suffix, (wanted, _) in packed_shapes((m, n), bits, integers.group).items():
+        expected = packed_shapes((m, n), bits, integers.group, in_words=in_words)
+        for suffix, (wanted, _) in expected.items():
             agrees = agrees and shapes[name + suffix] == wanted
     if not agrees:
         raise ValueError(f"the integers, scales and shape of {name} disagree; write them again")
     return shape, bits
+
+
+def _bits_of_words(packed: tuple[int, ...], declared: tuple[int, ...]) -> int:
+    """Return the bits of codes in words: 8 where there is a word for every four columns."""
+    if len(packed) != 2 or len(declared) != 2 or declared[1] <= 4:
+        return 4
+    return 8 if packed[1] == -(-declared[1] // 4) else 4
 
 
 def _group(bits: int, integers: Integers) -> int | None:
@@ -783,7 +799,10 @@ def _low_rank(name: str, old: nn.Module, layer: Stored) -> nn.Module | None:
             f"the factors of {name} stand for a weight {list(layer.shape)}, the model has "
             f"{list(expected)}"
         )
-    return low_rank_like(old, layer.rank, layout=layer.layout, bits=layer.bits, group=layer.group)
+    new = low_rank_like(old, layer.rank, layout=layer.layout, bits=layer.bits, group=layer.group)
+    if layer.in_words and isinstance(new, PackedLinear):
+        new.expect_words()
+    return new
 
 
 def _unspoken(

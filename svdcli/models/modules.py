@@ -127,6 +127,24 @@ class PackedLinear(_WithDenseWeight):
             self._buffers[WEIGHT + part] = torch.empty(shape, dtype=kind, device=device)
         self.bias = nn.Parameter(torch.empty(out_features, **factory)) if bias else None
 
+    def expect_words(self) -> None:
+        """Hold, until `take_words`, integers of eight bits as the words of a file."""
+        device, dtype = self.scales.device, self.scales.dtype
+        shape = (self.out_features, self.in_features)
+        del self._buffers[WEIGHT]
+        for part, (size, kind) in packed_shapes(shape, self.bits, None, in_words=True).items():
+            self._buffers[WEIGHT + part] = torch.empty(size, dtype=kind or dtype, device=device)
+
+    @property
+    def holds_words(self) -> bool:
+        return self.bits == 8 and WEIGHT + PACKED in self._buffers
+
+    def take_words(self) -> None:
+        """Make int8 of the words that were read."""
+        words = cast(Tensor, self._buffers.pop(WEIGHT + PACKED))
+        del self._buffers[WEIGHT + SHAPE]
+        self._buffers[WEIGHT] = bytes_of_words(words, self.in_features)
+
     @property
     def codes(self) -> Tensor:
         """The integers as they are stored: int8 (out, in), or eight to a word of int32."""
@@ -346,33 +364,33 @@ def layout_of(module: nn.Module) -> str:
     raise KeyError(type(module).__name__)
 
 
-def part_names(layout: str, bits: int) -> tuple[str, ...]:
+def part_names(layout: str, bits: int, *, in_words: bool = False) -> tuple[str, ...]:
     """Return the names of a layer's tensors, after its own."""
     matrices = (WEIGHT,) if layout == WHOLE else HOLDERS[layout].parts
-    names = [matrix_parts(matrix, bits) for matrix in matrices]
+    names = [matrix_parts(matrix, bits, in_words=in_words) for matrix in matrices]
     return tuple(itertools.chain.from_iterable(names))
 
 
-def matrix_parts(matrix: str, bits: int) -> tuple[str, ...]:
+def matrix_parts(matrix: str, bits: int, *, in_words: bool = False) -> tuple[str, ...]:
     """Return the names of the tensors that hold one matrix, those of its numbers first."""
     if bits == UNPACKED:
         return (matrix,)
-    if bits == 8:
+    if bits == 8 and not in_words:
         return matrix, matrix + SCALE
     return matrix + PACKED, matrix + SCALE, matrix + SHAPE
 
 
 def packed_shapes(
-    shape: tuple[int, int], bits: int, group: int | None
+    shape: tuple[int, int], bits: int, group: int | None, *, in_words: bool = False
 ) -> dict[str, tuple[tuple[int, ...], torch.dtype | None]]:
     """Return {what is behind a matrix's name: (shape, dtype)} of the tensors that hold a packed
     matrix; the dtype of scales, which is the model's, is None."""
     m, n = shape
-    if bits == 8:
+    if bits == 8 and not in_words:
         return {"": ((m, n), torch.int8), SCALE: ((m, 1), None)}
-    groups = -(-n // (group or n))
+    groups = 1 if bits == 8 else -(-n // (group or n))
     return {
-        PACKED: ((m, -(-n // 8)), torch.int32),
+        PACKED: ((m, -(-n * bits // 32)), torch.int32),
         SCALE: ((m, groups), None),
         SHAPE: ((2,), torch.int64),
     }
@@ -381,10 +399,13 @@ def packed_shapes(
 def unpacked(
     codes: Tensor, scales: Tensor, columns: int, group: int | None, dtype: torch.dtype
 ) -> Tensor:
-    """Return the matrix (m, columns) that stored codes stand for: int8 with scales (m, 1) where
-    group is None, else of four bits, eight to a word of int32, with scales (m, groups)."""
+    """Return the matrix (m, columns) that stored codes stand for: int8, or four to a word of int32,
+    with scales (m, 1) where group is None, else of four bits, eight to a word, with scales (m,
+    groups)."""
     scales = scales.to(dtype)
     if group is None:
+        if codes.dtype == torch.int32:
+            codes = bytes_of_words(codes, columns)
         return codes.to(dtype) * scales
 
     # The last group may be narrower
@@ -393,6 +414,21 @@ def unpacked(
     values[:, :even].unflatten(1, (-1, group)).mul_(scales[:, : even // group, None])
     values[:, even:].mul_(scales[:, even // group :])
     return values
+
+
+def bytes_of_words(words: Tensor, columns: int) -> Tensor:
+    """Return the codes (m, columns) of int8 of words, which hold them as 0 to 255, the first in the
+    lowest bits."""
+    octets = _octets(words)[:, :columns]
+    return (octets ^ 128).view(torch.int8)
+
+
+def _octets(words: Tensor) -> Tensor:
+    """Return the bytes (m, 4 k) of words (m, k), the lowest of each first."""
+    octets = words.contiguous().view(torch.uint8)
+    if sys.byteorder == "big":
+        octets = octets.view(*words.shape, 4).flip(-1).flatten(1)
+    return octets
 
 
 def _four_bits(words: Tensor) -> Tensor:
@@ -405,9 +441,7 @@ def _four_bits(words: Tensor) -> Tensor:
         return codes.flatten(1) - 8
 
     # By bytes, which takes a third less time
-    octets = words.contiguous().view(torch.uint8)
-    if sys.byteorder == "big":
-        octets = octets.view(*words.shape, 4).flip(-1).flatten(1)
+    octets = _octets(words)
     nibbles = torch.stack((octets & 15, octets >> 4), -1).view(torch.int8)
     return nibbles.flatten(1).sub_(8)
 

@@ -14,6 +14,7 @@ from svdcli.plan.budget import (
     staying_dense,
 )
 from svdcli.plan.knapsack import Menu, allocate_globally, allocate_menus
+from svdcli.plan.layouts import LAYOUTS
 from svdcli.plan.menus import Rounding, packed_menu, rounding_share
 from svdcli.plan.packing import PLAIN
 from svdcli.plan.plan import LayerPlan, Plan, Skipped
@@ -50,7 +51,7 @@ class LayerSpectrum:
     where there is one; None where no policy needs them. metric says which that is ("" plain). bias
     is the layer's own, where it will be refitted. loss_scale is the loss of the model that its
     whole energy stands for, where that was measured. roundings are what packing it costs, where
-    packings are to be chosen.
+    packings are to be chosen. misfit is why it cannot be packed, where it cannot.
     """
 
     finite: bool
@@ -59,6 +60,7 @@ class LayerSpectrum:
     bias: TensorInfo | None = None
     loss_scale: float | None = None
     roundings: tuple[Rounding, ...] = ()
+    misfit: str = ""
 
     def tails(self) -> list[float]:
         """Share of the energy beyond each rank 0 .. min(m, n)."""
@@ -78,6 +80,8 @@ class LayerSpectrum:
 
 def needs_spectra(recipe: Recipe) -> bool:
     """Do the ranks of this recipe go by singular values, rather than by shapes alone."""
+    if recipe.packs_whole and recipe.target == "keep":
+        return False
     return (
         recipe.allocate == "global"
         or recipe.target in ("energy", "error")
@@ -125,6 +129,11 @@ def decide(
             layers.append(layer)
         return Plan(recipe, fingerprint, tuple(layers), tuple(skipped), loss_unit=loss_unit)
 
+    # All at full rank, in as many bits as were asked for
+    if recipe.packs_whole and recipe.target == "keep":
+        whole = plan_with([_as_a_whole(tensor, recipe) for tensor in sound])
+        return replace(whole, loss_unit="")  # nothing was predicted
+
     # Costs are counted in what the budget is given in.
     in_bytes = recipe.target in ("size", "keep_bytes")
     unit = "bytes" if in_bytes else "parameters"
@@ -157,6 +166,18 @@ def decide(
     return replace(plan_with(choices), notes=notes)
 
 
+def _as_a_whole(tensor: TensorInfo, recipe: Recipe) -> Choice:
+    """The whole matrix packed, where that fits its columns and saves bytes."""
+    [packing] = recipe.packings
+    misfit = packing.misfit(tensor.shape[1])
+    if misfit:
+        return Choice(None, misfit)
+    dtype = recipe.dtype or tensor.dtype
+    if LAYOUTS[recipe.layout].nbytes(tensor, 0, dtype, packing) >= tensor.nbytes:
+        return Choice(None, f"{packing.bits} bits would not save bytes")
+    return Choice(min(tensor.shape))
+
+
 def _packed_menus(
     recipe: Recipe,
     layers: Sequence[TensorInfo],
@@ -180,6 +201,8 @@ def _unsound_layers(
         spectrum = measured[tensor.name]
         if not spectrum.finite:
             reasons[tensor.name] = f"holds {UNSOUND}"
+        elif spectrum.misfit:
+            reasons[tensor.name] = spectrum.misfit
     for tensor in selected:
         spectrum = measured[tensor.name]
         if recipe.calibration is not None and spectrum.finite and not spectrum.metric:

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from svdcli.errors import UsageError
-from svdcli.plan.layouts import LAYOUTS
+from svdcli.plan.layouts import DENSE, LAYOUTS
 from svdcli.plan.packing import PLAIN, Packing
 from svdcli.plan.recipe import Recipe, recipe_from_json, recipe_to_json
 from svdcli.plan.tensors import FACTORED_DTYPES, TensorInfo
@@ -132,7 +132,9 @@ class Plan:
     """What was decided for every tensor of one checkpoint.
 
     loss_unit is that of the layers' losses: "nats" or "1 - cosine" of the model, "" for shares of a
-    layer's own energy. calibration tells the text that they were measured on.
+    layer's own energy. calibration tells the text that they were measured on. ignored are modules
+    that loaders must not take for packed, besides the layers that stay dense: those without a
+    weight in the files, such as a tied head, and those that the model calls by another name.
     """
 
     recipe: Recipe
@@ -143,6 +145,7 @@ class Plan:
     loss_unit: str = ""
     healing: Healing | None = None
     calibration: TextRead | None = None
+    ignored: tuple[str, ...] = ()
 
     @property
     def factored(self) -> tuple[LayerPlan, ...]:
@@ -187,6 +190,8 @@ class Plan:
             data["healing"] = self.healing.to_json()
         if self.calibration is not None:
             data["calibration"] = self.calibration.to_json()
+        if self.ignored:
+            data["ignored"] = list(self.ignored)
         return data
 
     @staticmethod
@@ -211,6 +216,7 @@ class Plan:
                 ),
                 notes=tuple(str(note) for note in data["notes"]),
                 loss_unit=str(data.get("loss_unit", "")),
+                ignored=tuple(str(name) for name in data.get("ignored", ())),
             )
             if data.get("healing") is not None:
                 plan = replace(plan, healing=Healing.from_json(data["healing"]))
@@ -296,7 +302,7 @@ def packing_from_json(data: Mapping[str, Any]) -> Packing:
     packing."""
     if "bits" not in data:
         return PLAIN
-    packing = Packing(int(data["bits"]), int(data["group"]))
+    packing = Packing(int(data["bits"]), int(data["group"]), in_words=data["layout"] == DENSE)
     if packing.bits not in (8, 4) or packing.group < 1:
         raise ValueError(f"{packing.bits} bits in groups of {packing.group} are unknown")
     return packing

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, TypedDict
 
 from svdcli.errors import UsageError
-from svdcli.plan.layouts import LAYOUTS
+from svdcli.plan.layouts import DENSE, LAYOUTS
 from svdcli.plan.packing import Packing
 from svdcli.plan.tensors import FACTORED_DTYPES
 from svdcli.plan.words import (
@@ -106,6 +106,17 @@ class Recipe:
         """Are factors in the output, rather than their products."""
         return LAYOUTS[self.layout].keeps_factors
 
+    @property
+    def packs_whole(self) -> bool:
+        """Is every layer packed as it is, so that the output is a checkpoint of the
+        compressed-tensors library."""
+        return self.layout == DENSE and self.bits != "16"
+
+    @property
+    def saves_bytes(self) -> bool:
+        """Is the output meant to be smaller than its source."""
+        return self.keeps_factors or self.packs_whole
+
     def _check_target(self) -> None:
         """Raises UsageError where the target's number is no such number, or where another choice
         does not go with the target."""
@@ -140,10 +151,10 @@ class Recipe:
                 f"--rank {self.value:g} is below --multiple-of {self.multiple_of}",
                 "no rank is both",
             )
-        if self.target in ("size", "keep_bytes") and not self.keeps_factors:
+        if self.target in ("size", "keep_bytes") and not self.saves_bytes:
             raise UsageError(
                 f"{option_of(self.target)} cannot be met in the dense layout, which saves no bytes",
-                "use --layout factored or pivoted",
+                "use --layout factored or pivoted, or --bits auto with a text",
             )
 
     def _check_bits(self) -> None:
@@ -152,11 +163,23 @@ class Recipe:
             raise UsageError(f"--group-size {self.group_size} is not 32, 64 or 128", "use 64")
         if self.bits == "16":
             return
-        if self.layout != "factored":
+        if self.layout == "pivoted":
             raise UsageError(
-                f"--bits {self.bits} goes with --layout factored alone: other layouts were "
-                f"measured to be no better in fewer bits",
+                f"--bits {self.bits} does not go with --layout pivoted, which was measured to be no "
+                f"better in fewer bits",
                 "leave out --layout",
+            )
+        if self.packs_whole and self.bits != "auto" and self.target != "keep":
+            raise UsageError(
+                f"{option_of(self.target)} changes nothing in the dense layout at {self.bits} bits: "
+                f"each matrix is rounded as a whole, and takes the same bytes",
+                f"leave out {option_of(self.target)}, or --layout",
+            )
+        if self.packs_whole and self.target == "keep" and self.value != 1:
+            raise UsageError(
+                f"--keep {self.value:g} cuts nothing off in the dense layout at {self.bits} bits: "
+                f"a matrix that is rounded has no low rank",
+                "leave out --keep, or --layout",
             )
         if self.bits == "auto" and self.target not in ("size", "keep_bytes"):
             raise UsageError(
@@ -172,7 +195,8 @@ class Recipe:
     def packings(self) -> tuple[Packing, ...]:
         """How layers may be packed, the widest first; none where numbers stay as they are."""
         allowed = {"16": (), "8": (8,), "4": (4,), "auto": (8, 4)}[self.bits]
-        return tuple(Packing(bits, self.group_size) for bits in allowed)
+        in_words = self.packs_whole
+        return tuple(Packing(bits, self.group_size, in_words) for bits in allowed)
 
     def _check_numbers(self) -> None:
         """Raises UsageError for a number out of its range, whatever the target."""
@@ -248,6 +272,9 @@ def recipe_for(wanted: Mapping[str, object], *, calibrated: bool) -> Recipe:
     target."""
     asked: dict[str, Any] = {name: value for name, value in wanted.items() if value is not None}
     given: list[Target] = [name for name in TARGETS if name in asked]
+    if not given and asked.get("layout") == DENSE and str(asked.get("bits")) in ("8", "4"):
+        # fewer bits are all that is asked for: every matrix at its full rank
+        given, asked["keep"] = ["keep"], 1.0
     if len(given) != 1:
         names = ", ".join(option_of(target) for target in TARGETS)
         raise UsageError(f"give exactly one target, not {len(given)}", f"one of {names}, or --plan")
