@@ -288,6 +288,12 @@ Bits = Annotated[
 ]
 
 
+EmbeddingBits = Annotated[
+    words.EmbeddingBits,
+    _storage("--embedding-bits", help="Bits of a number of an embedding table; 16: as it is."),
+]
+
+
 GroupSize = Annotated[
     int, _storage("--group-size", help="Columns that share a scale at 4 bits: 32, 64 or 128.")
 ]

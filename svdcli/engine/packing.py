@@ -14,14 +14,14 @@ from svdcli.errors import BadCheckpointError
 from svdcli.files.dtypes import TORCH_DTYPES
 from svdcli.files.record import Result
 from svdcli.linalg.codes import stored_codes, stored_values
-from svdcli.linalg.machine import squared_norm
+from svdcli.linalg.machine import row_blocks, squared_norm
 from svdcli.linalg.packed import packed_factors, packed_matrix
-from svdcli.linalg.rounding import Grid, Rounded
+from svdcli.linalg.rounding import Grid, Rounded, searched_scales, to_nearest
 from svdcli.linalg.whitening import Metric, weighted, weighted_error
 from svdcli.plan.layouts import DENSE, LAYOUTS, WHOLE
 from svdcli.plan.menus import Rounding, Trial
 from svdcli.plan.packing import PLAIN, Packing
-from svdcli.plan.plan import LayerPlan
+from svdcli.plan.plan import EMBEDDING, LayerPlan
 
 
 def grid_of(packing: Packing) -> Grid:
@@ -44,6 +44,8 @@ def solve_packed(
 
     Raises torch.linalg.LinAlgError where LAPACK does not converge.
     """
+    if layer.role == EMBEDDING:
+        return _solve_table(w, layer)
     work = w.to(torch.float64)
     metric = metric_for_packing(w, moments, centred=layer.bias is not None)
     trial = Trial(layer.layout, int(layer.rank or 0), layer.packing)
@@ -59,6 +61,26 @@ def solve_packed(
     total = squared_norm(work)
     relative = math.sqrt(squared_norm(work - approx) / total) if total > 0 else 0.0
     return tuple(stored), Result(relative, layer.solver, (), share)
+
+
+def _solve_table(w: Tensor, layer: LayerPlan) -> tuple[tuple[Tensor, ...], Result]:
+    """The stored tensors of a table, a few rows at a time: each of its numbers is rounded by
+    itself."""
+    dtype = TORCH_DTYPES[layer.stored_dtype]
+    grid = grid_of(layer.packing)
+    strips = []
+    lost = []
+    energy = []
+    for at in row_blocks(w):
+        rows = w[at].to(torch.float32)
+        strip = to_nearest(rows, grid, searched_scales(rows, grid, dtype))
+        strips.append(stored_codes(strip))
+        lost.append(squared_norm(rows - strip.values(torch.float32)))
+        energy.append(squared_norm(rows))
+    total = math.fsum(energy)
+    relative = math.sqrt(math.fsum(lost) / total) if total > 0 else 0.0
+    stored = tuple(torch.cat(parts) for parts in zip(*strips, strict=True))
+    return stored, Result(relative, layer.solver, (), 1.0)
 
 
 def measure_roundings(

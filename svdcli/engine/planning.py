@@ -32,6 +32,7 @@ from svdcli.plan.parts import part_configs
 from svdcli.plan.plan import Plan, Skipped, TextRead
 from svdcli.plan.recipe import Recipe
 from svdcli.plan.roles import Roles
+from svdcli.plan.tables import tables_of, with_tables
 from svdcli.plan.tensors import TensorInfo
 from svdcli.plan.words import option_of
 from svdcli.progress import Progress
@@ -224,7 +225,17 @@ def _decide_ranks(
     if kinds.unknown:
         notes = (*notes, f"layers were not compared with the model's class: {kinds.unknown}")
 
+    tables: set[str] = set()
+    if request.recipe.embedding_bits != "16":
+        roles = Roles(checkpoint.infos, checkpoint.facts)
+        tables = tables_of(checkpoint.infos, request.skipped, roles)
+        if not tables:
+            raise UsageError(
+                f"{checkpoint.shown} has no embedding table to pack", "leave out --embedding-bits"
+            )
+
     def complete(plan: Plan) -> Plan:
+        plan = with_tables(plan, tables)
         plan = replace(plan, notes=(*plan.notes, *notes, *_mixed(plan)))
         return _with_its_text(replace(plan, ignored=_ignored(plan, kinds)), request)
 

@@ -58,6 +58,7 @@ from svdcli.models.modules import (
     matrix_parts,
     packed_shapes,
     part_names,
+    share,
     unpacked,
     weight_of,
 )
@@ -294,9 +295,11 @@ class SvdQuantizer(HfQuantizer):  # type: ignore[misc]
         self.renamed: dict[str, str] = {}
         # What the model ties, before factors took the places of weights
         self.ties: Any = None
-        # Modules whose factors are tied to others', and {target: source} of tied row orders
+        # Modules whose factors are tied to others', and {target: source} of tied row orders and of
+        # tied packed weights
         self.tied: set[str] = set()
         self.same_rows: dict[str, str] = {}
+        self.same_buffers: dict[str, str] = {}
         # Keys that transformers need not report
         self.unspoken: set[str] = set()
         self.settled = False
@@ -353,7 +356,9 @@ class SvdQuantizer(HfQuantizer):  # type: ignore[misc]
         self._place(model, named, homes, stored)
         self._warn_of_merged(model)
         self.ties = (model.all_tied_weights_keys, model._tied_weights_keys)
-        self.tied, self.same_rows = _tie_factors(model, named, self.replaced, self.merged, shapes)
+        self.tied, self.same_rows, self.same_buffers = _tie_factors(
+            model, named, self.replaced, self.merged, shapes
+        )
 
         # Then transformers loads, and its account of that is checked
         self.unspoken = _unspoken(model, homes, shapes, stored)
@@ -397,7 +402,7 @@ class SvdQuantizer(HfQuantizer):  # type: ignore[misc]
         out."""
         if self.quantization_config.dequantize:
             return None
-        if layer.bits != UNPACKED and target in _all_tied(model):
+        if layer.bits != UNPACKED and target in _all_tied(model) and layer.layout != WHOLE:
             return None
         if not _partners_can_hold(model, target, layer):
             return None
@@ -415,10 +420,17 @@ class SvdQuantizer(HfQuantizer):  # type: ignore[misc]
     def _watch(self, model: Any) -> None:
         """Check transformers' account of the loading before missing weights are made anew, and
         before it is shown."""
-        declare = partial(_as_declared, model, model.state_dict())
+        declare = partial(self._declare, model, model.state_dict())
         settle = partial(self._settle, prefix=f"{model.base_model_prefix}.")
         _first(model, "mark_tied_weights_as_initialized", declare)
         _first(model, "_adjust_missing_and_unexpected_keys", settle)
+
+    def _declare(self, model: Any, expected: dict[str, Tensor], info: Any) -> None:
+        """Give tied modules what was read of packed weights, and do what `_as_declared` does."""
+        _as_declared(model, expected, info)
+        for target, source in self.same_buffers.items():
+            share(_packed(model, source), _packed(model, target))
+        info.missing_keys -= {f"{name}.{part}" for name, part in self._shared_parts()}
 
     def _settle(self, info: Any, prefix: str) -> None:
         """Check that every factor, and the weight of every factored layer, was filled from the
@@ -476,7 +488,7 @@ class SvdQuantizer(HfQuantizer):  # type: ignore[misc]
             if layer.has_rows:
                 _check_rows(target, model.get_submodule(target).svd_rows)
             if layer.in_words:
-                model.get_submodule(target).take_words()
+                _packed(model, target).take_words()
                 self.replaced[target] = replace(layer, in_words=False)
 
         # From here on it is a model as any other
@@ -492,7 +504,15 @@ class SvdQuantizer(HfQuantizer):  # type: ignore[misc]
             state[f"{name}.weight"] = torch.empty(0)
         for target in self.same_rows:
             del state[f"{target}.{ROWS}"]
+        for target, part in self._shared_parts():
+            del state[f"{target}.{part}"]
         return state, {}
+
+    def _shared_parts(self) -> Iterator[tuple[str, str]]:
+        """Yield (module, part) of packed weights that are another module's too."""
+        for name in self.same_buffers:
+            for part in self.replaced[name].parts:
+                yield name, part
 
     def is_serializable(self) -> bool:
         return True
@@ -879,23 +899,24 @@ def _tie_factors(
     replaced: dict[str, Stored],
     merged: dict[str, str],
     shapes: dict[str, tuple[int, ...]],
-) -> tuple[set[str], dict[str, str]]:
+) -> tuple[set[str], dict[str, str], dict[str, str]]:
     """Make of a tie of two weights, {target: source}, the same tie of both factors.
 
     Where the files hold one of the two factored and the other dense, they are two weights and are
     not tied: transformers, too, ties copies only where they are equal. Returns the modules that are
-    tied to others, and {target: source} of row orders, which are buffers and not tied by
-    transformers.
+    tied to others, and {target: source} of row orders, and of packed weights, which are buffers and
+    not tied by transformers.
     """
     ties = _tied_modules(model)
     factored = {name for name in replaced if name in ties or name in ties.values()}
     if not factored:
-        return set(), {}
+        return set(), {}, {}
     dense = _held_dense(named, shapes, {replaced[name].shape for name in factored})
     dense |= {key.removesuffix(".weight") for key in merged.values()}
     new_ties = dict(model.all_tied_weights_keys)
     tied: set[str] = set()
     same_rows: dict[str, str] = {}
+    same_buffers: dict[str, str] = {}
     for source in dict.fromkeys(ties.values()):
         # What the files hold of a group of tied modules: the first of them is what the others are
         # tied to, as in transformers
@@ -917,6 +938,9 @@ def _tie_factors(
                 _replace_tied(model, name, root, replaced)
             if replaced[name] == replaced[root]:
                 tied.add(name)
+                if replaced[root].layout == WHOLE:
+                    same_buffers[name] = root
+                    continue
                 for part in (UP, DOWN):
                     new_ties[f"{name}.{part}"] = f"{root}.{part}"
                 if replaced[root].has_rows:
@@ -925,7 +949,13 @@ def _tie_factors(
     model.all_tied_weights_keys = new_ties
     if model._tied_weights_keys:
         model._tied_weights_keys = dict(new_ties)
-    return tied, same_rows
+    return tied, same_rows, same_buffers
+
+
+def _packed(model: Any, name: str) -> PackedLinear:
+    module = model.get_submodule(name)
+    assert isinstance(module, PackedLinear)
+    return module
 
 
 def _tied_modules(model: Any) -> dict[str, str]:
@@ -1060,13 +1090,13 @@ def _first_numbers(module: nn.Module) -> Tensor:
 def _dense(module: Any, weight: nn.Parameter) -> nn.Module:
     """Return the ordinary layer that a low-rank module stands for."""
     dense: nn.Module
-    if hasattr(module, "in_features"):
-        dense = nn.Linear(
-            module.in_features, module.out_features, bias=module.bias is not None, device="meta"
-        )
-    elif hasattr(module, "num_embeddings"):
+    if hasattr(module, "num_embeddings"):
         dense = nn.Embedding(
             module.num_embeddings, module.embedding_dim, module.padding_idx, device="meta"
+        )
+    elif hasattr(module, "in_features"):
+        dense = nn.Linear(
+            module.in_features, module.out_features, bias=module.bias is not None, device="meta"
         )
     else:
         dense = Conv1D(module.nf, module.nx)

@@ -397,7 +397,7 @@ def _load_into(module: nn.Module, checkpoint: Checkpoint) -> nn.Module:
     for name, source in sorted(names.items()):
         _assign(module, name, checkpoint.read_tensor(source))
     for new in fresh:
-        if isinstance(new, PackedLinear) and new.holds_words:
+        if isinstance(new, PackedLinear):
             new.take_words()
     for name, source in tied.items():
         path, _, leaf = name.rpartition(".")

@@ -140,7 +140,9 @@ class PackedLinear(_WithDenseWeight):
         return self.bits == 8 and WEIGHT + PACKED in self._buffers
 
     def take_words(self) -> None:
-        """Make int8 of the words that were read."""
+        """Make int8 of the words that were read, unless that is done."""
+        if not self.holds_words:
+            return
         words = cast(Tensor, self._buffers.pop(WEIGHT + PACKED))
         del self._buffers[WEIGHT + SHAPE]
         self._buffers[WEIGHT] = bytes_of_words(words, self.in_features)
@@ -227,6 +229,33 @@ class PackedLinear(_WithDenseWeight):
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bits={self.bits}"
+
+
+class PackedEmbedding(PackedLinear):
+    """Rows of W (num, dim) of int8 times a scale a row, unpacked as they are looked up.
+
+    A table is the same matrix as the head that is tied to it: `share` makes two modules hold one.
+    """
+
+    def __init__(self, num: int, dim: int, padding_idx: int | None = None, **factory: Any) -> None:
+        super().__init__(dim, num, 8, None, bias=False, **factory)
+        self.num_embeddings = num
+        self.embedding_dim = dim
+        self.padding_idx = padding_idx
+
+    def forward(self, ids: Tensor) -> Tensor:
+        codes = functional.embedding(ids, self.codes)
+        scales = functional.embedding(ids, self.scales)
+        return codes.to(scales.dtype) * scales
+
+    def extra_repr(self) -> str:
+        return f"{self.num_embeddings}, {self.embedding_dim}, bits={self.bits}"
+
+
+def share(first: PackedLinear, second: PackedLinear) -> None:
+    """Have the second module hold the integers and scales of the first, also when these are moved
+    or replaced."""
+    second._buffers = first._buffers
 
 
 class Matrix(nn.Module):
@@ -419,16 +448,10 @@ def unpacked(
 def bytes_of_words(words: Tensor, columns: int) -> Tensor:
     """Return the codes (m, columns) of int8 of words, which hold them as 0 to 255, the first in the
     lowest bits."""
-    octets = _octets(words)[:, :columns]
-    return (octets ^ 128).view(torch.int8)
-
-
-def _octets(words: Tensor) -> Tensor:
-    """Return the bytes (m, 4 k) of words (m, k), the lowest of each first."""
     octets = words.contiguous().view(torch.uint8)
     if sys.byteorder == "big":
         octets = octets.view(*words.shape, 4).flip(-1).flatten(1)
-    return octets
+    return (octets[:, :columns] ^ 128).view(torch.int8)
 
 
 def _four_bits(words: Tensor) -> Tensor:
@@ -441,7 +464,9 @@ def _four_bits(words: Tensor) -> Tensor:
         return codes.flatten(1) - 8
 
     # By bytes, which takes a third less time
-    octets = _octets(words)
+    octets = words.contiguous().view(torch.uint8)
+    if sys.byteorder == "big":
+        octets = octets.view(*words.shape, 4).flip(-1).flatten(1)
     nibbles = torch.stack((octets & 15, octets >> 4), -1).view(torch.int8)
     return nibbles.flatten(1).sub_(8)
 
@@ -471,7 +496,12 @@ def low_rank_like(
 def _packed_like(
     old: nn.Module, rank: int, layout: str, bits: int, group: int | None, factory: dict[str, Any]
 ) -> nn.Module | None:
-    """Return what `low_rank_like` does, packed: there is such a module for linear layers only."""
+    """Return what `low_rank_like` does, packed: there are such modules for linear layers, and for
+    whole tables of eight bits."""
+    is_table = isinstance(old, nn.Embedding) and _computes_like(old, nn.Embedding)
+    if is_table and layout == WHOLE and bits == 8 and old.max_norm is None:
+        sizes = (cast(int, old.num_embeddings), cast(int, old.embedding_dim))
+        return PackedEmbedding(*sizes, cast("int | None", old.padding_idx), **factory)
     if not isinstance(old, nn.Linear) or not _computes_like(old, nn.Linear):
         return None
     n, m = old.in_features, old.out_features

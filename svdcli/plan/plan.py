@@ -11,9 +11,10 @@ from svdcli.plan.layouts import DENSE, LAYOUTS
 from svdcli.plan.packing import PLAIN, Packing
 from svdcli.plan.recipe import Recipe, recipe_from_json, recipe_to_json
 from svdcli.plan.tensors import FACTORED_DTYPES, TensorInfo
-from svdcli.plan.words import METRICS, SOLVERS, WEIGHTED
+from svdcli.plan.words import METRICS, NEAREST, SOLVERS, WEIGHTED
 
 FORMAT = 1
+EMBEDDING = "embedding"
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,8 @@ class LayerPlan:
     loss is what the rank gives up, where the spectrum was measured: the share of the weight's
     energy (of the outputs' with metric "inputs"), or, with metric "diagonal" or "full", the
     predicted rise of the model's own loss. bias names the bias that is refitted to the inputs'
-    mean. packing says how the numbers of each stored matrix are written.
+    mean. packing says how the numbers of each stored matrix are written. role is EMBEDDING for a
+    table whose rows are looked up, which counts for no target.
     """
 
     tensor: TensorInfo
@@ -36,6 +38,7 @@ class LayerPlan:
     metric: str = ""
     bias: TensorInfo | None = None
     packing: Packing = PLAIN
+    role: str = ""
 
     @property
     def keeps_factors(self) -> bool:
@@ -253,6 +256,8 @@ def _layer_to_json(layer: LayerPlan) -> dict[str, Any]:
     if layer.packing != PLAIN:
         data["bits"] = layer.packing.bits
         data["group"] = layer.packing.group
+    if layer.role:
+        data["role"] = layer.role
     return data
 
 
@@ -273,7 +278,7 @@ def layer_from_json(name: str, data: dict[str, Any]) -> LayerPlan:
         if data[key] not in FACTORED_DTYPES:
             raise ValueError(f"{name}: {key} {data[key]!r} cannot be factored")
     solver = str(data["solver"]).split(" ")[0]
-    if solver not in (*SOLVERS[1:], WEIGHTED):
+    if solver not in (*SOLVERS[1:], WEIGHTED, NEAREST):
         raise ValueError(f"{name}: solver {data['solver']!r} is unknown")
     if data.get("metric", "") not in ("", *METRICS[1:]):
         raise ValueError(f"{name}: metric {data['metric']!r} is unknown")
@@ -294,6 +299,7 @@ def layer_from_json(name: str, data: dict[str, Any]) -> LayerPlan:
         metric=str(data.get("metric", "")),
         bias=bias,
         packing=packing_from_json(data),
+        role=str(data.get("role", "")),
     )
 
 

@@ -14,6 +14,7 @@ from svdcli.plan.tensors import FACTORED_DTYPES
 from svdcli.plan.words import (
     ALLOCATIONS,
     BITS,
+    EMBEDDING_BITS,
     METRICS,
     NONFINITE,
     SOLVERS,
@@ -22,6 +23,7 @@ from svdcli.plan.words import (
     Allocation,
     Bits,
     Dtype,
+    EmbeddingBits,
     Layout,
     MetricName,
     OnNonfinite,
@@ -37,7 +39,8 @@ class Recipe:
     which change the last bits at most, and verbosity do not belong.
 
     target is one of words.TARGETS; value is its number (a rank, a share in (0, 1], bytes). bits is
-    how many a stored number takes, in groups of group_size with a scale each at four. dtype is
+    how many a stored number takes, in groups of group_size with a scale each at four;
+    embedding_bits those of a number of an embedding table. dtype is
     a word such as float32, kept as checkpoints call it (F32). calibration is the digest of a file
     of moments, metric how much of them counts: the inputs alone, or the loss gradients besides.
     Raises UsageError where the values cannot be met together.
@@ -62,6 +65,7 @@ class Recipe:
     metric: MetricName = "auto"
     bits: Bits = "16"
     group_size: int = 64
+    embedding_bits: EmbeddingBits = "16"
 
     def __post_init__(self) -> None:
         # Words first: what follows asks for the layout and the target by their names.
@@ -75,6 +79,7 @@ class Recipe:
                 layouts,
             ),
             ("--bits", self.bits, BITS),
+            ("--embedding-bits", self.embedding_bits, EMBEDDING_BITS),
             ("--solver", self.solver, SOLVERS),
             ("--nonfinite", self.nonfinite, NONFINITE),
             ("--metric", self.metric, METRICS),
@@ -161,6 +166,12 @@ class Recipe:
         """Raises UsageError for fewer bits where they do not go with the rest."""
         if self.group_size not in (32, 64, 128):
             raise UsageError(f"--group-size {self.group_size} is not 32, 64 or 128", "use 64")
+        if self.embedding_bits != "16" and not self.keeps_factors:
+            raise UsageError(
+                f"--embedding-bits {self.embedding_bits} does not go with --layout dense, which is "
+                f"for loaders that look up no packed rows",
+                "leave out one of them",
+            )
         if self.bits == "16":
             return
         if self.layout == "pivoted":
@@ -262,6 +273,7 @@ class Wanted(TypedDict, total=False):
     metric: MetricName
     bits: Bits | None
     group_size: int
+    embedding_bits: EmbeddingBits
 
 
 WANTED: frozenset[str] = Wanted.__optional_keys__
@@ -287,6 +299,8 @@ def recipe_for(wanted: Mapping[str, object], *, calibrated: bool) -> Recipe:
             asked[name] = (asked[name],)
 
     # Python callers may give bits as a number
+    if "embedding_bits" in asked:
+        asked["embedding_bits"] = str(asked["embedding_bits"])
     bits = None
     if asked.get("bits") is not None:
         bits = asked["bits"] = str(asked["bits"])
@@ -306,6 +320,8 @@ def recipe_to_json(recipe: Recipe) -> dict[str, Any]:
     """The fields of a recipe; bits only where there are fewer than 16, as the first svdcli knew
     none."""
     data = asdict(recipe)
+    if recipe.embedding_bits == "16":
+        del data["embedding_bits"]
     if recipe.bits == "16":
         del data["bits"]
         del data["group_size"]

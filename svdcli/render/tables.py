@@ -155,10 +155,15 @@ def _total_lines(report: Report, *, has_groups: bool) -> list[tuple[str, str]]:
     lines = []
     if has_groups:
         lines.append(("lines", "one for each kind of layer; --every-layer for each"))
-    factored = sum(row.rank is not None for row in report.layers)
+    selected = [row for row in report.layers if not row.role]
+    factored = sum(row.rank is not None for row in selected)
     lines += [
-        ("factored", f"{factored} of {len(report.layers)} selected layers"),
+        ("factored", f"{factored} of {len(selected)} selected layers"),
         ("selected", _total_line(report.selected)),
+    ]
+    if report.embeddings is not None:
+        lines.append(("embeddings", _total_line(report.embeddings)))
+    lines += [
         ("whole output", _total_line(report.total)),
     ]
 
