@@ -28,8 +28,9 @@ def changes_of(
     """{path: value} of what a config.json must say about an output, in it and in the sub-config of
     every part.
 
-    That the plugin, or the compressed-tensors library, is to be asked; where transformers reads it the dtype that was asked for, since
-    it casts to the one that it reads; and the classes of `--self-contained`.
+    That the plugin, or the compressed-tensors library, is to be asked; where transformers reads it
+    the dtype that was asked for, since it casts to the one that it reads; and the classes of
+    `--self-contained`.
     """
     factored = plan.recipe.keeps_factors and bool(plan.factored)
     changes: dict[Path, Any] = {}

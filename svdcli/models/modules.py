@@ -169,7 +169,10 @@ class PackedLinear(_WithDenseWeight):
         return cast(Tensor, self._buffers[WEIGHT + SCALE])
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self._product(x)
+        if torch.is_grad_enabled() and x.requires_grad and not torch.compiler.is_compiling():
+            y: Tensor = _WithWayBack.apply(x, self)  # type: ignore[no-untyped-call]
+        else:
+            y = self._product(x)
         return y if self.bias is None else y + self.bias
 
     def _product(self, x: Tensor) -> Tensor:
@@ -229,6 +232,25 @@ class PackedLinear(_WithDenseWeight):
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bits={self.bits}"
+
+
+class _WithWayBack(torch.autograd.Function):
+    """x W^T with a gradient for x, for which W is unpacked again, and not kept meanwhile."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: PackedLinear) -> Tensor:
+        ctx.layer = layer
+        return layer._product(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, None]:
+        [y] = gradients
+        layer: PackedLinear = ctx.layer
+        x = y.new_zeros((*y.shape[:-1], layer.in_features))
+        rows = max(1, _NUMBERS_AT_ONCE // layer.in_features)
+        for start in range(0, layer.out_features, rows):
+            x += y[..., start : start + rows] @ layer.rows(start, start + rows).to(y.dtype)
+        return x, None
 
 
 class PackedEmbedding(PackedLinear):

@@ -120,19 +120,17 @@ def decide(
     def plan_with(choices: Sequence[Choice]) -> Plan:
         """The plan where every sound layer has its choice of these."""
         by_name = {name: Choice(None, reason) for name, reason in unsound.items()}
-        for tensor, choice in zip(sound, choices, strict=True):
-            by_name[tensor.name] = choice
+        by_name |= {tensor.name: choice for tensor, choice in zip(sound, choices, strict=True)}
         layers = []
         for tensor in selected:
             name = tensor.name
-            layer = _layer_plan(tensor, by_name[name], recipe, losses.get(name), measured[name])
-            layers.append(layer)
-        return Plan(recipe, fingerprint, tuple(layers), tuple(skipped), loss_unit=loss_unit)
+            loss = losses.get(name)
+            layers.append(_layer_plan(tensor, by_name[name], recipe, loss, measured[name]))
+        unit = loss_unit if losses else ""  # of what was predicted
+        return Plan(recipe, fingerprint, tuple(layers), tuple(skipped), loss_unit=unit)
 
-    # All at full rank, in as many bits as were asked for
     if recipe.packs_whole and recipe.target == "keep":
-        whole = plan_with([_as_a_whole(tensor, recipe) for tensor in sound])
-        return replace(whole, loss_unit="")  # nothing was predicted
+        return plan_with([_as_a_whole(tensor, recipe) for tensor in sound])
 
     # Costs are counted in what the budget is given in.
     in_bytes = recipe.target in ("size", "keep_bytes")
@@ -151,8 +149,7 @@ def decide(
     if recipe.target in ("energy", "error"):
         return plan_with([_bounded(o, recipe, measured[o.tensor.name]) for o in options])
 
-    # A share or a rank gives every layer its even part; global allocation may spend their sum in
-    # another way.
+    # A share or a rank gives each layer its even part; global allocation spends their sum anew.
     if recipe.target == "keep":
         choices, budget = ranks_within_share(recipe, selected, options, unsound)
     else:
@@ -194,19 +191,19 @@ def _packed_menus(
 def _unsound_layers(
     recipe: Recipe, selected: Sequence[TensorInfo], measured: Mapping[str, LayerSpectrum]
 ) -> dict[str, str]:
-    """Layers for which no rank can be chosen, with the reason: their numbers are not finite, or the
-    calibration has nothing on them."""
+    """Layers for which no rank can be chosen, with the reason: their numbers are not finite, the
+    calibration has nothing on them, or no loader takes them packed."""
     reasons = {}
     for tensor in selected:
         spectrum = measured[tensor.name]
         if not spectrum.finite:
             reasons[tensor.name] = f"holds {UNSOUND}"
-        elif spectrum.misfit:
-            reasons[tensor.name] = spectrum.misfit
     for tensor in selected:
         spectrum = measured[tensor.name]
         if recipe.calibration is not None and spectrum.finite and not spectrum.metric:
             reasons[tensor.name] = f"{NOT_CALIBRATED}: no input reached it, or no gradient"
+        if spectrum.misfit:
+            reasons[tensor.name] = spectrum.misfit
     return reasons
 
 

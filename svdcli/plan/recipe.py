@@ -176,14 +176,14 @@ class Recipe:
             return
         if self.layout == "pivoted":
             raise UsageError(
-                f"--bits {self.bits} does not go with --layout pivoted, which was measured to be no "
-                f"better in fewer bits",
+                f"--bits {self.bits} does not go with --layout pivoted, which was measured to be "
+                f"no better in fewer bits",
                 "leave out --layout",
             )
         if self.packs_whole and self.bits != "auto" and self.target != "keep":
             raise UsageError(
-                f"{option_of(self.target)} changes nothing in the dense layout at {self.bits} bits: "
-                f"each matrix is rounded as a whole, and takes the same bytes",
+                f"{option_of(self.target)} changes nothing in the dense layout at {self.bits} "
+                f"bits: each matrix is rounded as a whole, and takes the same bytes",
                 f"leave out {option_of(self.target)}, or --layout",
             )
         if self.packs_whole and self.target == "keep" and self.value != 1:

@@ -1,5 +1,5 @@
-"""`--layout dense --bits`: the output is a checkpoint of the compressed-tensors library, which stock
-transformers opens without svdcli."""
+"""`--layout dense --bits`: the output is a checkpoint of the compressed-tensors library, which
+stock transformers opens without svdcli."""
 
 from __future__ import annotations
 

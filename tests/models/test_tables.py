@@ -234,10 +234,17 @@ def test_compiles_as_one_graph(packed: Callable[[str], Path]) -> None:
 
 def test_tables_that_do_more_than_look_up_become_dense(tmp_path: Path) -> None:
     config = transformers.BartConfig(
-        **{"vocab_size": 96, "d_model": 64, "scale_embedding": True, "pad_token_id": 1},
-        **{"encoder_layers": 1, "decoder_layers": 1, "max_position_embeddings": 64},
-        **{"encoder_ffn_dim": 160, "decoder_ffn_dim": 160},
-        **{"encoder_attention_heads": 4, "decoder_attention_heads": 4},
+        vocab_size=96,
+        d_model=64,
+        scale_embedding=True,
+        pad_token_id=1,
+        encoder_layers=1,
+        decoder_layers=1,
+        max_position_embeddings=64,
+        encoder_ffn_dim=160,
+        decoder_ffn_dim=160,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
     )
     torch.manual_seed(0)
     transformers.BartForConditionalGeneration(config).save_pretrained(tmp_path / "m")

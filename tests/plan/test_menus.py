@@ -137,7 +137,7 @@ def test_sixteen_bits_are_as_they_were() -> None:
     [
         ({"keep_bytes": 0.2, "bits": "auto"}, False, "takes a calibration"),
         ({"keep": 0.2, "bits": "auto"}, True, "needs a budget in bytes"),
-        ({"rank": 9, "bits": 4, "layout": "pivoted"}, False, "--layout factored alone"),
+        ({"rank": 9, "bits": 4, "layout": "pivoted"}, False, "does not go with --layout pivoted"),
         ({"keep_bytes": 0.2, "allocate": "uniform"}, True, "for all layers together"),
         ({"keep_bytes": 1.5}, False, "--keep-bytes 1.5 is outside"),
         ({"rank": 9, "bits": 3}, False, "--bits '3' is unknown"),
