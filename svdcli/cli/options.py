@@ -274,7 +274,11 @@ def _dtype(help_: str) -> Any:
 
 Layout = Annotated[
     words.Layout | None,
-    _storage("--layout", help="How factors are stored (factored; with text: pivoted)."),
+    _storage(
+        "--layout",
+        help="How factors are stored (factored; with text: pivoted); dense: none, which with --bits "
+        "is a checkpoint of compressed-tensors.",
+    ),
 ]
 
 
