@@ -276,8 +276,8 @@ Layout = Annotated[
     words.Layout | None,
     _storage(
         "--layout",
-        help="How factors are stored (factored; with text: pivoted); dense: none, which with --bits "
-        "is a checkpoint of compressed-tensors.",
+        help="How factors are stored (factored; with text: pivoted); dense: none, which with "
+        "--bits is a checkpoint of compressed-tensors.",
     ),
 ]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -293,3 +294,43 @@ def test_on_the_command_line(written: Written, tmp_path: Path) -> None:
     assert "exactly one target" in refused(
         "compress", written("llama"), "--layout", "dense", "-o", tmp_path / "p", code=2
     )
+
+
+# Plans of other kinds -----------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_layers_of_different_bits_are_named_in_groups(written: Written, tmp_path: Path) -> None:
+    pytest.importorskip("compressed_tensors")
+    how: Any = {"layout": "dense", "bits": 4, "group_size": GROUP}
+    plan = svdcli.compress(written("llama"), tmp_path / "o", dry_run=True, **how).plan
+    layers = [
+        replace(layer, packing=Packing(8, GROUP, in_words=True))
+        if ".mlp." in layer.tensor.name
+        else layer
+        for layer in plan.layers
+    ]
+    mixed = replace(plan, layers=tuple(layers))
+    svdcli.compress(written("llama"), tmp_path / "o", plan=mixed)
+    groups = config_of(tmp_path / "o")["quantization_config"]["config_groups"]
+    assert [group["weights"]["num_bits"] for group in groups.values()] == [8, 4]
+    assert all(".mlp." in name for name in groups["group_0"]["targets"])
+    dense = dense_of(tmp_path / "o", tmp_path / "d")
+    stock = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "o").eval()
+    assert torch.equal(zoo.answer("llama", stock), zoo.answer("llama", dense))
+    model: Any = svdcli.load(tmp_path / "o").eval()
+    torch.testing.assert_close(zoo.answer("llama", model), zoo.answer("llama", dense))
+    assert svdcli.verify(tmp_path / "o", against=written("llama")).ok
+
+
+def test_where_the_class_is_not_known_a_note_says_so(
+    written: Written, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(_: object) -> None:
+        raise SvdcliError("opening a model needs transformers", "install it")
+
+    monkeypatch.setattr("svdcli.models.kinds.empty_model", fails)
+    how: Any = {"layout": "dense", "bits": 4, "group_size": GROUP}
+    plan = svdcli.compress(written("llama-tied"), tmp_path / "o", **how).plan
+    assert any("not compared with the model's class: opening" in note for note in plan.notes)
+    assert "lm_head" in config_of(tmp_path / "o")["quantization_config"]["ignore"]
