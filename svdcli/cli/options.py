@@ -274,7 +274,11 @@ def _dtype(help_: str) -> Any:
 
 Layout = Annotated[
     words.Layout | None,
-    _storage("--layout", help="How factors are stored (factored; with text: pivoted)."),
+    _storage(
+        "--layout",
+        help="How factors are stored (factored; with text: pivoted); dense: none, which with "
+        "--bits is a checkpoint of compressed-tensors.",
+    ),
 ]
 
 
@@ -285,6 +289,12 @@ Bits = Annotated[
         help="Bits of a stored number (16: as they are); auto, with text what --size and "
         "--keep-bytes do, chooses them and the ranks for each layer.",
     ),
+]
+
+
+EmbeddingBits = Annotated[
+    words.EmbeddingBits,
+    _storage("--embedding-bits", help="Bits of a number of an embedding table; 16: as it is."),
 ]
 
 

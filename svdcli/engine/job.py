@@ -259,5 +259,5 @@ def guess_seconds(tensor: TensorInfo, *, share: float) -> float:
 
 def _seconds(unit: Unit, layer: LayerPlan | None) -> float:
     if unit.kind == "factor" and layer is not None:
-        return guess_seconds(layer.tensor, share=1.0)
+        return guess_seconds(layer.tensor, share=0.0 if layer.role else 1.0)
     return 1e-4 + unit.nbytes / 1e9

@@ -15,14 +15,14 @@ from svdcli.files.dtypes import TORCH_DTYPES
 from svdcli.files.record import Result
 from svdcli.linalg.codes import stored_codes, stored_values
 from svdcli.linalg.expected import ExpectedRounding
-from svdcli.linalg.machine import squared_norm
+from svdcli.linalg.machine import row_blocks, squared_norm
 from svdcli.linalg.packed import packed_factors, packed_matrix
-from svdcli.linalg.rounding import Grid, Rounded
+from svdcli.linalg.rounding import Grid, Rounded, searched_scales, to_nearest
 from svdcli.linalg.whitening import Metric, weighted, weighted_error
-from svdcli.plan.layouts import LAYOUTS, WHOLE
+from svdcli.plan.layouts import DENSE, LAYOUTS, WHOLE
 from svdcli.plan.menus import Rounding, Trial
 from svdcli.plan.packing import PLAIN, Packing
-from svdcli.plan.plan import LayerPlan
+from svdcli.plan.plan import EMBEDDING, LayerPlan
 
 
 def grid_of(packing: Packing) -> Grid:
@@ -37,6 +37,8 @@ def solve_packed(
 
     Raises torch.linalg.LinAlgError where LAPACK does not converge.
     """
+    if layer.role == EMBEDDING:
+        return _solve_table(w, layer)
     # (out, in) in float64; where nothing was measured all errors count alike
     transposed = moments is not None and moments.transposed
     work = (w.T if transposed else w).to(torch.float64)
@@ -48,7 +50,7 @@ def solve_packed(
     matrices, tail = _packed(work, layer, metric, transposed=transposed)
     stored: list[Tensor] = []
     for matrix in matrices:
-        stored += stored_codes(matrix)
+        stored += stored_codes(matrix, in_words=layer.packing.in_words)
 
     # how far that is, and how much of it is due to rounding
     approx = _product(matrices)
@@ -59,6 +61,26 @@ def solve_packed(
     total = squared_norm(work)
     relative = math.sqrt(squared_norm(work - approx) / total) if total > 0 else 0.0
     return tuple(stored), Result(relative, layer.solver, (), share)
+
+
+def _solve_table(w: Tensor, layer: LayerPlan) -> tuple[tuple[Tensor, ...], Result]:
+    """The stored tensors of a table, a few rows at a time: each of its numbers is rounded by
+    itself."""
+    dtype = TORCH_DTYPES[layer.stored_dtype]
+    grid = grid_of(layer.packing)
+    strips = []
+    lost = []
+    energy = []
+    for at in row_blocks(w):
+        rows = w[at].to(torch.float32)
+        strip = to_nearest(rows, grid, searched_scales(rows, grid, dtype))
+        strips.append(stored_codes(strip))
+        lost.append(squared_norm(rows - strip.values(torch.float32)))
+        energy.append(squared_norm(rows))
+    total = math.fsum(energy)
+    relative = math.sqrt(math.fsum(lost) / total) if total > 0 else 0.0
+    stored = tuple(torch.cat(parts) for parts in zip(*strips, strict=True))
+    return stored, Result(relative, layer.solver, (), 1.0)
 
 
 def expected_roundings(
@@ -80,7 +102,7 @@ def expected_roundings(
     roundings = []
     for trial in trials:
         grid, added = grids[trial.packing], 0.0
-        if energy > 0 and trial.layout == WHOLE:
+        if energy > 0 and trial.layout in (WHOLE, DENSE):
             added = expected.whole(grid)
         elif energy > 0:
             added = expected.factored(trial.rank, grid)
@@ -102,13 +124,13 @@ def parts_of(layer: LayerPlan, stored: Sequence[Tensor]) -> tuple[Tensor, ...]:
     parts = []
     for i, shape in enumerate(shapes):
         tensors = tuple(stored[i * count : (i + 1) * count])
-        if layer.packing.bits == 4 and tuple(tensors[-1].tolist()) != shape:
+        if len(tensors) == 3 and tuple(tensors[-1].tolist()) != shape:
             raise BadCheckpointError(
                 f"a stored shape of {layer.tensor.name} is {tensors[-1].tolist()} where its matrix "
                 f"is {list(shape)}",
                 "write the output again",
             )
-        parts.append(stored_values(tensors, layer.packing.group, dtype))
+        parts.append(stored_values(tensors, layer.packing.group, dtype, layer.packing.bits))
     return tuple(parts)
 
 
@@ -117,7 +139,7 @@ def _packed(
 ) -> tuple[tuple[Rounded, ...], float]:
     """(the packed matrices, the error in the metric that the rank alone makes)."""
     grid, dtype = grid_of(layer.packing), TORCH_DTYPES[layer.stored_dtype]
-    if layer.layout == WHOLE:
+    if layer.layout in (WHOLE, DENSE):
         return (packed_matrix(w, grid, metric, dtype, transposed=transposed),), 0.0
     factors = weighted(w, int(layer.rank or 0), metric)
     both = packed_factors(w, factors, grid, metric, dtype, transposed=transposed)

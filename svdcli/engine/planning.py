@@ -32,6 +32,7 @@ from svdcli.plan.parts import part_configs
 from svdcli.plan.plan import Plan, Skipped, TextRead
 from svdcli.plan.recipe import Recipe
 from svdcli.plan.roles import Roles
+from svdcli.plan.tables import tables_of, with_tables
 from svdcli.plan.tensors import TensorInfo
 from svdcli.plan.words import option_of
 from svdcli.progress import Progress
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     import torch
 
     from svdcli.engine.calibrated import Calibration
+    from svdcli.models.kinds import Kinds
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ def check_source(checkpoint: Checkpoint, recipe: Recipe) -> None:
     """Raises SvdcliError for an input that is no original: written by svdcli, an adapter, or
     quantised; UsageError for options that do not fit it."""
     _check_original(checkpoint)
-    if recipe.keeps_factors:
+    if recipe.saves_bytes:
         _check_not_quantised(checkpoint)
     if recipe.self_contained:
         _check_takes_code(checkpoint)
@@ -191,6 +193,9 @@ def make_plan(run: Run, checkpoint: Checkpoint, request: Request, name: str | No
     if request.plan is None and chooses_packings(recipe):
         packed_for = recipe
     measured = measure_spectra(run, request.selected, spectra=spectra, recipe=packed_for)
+    kinds = _kinds_of(checkpoint, request)
+    for name in measured.keys() & kinds.misfits.keys():
+        measured[name] = replace(measured[name], misfit=kinds.misfits[name])
     bad = [tensor.name for tensor in request.selected if not measured[tensor.name].finite]
     if recipe.nonfinite == "error":
         check_finite(bad)
@@ -200,7 +205,7 @@ def make_plan(run: Run, checkpoint: Checkpoint, request: Request, name: str | No
         plan = _rerun(checkpoint, _with_its_text(request.plan, request), name, bad)
         plan = replace(plan, notes=tuple(dict.fromkeys((*plan.notes, *checkpoint.notes))))
     else:
-        plan = _decide_ranks(checkpoint, request, name, measured)
+        plan = _decide_ranks(checkpoint, request, name, measured, kinds)
     if not plan.factored:
         reason = plan.layers[0].reason or "nothing to do"
         raise NothingSelectedError(
@@ -214,17 +219,31 @@ def _decide_ranks(
     request: Request,
     name: str | None,
     measured: Mapping[str, LayerSpectrum],
+    kinds: Kinds,
 ) -> Plan:
     notes = (*checkpoint.notes, *_little_read(request), *_no_longer_tied(checkpoint, request))
+    if kinds.unknown:
+        notes = (*notes, f"layers were not compared with the model's class: {kinds.unknown}")
+
+    tables: set[str] = set()
+    if request.recipe.embedding_bits != "16":
+        roles = Roles(checkpoint.infos, checkpoint.facts)
+        tables = tables_of(checkpoint.infos, request.skipped, roles)
+        if not tables:
+            raise UsageError(
+                f"{checkpoint.shown} has no embedding table to pack", "leave out --embedding-bits"
+            )
 
     def complete(plan: Plan) -> Plan:
-        return _with_its_text(replace(plan, notes=(*plan.notes, *notes)), request)
+        plan = with_tables(plan, tables)
+        plan = replace(plan, notes=(*plan.notes, *notes, *_mixed(plan)))
+        return _with_its_text(replace(plan, ignored=_ignored(plan, kinds)), request)
 
     def predict(plan: Plan) -> int:
         return design_of(checkpoint, complete(plan), name).blueprint().total
 
     unit = "" if request.calibration is None else request.calibration.unit
-    return complete(
+    plan = complete(
         decide(
             request.recipe,
             request.fingerprint,
@@ -235,6 +254,56 @@ def _decide_ranks(
             unit,
         )
     )
+    _check_experts(plan, kinds)
+    return plan
+
+
+def _check_experts(plan: Plan, kinds: Kinds) -> None:
+    """Raises SvdcliError where transformers would stack experts that are packed in different ways,
+    or not all packed."""
+    packings = {layer.tensor.name: layer.packing for layer in plan.factored}
+    apart = [name for name in kinds.stacked if packings.get(name) != packings.get(kinds.stacked[0])]
+    dense = [name for name in kinds.stacked if name not in packings]
+    if dense or apart:
+        reasons = {layer.tensor.name: layer.reason for layer in plan.layers if layer.reason}
+        first = (dense or apart)[0]
+        why = reasons.get(first, "not selected" if dense else "other bits than the first")
+        raise SvdcliError(
+            f"transformers stacks the experts, and opens them packed alike alone: {first} is not "
+            f"({why})",
+            "select all of them with the same bits, or leave out --layout dense",
+        )
+
+
+def _kinds_of(checkpoint: Checkpoint, request: Request) -> Kinds:
+    """What the modules of the model's class are, where other loaders are to find packed weights in
+    them."""
+    from svdcli.models.kinds import Kinds, kinds_of
+
+    opens = checkpoint.is_directory and checkpoint.transformers_opens_it
+    if not (request.recipe.packs_whole and opens):
+        return Kinds()
+    matrices = [info.name for info in checkpoint.infos if len(info.shape) == 2]
+    return kinds_of(checkpoint, matrices, [tensor.name for tensor in request.selected])
+
+
+def _mixed(plan: Plan) -> tuple[str, ...]:
+    """A note where the layers of another loader's checkpoint have different bits."""
+    if not plan.recipe.packs_whole or len({layer.packing for layer in plan.factored}) < 2:
+        return ()
+    return (
+        "layers have 8 or 4 bits: vLLM opens that only where the layers that it fuses (query, key "
+        "and value, gate and up) are alike",
+    )
+
+
+def _ignored(plan: Plan, kinds: Kinds) -> tuple[str, ...]:
+    """Linear modules of the class that are not packed and that no layer of the plan is called
+    after. The usual name of a tied head, where the class is not known."""
+    packed = {layer.tensor.module for layer in plan.factored}
+    if kinds.unknown:
+        return ("lm_head",)
+    return tuple(path for path, layer in kinds.linear.items() if layer not in (path, *packed))
 
 
 def _with_its_text(plan: Plan, request: Request) -> Plan:
@@ -350,7 +419,7 @@ def check_smaller(design: CompressDesign, allow_larger: bool) -> None:
 def not_smaller(design: CompressDesign) -> str:
     """What is wrong with an output that is no smaller than its source; empty where it is, or in a
     layout that never is."""
-    if not design.plan.recipe.keeps_factors:
+    if not design.plan.recipe.saves_bytes:
         return ""
     size, source = design.blueprint().total, design.source_bytes
     if size < source:
@@ -361,7 +430,7 @@ def not_smaller(design: CompressDesign) -> str:
     )
     return (
         f"the output would have {size} bytes, no fewer than the {source} of its source: "
-        f"factors save {saved}, headers and the record take more"
+        f"layers save {saved}, headers and the record take more"
     )
 
 

@@ -121,9 +121,12 @@ def _solve_packed(
     w: Tensor, layer: LayerPlan, moments: LayerMoments | None
 ) -> tuple[tuple[Tensor, ...], Result]:
     try:
-        return solve_packed(w, layer, moments)
+        stored, result = solve_packed(w, layer, moments)
     except _NoConvergence as error:
         raise LayerFailedError(f"{layer.solver}: no convergence") from error
+    if not math.isfinite(result.relative_error):
+        raise LayerFailedError(f"{layer.solver}: not finite")
+    return stored, result
 
 
 def _factor(

@@ -159,7 +159,7 @@ class CompressDesign:
         that makes the output smaller than its source, which it is not with a record that has every
         layer's own fields."""
         full = self._draw({})
-        if not self.plan.recipe.keeps_factors or full.total < self.source_bytes:
+        if not self.plan.recipe.saves_bytes or full.total < self.source_bytes:
             return {}, full
         shared = shared_fields(self._record(self._usual))
         condensed_form = self._draw(shared)

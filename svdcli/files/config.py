@@ -8,9 +8,10 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from svdcli.files import compressed_tensors
 from svdcli.plan.packing import PLAIN
 from svdcli.plan.parts import part_configs
-from svdcli.plan.plan import FORMAT, Plan
+from svdcli.plan.plan import FORMAT, LayerPlan, Plan
 
 METHOD = "svdcli"
 _DTYPE_KEYS = ("dtype", "torch_dtype")  # the key of today, and that of older files
@@ -27,11 +28,14 @@ def changes_of(
     """{path: value} of what a config.json must say about an output, in it and in the sub-config of
     every part.
 
-    That the plugin is to be asked; where transformers reads it the dtype that was asked for, since
-    it casts to the one that it reads; and the classes of `--self-contained`.
+    That the plugin, or the compressed-tensors library, is to be asked; where transformers reads it
+    the dtype that was asked for, since it casts to the one that it reads; and the classes of
+    `--self-contained`.
     """
     factored = plan.recipe.keeps_factors and bool(plan.factored)
     changes: dict[Path, Any] = {}
+    if plan.recipe.packs_whole and plan.factored:
+        changes[("quantization_config",)] = compressed_tensors.quantization_config(plan)
     for path, part in (((), config), *part_configs(config)):
         if factored:
             changes[(*path, "quantization_config")] = quantization_config(plan)
@@ -52,10 +56,18 @@ def quantization_config(plan: Plan) -> dict[str, Any]:
     return data | {"group": packed[0].group} if packed else data
 
 
-def asks_for_plugin(config: Mapping[str, Any]) -> bool:
-    """Is this config's quantization_config one of ours."""
+def method_for(layers: Sequence[LayerPlan]) -> str | None:
+    """The quant_method with which a loader opens an output that holds these layers in another way
+    than as their weights; None where any loader does."""
+    if any(layer.keeps_factors for layer in layers):
+        return METHOD
+    return compressed_tensors.METHOD if any(layer.packing != PLAIN for layer in layers) else None
+
+
+def method_of(config: Mapping[str, Any]) -> str | None:
+    """The quant_method that a config names."""
     quantised = config.get("quantization_config")
-    return isinstance(quantised, Mapping) and quantised.get("quant_method") == METHOD
+    return quantised.get("quant_method") if isinstance(quantised, Mapping) else None
 
 
 def change(config: Mapping[str, Any], changes: Mapping[Path, Any]) -> tuple[dict[str, Any], Note]:
@@ -94,7 +106,7 @@ def without_note(config: Mapping[str, Any], *, self_contained: bool) -> dict[str
     """The config of an output that has no note of its changes, without what compress is known to
     have added."""
     restored = dict(config)
-    if asks_for_plugin(restored):
+    if method_of(restored) == METHOD:
         del restored["quantization_config"]
     if self_contained:
         restored.pop("auto_map", None)

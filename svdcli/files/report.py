@@ -29,7 +29,7 @@ class LayerRow:
     """One selected layer. relative_error is ||W - W_stored||_F / ||W||_F; energy_kept is 1 -
     relative_error^2. bits are those of one stored number; rounding_share is the part of the squared
     error, in the metric that counts, that comes of rounding and not of the rank, where layers are
-    packed.
+    packed. role is "embedding" for a packed table, which is no selected layer, or empty.
 
     Dense layers have rank None, a reason, and no error. Bytes are those of the tensors.
     """
@@ -53,6 +53,7 @@ class LayerRow:
     solver: str
     fell_back: tuple[str, ...]
     reason: str
+    role: str = ""
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,7 @@ class Report:
     the model is likely to show, corrected as measured. healing tells text and blocks where the
     factors were refined; calibration the text that errors were counted by. left_out maps files that
     were not carried over to the reason, left_out_bytes to their sizes, where they are files.
+    embeddings sums over packed tables, which are no selected layers, where there are any.
     """
 
     path: str
@@ -98,6 +100,7 @@ class Report:
     healing: Mapping[str, Any] | None = None
     calibration: Mapping[str, Any] | None = None
     left_out_bytes: Mapping[str, int] = field(default_factory=dict)
+    embeddings: Total | None = None
 
     def to_json(self) -> dict[str, Any]:
         return {"svdcli_json": JSON_VERSION, "kind": "report"} | asdict(self)
@@ -145,7 +148,8 @@ def _report_of(
     for group in ("layers", "dense"):
         for name, layer in record[group].items():
             rows.append(_row(name, layer, predicted))
-    selected = _total(rows)
+    selected = _total([row for row in rows if not row.role])
+    tables = [row for row in rows if row.role]
     source = record["source"]
     total = _sums(
         source["parameters"],
@@ -178,6 +182,7 @@ def _report_of(
         loss_unit=loss_unit,
         predicted_loss=predicted_loss,
         expected_loss=expected,
+        embeddings=_total(tables) if tables else None,
     )
     return _with_optional_fields(report, record)
 
@@ -312,6 +317,7 @@ def _row(name: str, layer: Mapping[str, Any], predicted: bool) -> LayerRow:
         solver=solver,
         fell_back=tuple(layer.get("fell_back", ())),
         reason=layer.get("reason", ""),
+        role=str(layer.get("role", "")),
     )
 
 

@@ -10,24 +10,30 @@ from torch import Tensor
 from svdcli.linalg.rounding import Grid, Rounded
 
 _OFFSET = 8  # codes of four bits are stored as 0 .. 15
+_OFFSET_OF_BYTES = 128  # and those of eight, where they lie in words, as 0 .. 255
 
 
-def stored_codes(rounded: Rounded) -> tuple[Tensor, ...]:
-    """The tensors that are stored: int8 codes and scales (m, 1); or, for four bits, codes eight to
-    an int32 word, scales (m, groups) and the shape."""
-    if rounded.grid.bits == 8:
+def stored_codes(rounded: Rounded, *, in_words: bool = False) -> tuple[Tensor, ...]:
+    """The tensors that are stored: int8 codes and scales (m, 1); or, for four bits and in words,
+    codes in int32 words, scales (m, groups) and the shape."""
+    if rounded.grid.bits == 8 and not in_words:
         return rounded.codes, rounded.scales
+    pack = pack_int8 if rounded.grid.bits == 8 else pack_int4
     shape = torch.tensor(rounded.codes.shape, dtype=torch.int64)
-    return pack_int4(rounded.codes), rounded.scales, shape
+    return pack(rounded.codes), rounded.scales, shape
 
 
-def stored_values(stored: tuple[Tensor, ...], group: int, dtype: torch.dtype) -> Tensor:
+def stored_values(
+    stored: tuple[Tensor, ...], group: int, dtype: torch.dtype, bits: int = 4
+) -> Tensor:
     """The matrix (m, n) that stored codes stand for; group is the columns of a scale at four
-    bits."""
+    bits, bits those of codes in words."""
     if len(stored) == 2:
         codes, scales = stored
         return Rounded(codes, scales, Grid(8)).values(dtype)
     packed, scales, shape = stored
+    if bits == 8:
+        return Rounded(unpack_int8(packed, int(shape[1])), scales, Grid(8)).values(dtype)
     codes = unpack_int4(packed, int(shape[1]))
     return Rounded(codes, scales, Grid(4, group)).values(dtype)
 
@@ -35,6 +41,20 @@ def stored_values(stored: tuple[Tensor, ...], group: int, dtype: torch.dtype) ->
 def stored_integers(codes: Tensor, columns: int) -> Tensor:
     """The codes (m, columns), int8, of the first of the tensors that are stored."""
     return codes if codes.dtype == torch.int8 else unpack_int4(codes, columns)
+
+
+def pack_int8(codes: Tensor) -> Tensor:
+    """Codes (m, n) int8, four to an int32 word (m, ceil(n / 4)), the first in the lowest bits. A
+    last word that is not full ends in zero bits."""
+    octets = (codes.to(torch.int16) + _OFFSET_OF_BYTES).to(torch.uint8)
+    padded = torch.nn.functional.pad(octets, (0, -codes.shape[1] % 4))
+    return _in_words(padded).view(torch.int32)
+
+
+def unpack_int8(packed: Tensor, columns: int) -> Tensor:
+    """The codes (m, columns) of `pack_int8`."""
+    octets = _in_words(packed.contiguous().view(torch.uint8))[:, :columns]
+    return (octets.to(torch.int16) - _OFFSET_OF_BYTES).to(torch.int8)
 
 
 def pack_int4(codes: Tensor) -> Tensor:

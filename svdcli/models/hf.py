@@ -11,7 +11,7 @@ import copy
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
 from types import MappingProxyType, SimpleNamespace
@@ -58,6 +58,7 @@ from svdcli.models.modules import (
     matrix_parts,
     packed_shapes,
     part_names,
+    share,
     unpacked,
     weight_of,
 )
@@ -84,18 +85,20 @@ for _table in (auto.AUTO_QUANTIZATION_CONFIG_MAPPING, auto.AUTO_QUANTIZER_MAPPIN
 @dataclass(frozen=True)
 class Stored:
     """One factored or packed layer as the headers of the weight files show it: the stored weight's
-    shape, rank and layout; the bits of its numbers, and how many columns share a scale at 4."""
+    shape, rank and layout; the bits of its numbers, and how many columns share a scale at 4;
+    whether those of 8 bits are stored as words."""
 
     shape: tuple[int, int]
     rank: int
     layout: str
     bits: int = UNPACKED
     group: int | None = None
+    in_words: bool = False
 
     @property
     def parts(self) -> tuple[str, ...]:
         """Names of its tensors in a weight file, after the layer's."""
-        return part_names(self.layout, self.bits)
+        return part_names(self.layout, self.bits, in_words=self.in_words)
 
     @property
     def has_rows(self) -> bool:
@@ -257,7 +260,7 @@ def _weight_of_parts(layer: Stored, read: Mapping[str, Tensor]) -> Tensor:
 
 def _matrix(layer: Stored, name: str, read: Mapping[str, Tensor], columns: int) -> Tensor:
     """Return one matrix of a layer, unpacked, in at least float32."""
-    first = read[matrix_parts(name, layer.bits)[0]]
+    first = read[matrix_parts(name, layer.bits, in_words=layer.in_words)[0]]
     if layer.bits == UNPACKED:
         return first.to(torch.promote_types(first.dtype, torch.float32))
     scales = read[name + SCALE]
@@ -292,9 +295,11 @@ class SvdQuantizer(HfQuantizer):  # type: ignore[misc]
         self.renamed: dict[str, str] = {}
         # What the model ties, before factors took the places of weights
         self.ties: Any = None
-        # Modules whose factors are tied to others', and {target: source} of tied row orders
+        # Modules whose factors are tied to others', and {target: source} of tied row orders and of
+        # tied packed weights
         self.tied: set[str] = set()
         self.same_rows: dict[str, str] = {}
+        self.same_buffers: dict[str, str] = {}
         # Keys that transformers need not report
         self.unspoken: set[str] = set()
         self.settled = False
@@ -351,7 +356,9 @@ class SvdQuantizer(HfQuantizer):  # type: ignore[misc]
         self._place(model, named, homes, stored)
         self._warn_of_merged(model)
         self.ties = (model.all_tied_weights_keys, model._tied_weights_keys)
-        self.tied, self.same_rows = _tie_factors(model, named, self.replaced, self.merged, shapes)
+        self.tied, self.same_rows, self.same_buffers = _tie_factors(
+            model, named, self.replaced, self.merged, shapes
+        )
 
         # Then transformers loads, and its account of that is checked
         self.unspoken = _unspoken(model, homes, shapes, stored)
@@ -395,7 +402,7 @@ class SvdQuantizer(HfQuantizer):  # type: ignore[misc]
         out."""
         if self.quantization_config.dequantize:
             return None
-        if layer.bits != UNPACKED and target in _all_tied(model):
+        if layer.bits != UNPACKED and target in _all_tied(model) and layer.layout != WHOLE:
             return None
         if not _partners_can_hold(model, target, layer):
             return None
@@ -413,10 +420,17 @@ class SvdQuantizer(HfQuantizer):  # type: ignore[misc]
     def _watch(self, model: Any) -> None:
         """Check transformers' account of the loading before missing weights are made anew, and
         before it is shown."""
-        declare = partial(_as_declared, model, model.state_dict())
+        declare = partial(self._declare, model, model.state_dict())
         settle = partial(self._settle, prefix=f"{model.base_model_prefix}.")
         _first(model, "mark_tied_weights_as_initialized", declare)
         _first(model, "_adjust_missing_and_unexpected_keys", settle)
+
+    def _declare(self, model: Any, expected: dict[str, Tensor], info: Any) -> None:
+        """Give tied modules what was read of packed weights, and do what `_as_declared` does."""
+        _as_declared(model, expected, info)
+        for target, source in self.same_buffers.items():
+            share(_packed(model, source), _packed(model, target))
+        info.missing_keys -= {f"{name}.{part}" for name, part in self._shared_parts()}
 
     def _settle(self, info: Any, prefix: str) -> None:
         """Check that every factor, and the weight of every factored layer, was filled from the
@@ -473,6 +487,9 @@ class SvdQuantizer(HfQuantizer):  # type: ignore[misc]
         for target, layer in self.replaced.items():
             if layer.has_rows:
                 _check_rows(target, model.get_submodule(target).svd_rows)
+            if layer.in_words:
+                _packed(model, target).take_words()
+                self.replaced[target] = replace(layer, in_words=False)
 
         # From here on it is a model as any other
         if self.quantization_config.dequantize:
@@ -487,7 +504,15 @@ class SvdQuantizer(HfQuantizer):  # type: ignore[misc]
             state[f"{name}.weight"] = torch.empty(0)
         for target in self.same_rows:
             del state[f"{target}.{ROWS}"]
+        for target, part in self._shared_parts():
+            del state[f"{target}.{part}"]
         return state, {}
+
+    def _shared_parts(self) -> Iterator[tuple[str, str]]:
+        """Yield (module, part) of packed weights that are another module's too."""
+        for name in self.same_buffers:
+            for part in self.replaced[name].parts:
+                yield name, part
 
     def is_serializable(self) -> bool:
         return True
@@ -639,7 +664,7 @@ def read_stored(
     # Every layer that is recorded as factored or packed must be there, as it is recorded
     stored = stored_in(shapes, Integers(group, declared, int8))
     for name, entry in recorded.items():
-        if entry["layout"] != "dense":
+        if entry["layout"] != "dense" or "bits" in entry:
             _check_recorded(name.removesuffix(".weight"), entry, stored, group)
     return shapes, stored
 
@@ -648,7 +673,7 @@ def _check_recorded(
     layer: str, entry: Mapping[str, Any], stored: Mapping[str, Stored], group: int | None
 ) -> None:
     """Raise ValueError where a layer is not stored as its entry in the record says."""
-    what = "integers" if entry["layout"] == WHOLE else "factors"
+    what = "integers" if entry["layout"] in (WHOLE, "dense") else "factors"
     if layer not in stored:
         raise ValueError(
             f"the {what} of {layer} are missing from the weight files; write or download them again"
@@ -695,7 +720,9 @@ def stored_in(
         else:
             shape, bits = _stored_matrix(f"{layer}.{WEIGHT}", shapes, integers)
             m, n = shape
-            stored[layer] = Stored((m, n), min(shape), WHOLE, bits, _group(bits, integers))
+            group = _group(bits, integers)
+            in_words = f"{layer}.{WEIGHT}{PACKED}" in shapes and bits == 8
+            stored[layer] = Stored((m, n), min(shape), WHOLE, bits, group, in_words)
     return stored
 
 
@@ -740,11 +767,12 @@ def _stored_matrix(
 ) -> tuple[tuple[int, ...], int]:
     """Return the shape of one matrix, and the bits of its numbers."""
     bits = UNPACKED
-    if name + PACKED in shapes or name + SHAPE in shapes:
-        bits = 4
+    in_words = name + PACKED in shapes or name + SHAPE in shapes
+    if in_words:
+        bits = _bits_of_words(shapes.get(name + PACKED, ()), integers.shapes.get(name, ()))
     elif name + SCALE in shapes or name in integers.int8:
         bits = 8
-    for part in matrix_parts(name, bits):
+    for part in matrix_parts(name, bits, in_words=in_words):
         if part not in shapes:
             raise ValueError(
                 f"{part} is missing from the weight files; write or download them again"
@@ -757,15 +785,23 @@ def _stored_matrix(
         )
 
     # What its parts must be by the shape of the matrix
-    shape = integers.shapes.get(name, ()) if bits == 4 else shapes[name]
-    agrees = len(shape) == 2 and (bits == 4 or name in integers.int8)
+    shape = integers.shapes.get(name, ()) if in_words else shapes[name]
+    agrees = len(shape) == 2 and (in_words or name in integers.int8)
     if agrees:
         m, n = shape
-        for suffix, (wanted, _) in packed_shapes((m, n), bits, integers.group).items():
+        expected = packed_shapes((m, n), bits, integers.group, in_words=in_words)
+        for suffix, (wanted, _) in expected.items():
             agrees = agrees and shapes[name + suffix] == wanted
     if not agrees:
         raise ValueError(f"the integers, scales and shape of {name} disagree; write them again")
     return shape, bits
+
+
+def _bits_of_words(packed: tuple[int, ...], declared: tuple[int, ...]) -> int:
+    """Return the bits of codes in words: 8 where there is a word for every four columns."""
+    if len(packed) != 2 or len(declared) != 2 or declared[1] <= 4:
+        return 4
+    return 8 if packed[1] == -(-declared[1] // 4) else 4
 
 
 def _group(bits: int, integers: Integers) -> int | None:
@@ -783,7 +819,10 @@ def _low_rank(name: str, old: nn.Module, layer: Stored) -> nn.Module | None:
             f"the factors of {name} stand for a weight {list(layer.shape)}, the model has "
             f"{list(expected)}"
         )
-    return low_rank_like(old, layer.rank, layout=layer.layout, bits=layer.bits, group=layer.group)
+    new = low_rank_like(old, layer.rank, layout=layer.layout, bits=layer.bits, group=layer.group)
+    if layer.in_words and isinstance(new, PackedLinear):
+        new.expect_words()
+    return new
 
 
 def _unspoken(
@@ -860,23 +899,24 @@ def _tie_factors(
     replaced: dict[str, Stored],
     merged: dict[str, str],
     shapes: dict[str, tuple[int, ...]],
-) -> tuple[set[str], dict[str, str]]:
+) -> tuple[set[str], dict[str, str], dict[str, str]]:
     """Make of a tie of two weights, {target: source}, the same tie of both factors.
 
     Where the files hold one of the two factored and the other dense, they are two weights and are
     not tied: transformers, too, ties copies only where they are equal. Returns the modules that are
-    tied to others, and {target: source} of row orders, which are buffers and not tied by
-    transformers.
+    tied to others, and {target: source} of row orders, and of packed weights, which are buffers and
+    not tied by transformers.
     """
     ties = _tied_modules(model)
     factored = {name for name in replaced if name in ties or name in ties.values()}
     if not factored:
-        return set(), {}
+        return set(), {}, {}
     dense = _held_dense(named, shapes, {replaced[name].shape for name in factored})
     dense |= {key.removesuffix(".weight") for key in merged.values()}
     new_ties = dict(model.all_tied_weights_keys)
     tied: set[str] = set()
     same_rows: dict[str, str] = {}
+    same_buffers: dict[str, str] = {}
     for source in dict.fromkeys(ties.values()):
         # What the files hold of a group of tied modules: the first of them is what the others are
         # tied to, as in transformers
@@ -898,6 +938,9 @@ def _tie_factors(
                 _replace_tied(model, name, root, replaced)
             if replaced[name] == replaced[root]:
                 tied.add(name)
+                if replaced[root].layout == WHOLE:
+                    same_buffers[name] = root
+                    continue
                 for part in (UP, DOWN):
                     new_ties[f"{name}.{part}"] = f"{root}.{part}"
                 if replaced[root].has_rows:
@@ -906,7 +949,13 @@ def _tie_factors(
     model.all_tied_weights_keys = new_ties
     if model._tied_weights_keys:
         model._tied_weights_keys = dict(new_ties)
-    return tied, same_rows
+    return tied, same_rows, same_buffers
+
+
+def _packed(model: Any, name: str) -> PackedLinear:
+    module = model.get_submodule(name)
+    assert isinstance(module, PackedLinear)
+    return module
 
 
 def _tied_modules(model: Any) -> dict[str, str]:
@@ -1041,13 +1090,13 @@ def _first_numbers(module: nn.Module) -> Tensor:
 def _dense(module: Any, weight: nn.Parameter) -> nn.Module:
     """Return the ordinary layer that a low-rank module stands for."""
     dense: nn.Module
-    if hasattr(module, "in_features"):
-        dense = nn.Linear(
-            module.in_features, module.out_features, bias=module.bias is not None, device="meta"
-        )
-    elif hasattr(module, "num_embeddings"):
+    if hasattr(module, "num_embeddings"):
         dense = nn.Embedding(
             module.num_embeddings, module.embedding_dim, module.padding_idx, device="meta"
+        )
+    elif hasattr(module, "in_features"):
+        dense = nn.Linear(
+            module.in_features, module.out_features, bias=module.bias is not None, device="meta"
         )
     else:
         dense = Conv1D(module.nf, module.nx)

@@ -14,13 +14,14 @@ from torch import Tensor, nn
 
 from svdcli.errors import BadCheckpointError, SvdcliError, UsageError
 from svdcli.files.checkpoint import Checkpoint, open_checkpoint
+from svdcli.files.compressed_tensors import METHOD as OTHERS
+from svdcli.files.config import METHOD, method_for, method_of
 from svdcli.files.record import check_listed, record_of, stored_layers
 from svdcli.models import own_code
-from svdcli.models.modules import UNPACKED, WHOLE, low_rank_like
+from svdcli.models.modules import UNPACKED, WHOLE, PackedLinear, low_rank_like
 from svdcli.plan.packing import SHAPE
 from svdcli.plan.plan import FORMAT, LayerPlan
 
-METHOD = "svdcli"
 _SMALL = 4 * 10**9  # bytes of a model that is opened in float32 on a CPU
 
 
@@ -126,10 +127,10 @@ def _check(checkpoint: Checkpoint) -> None:
     """Check that headers, record and config.json agree."""
     # What config.json says, in a format that this version knows
     record = record_of(checkpoint)
-    quantised = (checkpoint.config or {}).get("quantization_config") or {}
-    method = quantised.get("quant_method") if isinstance(quantised, dict) else None
+    config = checkpoint.config or {}
+    method = method_of(config)
     if method == METHOD:
-        _check_format(checkpoint, quantised)
+        _check_format(checkpoint, config["quantization_config"])
     if record is None:
         return
 
@@ -143,8 +144,8 @@ def _check(checkpoint: Checkpoint) -> None:
             )
 
     # Without its entry in config.json transformers would make up the compressed layers
-    compressed = any(_needs_module(layer) for layer in layers)
-    if compressed and checkpoint.transformers_opens_it and method != METHOD:
+    needed = method_for(layers)
+    if needed is not None and checkpoint.transformers_opens_it and method != needed:
         raise BadCheckpointError(
             f"{checkpoint.path / checkpoint.config_name} lost its quantization_config",
             "write the output again, or restore it",
@@ -174,6 +175,8 @@ def _load_transformers(checkpoint: Checkpoint, options: dict[str, Any]) -> nn.Mo
     stored."""
     model_class = _model_class(checkpoint, options)
     options = _as_stored(checkpoint) | options
+    if method_of(checkpoint.config or {}) == OTHERS and record_of(checkpoint) is not None:
+        options = {"config": _config_for_plugin(checkpoint, options)} | options
     try:
         model: nn.Module = model_class.from_pretrained(checkpoint.path, **options)
     except (ValueError, RuntimeError, KeyError) as error:
@@ -181,6 +184,24 @@ def _load_transformers(checkpoint: Checkpoint, options: dict[str, Any]) -> nn.Mo
             f"{checkpoint.shown} does not load: {_first_lines(error)}", "see `svdcli verify`"
         ) from error
     return model
+
+
+def _config_for_plugin(checkpoint: Checkpoint, options: Mapping[str, Any]) -> Any:
+    """Return the config of an output for other loaders, so that svdcli's plugin opens it: then it
+    stays packed, which it does not with the library that it is made for."""
+    record = record_of(checkpoint)
+    assert record is not None
+    config = _transformers().AutoConfig.from_pretrained(
+        checkpoint.path, trust_remote_code=options.get("trust_remote_code")
+    )
+    groups = [layer.packing.group for layer in stored_layers(checkpoint, record)]
+    config.quantization_config = {
+        "quant_method": METHOD,
+        "format": FORMAT,
+        "layout": "dense",
+        "group": groups[0],
+    }
+    return config
 
 
 def _as_stored(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -283,8 +304,12 @@ def _integers(checkpoint: Checkpoint) -> Any:
     """Return what tells the packed layers of a checkpoint, for the plugin."""
     from svdcli.models.hf import Integers
 
-    quantised = (checkpoint.config or {}).get("quantization_config") or {}
+    config = checkpoint.config or {}
+    quantised = config.get("quantization_config") or {}
     group = quantised.get("group") if isinstance(quantised, dict) else None
+    record = record_of(checkpoint)
+    if method_of(config) == OTHERS and record is not None:
+        group = stored_layers(checkpoint, record)[0].packing.group
     if group is None:
         return Integers()
     declared: dict[str, tuple[int, ...]] = {}
@@ -324,6 +349,14 @@ def _classes_of(config: Any) -> list[Any]:
     return list(classes)
 
 
+def empty_model(checkpoint: Checkpoint) -> Any:
+    """Return the model that a directory opens as, without its weights. Raises what building it
+    raises, SvdcliError where no class is known."""
+    model_class = _model_class(checkpoint, {})
+    config = _transformers().AutoConfig.from_pretrained(checkpoint.path)
+    return _empty(getattr(model_class, "_from_config", model_class), config)
+
+
 def _empty(model_class: Any, config: Any) -> Any:
     """Return a model of that class whose weights take no memory."""
     with torch.device("meta"):
@@ -347,7 +380,7 @@ def _load_into(module: nn.Module, checkpoint: Checkpoint) -> nn.Module:
     if record is not None:
         stored = stored_layers(checkpoint, record)
         layers = [layer for layer in stored if _needs_module(layer)]
-    _replace(module, layers, checkpoint.shown)
+    fresh = _replace(module, layers, checkpoint.shown)
 
     # Which tensor goes where: names may differ by prefixes, and one of two tied ones may be missing
     tripwires = {layer.tensor.name for layer in layers if layer.layout != WHOLE}
@@ -363,14 +396,18 @@ def _load_into(module: nn.Module, checkpoint: Checkpoint) -> nn.Module:
     # Only now the module changes, since everything fits
     for name, source in sorted(names.items()):
         _assign(module, name, checkpoint.read_tensor(source))
+    for new in fresh:
+        if isinstance(new, PackedLinear):
+            new.take_words()
     for name, source in tied.items():
         path, _, leaf = name.rpartition(".")
         module.get_submodule(path)._parameters[leaf] = module.get_parameter(source)
     return module
 
 
-def _replace(module: nn.Module, layers: Sequence[LayerPlan], shown: str) -> None:
-    """Put low-rank modules, on the meta device, where the module has what is factored."""
+def _replace(module: nn.Module, layers: Sequence[LayerPlan], shown: str) -> list[nn.Module]:
+    """Put low-rank modules, on the meta device, where the module has what is factored; return
+    them."""
     # By plain name: of a compiled module the way to what is around it, and the one within
     outer: dict[str, str] = {}
     inner: dict[str, nn.Module] = {}
@@ -390,6 +427,7 @@ def _replace(module: nn.Module, layers: Sequence[LayerPlan], shown: str) -> None
         fresh[outer[name]] = _low_rank(inner[name], layer, shown)
     for path, new in fresh.items():
         module.set_submodule(path, new)
+    return list(fresh.values())
 
 
 def _plain_name(name: str) -> str:
@@ -476,10 +514,12 @@ def _low_rank(old: nn.Module, layer: LayerPlan, shown: str) -> nn.Module:
     new = low_rank_like(
         old,
         int(layer.rank or 0),
-        layout=layer.layout,
+        layout=layer.layout if layer.keeps_factors else WHOLE,
         bits=layer.packing.bits,
         group=layer.packing.group,
     )
+    if isinstance(new, PackedLinear) and layer.packing.in_words and new.bits == 8:
+        new.expect_words()
     # It must stand for just this weight
     weight = getattr(old, "weight", None)
     if new is None or not isinstance(weight, Tensor):

@@ -127,6 +127,26 @@ class PackedLinear(_WithDenseWeight):
             self._buffers[WEIGHT + part] = torch.empty(shape, dtype=kind, device=device)
         self.bias = nn.Parameter(torch.empty(out_features, **factory)) if bias else None
 
+    def expect_words(self) -> None:
+        """Hold, until `take_words`, integers of eight bits as the words of a file."""
+        device, dtype = self.scales.device, self.scales.dtype
+        shape = (self.out_features, self.in_features)
+        del self._buffers[WEIGHT]
+        for part, (size, kind) in packed_shapes(shape, self.bits, None, in_words=True).items():
+            self._buffers[WEIGHT + part] = torch.empty(size, dtype=kind or dtype, device=device)
+
+    @property
+    def holds_words(self) -> bool:
+        return self.bits == 8 and WEIGHT + PACKED in self._buffers
+
+    def take_words(self) -> None:
+        """Make int8 of the words that were read, unless that is done."""
+        if not self.holds_words:
+            return
+        words = cast(Tensor, self._buffers.pop(WEIGHT + PACKED))
+        del self._buffers[WEIGHT + SHAPE]
+        self._buffers[WEIGHT] = bytes_of_words(words, self.in_features)
+
     @property
     def codes(self) -> Tensor:
         """The integers as they are stored: int8 (out, in), or eight to a word of int32."""
@@ -149,7 +169,10 @@ class PackedLinear(_WithDenseWeight):
         return cast(Tensor, self._buffers[WEIGHT + SCALE])
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self._product(x)
+        if torch.is_grad_enabled() and x.requires_grad and not torch.compiler.is_compiling():
+            y: Tensor = _WithWayBack.apply(x, self)  # type: ignore[no-untyped-call]
+        else:
+            y = self._product(x)
         return y if self.bias is None else y + self.bias
 
     def _product(self, x: Tensor) -> Tensor:
@@ -209,6 +232,52 @@ class PackedLinear(_WithDenseWeight):
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bits={self.bits}"
+
+
+class _WithWayBack(torch.autograd.Function):
+    """x W^T with a gradient for x, for which W is unpacked again, and not kept meanwhile."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: PackedLinear) -> Tensor:
+        ctx.layer = layer
+        return layer._product(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, None]:
+        [y] = gradients
+        layer: PackedLinear = ctx.layer
+        x = y.new_zeros((*y.shape[:-1], layer.in_features))
+        rows = max(1, _NUMBERS_AT_ONCE // layer.in_features)
+        for start in range(0, layer.out_features, rows):
+            x += y[..., start : start + rows] @ layer.rows(start, start + rows).to(y.dtype)
+        return x, None
+
+
+class PackedEmbedding(PackedLinear):
+    """Rows of W (num, dim) of int8 times a scale a row, unpacked as they are looked up.
+
+    A table is the same matrix as the head that is tied to it: `share` makes two modules hold one.
+    """
+
+    def __init__(self, num: int, dim: int, padding_idx: int | None = None, **factory: Any) -> None:
+        super().__init__(dim, num, 8, None, bias=False, **factory)
+        self.num_embeddings = num
+        self.embedding_dim = dim
+        self.padding_idx = padding_idx
+
+    def forward(self, ids: Tensor) -> Tensor:
+        codes = functional.embedding(ids, self.codes)
+        scales = functional.embedding(ids, self.scales)
+        return codes.to(scales.dtype) * scales
+
+    def extra_repr(self) -> str:
+        return f"{self.num_embeddings}, {self.embedding_dim}, bits={self.bits}"
+
+
+def share(first: PackedLinear, second: PackedLinear) -> None:
+    """Have the second module hold the integers and scales of the first, also when these are moved
+    or replaced."""
+    second._buffers = first._buffers
 
 
 class Matrix(nn.Module):
@@ -346,33 +415,33 @@ def layout_of(module: nn.Module) -> str:
     raise KeyError(type(module).__name__)
 
 
-def part_names(layout: str, bits: int) -> tuple[str, ...]:
+def part_names(layout: str, bits: int, *, in_words: bool = False) -> tuple[str, ...]:
     """Return the names of a layer's tensors, after its own."""
     matrices = (WEIGHT,) if layout == WHOLE else HOLDERS[layout].parts
-    names = [matrix_parts(matrix, bits) for matrix in matrices]
+    names = [matrix_parts(matrix, bits, in_words=in_words) for matrix in matrices]
     return tuple(itertools.chain.from_iterable(names))
 
 
-def matrix_parts(matrix: str, bits: int) -> tuple[str, ...]:
+def matrix_parts(matrix: str, bits: int, *, in_words: bool = False) -> tuple[str, ...]:
     """Return the names of the tensors that hold one matrix, those of its numbers first."""
     if bits == UNPACKED:
         return (matrix,)
-    if bits == 8:
+    if bits == 8 and not in_words:
         return matrix, matrix + SCALE
     return matrix + PACKED, matrix + SCALE, matrix + SHAPE
 
 
 def packed_shapes(
-    shape: tuple[int, int], bits: int, group: int | None
+    shape: tuple[int, int], bits: int, group: int | None, *, in_words: bool = False
 ) -> dict[str, tuple[tuple[int, ...], torch.dtype | None]]:
     """Return {what is behind a matrix's name: (shape, dtype)} of the tensors that hold a packed
     matrix; the dtype of scales, which is the model's, is None."""
     m, n = shape
-    if bits == 8:
+    if bits == 8 and not in_words:
         return {"": ((m, n), torch.int8), SCALE: ((m, 1), None)}
-    groups = -(-n // (group or n))
+    groups = 1 if bits == 8 else -(-n // (group or n))
     return {
-        PACKED: ((m, -(-n // 8)), torch.int32),
+        PACKED: ((m, -(-n * bits // 32)), torch.int32),
         SCALE: ((m, groups), None),
         SHAPE: ((2,), torch.int64),
     }
@@ -381,10 +450,13 @@ def packed_shapes(
 def unpacked(
     codes: Tensor, scales: Tensor, columns: int, group: int | None, dtype: torch.dtype
 ) -> Tensor:
-    """Return the matrix (m, columns) that stored codes stand for: int8 with scales (m, 1) where
-    group is None, else of four bits, eight to a word of int32, with scales (m, groups)."""
+    """Return the matrix (m, columns) that stored codes stand for: int8, or four to a word of int32,
+    with scales (m, 1) where group is None, else of four bits, eight to a word, with scales (m,
+    groups)."""
     scales = scales.to(dtype)
     if group is None:
+        if codes.dtype == torch.int32:
+            codes = bytes_of_words(codes, columns)
         return codes.to(dtype) * scales
 
     # The last group may be narrower
@@ -393,6 +465,15 @@ def unpacked(
     values[:, :even].unflatten(1, (-1, group)).mul_(scales[:, : even // group, None])
     values[:, even:].mul_(scales[:, even // group :])
     return values
+
+
+def bytes_of_words(words: Tensor, columns: int) -> Tensor:
+    """Return the codes (m, columns) of int8 of words, which hold them as 0 to 255, the first in the
+    lowest bits."""
+    octets = words.contiguous().view(torch.uint8)
+    if sys.byteorder == "big":
+        octets = octets.view(*words.shape, 4).flip(-1).flatten(1)
+    return (octets[:, :columns] ^ 128).view(torch.int8)
 
 
 def _four_bits(words: Tensor) -> Tensor:
@@ -437,7 +518,12 @@ def low_rank_like(
 def _packed_like(
     old: nn.Module, rank: int, layout: str, bits: int, group: int | None, factory: dict[str, Any]
 ) -> nn.Module | None:
-    """Return what `low_rank_like` does, packed: there is such a module for linear layers only."""
+    """Return what `low_rank_like` does, packed: there are such modules for linear layers, and for
+    whole tables of eight bits."""
+    is_table = isinstance(old, nn.Embedding) and _computes_like(old, nn.Embedding)
+    if is_table and layout == WHOLE and bits == 8 and old.max_norm is None:
+        sizes = (cast(int, old.num_embeddings), cast(int, old.embedding_dim))
+        return PackedEmbedding(*sizes, cast("int | None", old.padding_idx), **factory)
     if not isinstance(old, nn.Linear) or not _computes_like(old, nn.Linear):
         return None
     n, m = old.in_features, old.out_features

@@ -95,6 +95,8 @@ def _share_of(plan: Plan) -> float:
     """Parameters that remain of those of the selected layers, counted as for the budget."""
     before = after = 0
     for layer in plan.layers:
+        if layer.role:
+            continue
         before += layer.tensor.parameters
         if layer.rank is None:
             after += layer.tensor.parameters

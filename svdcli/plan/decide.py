@@ -14,6 +14,7 @@ from svdcli.plan.budget import (
     staying_dense,
 )
 from svdcli.plan.knapsack import Menu, allocate_globally, allocate_menus
+from svdcli.plan.layouts import LAYOUTS
 from svdcli.plan.menus import Rounding, packed_menu, rounding_share
 from svdcli.plan.packing import PLAIN
 from svdcli.plan.plan import LayerPlan, Plan, Skipped
@@ -50,7 +51,7 @@ class LayerSpectrum:
     where there is one; None where no policy needs them. metric says which that is ("" plain). bias
     is the layer's own, where it will be refitted. loss_scale is the loss of the model that its
     whole energy stands for, where that was measured. roundings are what packing it will cost, where
-    packings are to be chosen.
+    packings are to be chosen. misfit is why it cannot be packed, where it cannot.
     """
 
     finite: bool
@@ -59,6 +60,7 @@ class LayerSpectrum:
     bias: TensorInfo | None = None
     loss_scale: float | None = None
     roundings: tuple[Rounding, ...] = ()
+    misfit: str = ""
 
     def tails(self) -> list[float]:
         """Share of the energy beyond each rank 0 .. min(m, n)."""
@@ -78,6 +80,8 @@ class LayerSpectrum:
 
 def needs_spectra(recipe: Recipe) -> bool:
     """Do the ranks of this recipe go by singular values, rather than by shapes alone."""
+    if recipe.packs_whole and recipe.target == "keep":
+        return False
     return (
         recipe.allocate == "global"
         or recipe.target in ("energy", "error")
@@ -116,14 +120,17 @@ def decide(
     def plan_with(choices: Sequence[Choice]) -> Plan:
         """The plan where every sound layer has its choice of these."""
         by_name = {name: Choice(None, reason) for name, reason in unsound.items()}
-        for tensor, choice in zip(sound, choices, strict=True):
-            by_name[tensor.name] = choice
+        by_name |= {tensor.name: choice for tensor, choice in zip(sound, choices, strict=True)}
         layers = []
         for tensor in selected:
             name = tensor.name
-            layer = _layer_plan(tensor, by_name[name], recipe, losses.get(name), measured[name])
-            layers.append(layer)
-        return Plan(recipe, fingerprint, tuple(layers), tuple(skipped), loss_unit=loss_unit)
+            loss = losses.get(name)
+            layers.append(_layer_plan(tensor, by_name[name], recipe, loss, measured[name]))
+        unit = loss_unit if losses else ""  # of what was predicted
+        return Plan(recipe, fingerprint, tuple(layers), tuple(skipped), loss_unit=unit)
+
+    if recipe.packs_whole and recipe.target == "keep":
+        return plan_with([_as_a_whole(tensor, recipe) for tensor in sound])
 
     # Costs are counted in what the budget is given in.
     in_bytes = recipe.target in ("size", "keep_bytes")
@@ -142,8 +149,7 @@ def decide(
     if recipe.target in ("energy", "error"):
         return plan_with([_bounded(o, recipe, measured[o.tensor.name]) for o in options])
 
-    # A share or a rank gives every layer its even part; global allocation may spend their sum in
-    # another way.
+    # A share or a rank gives each layer its even part; global allocation spends their sum anew.
     if recipe.target == "keep":
         choices, budget = ranks_within_share(recipe, selected, options, unsound)
     else:
@@ -155,6 +161,18 @@ def decide(
     if recipe.target == "keep":
         notes = note_of_missed_share(recipe, selected, options, choices)
     return replace(plan_with(choices), notes=notes)
+
+
+def _as_a_whole(tensor: TensorInfo, recipe: Recipe) -> Choice:
+    """The whole matrix packed, where that fits its columns and saves bytes."""
+    [packing] = recipe.packings
+    misfit = packing.misfit(tensor.shape[1])
+    if misfit:
+        return Choice(None, misfit)
+    dtype = recipe.dtype or tensor.dtype
+    if LAYOUTS[recipe.layout].nbytes(tensor, 0, dtype, packing) >= tensor.nbytes:
+        return Choice(None, f"{packing.bits} bits would not save bytes")
+    return Choice(min(tensor.shape))
 
 
 def _packed_menus(
@@ -173,8 +191,8 @@ def _packed_menus(
 def _unsound_layers(
     recipe: Recipe, selected: Sequence[TensorInfo], measured: Mapping[str, LayerSpectrum]
 ) -> dict[str, str]:
-    """Layers for which no rank can be chosen, with the reason: their numbers are not finite, or the
-    calibration has nothing on them."""
+    """Layers for which no rank can be chosen, with the reason: their numbers are not finite, the
+    calibration has nothing on them, or no loader takes them packed."""
     reasons = {}
     for tensor in selected:
         spectrum = measured[tensor.name]
@@ -184,6 +202,8 @@ def _unsound_layers(
         spectrum = measured[tensor.name]
         if recipe.calibration is not None and spectrum.finite and not spectrum.metric:
             reasons[tensor.name] = f"{NOT_CALIBRATED}: no input reached it, or no gradient"
+        if spectrum.misfit:
+            reasons[tensor.name] = spectrum.misfit
     return reasons
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from svdcli.plan.knapsack import Menu, Point
-from svdcli.plan.layouts import FACTORED, LAYOUTS, WHOLE
+from svdcli.plan.layouts import DENSE, FACTORED, LAYOUTS, WHOLE
 from svdcli.plan.packing import Packing
 from svdcli.plan.ranks import Choice, rank_step
 from svdcli.plan.recipe import Recipe
@@ -40,6 +40,10 @@ def trials_of(tensor: TensorInfo, recipe: Recipe) -> list[Trial]:
     full = min(tensor.shape)
     trials = []
     for packing in recipe.packings:
+        if recipe.packs_whole:
+            if not packing.misfit(tensor.shape[1]):
+                trials.append(Trial(DENSE, full, packing))
+            continue
         trials.append(Trial(WHOLE, full, packing))
         step = rank_step(recipe, packing)
         ranks = {step * round(share * full / step) for share in _PREDICTED_AT}
@@ -56,14 +60,15 @@ def packed_menu(
     points = []
     for packing in recipe.packings:
         alike = [rounding for rounding in roundings if rounding.trial.packing == packing]
-        whole = [rounding for rounding in alike if rounding.trial.layout == WHOLE]
+        whole = [rounding for rounding in alike if rounding.trial.layout in (WHOLE, DENSE)]
         factored = [rounding for rounding in alike if rounding.trial.layout == FACTORED]
 
         # the matrix itself
         most = tensor.nbytes
         for rounding in whole:
-            most = LAYOUTS[WHOLE].nbytes(tensor, rounding.trial.rank, dtype, packing)
-            choice = Choice(rounding.trial.rank, "", WHOLE, packing)
+            layout = rounding.trial.layout
+            most = LAYOUTS[layout].nbytes(tensor, rounding.trial.rank, dtype, packing)
+            choice = Choice(rounding.trial.rank, "", layout, packing)
             points.append(Point(most, losses[0] * rounding.share, choice))
 
         # factors that take fewer bytes than that

@@ -7,13 +7,14 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from svdcli.errors import UsageError
-from svdcli.plan.layouts import LAYOUTS
+from svdcli.plan.layouts import DENSE, LAYOUTS
 from svdcli.plan.packing import PLAIN, Packing
 from svdcli.plan.recipe import Recipe, recipe_from_json, recipe_to_json
 from svdcli.plan.tensors import FACTORED_DTYPES, TensorInfo
-from svdcli.plan.words import METRICS, SOLVERS, WEIGHTED
+from svdcli.plan.words import METRICS, NEAREST, SOLVERS, WEIGHTED
 
 FORMAT = 1
+EMBEDDING = "embedding"
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,8 @@ class LayerPlan:
     loss is what the rank gives up, where the spectrum was measured: the share of the weight's
     energy (of the outputs' with metric "inputs"), or, with metric "diagonal" or "full", the
     predicted rise of the model's own loss. bias names the bias that is refitted to the inputs'
-    mean. packing says how the numbers of each stored matrix are written.
+    mean. packing says how the numbers of each stored matrix are written. role is EMBEDDING for a
+    table whose rows are looked up, which counts for no target.
     """
 
     tensor: TensorInfo
@@ -36,6 +38,7 @@ class LayerPlan:
     metric: str = ""
     bias: TensorInfo | None = None
     packing: Packing = PLAIN
+    role: str = ""
 
     @property
     def keeps_factors(self) -> bool:
@@ -132,7 +135,9 @@ class Plan:
     """What was decided for every tensor of one checkpoint.
 
     loss_unit is that of the layers' losses: "nats" or "1 - cosine" of the model, "" for shares of a
-    layer's own energy. calibration tells the text that they were measured on.
+    layer's own energy. calibration tells the text that they were measured on. ignored are modules
+    that loaders must not take for packed, besides the layers that stay dense: those without a
+    weight in the files, such as a tied head, and those that the model calls by another name.
     """
 
     recipe: Recipe
@@ -143,6 +148,7 @@ class Plan:
     loss_unit: str = ""
     healing: Healing | None = None
     calibration: TextRead | None = None
+    ignored: tuple[str, ...] = ()
 
     @property
     def factored(self) -> tuple[LayerPlan, ...]:
@@ -187,6 +193,8 @@ class Plan:
             data["healing"] = self.healing.to_json()
         if self.calibration is not None:
             data["calibration"] = self.calibration.to_json()
+        if self.ignored:
+            data["ignored"] = list(self.ignored)
         return data
 
     @staticmethod
@@ -211,6 +219,7 @@ class Plan:
                 ),
                 notes=tuple(str(note) for note in data["notes"]),
                 loss_unit=str(data.get("loss_unit", "")),
+                ignored=tuple(str(name) for name in data.get("ignored", ())),
             )
             if data.get("healing") is not None:
                 plan = replace(plan, healing=Healing.from_json(data["healing"]))
@@ -247,6 +256,8 @@ def _layer_to_json(layer: LayerPlan) -> dict[str, Any]:
     if layer.packing != PLAIN:
         data["bits"] = layer.packing.bits
         data["group"] = layer.packing.group
+    if layer.role:
+        data["role"] = layer.role
     return data
 
 
@@ -267,7 +278,7 @@ def layer_from_json(name: str, data: dict[str, Any]) -> LayerPlan:
         if data[key] not in FACTORED_DTYPES:
             raise ValueError(f"{name}: {key} {data[key]!r} cannot be factored")
     solver = str(data["solver"]).split(" ")[0]
-    if solver not in (*SOLVERS[1:], WEIGHTED):
+    if solver not in (*SOLVERS[1:], WEIGHTED, NEAREST):
         raise ValueError(f"{name}: solver {data['solver']!r} is unknown")
     if data.get("metric", "") not in ("", *METRICS[1:]):
         raise ValueError(f"{name}: metric {data['metric']!r} is unknown")
@@ -288,6 +299,7 @@ def layer_from_json(name: str, data: dict[str, Any]) -> LayerPlan:
         metric=str(data.get("metric", "")),
         bias=bias,
         packing=packing_from_json(data),
+        role=str(data.get("role", "")),
     )
 
 
@@ -296,7 +308,7 @@ def packing_from_json(data: Mapping[str, Any]) -> Packing:
     packing."""
     if "bits" not in data:
         return PLAIN
-    packing = Packing(int(data["bits"]), int(data["group"]))
+    packing = Packing(int(data["bits"]), int(data["group"]), in_words=data["layout"] == DENSE)
     if packing.bits not in (8, 4) or packing.group < 1:
         raise ValueError(f"{packing.bits} bits in groups of {packing.group} are unknown")
     return packing

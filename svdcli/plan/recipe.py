@@ -8,12 +8,13 @@ from dataclasses import asdict, dataclass
 from typing import Any, TypedDict
 
 from svdcli.errors import UsageError
-from svdcli.plan.layouts import LAYOUTS
+from svdcli.plan.layouts import DENSE, LAYOUTS
 from svdcli.plan.packing import Packing
 from svdcli.plan.tensors import FACTORED_DTYPES
 from svdcli.plan.words import (
     ALLOCATIONS,
     BITS,
+    EMBEDDING_BITS,
     METRICS,
     NONFINITE,
     SOLVERS,
@@ -22,6 +23,7 @@ from svdcli.plan.words import (
     Allocation,
     Bits,
     Dtype,
+    EmbeddingBits,
     Layout,
     MetricName,
     OnNonfinite,
@@ -37,7 +39,8 @@ class Recipe:
     which change the last bits at most, and verbosity do not belong.
 
     target is one of words.TARGETS; value is its number (a rank, a share in (0, 1], bytes). bits is
-    how many a stored number takes, in groups of group_size with a scale each at four. dtype is
+    how many a stored number takes, in groups of group_size with a scale each at four;
+    embedding_bits those of a number of an embedding table. dtype is
     a word such as float32, kept as checkpoints call it (F32). calibration is the digest of a file
     of moments, metric how much of them counts: the inputs alone, or the loss gradients besides.
     Raises UsageError where the values cannot be met together.
@@ -62,6 +65,7 @@ class Recipe:
     metric: MetricName = "auto"
     bits: Bits = "16"
     group_size: int = 64
+    embedding_bits: EmbeddingBits = "16"
 
     def __post_init__(self) -> None:
         # Words first: what follows asks for the layout and the target by their names.
@@ -75,6 +79,7 @@ class Recipe:
                 layouts,
             ),
             ("--bits", self.bits, BITS),
+            ("--embedding-bits", self.embedding_bits, EMBEDDING_BITS),
             ("--solver", self.solver, SOLVERS),
             ("--nonfinite", self.nonfinite, NONFINITE),
             ("--metric", self.metric, METRICS),
@@ -105,6 +110,17 @@ class Recipe:
     def keeps_factors(self) -> bool:
         """Are factors in the output, rather than their products."""
         return LAYOUTS[self.layout].keeps_factors
+
+    @property
+    def packs_whole(self) -> bool:
+        """Is every layer packed as it is, so that the output is a checkpoint of the
+        compressed-tensors library."""
+        return self.layout == DENSE and self.bits != "16"
+
+    @property
+    def saves_bytes(self) -> bool:
+        """Is the output meant to be smaller than its source."""
+        return self.keeps_factors or self.packs_whole
 
     def _check_target(self) -> None:
         """Raises UsageError where the target's number is no such number, or where another choice
@@ -140,23 +156,41 @@ class Recipe:
                 f"--rank {self.value:g} is below --multiple-of {self.multiple_of}",
                 "no rank is both",
             )
-        if self.target in ("size", "keep_bytes") and not self.keeps_factors:
+        if self.target in ("size", "keep_bytes") and not self.saves_bytes:
             raise UsageError(
                 f"{option_of(self.target)} cannot be met in the dense layout, which saves no bytes",
-                "use --layout factored or pivoted",
+                "use --layout factored or pivoted, or --bits auto with a text",
             )
 
     def _check_bits(self) -> None:
         """Raises UsageError for fewer bits where they do not go with the rest."""
         if self.group_size not in (32, 64, 128):
             raise UsageError(f"--group-size {self.group_size} is not 32, 64 or 128", "use 64")
+        if self.embedding_bits != "16" and not self.keeps_factors:
+            raise UsageError(
+                f"--embedding-bits {self.embedding_bits} does not go with --layout dense, which is "
+                f"for loaders that look up no packed rows",
+                "leave out one of them",
+            )
         if self.bits == "16":
             return
-        if self.layout != "factored":
+        if self.layout == "pivoted":
             raise UsageError(
-                f"--bits {self.bits} goes with --layout factored alone: other layouts were "
-                f"measured to be no better in fewer bits",
+                f"--bits {self.bits} does not go with --layout pivoted, which was measured to be "
+                f"no better in fewer bits",
                 "leave out --layout",
+            )
+        if self.packs_whole and self.bits != "auto" and self.target != "keep":
+            raise UsageError(
+                f"{option_of(self.target)} changes nothing in the dense layout at {self.bits} "
+                f"bits: each matrix is rounded as a whole, and takes the same bytes",
+                f"leave out {option_of(self.target)}, or --layout",
+            )
+        if self.packs_whole and self.target == "keep" and self.value != 1:
+            raise UsageError(
+                f"--keep {self.value:g} cuts nothing off in the dense layout at {self.bits} bits: "
+                f"a matrix that is rounded has no low rank",
+                "leave out --keep, or --layout",
             )
         if self.bits == "auto" and self.target not in ("size", "keep_bytes"):
             raise UsageError(
@@ -172,7 +206,8 @@ class Recipe:
     def packings(self) -> tuple[Packing, ...]:
         """How layers may be packed, the widest first; none where numbers stay as they are."""
         allowed = {"16": (), "8": (8,), "4": (4,), "auto": (8, 4)}[self.bits]
-        return tuple(Packing(bits, self.group_size) for bits in allowed)
+        in_words = self.packs_whole
+        return tuple(Packing(bits, self.group_size, in_words) for bits in allowed)
 
     def _check_numbers(self) -> None:
         """Raises UsageError for a number out of its range, whatever the target."""
@@ -239,6 +274,7 @@ class Wanted(TypedDict, total=False):
     metric: MetricName
     bits: Bits | None
     group_size: int
+    embedding_bits: EmbeddingBits
 
 
 WANTED: frozenset[str] = Wanted.__optional_keys__
@@ -249,6 +285,9 @@ def recipe_for(wanted: Mapping[str, object], *, calibrated: bool) -> Recipe:
     target."""
     asked: dict[str, Any] = {name: value for name, value in wanted.items() if value is not None}
     given: list[Target] = [name for name in TARGETS if name in asked]
+    if not given and asked.get("layout") == DENSE and str(asked.get("bits")) in ("8", "4"):
+        # fewer bits are all that is asked for: every matrix at its full rank
+        given, asked["keep"] = ["keep"], 1.0
     if len(given) != 1:
         names = ", ".join(option_of(target) for target in TARGETS)
         raise UsageError(f"give exactly one target, not {len(given)}", f"one of {names}, or --plan")
@@ -261,6 +300,8 @@ def recipe_for(wanted: Mapping[str, object], *, calibrated: bool) -> Recipe:
             asked[name] = (asked[name],)
 
     # Python callers may give bits as a number
+    if "embedding_bits" in asked:
+        asked["embedding_bits"] = str(asked["embedding_bits"])
     bits = None
     if asked.get("bits") is not None:
         bits = asked["bits"] = str(asked["bits"])
@@ -292,6 +333,8 @@ def recipe_to_json(recipe: Recipe) -> dict[str, Any]:
     """The fields of a recipe; bits only where there are fewer than 16, as the first svdcli knew
     none."""
     data = asdict(recipe)
+    if recipe.embedding_bits == "16":
+        del data["embedding_bits"]
     if recipe.bits == "16":
         del data["bits"]
         del data["group_size"]

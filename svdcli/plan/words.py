@@ -10,6 +10,7 @@ Target = Literal["rank", "keep", "keep_bytes", "size", "energy", "error"]
 Allocation = Literal["uniform", "global"]
 Layout = Literal["factored", "pivoted", "dense"]
 Bits = Literal["16", "8", "4", "auto"]
+EmbeddingBits = Literal["16", "8"]
 Solver = Literal["auto", "svd", "gram", "randomized"]
 OnNonfinite = Literal["error", "skip"]
 MetricName = Literal["auto", "inputs", "diagonal", "full"]
@@ -20,6 +21,7 @@ OnnxDtype = Literal["float32", "float16"]
 TARGETS: tuple[Target, ...] = get_args(Target)
 ALLOCATIONS: tuple[Allocation, ...] = get_args(Allocation)
 BITS: tuple[Bits, ...] = get_args(Bits)
+EMBEDDING_BITS: tuple[EmbeddingBits, ...] = get_args(EmbeddingBits)
 SOLVERS: tuple[Solver, ...] = get_args(Solver)
 NONFINITE: tuple[OnNonfinite, ...] = get_args(OnNonfinite)
 METRICS: tuple[MetricName, ...] = get_args(MetricName)
@@ -37,4 +39,6 @@ STORED_AS: Mapping[str, str] = {
     "bfloat16": "BF16",
     "float64": "F64",
 }
-WEIGHTED = "weighted"  # the solver of calibrated layers; not to be asked for
+# Solvers that are not to be asked for: that of calibrated layers, and that of embedding tables.
+WEIGHTED = "weighted"
+NEAREST = "nearest"

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from svdcli.errors import printable
-from svdcli.plan.layouts import WHOLE
+from svdcli.plan.layouts import DENSE, WHOLE
 from svdcli.render.layers import (
     NARROW,
     WIDE,
@@ -137,9 +137,11 @@ def _report_cells(rows: Sequence[LayerRow], error: str, *, spans: bool) -> dict[
 def _ranks(rows: Sequence[LayerRow]) -> str:
     """The ranks of the factored rows and the bits of the packed ones; `whole` for a matrix that is
     packed as it is."""
-    ranks = span([row.rank for row in rows if row.rank is not None and row.layout != WHOLE])
+    whole = [row.layout == WHOLE or (row.layout == DENSE and row.bits < 16) for row in rows]
+    factored = [row for row, is_whole in zip(rows, whole, strict=True) if not is_whole]
+    ranks = span([row.rank for row in factored if row.rank is not None])
     shown = [ranks] if ranks else []
-    if any(row.layout == WHOLE for row in rows):
+    if any(whole):
         shown.append(WHOLE)
     packed = sorted({row.bits for row in rows if row.bits < 16}, reverse=True)
     if packed:
@@ -153,10 +155,15 @@ def _total_lines(report: Report, *, has_groups: bool) -> list[tuple[str, str]]:
     lines = []
     if has_groups:
         lines.append(("lines", "one for each kind of layer; --every-layer for each"))
-    factored = sum(row.rank is not None for row in report.layers)
+    selected = [row for row in report.layers if not row.role]
+    factored = sum(row.rank is not None for row in selected)
     lines += [
-        ("factored", f"{factored} of {len(report.layers)} selected layers"),
+        ("factored", f"{factored} of {len(selected)} selected layers"),
         ("selected", _total_line(report.selected)),
+    ]
+    if report.embeddings is not None:
+        lines.append(("embeddings", _total_line(report.embeddings)))
+    lines += [
         ("whole output", _total_line(report.total)),
     ]
 

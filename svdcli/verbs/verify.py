@@ -11,12 +11,12 @@ from typing import Any
 
 from svdcli.errors import BadCheckpointError, SvdcliError
 from svdcli.files.checkpoint import RECORD, Checkpoint, open_checkpoint, sha256_of
-from svdcli.files.config import asks_for_plugin
+from svdcli.files.config import METHOD, method_for, method_of
 from svdcli.files.formats import PICKLE_ENDINGS, format_of
 from svdcli.files.record import part_of_record, record_in, record_of, stored_layers
 from svdcli.files.report import JSON_VERSION
 from svdcli.plan.layouts import LAYOUTS
-from svdcli.plan.plan import LayerPlan
+from svdcli.plan.plan import LayerPlan, layer_from_json
 from svdcli.progress import Progress, silent
 
 BESIDE = "other files"
@@ -180,10 +180,12 @@ def _lost_by_config(checkpoint: Checkpoint, record: Mapping[str, Any]) -> str:
     named = config.get("transformers_weights")
     if named is not None and named not in record["files"]:
         return f"names other weights, {named}"
-    layout = LAYOUTS.get(str(record["recipe"].get("layout")))
-    needs_plugin = bool(record["layers"]) and (layout is None or layout.keeps_factors)
-    if needs_plugin and not asks_for_plugin(config):
+    layers = [layer_from_json(name, layer) for name, layer in record["layers"].items()]
+    needed = method_for(layers)
+    if needed == METHOD and method_of(config) != METHOD:
         return "no longer says that svdcli wrote the weights"
+    if needed is not None and method_of(config) != needed:
+        return f"no longer says that the weights are those of {needed}"
     return ""
 
 

@@ -111,6 +111,118 @@ def test_torchao_quantises_the_factors_to_int8(compressed: Compressed, layout: s
     assert (found - expected).norm() < 0.05 * expected.norm()
 
 
+# Packed models ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=[8, 4])
+def packed(
+    request: pytest.FixtureRequest,
+    written: Callable[[str], Path],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
+    """The llama with factors, and its table, in fewer bits."""
+    out = tmp_path_factory.mktemp("packed") / "out"
+    how: Any = {"rank": 32, "bits": request.param, "embedding_bits": 8}
+    svdcli.compress(written("llama"), out, allow_larger=True, **how)
+    return out
+
+
+def config_of_lora() -> Any:
+    from peft import LoraConfig
+
+    from svdcli.models.adapters import on_packed
+
+    names = ["svd_down", "svd_up"]
+    return on_packed(LoraConfig(r=4, target_modules=names, task_type="CAUSAL_LM"))
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_lora_trains_beside_packed_factors(packed: Path, tmp_path: Path) -> None:
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    from svdcli.models.adapters import on_packed
+
+    torch.manual_seed(0)
+    before = {name: t.clone() for name, t in svdcli.load(packed).state_dict().items()}
+    model = get_peft_model(svdcli.load(packed), config_of_lora())
+    untrained = logits(model)
+    losses = train(model)
+    assert losses[-1] < losses[0] - 0.2, losses
+    learned = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
+    assert learned
+    assert all(".svd_down.lora_" in name or ".svd_up.lora_" in name for name in learned)
+
+    # The integers are those that they were, and the adapter is beside them, also from its files
+    trained = logits(model)
+    with model.disable_adapter():
+        assert torch.equal(logits(model), untrained)
+    model.save_pretrained(tmp_path / "adapter")
+    config = on_packed(LoraConfig.from_pretrained(tmp_path / "adapter"))
+    again = PeftModel.from_pretrained(svdcli.load(packed), tmp_path / "adapter", config=config)
+    assert torch.equal(logits(again), trained)
+    with pytest.raises(svdcli.SvdcliError, match="cannot be merged into packed integers"):
+        model.merge_and_unload()
+    base = model.unload()
+    assert all(torch.equal(base.state_dict()[name], tensor) for name, tensor in before.items())
+
+
+def test_adapters_that_look_at_the_weight_are_refused(packed: Path) -> None:
+    from peft import get_peft_model
+
+    config = config_of_lora()
+    config.use_dora = True
+    with pytest.raises(ValueError, match="unsupported variant combination"):
+        get_peft_model(svdcli.load(packed), config)
+
+
+def test_without_the_word_peft_names_what_it_cannot_take(packed: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=4, target_modules=["svd_down"], task_type="CAUSAL_LM")
+    with pytest.raises(ValueError, match=r"Target module PackedLinear.* is not supported"):
+        get_peft_model(svdcli.load(packed), config)
+
+
+def test_gradients_pass_packed_layers_and_keep_no_unpacked_weight(packed: Path) -> None:
+    model: Any = svdcli.load(packed)
+    layer = model.model.layers[0].mlp.gate_proj.svd_down
+    x = torch.randn(3, 5, layer.in_features, requires_grad=True)
+    gradient = torch.randn(3, 5, layer.out_features)
+    [expected] = torch.autograd.grad(x @ layer.weight.T, x, gradient)
+    kept: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        y = layer(x)
+    assert not any(tensor.numel() >= layer.weight.numel() for tensor in kept)
+    [found] = torch.autograd.grad(y, x, gradient)
+    torch.testing.assert_close(found, expected)
+
+
+def test_torchao_leaves_packed_layers_alone(packed: Path) -> None:
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    model: Any = svdcli.load(packed)
+    before = {name: t.clone() for name, t in model.state_dict().items() if "svd_" in name}
+    expected = logits(model)
+    quantize_(model, Int8WeightOnlyConfig())
+    assert model.lm_head.weight.qdata.dtype == torch.int8  # the one layer that is not packed
+    after = model.state_dict()
+    assert before
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    found = logits(model)
+    assert (found - expected).norm() < 0.05 * expected.norm()
+
+
+def test_onnx_of_a_packed_model(packed: Path, tmp_path: Path) -> None:
+    exported = svdcli.export_onnx(packed, tmp_path / "m.onnx")
+    assert exported.checked is not None
+    assert exported.checked < 1e-5
+
+
 # lm-evaluation-harness ----------------------------------------------------------------------------
 
 

@@ -387,7 +387,7 @@ GPT2 = {
     "transformer.h.1.mlp.c_proj": Form(4, 12),
     "transformer.h.1.mlp.c_fc": Form(8, 12),
 }
-MARIAN = {"model.shared": Form(8), "model.encoder.layers.0.fc1": Form(8)}
+MARIAN = {"model.shared": Form(4), "model.encoder.layers.0.fc1": Form(8)}
 
 
 @pytest.mark.parametrize("asked", [False, True])
@@ -661,9 +661,9 @@ def test_integers_are_multiplied_where_that_is_safe(
                 new(x)
 
 
-def test_only_linear_layers_are_packed() -> None:
-    for layout in ("whole", "factored"):
-        assert low_rank_like(nn.Embedding(9, 8), 2, layout=layout, bits=8) is None
+def test_only_linear_layers_and_tables_of_eight_bits_are_packed() -> None:
+    for layout, bits in (("whole", 4), ("factored", 8)):
+        assert low_rank_like(nn.Embedding(9, 8), 2, layout=layout, bits=bits, group=8) is None
         assert low_rank_like(nn.Conv2d(3, 4, 1), 2, layout=layout, bits=4, group=8) is None
 
 

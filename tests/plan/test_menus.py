@@ -149,7 +149,7 @@ def test_a_budget_in_bytes_is_spent_on_bits_too(target: dict[str, object]) -> No
     [
         ({"keep_bytes": 0.2, "bits": "auto"}, False, "takes a calibration"),
         ({"keep": 0.2, "bits": "auto"}, True, "needs a budget in bytes"),
-        ({"rank": 9, "bits": 4, "layout": "pivoted"}, False, "--layout factored alone"),
+        ({"rank": 9, "bits": 4, "layout": "pivoted"}, False, "does not go with --layout pivoted"),
         ({"size": 9, "bits": "auto", "allocate": "uniform"}, True, "for all layers together"),
         ({"size": 9, "bits": "auto", "floor": 0.5}, True, "--floor bounds ranks"),
         ({"keep_bytes": 1.5}, False, "--keep-bytes 1.5 is outside"),

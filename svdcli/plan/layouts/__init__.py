@@ -6,7 +6,7 @@ For a stored weight `P.weight` of shape (m, n) at rank r:
                W ~ up @ down
     pivoted    P.svd_down.weight (r, n), P.svd_up.weight (m - r, r), P.svd_rows (m,)
                W ~ cat(down, up @ down)[rows]
-    dense      P.weight (m, n), of rank r
+    dense      P.weight (m, n), of rank r; packed, r = min(m, n)
                W ~ the low-rank matrix itself
     whole      P.weight (m, n), packed, r = min(m, n)
                W itself
@@ -22,9 +22,9 @@ from svdcli.plan.layouts.factored import Factored
 from svdcli.plan.layouts.pivoted import Pivoted
 from svdcli.plan.layouts.whole import Whole
 
-__all__ = ["FACTORED", "LAYOUTS", "WHOLE", "Layout"]
+__all__ = ["DENSE", "FACTORED", "LAYOUTS", "WHOLE", "Layout"]
 
 LAYOUTS: dict[str, Layout] = {
     layout.name: layout for layout in (Factored(), Pivoted(), Dense(), Whole())
 }
-FACTORED, WHOLE = Factored.name, Whole.name
+DENSE, FACTORED, WHOLE = Dense.name, Factored.name, Whole.name
