@@ -322,21 +322,21 @@ def _is_mapped(address: int) -> bool:
 _LIBRARY = torch.library.Library("svdcli", "FRAGMENT")
 
 
-def operator(product: Callable[[Tensor, int], Tensor]) -> Callable[[Tensor, Tensor, int], Tensor]:
-    """Return an operator that compilers leave alone: of x (..., n), a handle, which is a tensor of
-    one integer, and the m columns of what product(x, that integer) returns.
+def operator(name: str, compute: Callable[[Tensor, int], Tensor]) -> Any:
+    """Return an operator (x, handle, columns) that compilers leave alone: compute(x, number), of
+    as many columns, where handle is a tensor of that number.
 
     A number for a layer, and not its tensors: these may change their form between two calls. A
     tensor, since compilers make code of its own for each integer.
     """
     # This file may be loaded twice: installed, and shipped with a model
-    name, copies = "packed_product", 0
+    copies = 0
     while hasattr(torch.ops.svdcli, f"{name}_{copies}"):
         copies += 1
     name = f"{name}_{copies}"
 
     def on_cpu(x: Tensor, handle: Tensor, columns: int) -> Tensor:
-        return product(x, int(handle))
+        return compute(x, int(handle))
 
     def shape_alone(x: Tensor, handle: Tensor, columns: int) -> Tensor:
         return x.new_empty((*x.shape[:-1], columns))
@@ -344,5 +344,17 @@ def operator(product: Callable[[Tensor, int], Tensor]) -> Callable[[Tensor, Tens
     _LIBRARY.define(f"{name}(Tensor x, Tensor handle, SymInt columns) -> Tensor")
     _LIBRARY.impl(name, on_cpu, "CPU")
     torch.library.register_fake(f"svdcli::{name}", shape_alone, lib=_LIBRARY)
-    made: Callable[[Tensor, Tensor, int], Tensor] = getattr(torch.ops.svdcli, name).default
-    return made
+    return getattr(torch.ops.svdcli, name).default
+
+
+def give_way_back(forward: Any, back: Any) -> None:
+    """Have an operator's gradient for x computed by another operator."""
+
+    def keep(ctx: Any, inputs: Any, output: Any) -> None:
+        x, ctx.handle, _ = inputs
+        ctx.columns = x.shape[-1]
+
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return back(gradient, ctx.handle, ctx.columns), None, None
+
+    torch.library.register_autograd(forward.name(), backward, setup_context=keep, lib=_LIBRARY)

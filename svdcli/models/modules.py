@@ -25,6 +25,7 @@ from svdcli.models.kernels import (
     can_be_ordered,
     few_rows,
     four_bits,
+    give_way_back,
     leave_in_file,
     multiplies,
     operator,
@@ -188,13 +189,24 @@ class PackedLinear(_WithDenseWeight):
             strips.append(functional.linear(x, strip).to(self.scales.dtype))
         return strips[0] if len(strips) == 1 else torch.cat(strips, -1)
 
+    def product_back(self, y: Tensor) -> Tensor:
+        """Return y W: the gradient for x, from that for x W^T."""
+        x = y.new_zeros((*y.shape[:-1], self.in_features))
+        rows = max(1, NUMBERS_AT_ONCE // self.in_features)
+        for start in range(0, self.out_features, rows):
+            stop = min(start + rows, self.out_features)
+            x += y[..., start:stop] @ self._strip(start, stop, y.dtype)
+        return x
+
     def _compiled(self, x: Tensor) -> Tensor:
         """Return x W^T in a compiler's graph: on a CPU by an operator of its own, which decides
         when it runs; else unpacked, where the compiler makes its own strips."""
-        of_torch = torch.compiler.is_exporting() or (torch.is_grad_enabled() and x.requires_grad)
-        if of_torch or x.device.type != "cpu":
+        if torch.compiler.is_exporting() or x.device.type != "cpu":
             return functional.linear(x, self.rows(0, self.out_features))
-        return _OPERATOR(x, self._handle, self.out_features)
+        needs_way_back = torch.is_grad_enabled() and x.requires_grad
+        product = _PRODUCT_WITH_WAY_BACK if needs_way_back else _PRODUCT
+        y: Tensor = product(x, self._handle, self.out_features)
+        return y
 
     def rows(self, start: int, stop: int) -> Tensor:
         """Return these rows of W in the dtype of the scales."""
@@ -342,7 +354,18 @@ def _new_handle(layer: PackedLinear) -> Tensor:
     return torch.tensor(number, device="cpu")
 
 
-_OPERATOR = operator(lambda x, number: _LAYERS[number].product(x))
+def _product(x: Tensor, number: int) -> Tensor:
+    return _LAYERS[number].product(x)
+
+
+def _product_back(y: Tensor, number: int) -> Tensor:
+    return _LAYERS[number].product_back(y)
+
+
+# Calls of an operator with a way back take longer
+_PRODUCT = operator("packed_product", _product)
+_PRODUCT_WITH_WAY_BACK = operator("packed_product_with_way_back", _product)
+give_way_back(_PRODUCT_WITH_WAY_BACK, operator("packed_product_back", _product_back))
 
 
 class Matrix(nn.Module):
