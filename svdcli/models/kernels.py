@@ -265,7 +265,8 @@ class KernelCodes(Lazy):
 
     def product(self, x: Tensor) -> Tensor:
         """Return x W^T for x (rows, n) of bfloat16."""
-        x = functional.pad(x, (0, 2 * self.packed.shape[1] - self.columns)).contiguous()
+        missing = 2 * self.packed.shape[1] - self.columns
+        x = functional.pad(x, (0, missing)) if missing else x.contiguous()
         y: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(
             x, self.packed, self.group, self.scales_and_zeros
         )
