@@ -161,7 +161,7 @@ def _is_order(order: Order, rows: int) -> bool:
     numbers = torch.arange(rows * 32, device="cpu")
     codes = ((numbers * 2654435761) >> 7) % 16
     packed = _packed(codes.view(rows, 32).to(torch.uint8))
-    return torch.equal(_unordered(packed, order, 0, rows), codes.view(rows, 32).T)
+    return torch.equal(unordered(packed, order, 0, rows), codes.view(rows, 32).T)
 
 
 def _packed(codes: Tensor) -> Tensor:
@@ -170,7 +170,7 @@ def _packed(codes: Tensor) -> Tensor:
     return packed
 
 
-def _unordered(packed: Tensor, order: Order, start: int, stop: int) -> Tensor:
+def unordered(packed: Tensor, order: Order, start: int, stop: int) -> Tensor:
     """Return the codes from 0 to 15 of rows from `start`, where a block begins, to `stop`, where
     one ends, transposed: (n, stop - start)."""
     columns = 2 * packed.shape[1]
@@ -261,7 +261,7 @@ class KernelCodes(Lazy):
         end of the block before `stop`."""
         block = self.order.block
         stop = min(-(-stop // block) * block, self.packed.shape[0])
-        return _unordered(self.packed, self.order, start, stop)
+        return unordered(self.packed, self.order, start, stop)
 
     def product(self, x: Tensor) -> Tensor:
         """Return x W^T for x (rows, n) of bfloat16."""

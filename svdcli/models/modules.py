@@ -291,10 +291,9 @@ class PackedLinear(_WithDenseWeight):
     def moved(self, device: torch.device) -> PackedLinear:
         """Return a copy whose integers and scales are on a device."""
         other = copy.copy(self)
-        other.__dict__["_buffers"] = {
-            self._name_of_codes: self.codes.to(device),
-            WEIGHT + SCALE: self.scales.to(device),
-        }
+        buffers = other.__dict__["_buffers"]
+        for name, tensor in buffers.items():
+            buffers[name] = tensor.to(device)
         return other
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
