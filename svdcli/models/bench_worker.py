@@ -141,8 +141,8 @@ class Worker:
                 self.step = torch.compile(self.model.forward, dynamic=False)
 
             # The prompt, which is not timed, and then one pass for each new token
-            self.cache.reset()
             with torch.inference_mode():
+                self.cache.reset()
                 answer = self.model(**self.prompt, past_key_values=self.cache)
                 self._wait()
                 begin = time.perf_counter()

@@ -156,17 +156,21 @@ def measure(path: Path, dense: Path, options: argparse.Namespace) -> dict[str, A
         f"import sys; sys.path[:] = [{str(HERE)!r}] + {{path!r}}; import packed; packed.worker()"
     )
     say(f"bench {path.name}")
+    work = {"compute": Compute(threads=options.threads), "rounds": options.rounds}
+    long = work | {"prompt_tokens": options.prompt_tokens, "rounds": options.long_rounds}
     with mock.patch.object(speed, "_START", start):
         found = speed.bench(
             path,
             dense,
-            prompt_tokens=options.prompt_tokens,
+            prompt_tokens=32,
             new_tokens=options.new_tokens,
-            rounds=options.rounds,
             compile=not options.no_compile,
-            compute=Compute(threads=options.threads),
-        )
-    return found.to_json()
+            **work,
+        ).to_json()
+        read = speed.bench(path, dense, new_tokens=1, **long).to_json()
+    for side in ("original", "compressed", "ratios"):
+        found[side]["prefill"] = read[side]["prefill"]
+    return found
 
 
 def rows(name: str, found: dict[str, Any]) -> list[tuple[str, ...]]:
@@ -204,7 +208,10 @@ def parse() -> argparse.Namespace:
     options.add_argument("--no-compile", action="store_true", help="without torch.compile")
     options.add_argument("--prompt-tokens", type=int, default=512, help="tokens of a prompt (512)")
     options.add_argument("--new-tokens", type=int, default=32, help="tokens written (32)")
-    options.add_argument("--rounds", type=int, default=5, help="rounds that count (5)")
+    options.add_argument("--rounds", type=int, default=5, help="rounds of decoding that count (5)")
+    options.add_argument(
+        "--long-rounds", type=int, default=1, help="rounds that count for the prompt (1)"
+    )
     options.add_argument("--threads", type=int, help="threads of each model")
     options.add_argument("--build", nargs=2, metavar=("OUT", "FORM"), help=argparse.SUPPRESS)
     return options.parse_args()
