@@ -247,6 +247,8 @@ def main() -> None:
         dense = built(folder, MODEL)
         for name in options.form or (*FORMS, TORCHAO):
             found[name] = measure(_path_of(name, folder, dense), dense, options)
+            for line in rows(name, found[name]):
+                say(" ".join(line))
     others = max(0.0, busy_seconds() - busy - own_seconds()) / (time.perf_counter() - begin)
     print(f"{MODEL}, prompt of {options.prompt_tokens} tokens; {circumstances(others)}\n")
     titles = ("what", "dense", "this form", "ratio", "bound", "holds")
