@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from svdcli.models.modules import is_linear
+from svdcli.models.modules import PackedLinear, is_linear, numbers_of
 from svdcli.text.tokens import Batch
 
 SHARE_OF_MEMORY = 0.25
@@ -20,7 +20,7 @@ def widest(model: nn.Module, names: Iterable[str]) -> int:
     most = 0
     for name in names:
         module = modules.get(name)
-        if module is not None and is_linear(module):
+        if isinstance(module, PackedLinear) or is_linear(module):
             most = max(most, _inputs_of(module))
     return most
 
@@ -28,7 +28,7 @@ def widest(model: nn.Module, names: Iterable[str]) -> int:
 def _inputs_of(module: Any) -> int:
     """Return the number of inputs of a linear layer, or of a Conv1D, which stores its weight as
     (in, out)."""
-    if isinstance(module, nn.Linear):
+    if isinstance(module, (nn.Linear, PackedLinear)):
         return module.in_features
     return int(module.weight.shape[0])
 
@@ -51,19 +51,15 @@ def whole_bytes(teacher: Any, student: Any, vocabulary: int, batches: Sequence[B
     """Return the bytes that it takes, at most, to train the student on the teacher's answers in one
     piece and in float32."""
     # The student's weights come with their gradients and AdamW's two moments
-    weights = _parameters_of(teacher) + 4 * _parameters_of(student)
+    weights = numbers_of(teacher) + 4 * numbers_of(student)
 
     # What one batch leaves behind in every layer, and a few copies of its logits
     tokens: int = max(batch["input_ids"].numel() for batch in batches)
     widths = 0
     for module in teacher.modules():
-        if isinstance(module, nn.Linear):
-            widths += sum(module.weight.shape)
+        if isinstance(module, (nn.Linear, PackedLinear)):
+            widths += module.in_features + module.out_features
     return 4 * (weights + tokens * (3 * widths + 8 * vocabulary))
-
-
-def _parameters_of(model: Any) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def width_of(config: Any) -> int:

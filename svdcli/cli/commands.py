@@ -768,6 +768,12 @@ def bench(
         int,
         typer.Option("--rounds", help="How often both are measured, after one round to warm up."),
     ] = 5,
+    compile_: Annotated[
+        bool,
+        typer.Option(
+            "--compile", help="Decode through torch.compile as well, which takes minutes."
+        ),
+    ] = False,
     trust_remote_code: TrustCode = False,
     device: Device = "auto",
     threads: Threads = None,
@@ -791,6 +797,7 @@ def bench(
             new_tokens=new_tokens,
             batch=batch,
             rounds=rounds,
+            compile=compile_,
             compute=compute_from(device, threads),
             trust_remote_code=trust_remote_code,
             progress=progress,

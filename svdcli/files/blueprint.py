@@ -27,7 +27,15 @@ from svdcli.files.record import (
     usual_results,
     widest_results,
 )
-from svdcli.files.writer import OutFile, Unit, group_units, lay_out, safetensors_name, shard_stem
+from svdcli.files.writer import (
+    OutFile,
+    Unit,
+    group_units,
+    lay_out,
+    safetensors_name,
+    shard_stem,
+    with_header,
+)
 from svdcli.plan.layouts import WHOLE
 from svdcli.plan.parts import tripwires
 from svdcli.plan.plan import LayerPlan, Plan
@@ -179,7 +187,7 @@ class CompressDesign:
             file = lay_out(name, group, self._metadata(group, usual, shared))
             widest_header = header_size(file.tensors, self._metadata(group, widest, shared))
             reserved = self._with_spare(file.header_bytes, widest_header, [file])
-            files.append(replace(file, header_bytes=reserved))
+            files.append(with_header(file, reserved))
         if self.out_name is not None:
             return Blueprint(tuple(files), {}, {}, 0)
 

@@ -9,14 +9,18 @@ import os
 import re
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from svdcli.errors import SvdcliError
 from svdcli.files.header import header_size, render_header
+from svdcli.plan.packing import PACKED, SCALE
 from svdcli.plan.tensors import DTYPE_BITS, TensorInfo
 
 _CHUNK = 1 << 24  # bytes that are read at once
+# Bytes at whose multiples few-bit integers begin, so that they can be multiplied where a file is
+# mapped into memory.
+_ALIGNMENT = 64
 _SHARD_STEM = re.compile(r"-\d{5,}-of-\d{5,}$")
 
 
@@ -110,11 +114,14 @@ def shard_stem(file: str) -> str:
 def lay_out(name: str, units: Sequence[Unit], metadata: Mapping[str, str]) -> OutFile:
     """Fix the size and every offset of one file whose header has room for this metadata.
 
-    Wide dtypes come first, so that every tensor is aligned to its element. Raises SvdcliError where
-    two tensors have the same name.
+    Wide dtypes come first, so that every tensor is aligned to its element; before them few-bit
+    integers whose size keeps what follows aligned. Raises SvdcliError where two tensors have the
+    same name.
     """
     written = itertools.chain.from_iterable(unit.writes for unit in units)
     tensors = sorted(written, key=lambda tensor: -DTYPE_BITS[tensor.dtype])
+    first = _aligned_integers(tensors)
+    tensors.sort(key=lambda tensor: tensor.name not in first)
     seen: set[str] = set()
     for tensor in tensors:
         if tensor.name in seen:
@@ -123,12 +130,32 @@ def lay_out(name: str, units: Sequence[Unit], metadata: Mapping[str, str]) -> Ou
                 "exclude the layer, or rename the tensor",
             )
         seen.add(tensor.name)
-    return OutFile(
+    file = OutFile(
         name=name,
         units=tuple(unit.name for unit in units),
         tensors=tuple(tensors),
-        header_bytes=header_size(tensors, metadata),
+        header_bytes=0,
     )
+    return with_header(file, header_size(tensors, metadata))
+
+
+def with_header(file: OutFile, least: int) -> OutFile:
+    """The file with a header of at least so many bytes, a multiple of 8."""
+    if _aligned_integers(file.tensors):
+        least = -(-least // _ALIGNMENT) * _ALIGNMENT
+    return replace(file, header_bytes=least)
+
+
+def _aligned_integers(tensors: Sequence[TensorInfo]) -> set[str]:
+    """The names of few-bit integers, which have scales beside them, that leave what follows them
+    aligned."""
+    names = {tensor.name for tensor in tensors}
+    found: set[str] = set()
+    for tensor in tensors:
+        has_scales = tensor.name.removesuffix(PACKED) + SCALE in names
+        if has_scales and tensor.dtype in ("I8", "I32") and tensor.nbytes % _ALIGNMENT == 0:
+            found.add(tensor.name)
+    return found
 
 
 class WeightWriter:

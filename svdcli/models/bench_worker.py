@@ -1,8 +1,8 @@
 """The other side of the bench verb: a process that opens one model and measures it on command.
 
 argv[1] is JSON: path, device, threads, prompt_tokens, new_tokens, batch, trust_remote_code.
-Commands come a line each on standard input (load, prefill, decode, memory), answers go as JSON
-lines to standard output; the end of the input ends it.
+Commands come a line each on standard input (load, prefill, decode, compiled, memory), answers go as
+JSON lines to standard output; the end of the input ends it.
 """
 
 from __future__ import annotations
@@ -52,6 +52,10 @@ class Worker:
         self.model: Any = None
         self.prompt: dict[str, Any] = {}
         self.prefilled: Any = None
+
+        # One pass for one token, as the compiler has it, and the cache for it
+        self.step: Any = None
+        self.cache: Any = None
 
     def about(self) -> dict[str, Any]:
         """Say where the model will run."""
@@ -117,6 +121,42 @@ class Worker:
                 answer = self.model(**{name: ids}, past_key_values=cache, use_cache=True, **fixed)
             self._wait()
             return {"seconds": time.perf_counter() - begin}
+
+    def compiled(self) -> dict[str, Any]:
+        """Write the same tokens through torch.compile, with a cache of fixed size; decoders alone.
+        The first time takes as long as the compiler does.
+
+        Raises SvdcliError for a model that does not compile.
+        """
+        import torch
+        from transformers import StaticCache
+
+        config = self.model.config
+        if not self.model.can_generate() or getattr(config, "is_encoder_decoder", False):
+            return {"seconds": None}
+        try:
+            if self.step is None:
+                tokens = self.task["prompt_tokens"] + self.task["new_tokens"]
+                self.cache = StaticCache(config.get_text_config(), max_cache_len=tokens)
+                self.step = torch.compile(self.model.forward, dynamic=False)
+
+            # The prompt, which is not timed, and then one pass for each new token
+            with torch.inference_mode():
+                self.cache.reset()
+                answer = self.model(**self.prompt, past_key_values=self.cache)
+                self._wait()
+                begin = time.perf_counter()
+                for _ in range(self.task["new_tokens"]):
+                    ids = answer.logits[:, -1].argmax(-1, keepdim=True)
+                    answer = self.step(input_ids=ids, past_key_values=self.cache, use_cache=True)
+                self._wait()
+                return {"seconds": time.perf_counter() - begin}
+        except Exception as error:
+            why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            raise SvdcliError(
+                f"{self.task['path']} does not decode through torch.compile ({why})",
+                "leave out --compile",
+            ) from error
 
     def memory(self) -> dict[str, Any]:
         """Return the memory at rest, and at its highest since the imports."""

@@ -1083,7 +1083,7 @@ def _first_numbers(module: nn.Module) -> Tensor:
     """Return what tells whether two modules are tied: the parameter `up`, or integers."""
     matrix = module.get_submodule("svd_up") if isinstance(module, LOW_RANK) else module
     if isinstance(matrix, PackedLinear):
-        return matrix.codes
+        return matrix.held
     return matrix.get_parameter(WEIGHT)
 
 

@@ -1,7 +1,8 @@
 """Modules that stand where a dense layer stood: the same call, the same bias, a weight of rank r in
 two factors.
 
-Torch only, and nothing of svdcli: `compress --self-contained` ships this file beside the weights.
+Torch only, and of svdcli the file beside it: `compress --self-contained` ships both with the
+weights.
 """
 
 from __future__ import annotations
@@ -9,11 +10,27 @@ from __future__ import annotations
 import copy
 import itertools
 import sys
+import weakref
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from svdcli.models.kernels import (
+    ALIGNMENT,
+    NUMBERS_AT_ONCE,
+    KernelCodes,
+    Lazy,
+    can_be_ordered,
+    few_rows,
+    four_bits,
+    give_way_back,
+    leave_in_file,
+    multiplies,
+    operator,
+)
 
 UP, DOWN, ROWS, WEIGHT = "svd_up.weight", "svd_down.weight", "svd_rows", "weight"
 
@@ -23,13 +40,6 @@ UNPACKED = 16  # bits of a matrix that is stored as it is
 
 # The layout of a layer that is packed without being factored.
 WHOLE = "whole"
-
-# Numbers that are unpacked at once: few enough to stay in a cache.
-_NUMBERS_AT_ONCE = 1 << 20
-
-# Up to so many rows of x torch's product of bfloat16 with int8 is faster than unpacking.
-_FEW_ROWS = 8
-_ALIGNMENT = 16  # bytes and columns; without it that product ends the process
 
 
 class _WithDenseWeight(nn.Module):
@@ -125,6 +135,7 @@ class PackedLinear(_WithDenseWeight):
         for part, (shape, dtype) in shapes.items():
             kind = factory.get("dtype") if dtype is None else dtype
             self._buffers[WEIGHT + part] = torch.empty(shape, dtype=kind, device=device)
+        self._handle = _new_handle(self)
         self.bias = nn.Parameter(torch.empty(out_features, **factory)) if bias else None
 
     def expect_words(self) -> None:
@@ -150,6 +161,12 @@ class PackedLinear(_WithDenseWeight):
     @property
     def codes(self) -> Tensor:
         """The integers as they are stored: int8 (out, in), or eight to a word of int32."""
+        held = self.held
+        return held.numbers() if isinstance(held, KernelCodes) else held
+
+    @property
+    def held(self) -> Tensor:
+        """What holds the integers: a tensor of them as they are stored, or KernelCodes."""
         self._take_back()
         return cast(Tensor, self._buffers[self._name_of_codes])
 
@@ -169,66 +186,169 @@ class PackedLinear(_WithDenseWeight):
         return cast(Tensor, self._buffers[WEIGHT + SCALE])
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.is_grad_enabled() and x.requires_grad and not torch.compiler.is_compiling():
-            y: Tensor = _WithWayBack.apply(x, self)  # type: ignore[no-untyped-call]
+        if torch.compiler.is_compiling():
+            y = self._compiled(x)
+        elif torch.is_grad_enabled() and x.requires_grad:
+            y = _WithWayBack.apply(x, self)  # type: ignore[no-untyped-call]
         else:
-            y = self._product(x)
+            y = self.product(x)
         return y if self.bias is None else y + self.bias
 
-    def _product(self, x: Tensor) -> Tensor:
-        """Return x W^T, with a strip of rows of W unpacked at a time."""
-        if self._multiplies_integers(x):
+    def product(self, x: Tensor) -> Tensor:
+        """Return x W^T: by torch's products with integers for few rows of x, else with a strip of
+        rows of W unpacked at a time."""
+        if self._integers_are_quick(x):
             few = x.reshape(-1, self.in_features)
-            y: Tensor = torch.ops.aten._weight_int8pack_mm(few, self.codes, self.scales.flatten())
-            return y.view(*x.shape[:-1], self.out_features)
+            y = self._multiplied(few, self.held)
+            if y is not None:
+                return y.view(*x.shape[:-1], self.out_features)
 
-        # A compiler makes its own strips
-        rows = max(1, _NUMBERS_AT_ONCE // self.in_features)
-        if torch.compiler.is_compiling() or rows >= self.out_features:
+        # Where the CPU does not multiply 16-bit numbers itself, in float32
+        dtype = self.scales.dtype
+        if x.device.type == "cpu" and x.dtype == dtype and not multiplies(dtype):
+            x = x.float()
+            dtype = x.dtype
+        rows = max(1, NUMBERS_AT_ONCE // self.in_features)
+        strips: list[Tensor] = []
+        for start in range(0, self.out_features, rows):
+            strip = self._strip(start, min(start + rows, self.out_features), dtype)
+            strips.append(functional.linear(x, strip).to(self.scales.dtype))
+        return strips[0] if len(strips) == 1 else torch.cat(strips, -1)
+
+    def product_back(self, y: Tensor) -> Tensor:
+        """Return y W: the gradient for x, from that for x W^T."""
+        x = y.new_zeros((*y.shape[:-1], self.in_features))
+        rows = max(1, NUMBERS_AT_ONCE // self.in_features)
+        for start in range(0, self.out_features, rows):
+            stop = min(start + rows, self.out_features)
+            x += y[..., start:stop] @ self._strip(start, stop, y.dtype)
+        return x
+
+    def _compiled(self, x: Tensor) -> Tensor:
+        """Return x W^T in a compiler's graph: on a CPU by an operator of its own, which decides
+        when it runs; else unpacked, where the compiler makes its own strips."""
+        if torch.compiler.is_exporting() or x.device.type != "cpu":
             return functional.linear(x, self.rows(0, self.out_features))
-        starts = range(0, self.out_features, rows)
-        strips = [functional.linear(x, self.rows(start, start + rows)) for start in starts]
-        return torch.cat(strips, -1)
+        needs_way_back = torch.is_grad_enabled() and x.requires_grad
+        product = _PRODUCT_WITH_WAY_BACK if needs_way_back else _PRODUCT
+        y: Tensor = product(x, self._handle, self.out_features)
+        return y
 
     def rows(self, start: int, stop: int) -> Tensor:
         """Return these rows of W in the dtype of the scales."""
+        return self._strip(start, stop, self.scales.dtype).contiguous()
+
+    def _strip(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+        """Return these rows of W; they may be transposed in memory."""
+        held = self._current()
+        if isinstance(held, KernelCodes):
+            return held.strip(start, stop, dtype)
         strip = slice(start, stop)
-        scales = self.scales[strip]
-        return unpacked(self.codes[strip], scales, self.in_features, self.group, scales.dtype)
+        return unpacked(held[strip], self.scales[strip], self.in_features, self.group, dtype)
+
+    def _integers_are_quick(self, x: Tensor) -> bool:
+        """Tell whether torch's products with integers are faster for these inputs: bfloat16 on a
+        CPU, of few rows, and without a way back."""
+        if x.dtype != torch.bfloat16 or x.device.type != "cpu":
+            return False
+        if torch.is_grad_enabled() and x.requires_grad:
+            return False
+        return 1 <= x.numel() // self.in_features <= few_rows()
+
+    def _multiplied(self, x: Tensor, held: Tensor) -> Tensor | None:
+        """Return x W^T for x (rows, in) by a product with integers, None where none takes these
+        integers: it must never end the process."""
+        scales = self.scales
+        if self.group is not None:
+            held = self._current()
+            if not isinstance(held, KernelCodes):
+                if not can_be_ordered(held, scales, self.group) or not _was_here(held):
+                    return None
+                held = self._in_kernel_order(held, scales, self.group)
+            return held.product(x)
+
+        # Eight bits, with aligned loads of sixteen columns at a time
+        if held.dtype != torch.int8 or scales.dtype != x.dtype or self.in_features % ALIGNMENT:
+            return None
+        if not _is_aligned(held):
+            if not _was_here(held):
+                return None
+            held = self._aligned(held)
+        if not _is_aligned(x):
+            x = x.clone(memory_format=torch.contiguous_format)
+        y: Tensor = torch.ops.aten._weight_int8pack_mm(x, held, scales.flatten())
+        return y
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _in_kernel_order(self, words: Tensor, scales: Tensor, group: int) -> KernelCodes:
+        """Order four bits as torch's product wants them, for good."""
+        held = KernelCodes(words, scales, self.in_features, group)
+        self._buffers[WEIGHT + SCALE] = held.scales
+        self._buffers[self._name_of_codes] = held
+        leave_in_file(words)
+        return held
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _aligned(self, codes: Tensor) -> Tensor:
+        """Move int8 to where torch's product can read them, for good."""
+        held = codes.clone(memory_format=torch.contiguous_format)
+        self._buffers[WEIGHT] = held
+        leave_in_file(codes)
+        return held
+
+    def _current(self) -> Tensor:
+        """Return what holds the integers; as they are stored where other scales have come."""
+        held = self.held
+        if isinstance(held, KernelCodes) and not held.has(self.scales):
+            held = self._buffers[self._name_of_codes] = held.numbers()
+        return held
+
+    def _as_stored(self) -> dict[str, Tensor | None]:
+        """Return the buffers as they are in a file."""
+        self._take_back()
+        buffers = dict(self._buffers)
+        if isinstance(self.held, KernelCodes):
+            buffers[self._name_of_codes] = self.codes
+            buffers[WEIGHT + SCALE] = self.scales.contiguous()
+        return buffers
 
     def moved(self, device: torch.device) -> PackedLinear:
         """Return a copy whose integers and scales are on a device."""
         other = copy.copy(self)
-        other.__dict__["_buffers"] = {
-            self._name_of_codes: self.codes.to(device),
-            WEIGHT + SCALE: self.scales.to(device),
-        }
+        buffers = other.__dict__["_buffers"]
+        for name, tensor in buffers.items():
+            buffers[name] = tensor.to(device)
         return other
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
-        self._take_back()
+        self._buffers.update(self._as_stored())
         return super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
 
-    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._take_back()
-        super()._save_to_state_dict(*args, **kwargs)
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._buffers.update(self._as_stored())
+        super()._load_from_state_dict(*args, **kwargs)
 
-    def _multiplies_integers(self, x: Tensor) -> bool:
-        """Tell whether torch's own product of bfloat16 with int8 can be used: where it is faster,
-        and safe."""
-        if self.group is not None or torch.compiler.is_compiling() or x.device.type != "cpu":
-            return False
-        codes = self.codes
-        scales = self.scales
-        if x.dtype != torch.bfloat16 or scales.dtype != x.dtype or codes.dtype != torch.int8:
-            return False
-        if not 1 <= x.numel() // self.in_features <= _FEW_ROWS:
-            return False
-        if torch.is_grad_enabled() and x.requires_grad:  # it has no backward
-            return False
-        tensors = (x, codes)
-        plain = all(t.is_contiguous() and t.data_ptr() % _ALIGNMENT == 0 for t in tensors)
-        return plain and self.in_features % _ALIGNMENT == 0
+    def _save_to_state_dict(
+        self, destination: Any, prefix: str, keep_vars: bool, **kwargs: Any
+    ) -> None:
+        held, self._buffers = self._buffers, self._as_stored()
+        try:
+            super()._save_to_state_dict(destination, prefix, keep_vars, **kwargs)
+        finally:
+            self._buffers = held
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies, and pickled ones, hold integers as they are stored; what shares them still
+        does."""
+        if isinstance(self.held, KernelCodes):
+            return self.__dict__ | {"_buffers": self._as_stored()}
+        return self.__dict__.copy()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._handle = _new_handle(self)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bits={self.bits}"
@@ -240,17 +360,13 @@ class _WithWayBack(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: PackedLinear) -> Tensor:
         ctx.layer = layer
-        return layer._product(x)
+        return layer.product(x)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, None]:
         [y] = gradients
         layer: PackedLinear = ctx.layer
-        x = y.new_zeros((*y.shape[:-1], layer.in_features))
-        rows = max(1, _NUMBERS_AT_ONCE // layer.in_features)
-        for start in range(0, layer.out_features, rows):
-            x += y[..., start : start + rows] @ layer.rows(start, start + rows).to(y.dtype)
-        return x, None
+        return layer.product_back(y), None
 
 
 class PackedEmbedding(PackedLinear):
@@ -278,6 +394,48 @@ def share(first: PackedLinear, second: PackedLinear) -> None:
     """Have the second module hold the integers and scales of the first, also when these are moved
     or replaced."""
     second._buffers = first._buffers
+
+
+# Tensors that a quick product would have had to copy: what comes anew for each call, such as layers
+# that wait on a disk, is not worth it.
+_SEEN = WeakTensorKeyDictionary()
+
+
+def _was_here(tensor: Tensor) -> bool:
+    """Tell whether this was asked of a tensor before."""
+    seen = tensor in _SEEN
+    _SEEN[tensor] = True
+    return seen
+
+
+def _is_aligned(tensor: Tensor) -> bool:
+    return tensor.is_contiguous() and tensor.data_ptr() % ALIGNMENT == 0
+
+
+# Packed layers by number, for the operator that stands for them in compiled graphs.
+_LAYERS: weakref.WeakValueDictionary[int, PackedLinear] = weakref.WeakValueDictionary()
+_NUMBERS = itertools.count()
+
+
+def _new_handle(layer: PackedLinear) -> Tensor:
+    """Return a number for a layer, as a tensor."""
+    number = next(_NUMBERS)
+    _LAYERS[number] = layer
+    return torch.tensor(number, device="cpu")
+
+
+def _product(x: Tensor, number: int) -> Tensor:
+    return _LAYERS[number].product(x)
+
+
+def _product_back(y: Tensor, number: int) -> Tensor:
+    return _LAYERS[number].product_back(y)
+
+
+# Calls of an operator with a way back take longer
+_PRODUCT = operator("packed_product", _product)
+_PRODUCT_WITH_WAY_BACK = operator("packed_product_with_way_back", _product)
+give_way_back(_PRODUCT_WITH_WAY_BACK, operator("packed_product_back", _product_back))
 
 
 class Matrix(nn.Module):
@@ -460,7 +618,7 @@ def unpacked(
         return codes.to(dtype) * scales
 
     # The last group may be narrower
-    values = _four_bits(codes)[:, :columns].to(dtype)
+    values = four_bits(codes)[:, :columns].to(dtype)
     even = columns - columns % group
     values[:, :even].unflatten(1, (-1, group)).mul_(scales[:, : even // group, None])
     values[:, even:].mul_(scales[:, even // group :])
@@ -474,23 +632,6 @@ def bytes_of_words(words: Tensor, columns: int) -> Tensor:
     if sys.byteorder == "big":
         octets = octets.view(*words.shape, 4).flip(-1).flatten(1)
     return (octets[:, :columns] ^ 128).view(torch.int8)
-
-
-def _four_bits(words: Tensor) -> Tensor:
-    """Return the codes (m, 8 k) from -8 to 7 of words (m, k), which hold them as 0 to 15, the first
-    in the lowest bits."""
-    # By shifts where a compiler fuses them, and an exporter knows nothing of bytes in a word
-    if torch.compiler.is_compiling():
-        shifts = torch.arange(0, 32, 4, dtype=words.dtype, device=words.device)
-        codes = torch.bitwise_right_shift(words[..., None], shifts) & 15
-        return codes.flatten(1) - 8
-
-    # By bytes, which takes a third less time
-    octets = words.contiguous().view(torch.uint8)
-    if sys.byteorder == "big":
-        octets = octets.view(*words.shape, 4).flip(-1).flatten(1)
-    nibbles = torch.stack((octets & 15, octets >> 4), -1).view(torch.int8)
-    return nibbles.flatten(1).sub_(8)
 
 
 def low_rank_like(
@@ -599,9 +740,8 @@ def lazy_weight(module: nn.Module) -> Tensor:
     return LazyWeight(module)
 
 
-class LazyWeight(Tensor):
-    """A tensor without numbers that knows its shape, dtype and device; it is multiplied out when
-    something is computed with it."""
+class LazyWeight(Lazy):
+    """A weight that is multiplied out, or unpacked, when something is computed with it."""
 
     _module: nn.Module
 
@@ -614,9 +754,11 @@ class LazyWeight(Tensor):
         lazy._module = module
         return lazy
 
+    def numbers(self) -> Tensor:
+        return weight_of(self._module)
+
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Answer questions about its kind at once, everything else by the dense weight."""
         lazy = args[0] if args else None
         if isinstance(lazy, LazyWeight) and isinstance(lazy._module, PackedLinear):
             # Those that move a module tensor by tensor read this one for the integers
@@ -626,16 +768,7 @@ class LazyWeight(Tensor):
                 device, dtype, *_ = torch._C._nn._parse_to(*args[1:], **(kwargs or {}))
                 if dtype is None:
                     return LazyWeight(lazy._module.moved(device))
-        if func not in _METADATA:
-            args = _filled_in(args)
-            kwargs = _filled_in(kwargs)
-        with torch._C.DisableTorchFunctionSubclass():
-            return func(*args, **(kwargs or {}))
-
-    @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
-        """Multiply out for what reaches below autograd, such as printing."""
-        return func(*_filled_in(args), **_filled_in(kwargs or {}))
+        return super().__torch_function__(func, types, args, kwargs)
 
 
 def _shape_and_kind(module: nn.Module) -> tuple[tuple[int, int], Tensor]:
@@ -645,29 +778,6 @@ def _shape_and_kind(module: nn.Module) -> tuple[tuple[int, int], Tensor]:
     up, down, rows = factors_of(module)
     m = up.shape[0] if rows is None else rows.shape[0]
     return (m, down.shape[1]), up
-
-
-# What may be asked without the numbers: methods, and the getters of attributes.
-_METADATA = {
-    Tensor.size,
-    Tensor.dim,
-    Tensor.is_floating_point,
-    *(
-        getattr(Tensor, name).__get__
-        for name in ("shape", "dtype", "device", "ndim", "layout", "is_meta", "is_cuda")
-    ),
-}
-
-
-def _filled_in(value: Any) -> Any:
-    """Return arguments with every lazy weight, at any depth, multiplied out."""
-    if isinstance(value, LazyWeight):
-        return weight_of(value._module)
-    if isinstance(value, (list, tuple)):
-        return type(value)([_filled_in(element) for element in value])
-    if isinstance(value, dict):
-        return {key: _filled_in(element) for key, element in value.items()}
-    return value
 
 
 def _empty_rows(count: int, factory: dict[str, Any]) -> Tensor:

@@ -10,7 +10,10 @@ from svdcli.files.checkpoint import STANDALONE
 from svdcli.version import __version__
 
 # In this order, since each uses names of those before it.
-_SOURCES = ("plan/parts.py", "models/modules.py", "models/hf.py", "models/auto_classes.py")
+_SOURCES = (
+    "plan/parts.py",
+    *(f"models/{name}.py" for name in ("kernels", "modules", "hf", "auto_classes")),
+)
 _PACKAGE = Path(__file__).parent.parent
 
 

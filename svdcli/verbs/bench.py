@@ -50,7 +50,8 @@ class Quantiles:
 @dataclass(frozen=True)
 class ModelSpeed:
     """One of the two models. prefill and decode are tokens a second; decode is None for a model
-    that keeps no cache.
+    that keeps no cache. compiled is decode through torch.compile with a cache of fixed size; None
+    where that was not asked for, or the model is no decoder.
 
     load_seconds is once, with the files in the page cache. Memory is that of the process above what
     its imports take, or the accelerator's where the model is on a CUDA device: at rest after the
@@ -68,6 +69,7 @@ class ModelSpeed:
     peak_bytes: int
     prefill: Quantiles
     decode: Quantiles | None
+    compiled: Quantiles | None = None
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,7 @@ class Ratios:
     memory_bytes: float | None
     peak_bytes: float | None
     file_bytes: float | None
+    compiled: Quantiles | None = None
 
 
 @dataclass(frozen=True)
@@ -118,9 +121,10 @@ class Bench:
     def comparisons(self) -> tuple[Comparison, ...]:
         """The comparison line by line; no decode where there is none."""
         before, after, ratios = self.original, self.compressed, self.ratios
-        speeds = [_speeds("prefill", before.prefill, after.prefill, ratios.prefill)]
-        if before.decode is not None and after.decode is not None and ratios.decode is not None:
-            speeds.insert(0, _speeds("decode", before.decode, after.decode, ratios.decode))
+        speeds = []
+        for measure, name in _SPEEDS.items():
+            pair = (getattr(side, name) for side in (before, after, ratios))
+            speeds += _speeds(measure, *pair)
         return (
             *speeds,
             Comparison("load", "s", before.load_seconds, after.load_seconds, ratios.load_seconds),
@@ -133,10 +137,18 @@ class Bench:
         return {"svdcli_json": JSON_VERSION, "kind": "bench"} | asdict(self)
 
 
-def _speeds(measure: str, before: Quantiles, after: Quantiles, ratio: Quantiles) -> Comparison:
-    return Comparison(
-        measure, "tokens/s", before.median, after.median, ratio.median, ratio.lowest, ratio.highest
-    )
+# What is measured in tokens a second, and what it is called here.
+_SPEEDS = {"decode": "decode", "compiled decode": "compiled", "prefill": "prefill"}
+
+
+def _speeds(
+    measure: str, before: Quantiles | None, after: Quantiles | None, ratio: Quantiles | None
+) -> list[Comparison]:
+    """One line, none where it was not measured."""
+    if before is None or after is None or ratio is None:
+        return []
+    medians = (before.median, after.median, ratio.median)
+    return [Comparison(measure, "tokens/s", *medians, ratio.lowest, ratio.highest)]
 
 
 def bench(
@@ -147,6 +159,7 @@ def bench(
     new_tokens: int = 32,
     batch: int = 1,
     rounds: int = 5,
+    compile: bool = False,  # noqa: A002
     compute: Compute | None = None,
     trust_remote_code: bool = False,
     progress: Progress = silent,
@@ -154,7 +167,9 @@ def bench(
     """Measure both models by turns, `rounds` times after one round to warm up.
 
     A round reads a prompt of random tokens in one pass (prefill), then writes new_tokens greedily
-    with the cache (decode). trust_remote_code runs Python that the models' folders bring along.
+    with the cache (decode). compile has both models decode through torch.compile as well, after
+    everything else, with a cache of fixed size. trust_remote_code runs Python that the models'
+    folders bring along.
     Raises SvdcliError where a model does not open, does not read text, or its process dies.
     """
     # All that can be refused before a process starts
@@ -176,7 +191,7 @@ def bench(
         "batch": batch,
         "trust_remote_code": trust_remote_code,
     }
-    pair, turns = _measure(checkpoints, task, rounds, progress)
+    pair, turns = _measure(checkpoints, task, rounds, compile, progress)
 
     # The original was named first, and each speed counts all prompts of a batch
     original, compressed = (
@@ -199,7 +214,11 @@ def bench(
 
 
 def _measure(
-    checkpoints: Sequence[Checkpoint], task: Mapping[str, Any], rounds: int, progress: Progress
+    checkpoints: Sequence[Checkpoint],
+    task: Mapping[str, Any],
+    rounds: int,
+    compiles: bool,
+    progress: Progress,
 ) -> tuple[list[_Child], _Turns]:
     """Start a process for each model and measure it there: (the processes, which have ended and
     keep what they have told; the seconds of every round)."""
@@ -215,9 +234,14 @@ def _measure(
             _into_page_cache(checkpoint)
             child.about |= child.ask("load")
 
-        turns = _turns(pair, rounds, progress)
+        turns = _turns(pair, ("prefill", "decode"), rounds, progress)
         for child in pair:
             child.about |= child.ask("memory")
+
+        # Last, since the compiler takes memory of its own
+        if compiles:
+            for child, seconds in _turns(pair, ("compiled",), rounds, progress).items():
+                turns[child] |= seconds
     return pair, turns
 
 
@@ -255,16 +279,17 @@ def _into_page_cache(checkpoint: Checkpoint) -> None:
 _Turns = dict["_Child", dict[str, list[float]]]
 
 
-def _turns(pair: Sequence[_Child], rounds: int, progress: Progress) -> _Turns:
-    """{child: {"prefill": seconds of every round, "decode": the same}}, without the first round,
-    which warms up.
+def _turns(
+    pair: Sequence[_Child], phases: Sequence[str], rounds: int, progress: Progress
+) -> _Turns:
+    """{child: {phase: seconds of every round}}, without the first round, which warms up.
 
     The model that begins changes with the round, so that a drift of the machine favours neither.
     """
-    turns: _Turns = {child: {"prefill": [], "decode": []} for child in pair}
+    turns: _Turns = {child: {phase: [] for phase in phases} for child in pair}
     for number in range(rounds + 1):
         order = pair if number % 2 == 0 else pair[::-1]
-        for phase in ("prefill", "decode"):
+        for phase in phases:
             for child in order:
                 seconds = child.ask(phase)["seconds"]
                 if number > 0 and seconds is not None:
@@ -303,6 +328,7 @@ def _speed_of(
         peak_bytes=about["peak_bytes"],
         prefill=prefill,
         decode=_quantiles([new_tokens / seconds for seconds in turns["decode"]]),
+        compiled=_quantiles([new_tokens / seconds for seconds in turns.get("compiled", ())]),
     )
 
 
@@ -323,6 +349,7 @@ def _ratios(ours: ModelSpeed, theirs: ModelSpeed) -> Ratios:
     return Ratios(
         prefill=prefill,
         decode=paired(ours.decode, theirs.decode),
+        compiled=paired(ours.compiled, theirs.compiled),
         load_seconds=once(lambda speed: speed.load_seconds),
         memory_bytes=once(lambda speed: speed.memory_bytes),
         peak_bytes=once(lambda speed: speed.peak_bytes),

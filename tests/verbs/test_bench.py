@@ -172,6 +172,19 @@ def printed(found: Bench, *options: str, columns: int = 160) -> str:
     return done.out.decode()
 
 
+def test_compiled_decoding_is_measured_where_it_is_asked_for(
+    found: Bench, written: Written, compressed: Compressed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert found.original.compiled is None
+    assert found.ratios.compiled is None
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")  # as slow as it is elsewhere, and the same way
+    done = bench(compressed("llama"), written("llama"), compile=True, **SMALL)
+    for side in (done.original, done.compressed, done.ratios):
+        assert side.compiled is not None
+        assert len(side.compiled.rounds) == 2
+    assert "compiled decode" in [line.measure for line in done.comparisons]
+
+
 @pytest.mark.parametrize("columns", [80, 160])
 def test_the_table_has_a_line_for_every_measure(found: Bench, columns: int) -> None:
     text = printed(found, columns=columns)
