@@ -42,8 +42,8 @@ BLOCK_RATE = 0.002  # largest step of a weight, as a share of its tensor's root 
 # the same, times the root of the divergence at the start: errors of weights grow with that
 WHOLE_RATE = 0.01
 # largest step of an integer, in steps of its grid
-BLOCK_STEP = 0.005
-WHOLE_STEP = 0.005
+BLOCK_STEP = 0.02
+WHOLE_STEP = 0.02
 WHOLE = "whole model"
 _MOMENT_BATCHES = 8
 HELD_OUT = 4  # batches: more would cost as much as the training
@@ -96,6 +96,14 @@ class Batches:
         step = max(1.0, len(self.train) / max(1, count))
         count = min(count, len(self.train))
         return Batches([self.train[int(i * step)] for i in range(count)], self.held_out)
+
+    def in_halves(self) -> Batches:
+        """Return the same text in twice as many batches to train on: a step moves an integer by as
+        much whatever it was told by, so that more and smaller ones get further."""
+        train: list[Batch] = []
+        for batch in self.train:
+            train += _halves(batch) if len(batch["input_ids"]) > 1 else [batch]
+        return Batches(train, self.held_out)
 
 
 def _halves(batch: Batch) -> tuple[Batch, Batch]:
@@ -539,7 +547,9 @@ def heal_whole(
     device = next(iter(tensors.values())).device
     with caches_off(teacher), caches_off(student):
         # What it is trained on; the further it is from the original, the larger its steps
-        goal = _Whole(call(teacher), call(student), batches, hard_labels, device)
+        scale_dtypes = _scale_dtypes(student, "", {name: dtypes[name] for name in tensors})
+        read = batches.in_halves() if scale_dtypes else batches
+        goal = _Whole(call(teacher), call(student), read, hard_labels, device)
         distances: list[float] = []
 
         def error() -> float:
@@ -553,8 +563,7 @@ def heal_whole(
         # Coordinates in which all steps cost alike, learned from a few batches
         sample = [_moved(batch, device) for batch in batches.fewer(_MOMENT_BATCHES).train]
         whitened = whitened_layers(teacher, student, tensors, sample, call(teacher))
-        stored_dtypes = {name: dtypes[name] for name in tensors}
-        roundings = _learned_roundings(student, _scale_dtypes(student, "", stored_dtypes))
+        roundings = _learned_roundings(student, scale_dtypes)
         layers = StandIns(student, {**whitened, **roundings})
 
         # What is trained: their weights, and the biases that may change
@@ -571,7 +580,7 @@ def heal_whole(
 
         report = partial(_report, progress, WHOLE, 0, 1)
         schedule = Schedule(effort.steps, effort.seconds, report)
-        indices = range(len(batches.train))
+        indices = range(len(goal.batches.train))
         with layers.training():
             train(weights, schedule, indices, goal.loss, keep_if_better, seed)
     return HealedBlock(WHOLE, best.first, best.error, schedule.step, best.weights)

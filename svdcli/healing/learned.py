@@ -19,8 +19,8 @@ from svdcli.linalg.codes import stored_codes, stored_integers
 from svdcli.linalg.rounding import Grid, Rounded, by_column
 from svdcli.models.modules import PackedLinear
 
-# Largest step of a scale, as a share of that of an integer: both move a weight by as much.
-_STEP_OF_SCALES = 0.1
+# Largest step of a scale, as a share of its size, for each step of an integer.
+_STEP_OF_SCALES = 0.02
 
 
 class LearnedRounding(nn.Module):

@@ -307,6 +307,8 @@ class PackedLinear(_WithDenseWeight):
 
     def _as_stored(self) -> dict[str, Tensor | None]:
         """Return the buffers as they are in a file."""
+        if self.holds_words:
+            return dict(self._buffers)
         self._take_back()
         buffers = dict(self._buffers)
         if isinstance(self.held, KernelCodes):
@@ -317,9 +319,10 @@ class PackedLinear(_WithDenseWeight):
     def moved(self, device: torch.device) -> PackedLinear:
         """Return a copy whose integers and scales are on a device."""
         other = copy.copy(self)
-        buffers = other.__dict__["_buffers"]
-        for name, tensor in buffers.items():
-            buffers[name] = tensor.to(device)
+        buffers: dict[str, Tensor | None] = {}
+        for name, tensor in self._as_stored().items():
+            buffers[name] = None if tensor is None else tensor.to(device)
+        other._buffers = buffers
         return other
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
@@ -342,7 +345,7 @@ class PackedLinear(_WithDenseWeight):
     def __getstate__(self) -> dict[str, Any]:
         """Copies, and pickled ones, hold integers as they are stored; what shares them still
         does."""
-        if isinstance(self.held, KernelCodes):
+        if not self.holds_words and isinstance(self.held, KernelCodes):
             return self.__dict__ | {"_buffers": self._as_stored()}
         return self.__dict__.copy()
 

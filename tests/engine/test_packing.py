@@ -206,13 +206,6 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(model: Path, tmp_path: Pat
     ]
 
 
-def test_heal_refuses_packed_layers(written: Any, tmp_path: Path) -> None:
-    model = written("llama")
-    svdcli.compress(model, tmp_path / "o", rank=32, bits=4)
-    with pytest.raises(SvdcliError, match="fewer bits, which heal does not train"):
-        svdcli.heal(tmp_path / "o", teacher=model, texts=svdcli.Texts("t", ("a b c",)))
-
-
 @pytest.mark.parametrize("shape", [(160, 5), (-1, -1), (160, 4 * 10**12), (32, 160)])
 def test_a_stored_shape_that_is_another_is_one_line(
     shape: tuple[int, int], model: Path, tmp_path: Path

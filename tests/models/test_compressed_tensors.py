@@ -90,7 +90,8 @@ def test_without_svdcli(rounded: Callable[..., Path], tmp_path: Path) -> None:
     assert done.code == 0, done.err
     dense = dense_of(folder, tmp_path / "dense")
     expected = dense(torch.arange(12)[None]).logits
-    assert torch.equal(torch.load(tmp_path / "logits.pt"), expected)
+    # another process may have other threads, which add in another order
+    torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), expected)
 
 
 @pytest.mark.parametrize("bits", [8, 4])
