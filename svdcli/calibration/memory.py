@@ -50,8 +50,10 @@ def state_bytes(model: Any, width: int, batches: Sequence[Batch], *, gradients: 
 def whole_bytes(teacher: Any, student: Any, vocabulary: int, batches: Sequence[Batch]) -> int:
     """Return the bytes that it takes, at most, to train the student on the teacher's answers in one
     piece and in float32."""
-    # The student's weights come with their gradients and AdamW's two moments
-    weights = numbers_of(teacher) + 4 * numbers_of(student)
+    # The student's weights come with their gradients and AdamW's two moments, its packed ones also
+    # with the integers and the weight that they are rounded to
+    packed = numbers_of(student) - sum(parameter.numel() for parameter in student.parameters())
+    weights = numbers_of(teacher) + 4 * numbers_of(student) + 2 * packed
 
     # What one batch leaves behind in every layer, and a few copies of its logits
     tokens: int = max(batch["input_ids"].numel() for batch in batches)

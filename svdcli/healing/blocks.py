@@ -7,6 +7,9 @@ AA-SVD, 2026): first in closed form (`healing.refit`), then by gradient. An erro
 output counts as d^T H d, with H the second moment of the model's loss gradient there: as much as
 the model's loss will feel it. Only the factors, and biases that were refitted, change.
 
+Packed layers are rounded anew for what they really meet, and then learn their rounding: integers
+and scales (`healing.learned`).
+
 A model that fits into memory is then trained in one piece on its divergence from the original and,
 a little, on the text.
 """

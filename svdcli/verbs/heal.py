@@ -49,7 +49,7 @@ from svdcli.healing.blocks import (
 from svdcli.models.load import load_stored
 from svdcli.plan.budget import missed_target
 from svdcli.plan.packing import PLAIN, SHAPE
-from svdcli.plan.plan import Healing, LayerPlan, Plan
+from svdcli.plan.plan import EMBEDDING, Healing, LayerPlan, Plan
 from svdcli.progress import Progress, silent
 from svdcli.text.texts import Texts
 from svdcli.text.tokens import Amount, load_tokenizer
@@ -89,12 +89,12 @@ def heal(
     trust_remote_code: bool = False,
     progress: Progress = silent,
 ) -> Outcome:
-    """Refine the factors of `output` on text, towards what `teacher` answers: block by block, then
-    all together (`healing.blocks`).
+    """Refine the factors and the rounding of `output` on text, towards what `teacher` answers:
+    block by block, then all together (`healing.blocks`).
 
-    output is a directory that compress wrote from teacher, factored or pivoted; out defaults to
-    `<output>-healed`. Ranks, layout and bytes stay; no block is left worse on text that it was not
-    trained on. A run that was cut short continues with the block it had reached. samples is how
+    output is a directory that compress wrote from teacher, with factors or packed layers; out
+    defaults to `<output>-healed`. Ranks, bits, layout and bytes stay; no block is left worse on
+    text that it was not trained on. A run that was cut short continues with the block it had reached. samples is how
     much text the blocks read, as for `calibrate`; the whole model reads eight times as much.
     hard_labels, from 0 to 1, is how much the tokens of the text count against the original's
     answers where the whole of a decoder is trained; by default `HARD_LABELS`. memory bounds what
@@ -420,9 +420,11 @@ def _stored_names(
     or of those within."""
     from svdcli.models.hf import module_names
 
-    targets = module_names(student, [layer.tensor.module for layer in plan.factored])
+    # Packed tables are no layers of a block, and stay
+    layers = [layer for layer in plan.factored if layer.role != EMBEDDING or layer.packing == PLAIN]
+    targets = module_names(student, [layer.tensor.module for layer in layers])
     names = {}
-    for layer in plan.factored:
+    for layer in layers:
         target = targets[layer.tensor.module]
         if target is None or (within is not None and target not in within):
             continue

@@ -1,9 +1,11 @@
 """What fewer bits, lower rank and both together cost in quality, by the bytes that remain: one
 table.
 
-    python tests/benchmarks/bits.py              the sample model, twenty minutes on two cores
+    python tests/benchmarks/bits.py              the sample model, fifty minutes on two cores
     python tests/benchmarks/bits.py --quick      few windows, two budgets
     python tests/benchmarks/bits.py --json FILE  what was measured, as JSON
+    python tests/benchmarks/bits.py --json FILE --rows healed
+        some rows; the others stay as they are in FILE
 
 Every row reads the same calibration (the training half of Python's standard library) and is judged
 on text that it never saw, by the excess of its loss over the original's. Bytes are those of the
@@ -15,8 +17,10 @@ scale a row, fewer in groups of 64; both are this project's own rounding, withou
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +36,8 @@ from svdcli.text.texts import read_texts
 
 SAMPLE = HERE.parents[1] / "sample_models" / "tiny-llama"
 SHARES = (0.5, 0.4, 0.3, 0.267, 0.2, 0.16, 0.13)
+HEALED = (0.267, 0.2)
+MINUTES = 10
 GROUP = 64
 GRIDS = {8: Grid(8), 4: Grid(4, GROUP), 3: Grid(3, GROUP), 2: Grid(2, GROUP)}
 Round = Callable[[Tensor, Grid, LayerMoments], Tensor]
@@ -105,22 +111,42 @@ class Bench:
         predicted = outcome.report.expected_loss
         return {"bytes": share_kept, "excess": value, "error": error, "expected": predicted}
 
+    def healed(self, share: float) -> dict[str, Any]:
+        """The same after so many minutes of healing."""
+        measured = self.budget(share)
+        assert measured is not None
+        out = self.folder / "healed"
+        text = read_texts(None, stdlib=True)
+        effort = svdcli.Effort(seconds=60 * MINUTES)
+        svdcli.heal(self.folder / "out", out, teacher=SAMPLE, texts=text, effort=effort, force=True)
+        value, error = self.excess(out)
+        return {"bytes": measured["bytes"], "excess": value, "error": error}
 
-def measure(bench: Bench) -> dict[str, Any]:
+
+def measure(bench: Bench, wanted: Sequence[str]) -> dict[str, Any]:
+    """The rows whose names begin with one of those wanted; all where none is."""
     results: dict[str, Any] = {}
+    for name, measured in _rows(bench):
+        if not wanted or name.startswith(tuple(wanted)):
+            say(name)
+            results[name] = [result for result in measured() if result is not None]
+    return results
+
+
+def _rows(bench: Bench) -> Iterator[tuple[str, Callable[[], list[Any]]]]:
+    """The name of each row, and what measures it."""
     for name, rounding in (("round to nearest", to_nearest), ("GPTQ", gptq)):
         for bits in GRIDS:
-            say(f"{name}, {bits} bits")
-            results[f"{name}, {bits} bits"] = [bench.bits_alone(rounding, bits)]
-    ways = {
-        "rank alone": {"bits": "16", "layout": "pivoted", "allocate": "global", "floor": 0.0},
-        "rank and bits": {},
-    }
-    for name, wanted in ways.items():
-        say(name)
-        found = [bench.budget(share, **wanted) for share in bench.shares]
-        results[name] = [result for result in found if result is not None]
-    return results
+            yield f"{name}, {bits} bits", partial(_one, bench, rounding, bits)
+    ranks = {"bits": "16", "layout": "pivoted", "allocate": "global", "floor": 0.0}
+    yield "rank alone", lambda: [bench.budget(share, **ranks) for share in bench.shares]
+    yield "rank and bits", lambda: [bench.budget(share) for share in bench.shares]
+    shares = [share for share in HEALED if share in bench.shares]
+    yield f"healed, {MINUTES} minutes", lambda: [bench.healed(share) for share in shares]
+
+
+def _one(bench: Bench, rounding: Round, bits: int) -> list[Any]:
+    return [bench.bits_alone(rounding, bits)]
 
 
 def markdown(results: dict[str, Any]) -> str:
@@ -136,9 +162,13 @@ def markdown(results: dict[str, Any]) -> str:
 def main() -> None:
     options = parser(__doc__)
     options.add_argument("--quick", action="store_true", help="few windows, two budgets")
+    options.add_argument("--rows", nargs="+", default=[], help="rows whose names begin with these")
     given = options.parse_args()
+    results: dict[str, Any] = {}
+    if given.rows and given.json is not None and given.json.exists():
+        results = json.loads(given.json.read_text())
     with building_in(given.folder) as folder:
-        results = measure(Bench(folder, given))
+        results |= measure(Bench(folder, given), given.rows)
     print(markdown(results))
     write_json(given.json, results)
 

@@ -180,3 +180,22 @@ def test_a_block_is_rounded_for_what_the_packed_blocks_before_it_send(
     found = svdcli.heal(small, tmp_path / "healed", teacher=teacher, texts=TEXT, **how)
     second = found.report.healing["blocks"]["model.layers.1"]
     assert second["after"] < 0.9 * second["before"]
+
+
+def test_a_table_in_fewer_bits_stays_as_it_is(tmp_path: Path) -> None:
+    """In a model of bfloat16, whose table and tied head lie outside every block."""
+    teacher = zoo.save("llama-tied", tmp_path / "model")
+    model = svdcli.load(teacher).to(torch.bfloat16)
+    model.save_pretrained(teacher)
+    words_tokenizer(teacher)
+    recipe = svdcli.Recipe("keep", 0.9, bits="4", group_size=32, embedding_bits="8")
+    svdcli.compress(teacher, tmp_path / "small", recipe)
+    how = HOW | {"effort": Effort(steps=4)}
+    found = svdcli.heal(tmp_path / "small", tmp_path / "healed", teacher=teacher, texts=TEXT, **how)
+    assert WHOLE in found.report.healing["blocks"]
+    assert svdcli.verify(tmp_path / "healed", teacher).ok
+    folders = (tmp_path / "small", tmp_path / "healed")
+    old, new = (contents(folder / "model.safetensors") for folder in folders)
+    table = [name for name in old if "embed_tokens" in name]
+    assert len(table) == 2
+    assert all(old[name] == new[name] for name in table)
