@@ -94,13 +94,13 @@ def heal(
 
     output is a directory that compress wrote from teacher, with factors or packed layers; out
     defaults to `<output>-healed`. Ranks, bits, layout and bytes stay; no block is left worse on
-    text that it was not trained on. A run that was cut short continues with the block it had reached. samples is how
-    much text the blocks read, as for `calibrate`; the whole model reads eight times as much.
-    hard_labels, from 0 to 1, is how much the tokens of the text count against the original's
-    answers where the whole of a decoder is trained; by default `HARD_LABELS`. memory bounds what
-    training the whole model may take (bytes; by default half of what is free): where it takes more,
-    the blocks alone are refined. trust_remote_code runs Python that the folders bring along. Raises
-    SvdcliError or a child of it.
+    text that it was not trained on. A run that was cut short continues with the block it had
+    reached. samples is how much text the blocks read, as for `calibrate`; the whole model reads
+    eight times as much. hard_labels, from 0 to 1, is how much the tokens of the text count against
+    the original's answers where the whole of a decoder is trained; by default `HARD_LABELS`. memory
+    bounds what training the whole model may take (bytes; by default half of what is free): where it
+    takes more, the blocks alone are refined. trust_remote_code runs Python that the folders bring
+    along. Raises SvdcliError or a child of it.
     """
     if hard_labels is not None and not 0 <= hard_labels <= 1:
         raise UsageError(f"--hard-labels {hard_labels:g} is not a share", "give 0 to 1")
