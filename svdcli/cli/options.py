@@ -100,7 +100,7 @@ OutputOrNewest = Annotated[str | None, typer.Argument(help="What compress wrote.
 OutputOrModel = Annotated[str, _out("What compress wrote, or any model directory.")]
 
 
-OutputWithFactors = Annotated[str, _out("What compress wrote, factored or pivoted.")]
+OutputWithFactors = Annotated[str, _out("What compress wrote, with factors or packed layers.")]
 
 
 # Of several commands, each in its own words -------------------------------------------------------

@@ -322,7 +322,7 @@ def _refine(
     blocks = _refine_blocks(material, effort, trainable, moments, request.seed, run)
     if not blocks:
         raise SvdcliError(
-            f"no block of {pair.compressed.shown} that reads text holds factors",
+            f"no block of {pair.compressed.shown} that reads text holds factors or packed layers",
             "there is nothing to heal",
         )
     if why_not is not None:

@@ -230,6 +230,18 @@ def test_what_is_held_out_is_never_learned_from() -> None:
         assert reading.fewer(5).held_out is reading.held_out
 
 
+def test_batches_in_halves_are_the_same_text() -> None:
+    batches = [{"input_ids": torch.arange(3)[:, None] + 10 * i} for i in range(8)]
+    reading = Batches.split([*batches, {"input_ids": torch.tensor([[99]])}])
+    halves = reading.in_halves()
+    rows = [
+        torch.cat([batch["input_ids"] for batch in part]) for part in (reading.train, halves.train)
+    ]
+    assert torch.equal(*rows)
+    assert max(len(batch["input_ids"]) for batch in halves.train) == 2
+    assert halves.held_out is reading.held_out
+
+
 def test_little_text_is_parted_and_a_single_window_refused(
     pair: tuple[Path, Path], tmp_path: Path
 ) -> None:
