@@ -52,7 +52,7 @@ def whole_bytes(teacher: Any, student: Any, vocabulary: int, batches: Sequence[B
     piece and in float32."""
     # The student's weights come with their gradients and AdamW's two moments, its packed ones also
     # with the integers and the weight that they are rounded to
-    packed = numbers_of(student) - sum(parameter.numel() for parameter in student.parameters())
+    packed: int = numbers_of(student) - sum(parameter.numel() for parameter in student.parameters())
     weights = numbers_of(teacher) + 4 * numbers_of(student) + 2 * packed
 
     # What one batch leaves behind in every layer, and a few copies of its logits
