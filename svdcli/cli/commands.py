@@ -665,7 +665,7 @@ def heal(
     csv_: Csv = False,
     quiet: Quiet = False,
 ) -> None:
-    """Refine factors and rounding so that OUT answers as the original does.
+    """Refine factors and rounding to answer as the original.
 
     Block by block, and then all together. A run that was cut short continues with the block it had
     reached. OUT is not touched.
