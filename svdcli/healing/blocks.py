@@ -583,7 +583,7 @@ def heal_whole(
 
         report = partial(_report, progress, WHOLE, 0, 1)
         schedule = Schedule(effort.steps, effort.seconds, report)
-        indices = range(len(goal.batches.train))
+        indices = range(len(read.train))
         with layers.training():
             train(weights, schedule, indices, goal.loss, keep_if_better, seed)
     return HealedBlock(WHOLE, best.first, best.error, schedule.step, best.weights)

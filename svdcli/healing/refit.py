@@ -358,12 +358,14 @@ def _solve(pair: LayerPair, sums: _Sums) -> None:
     damped = inputs + ridge * torch.eye(inputs.shape[0], dtype=inputs.dtype, device=inputs.device)
     best = w + torch.linalg.solve(damped, (cross - w @ inputs).T).T
 
-    # What comes nearest to it of what the layer can store, and the bias that takes the mean error
-    # out
-    mean = x
-    for matrix in reversed(_put_nearest(pair, best, Metric(inputs, pair.output_moment))):
-        mean = matrix @ mean
+    # What comes nearest to it of what the layer can store
+    matrices = _put_nearest(pair, best, Metric(inputs, pair.output_moment))
+
+    # The bias that takes the mean error out
     if pair.refits_bias and bias is not None:
+        mean = x
+        for matrix in reversed(matrices):
+            mean = matrix @ mean
         bias.data = (y - mean).to(bias.dtype)
 
 

@@ -311,7 +311,7 @@ def _refine(
     why_not = _why_not_whole(material, run.device, memory)
     seconds = clock.left()
     if seconds is not None and why_not is None:
-        packed = any(layer.packing != PLAIN for layer in pair.plan.factored)
+        packed = any(layer.packing != PLAIN for layer in _refined_layers(pair.plan))
         seconds *= _PACKED_BLOCKS_SHARE if packed else _BLOCKS_SHARE
     # The dtypes are noted now: training leaves float32 behind
     dtypes = {name: tensor.dtype for name, tensor in _named_tensors(student).items()}
@@ -420,8 +420,7 @@ def _stored_names(
     or of those within."""
     from svdcli.models.hf import module_names
 
-    # Packed tables are no layers of a block, and stay
-    layers = [layer for layer in plan.factored if layer.role != EMBEDDING or layer.packing == PLAIN]
+    layers = _refined_layers(plan)
     targets = module_names(student, [layer.tensor.module for layer in layers])
     names = {}
     for layer in layers:
@@ -435,6 +434,11 @@ def _stored_names(
         if layer.bias is not None:
             names[f"{target}.bias"] = layer.bias.name
     return names
+
+
+def _refined_layers(plan: Plan) -> list[LayerPlan]:
+    """All that may change: packed tables are no layers of a block, and stay."""
+    return [layer for layer in plan.factored if layer.role != EMBEDDING]
 
 
 def _why_not_whole(material: _Material, device: torch.device, allowed: int | None) -> str | None:

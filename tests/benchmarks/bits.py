@@ -1,7 +1,7 @@
 """What fewer bits, lower rank and both together cost in quality, by the bytes that remain: one
 table.
 
-    python tests/benchmarks/bits.py              the sample model, fifty minutes on two cores
+    python tests/benchmarks/bits.py              the sample model; twenty minutes of it are healing
     python tests/benchmarks/bits.py --quick      few windows, two budgets
     python tests/benchmarks/bits.py --json FILE  what was measured, as JSON
     python tests/benchmarks/bits.py --json FILE --rows healed

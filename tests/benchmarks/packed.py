@@ -1,6 +1,6 @@
 """Speed and memory of models of few-bit integers, against bounds.
 
-    python tests/benchmarks/packed.py  everything, about 15 minutes on two quiet cores
+    python tests/benchmarks/packed.py  everything
     python tests/benchmarks/packed.py --form "int4 whole"  one of them
     python tests/benchmarks/packed.py --no-compile  without torch.compile, which takes most of it
     python tests/benchmarks/packed.py --json results.json  what was measured, as JSON
