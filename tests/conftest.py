@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -66,16 +67,38 @@ def _no_bars() -> None:
 
 
 @pytest.fixture(scope="session")
-def written(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """The directory of a family's tiny model, written when it is first asked for."""
+def written(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Path]]:
+    """The directory of a family's tiny model, written when it is first asked for. Tests share it:
+    none may change it, and at the end none has."""
     import zoo
+    from helpers import tree
 
     made: dict[str, Path] = {}
+    as_written: dict[str, dict[str, str]] = {}
 
     def write(family: str) -> Path:
         if family not in made:
             made[family] = zoo.save(family, tmp_path_factory.mktemp(family) / "model")
+            as_written[family] = tree(made[family])
         return made[family]
+
+    yield write
+    assert {family: tree(path) for family, path in made.items()} == as_written
+
+
+@pytest.fixture(scope="session")
+def readable(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """The same with a tokenizer: (family, dtype) -> directory."""
+    import zoo
+
+    made: dict[tuple[str, Any], Path] = {}
+
+    def write(family: str, dtype: Any = None) -> Path:
+        if (family, dtype) not in made:
+            folder = zoo.save(family, tmp_path_factory.mktemp(family) / "m", dtype)
+            zoo.words_tokenizer(folder)
+            made[family, dtype] = folder
+        return made[family, dtype]
 
     return write
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-import zoo
 from helpers import tree, write_model
 
 import svdcli
@@ -34,12 +33,11 @@ def in_another_process(
 
 @pytest.mark.parametrize("calibrated", [False, True])
 def test_another_process_writes_the_same_bytes(
-    calibrated: bool, written: Callable[[str], Path], tmp_path: Path, monkeypatch: Any
+    calibrated: bool, readable: Callable[[str], Path], tmp_path: Path, monkeypatch: Any
 ) -> None:
-    model, recipe = written("gpt2"), svdcli.Recipe("keep", 0.5, layout="pivoted")
+    model, recipe = readable("gpt2"), svdcli.Recipe("keep", 0.5, layout="pivoted")
     how: dict[str, Any] = {}
     if calibrated:
-        zoo.words_tokenizer(model)
         text = svdcli.Texts("words", (" ".join(f"w{i % 90 + 2}" for i in range(2000)),))
         svdcli.calibrate(model, tmp_path / "m.safetensors", text, samples=8, seq_len=32)
         how["calibration"] = tmp_path / "m.safetensors"

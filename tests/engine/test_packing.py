@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-import zoo
 from helpers import cli, tree, weight, write_model
 from safetensors.torch import load_file as read_tensors
 from safetensors.torch import save_file
@@ -110,15 +109,14 @@ def test_a_damaged_code_does_not_verify(model: Path, tmp_path: Path) -> None:
 
 
 def calibrated(model: Path, folder: Path) -> Path:
-    zoo.words_tokenizer(model)
     text = svdcli.Texts("words", (" ".join(f"w{i * i % 90 + 2}" for i in range(3000)),))
     svdcli.calibrate(model, folder / "moments.safetensors", text, samples=24, seq_len=32)
     return folder / "moments.safetensors"
 
 
 @pytest.mark.parametrize("share", [0.2, 0.3, 0.5])
-def test_bits_and_ranks_of_one_budget(share: float, written: Any, tmp_path: Path) -> None:
-    model = written("llama")
+def test_bits_and_ranks_of_one_budget(share: float, readable: Any, tmp_path: Path) -> None:
+    model = readable("llama")
     moments = calibrated(model, tmp_path)
     outcome = svdcli.compress(
         model, tmp_path / "o", calibration=moments, keep_bytes=share, group_size=32
@@ -134,8 +132,10 @@ def test_bits_and_ranks_of_one_budget(share: float, written: Any, tmp_path: Path
     assert again.report.predicted_loss == outcome.report.predicted_loss
 
 
-def test_the_size_of_the_output_is_never_above_what_was_asked(written: Any, tmp_path: Path) -> None:
-    model = written("llama")
+def test_the_size_of_the_output_is_never_above_what_was_asked(
+    readable: Any, tmp_path: Path
+) -> None:
+    model = readable("llama")
     moments = calibrated(model, tmp_path)
     whole = sum(file.stat().st_size for file in model.iterdir())
     outcome = svdcli.compress(
@@ -147,10 +147,10 @@ def test_the_size_of_the_output_is_never_above_what_was_asked(written: Any, tmp_
 @pytest.mark.parametrize("share", [0.17, 0.3])
 @pytest.mark.parametrize("family", ["llama", "gpt2"])  # gpt2 stores (in, out), and has biases
 def test_the_plan_knows_what_rounding_will_cost(
-    family: str, share: float, written: Any, tmp_path: Path
+    family: str, share: float, readable: Any, tmp_path: Path
 ) -> None:
     """The predicted loss against that of what is stored, in the metric of the calibration."""
-    model = written(family)
+    model = readable(family)
     moments = calibrated(model, tmp_path)
     outcome = svdcli.compress(
         model, tmp_path / "o", calibration=moments, keep_bytes=share, group_size=32

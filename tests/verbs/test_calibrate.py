@@ -40,21 +40,6 @@ TEXT = Texts("words", (" ".join(words(400)),))
 SENTENCES = Texts("lines", ("\n".join(" ".join(words(3 + at % 11, at)) for at in range(40)),))
 
 
-@pytest.fixture(scope="module")
-def readable(tmp_path_factory: pytest.TempPathFactory) -> Readable:
-    """The directory of a family's tiny model with a tokenizer: (family, dtype) -> directory."""
-    made: dict[tuple[str, Any], Path] = {}
-
-    def make(family: str, dtype: torch.dtype | None = None) -> Path:
-        if (family, dtype) not in made:
-            folder = zoo.save(family, tmp_path_factory.mktemp(family) / "m", dtype)
-            words_tokenizer(folder)
-            made[family, dtype] = folder
-        return made[family, dtype]
-
-    return make
-
-
 @pytest.fixture(autouse=True)
 def _small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     """Four windows in a batch, so that a little text makes several."""

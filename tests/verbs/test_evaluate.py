@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 from helpers import cli, complaint
-from zoo import words_tokenizer
 
 import svdcli
 from svdcli.calibration.text_side import text_side
@@ -146,12 +145,10 @@ def test_a_text_too_short_is_refused() -> None:
 
 
 @pytest.fixture
-def readers(written: Written, compressed: Callable[..., Path]) -> tuple[Path, Path]:
+def readers(readable: Written, tmp_path: Path) -> tuple[Path, Path]:
     """A tiny encoder and its compressed self, both with a tokenizer."""
-    original, out = written("bert"), compressed("bert", "pivoted", 0.5)
-    for folder in (original, out):
-        words_tokenizer(folder)
-    return original, out
+    svdcli.compress(readable("bert"), tmp_path / "out", keep=0.5, layout="pivoted")
+    return readable("bert"), tmp_path / "out"
 
 
 SENTENCES = Texts(
@@ -270,7 +267,7 @@ def test_files_that_are_no_text_are_named(small_llama: Path, tmp_path: Path) -> 
 
 
 def test_what_cannot_be_read_is_refused(
-    small_llama: Path, written: Written, tmp_path: Path
+    small_llama: Path, written: Written, readable: Written, tmp_path: Path
 ) -> None:
     assert "one of them" in complaint(cli("eval", small_llama), 2)
     assert "one of them" in complaint(cli("eval", small_llama, "--text", "x", "--stdlib"), 2)
@@ -280,9 +277,7 @@ def test_what_cannot_be_read_is_refused(
     empty.write_text(" \n")
     assert "holds no text" in complaint(cli("eval", small_llama, "--text", empty))
     assert "--samples" in complaint(cli("eval", small_llama, "--stdlib", "--samples", "0"), 2)
-    words_tokenizer(written("bert"))
     assert "continues no text; leave out --prompt" in complaint(
-        cli("eval", written("bert"), "--prompt", "a"), 2
+        cli("eval", readable("bert"), "--prompt", "a"), 2
     )
-    words_tokenizer(written("vit"))
-    assert "does not read text" in complaint(cli("eval", written("vit"), "--stdlib"))
+    assert "does not read text" in complaint(cli("eval", readable("vit"), "--stdlib"))
