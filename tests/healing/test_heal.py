@@ -4,7 +4,6 @@ block at most."""
 from __future__ import annotations
 
 import json
-import shutil
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
@@ -166,11 +165,10 @@ def test_a_model_that_does_not_fit_into_memory_is_healed_in_blocks_and_says_so(
 
 @pytest.mark.parametrize("family", ["gpt2", "bert"])
 def test_a_calibrated_model_with_biases_heals(
-    family: str, written: Written, tmp_path: Path
+    family: str, readable: Written, tmp_path: Path
 ) -> None:
     """Its biases are refitted with its layers, and are trained with them."""
-    teacher = written(family)
-    words_tokenizer(teacher)
+    teacher = readable(family)
     lines = svdcli.Texts("lines", (textwrap.fill(TEXT.documents[0], 90),))
     reading = svdcli.Reading(lines, samples=16, seq_len=32)
     recipe = svdcli.Recipe("keep", 0.5, allocate="global", floor=0.0, layout="pivoted")
@@ -188,11 +186,10 @@ def test_a_calibrated_model_with_biases_heals(
 
 
 def test_a_size_that_the_record_of_healing_exceeds_is_noted(
-    written: Written, tmp_path: Path
+    readable: Written, tmp_path: Path
 ) -> None:
     """Ranks stay, and what healing did takes room in the record."""
-    teacher = shutil.copytree(written("llama"), tmp_path / "model")
-    words_tokenizer(teacher)
+    teacher = readable("llama")
     svdcli.compress(teacher, tmp_path / "small", svdcli.Recipe("rank", 12))
     record = json.loads((tmp_path / "small" / "svdcli.json").read_text())
     small = sum(path.stat().st_size for path in (tmp_path / "small").iterdir())
@@ -483,9 +480,8 @@ def test_a_run_that_was_cut_short_continues_to_the_same_bytes(
 
 
 @pytest.mark.parametrize("family", ["gpt2", "t5", "bert"])
-def test_other_architectures_heal(family: str, written: Written, tmp_path: Path) -> None:
-    teacher = shutil.copytree(written(family), tmp_path / "model")
-    words_tokenizer(teacher)
+def test_other_architectures_heal(family: str, readable: Written, tmp_path: Path) -> None:
+    teacher = readable(family)
     svdcli.compress(teacher, tmp_path / "small", svdcli.Recipe("keep", 0.4, layout="pivoted"))
     lines = svdcli.Texts(
         "lines",
