@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 # Numbers that are unpacked at once: few enough to stay in a cache.
-NUMBERS_AT_ONCE = 1 << 20
+NUMBERS_AT_ONCE = 1 << 22
 
 ALIGNMENT = 16  # bytes and columns; without it the product with int8 ends the process
 _GROUPS = (32, 64, 128, 256)  # columns that share a scale in the product with four bits
@@ -187,9 +187,13 @@ def unordered(packed: Tensor, order: Order, start: int, stop: int) -> Tensor:
 
 def _rows_of_blocks(octets: Tensor, halves: bool) -> Tensor:
     """Return the codes (n, rows) of blocks (count, n, rows of one / 2)."""
-    low, high = octets & 15, octets >> 4
-    codes = torch.cat((low, high), -1) if halves else torch.stack((low, high), -1).flatten(2)
-    return codes.transpose(0, 1).flatten(1)
+    count, n, pairs = octets.shape
+    order = (n, count, 2, pairs) if halves else (n, count, pairs, 2)
+    codes = torch.empty(order, dtype=torch.uint8)
+    low, high = codes.unbind(2 if halves else 3)
+    torch.bitwise_and(octets, 15, out=low.transpose(0, 1))
+    torch.bitwise_right_shift(octets, 4, out=high.transpose(0, 1))
+    return codes.view(n, -1)
 
 
 class KernelCodes(Lazy):
@@ -252,7 +256,7 @@ class KernelCodes(Lazy):
         first = start - start % self.order.block
         codes = self._codes(first, stop)
         values = codes.view(torch.int8).sub_(8).to(dtype)
-        scales = self.scales_and_zeros[:, first : first + codes.shape[1], 0].to(dtype)
+        scales = self.scales_and_zeros[:, first : first + codes.shape[1], 0].to(dtype).contiguous()
         values.unflatten(0, (-1, self.group)).mul_(scales[:, None])
         return values[: self.columns, start - first : stop - first].T
 

@@ -1,7 +1,7 @@
 """What fewer bits, lower rank and both together cost in quality, by the bytes that remain: one
 table.
 
-    python tests/benchmarks/bits.py              the sample model; twenty minutes of it are healing
+    python tests/benchmarks/bits.py              the sample model; an hour of it is healing
     python tests/benchmarks/bits.py --quick      few windows, two budgets
     python tests/benchmarks/bits.py --json FILE  what was measured, as JSON
     python tests/benchmarks/bits.py --json FILE --rows healed
@@ -20,7 +20,7 @@ import argparse
 import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +35,9 @@ from svdcli.linalg.rounding import Grid, rounded
 from svdcli.text.texts import read_texts
 
 SAMPLE = HERE.parents[1] / "sample_models" / "tiny-llama"
-SHARES = (0.5, 0.4, 0.3, 0.267, 0.2, 0.16, 0.13)
-HEALED = (0.267, 0.2)
+SAMPLES = 128
+SHARES = (0.5, 0.4, 0.3, 0.267, 0.203, 0.2, 0.16, 0.141, 0.13)  # 0.203, 0.141: 3 and 2 bits
+HEALED = (0.267, 0.203, 0.2, 0.16, 0.141, 0.13)
 MINUTES = 10
 GROUP = 64
 GRIDS = {8: Grid(8), 4: Grid(4, GROUP), 3: Grid(3, GROUP), 2: Grid(2, GROUP)}
@@ -52,6 +53,17 @@ def gptq(w: Tensor, grid: Grid, moments: LayerMoments) -> Tensor:
     return matrix.values(torch.float32)
 
 
+def share_of_bytes(shapes: Sequence[torch.Size], bits: int, width: Callable[[int], int]) -> float:
+    """The bytes of whole matrices at that many bits, as a share of bfloat16; width(n) columns share
+    a scale."""
+    stored, before = 0.0, 0
+    for m, n in shapes:
+        groups = -(-n // width(n))
+        stored += m * n * bits / 8 + 2 * m * groups
+        before += 2 * m * n
+    return stored / before
+
+
 class Bench:
     """The sample model, its calibration, and the text that everything is judged on."""
 
@@ -59,13 +71,18 @@ class Bench:
         self.folder = folder
         self.windows = 16 if options.quick else 128
         self.shares = (0.267, 0.2) if options.quick else SHARES
+        self.samples = 32 if options.quick else SAMPLES
         self.held_out = read_texts(None, stdlib=True, held_out=True)
-        self.moments = folder / "moments.safetensors"
-        if not self.moments.exists():
+
+    @cached_property
+    def moments(self) -> Path:
+        """The calibration, measured where it is not there yet."""
+        path = self.folder / "moments.safetensors"
+        if not path.exists():
             say("calibrating")
             text = read_texts(None, stdlib=True)
-            samples = 32 if options.quick else 128
-            svdcli.calibrate(SAMPLE, self.moments, text, samples=samples)
+            svdcli.calibrate(SAMPLE, path, text, samples=self.samples)
+        return path
 
     def excess(self, model: Path) -> tuple[float, float]:
         """Excess loss in nats a token, and its standard error over windows."""
@@ -83,17 +100,16 @@ class Bench:
         shutil.copytree(SAMPLE, model)
         weights = load_file(SAMPLE / "model.safetensors")
         moments = open_moments(self.moments)
-        grid, stored, before = GRIDS[bits], 0.0, 0
+        shapes = []
         for name in moments.layers:
             w, measured = weights[name].float(), moments.of(name)
             assert measured is not None
-            weights[name] = rounding(w, grid, measured).to(torch.bfloat16)
-            groups = -(-w.shape[1] // grid.width(w.shape[1]))
-            stored += w.numel() * bits / 8 + 2 * w.shape[0] * groups
-            before += 2 * w.numel()
+            weights[name] = rounding(w, GRIDS[bits], measured).to(torch.bfloat16)
+            shapes.append(w.shape)
         save_file(weights, model / "model.safetensors", {"format": "pt"})
         value, error = self.excess(model)
-        return {"bytes": stored / before, "excess": value, "error": error}
+        share = share_of_bytes(shapes, bits, GRIDS[bits].width)
+        return {"bytes": share, "excess": value, "error": error}
 
     def budget(self, share: float, **wanted: Any) -> dict[str, Any] | None:
         """svdcli's own choice within a share of the bytes; None where it cannot be reached."""

@@ -117,8 +117,13 @@ def quality_tables() -> str:
 
 
 def bits_table() -> str:
-    """The recorded comparison of bits and ranks, as bits.py renders it."""
-    results = json.loads((BENCHMARKS / "bits.json").read_text())
+    """The recorded comparisons of bits and ranks and with other packages, as bits.py renders it."""
+    names = ("bits.json", "peers.json")
+    results = {
+        row: found
+        for name in names
+        for row, found in json.loads((BENCHMARKS / name).read_text()).items()
+    }
     return benchmark("bits").markdown(results) + "\n\n"
 
 
