@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +18,8 @@ from svdcli.files.compressed_tensors import METHOD as OTHERS
 from svdcli.files.config import METHOD, method_for, method_of
 from svdcli.files.record import check_listed, record_of, stored_layers
 from svdcli.models import own_code
-from svdcli.models.modules import UNPACKED, WHOLE, PackedLinear, low_rank_like
-from svdcli.plan.packing import SHAPE
+from svdcli.models.modules import UNPACKED, WEIGHT, WHOLE, PackedLinear, low_rank_like, share
+from svdcli.plan.packing import PLAIN, SHAPE
 from svdcli.plan.plan import FORMAT, LayerPlan
 
 _SMALL = 4 * 10**9  # bytes of a model that is opened in float32 on a CPU
@@ -380,7 +380,7 @@ def _load_into(module: nn.Module, checkpoint: Checkpoint) -> nn.Module:
     if record is not None:
         stored = stored_layers(checkpoint, record)
         layers = [layer for layer in stored if _needs_module(layer)]
-    fresh = _replace(module, layers, checkpoint.shown)
+    fresh, same_buffers = _replace(module, layers, checkpoint.shown)
 
     # Which tensor goes where: names may differ by prefixes, and one of two tied ones may be missing
     tripwires = {layer.tensor.name for layer in layers if layer.layout != WHOLE}
@@ -390,12 +390,16 @@ def _load_into(module: nn.Module, checkpoint: Checkpoint) -> nn.Module:
     goals = _by_plain_name(expected, "the module")
     names = {goals.get(plain, plain): source for plain, source in sources.items()}
     tied = _tied(module, expected.keys() - names.keys(), names.keys())
-    expected = {name: tensor for name, tensor in expected.items() if name not in tied}
+    shared = [f"{path}.{WEIGHT}" for path in same_buffers]
+    spoken_for = {*tied, *(name for name in expected if name.startswith(tuple(shared)))}
+    expected = {name: tensor for name, tensor in expected.items() if name not in spoken_for}
     _check_fit(expected, names, checkpoint)
 
     # Only now the module changes, since everything fits
     for name, source in sorted(names.items()):
         _assign(module, name, checkpoint.read_tensor(source))
+    for target, source in same_buffers.items():
+        share(_packed(module, source), _packed(module, target))
     for new in fresh:
         if isinstance(new, PackedLinear):
             new.take_words()
@@ -405,9 +409,15 @@ def _load_into(module: nn.Module, checkpoint: Checkpoint) -> nn.Module:
     return module
 
 
-def _replace(module: nn.Module, layers: Sequence[LayerPlan], shown: str) -> list[nn.Module]:
-    """Put low-rank modules, on the meta device, where the module has what is factored; return
-    them."""
+def _packed(module: nn.Module, path: str) -> PackedLinear:
+    return cast(PackedLinear, module.get_submodule(path))
+
+
+def _replace(
+    module: nn.Module, layers: Sequence[LayerPlan], shown: str
+) -> tuple[list[nn.Module], dict[str, str]]:
+    """Put low-rank modules, on the meta device, where the module has what is factored. Return them,
+    and {path: that of the packed module whose integers it is to share}."""
     # By plain name: of a compiled module the way to what is around it, and the one within
     outer: dict[str, str] = {}
     inner: dict[str, nn.Module] = {}
@@ -417,6 +427,7 @@ def _replace(module: nn.Module, layers: Sequence[LayerPlan], shown: str) -> list
 
     # All of them before any is put in place, so that a refusal leaves the module as it was
     fresh: dict[str, nn.Module] = {}
+    same_buffers: dict[str, str] = {}
     for layer in layers:
         name = _plain_name(layer.tensor.module)
         if not outer.get(name):
@@ -425,9 +436,25 @@ def _replace(module: nn.Module, layers: Sequence[LayerPlan], shown: str) -> list
                 f"the module has no {layer.tensor.module}, which is factored in {shown}", hint
             )
         fresh[outer[name]] = _low_rank(inner[name], layer, shown)
+        if layer.packing != PLAIN and layer.layout == WHOLE:
+            for partner in _tied_modules(inner, name):
+                fresh[outer[partner]] = _low_rank(inner[partner], layer, shown)
+                same_buffers[outer[partner]] = outer[name]
     for path, new in fresh.items():
         module.set_submodule(path, new)
-    return list(fresh.values())
+    return list(fresh.values()), same_buffers
+
+
+def _tied_modules(modules: Mapping[str, nn.Module], name: str) -> list[str]:
+    """Return the other modules that have the same weight."""
+    weight = getattr(modules[name], WEIGHT, None)
+    if weight is None:
+        return []
+    others = []
+    for path, module in modules.items():
+        if path != name and module._parameters.get(WEIGHT) is weight:
+            others.append(path)
+    return others
 
 
 def _plain_name(name: str) -> str:

@@ -284,6 +284,17 @@ def test_into_a_module_of_ones_own(tmp_path: Path) -> None:
     assert (table(ids) - tensors["embed.weight"][ids]).norm() < 0.02
 
 
+@pytest.mark.parametrize("family", TIED)
+def test_into_a_module_with_a_tied_head(family: str, packed: Callable[[str], Path]) -> None:
+    model: Any = svdcli.load(packed(family)).eval()
+    config = copy.deepcopy(model.config)
+    del config.quantization_config
+    own = svdcli.load(packed(family), into=type(model)(config)).eval()
+    assert torch.equal(zoo.answer(family, own), zoo.answer(family, model))
+    table, head = own.get_submodule(TABLES[family]), own.get_submodule(TIED[family])
+    assert table.codes.data_ptr() == head.codes.data_ptr()
+
+
 # What is asked ------------------------------------------------------------------------------------
 
 
