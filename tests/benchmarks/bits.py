@@ -4,8 +4,8 @@ table.
     python tests/benchmarks/bits.py              the sample model; an hour of it is healing
     python tests/benchmarks/bits.py --quick      few windows, two budgets
     python tests/benchmarks/bits.py --json FILE  what was measured, as JSON
-    python tests/benchmarks/bits.py --json FILE --rows healed
-        some rows; the others stay as they are in FILE
+    python tests/benchmarks/bits.py --json FILE --rows healed --shares 0.2 0.16
+        some rows, at some budgets; what else is in FILE stays as it is
 
 Every row reads the same calibration (the training half of Python's standard library) and is judged
 on text that it never saw, by the excess of its loss over the original's. Bytes are those of the
@@ -70,7 +70,7 @@ class Bench:
     def __init__(self, folder: Path, options: argparse.Namespace) -> None:
         self.folder = folder
         self.windows = 16 if options.quick else 128
-        self.shares = (0.267, 0.2) if options.quick else SHARES
+        self.shares = (0.267, 0.2) if options.quick else options.shares or SHARES
         self.samples = 32 if options.quick else SAMPLES
         self.held_out = read_texts(None, stdlib=True, held_out=True)
 
@@ -165,6 +165,17 @@ def _one(bench: Bench, rounding: Round, bits: int) -> list[Any]:
     return [bench.bits_alone(rounding, bits)]
 
 
+def merged(before: Sequence[Any], found: Sequence[Any]) -> list[Any]:
+    """What was found, and of what there was before the results at other shares, by falling
+    share."""
+
+    def is_anew(old: Any) -> bool:
+        return any(abs(old["bytes"] - new["bytes"]) < 0.002 for new in found)
+
+    kept = [result for result in before if not is_anew(result)]
+    return sorted([*kept, *found], key=lambda result: -result["bytes"])
+
+
 def markdown(results: dict[str, Any]) -> str:
     """What was measured, a line each."""
     lines = [("way", "bytes", "excess loss, nats a token")]
@@ -179,12 +190,14 @@ def main() -> None:
     options = parser(__doc__)
     options.add_argument("--quick", action="store_true", help="few windows, two budgets")
     options.add_argument("--rows", nargs="+", default=[], help="rows whose names begin with these")
+    options.add_argument("--shares", nargs="+", type=float, help="these budgets alone")
     given = options.parse_args()
     results: dict[str, Any] = {}
-    if given.rows and given.json is not None and given.json.exists():
+    if (given.rows or given.shares) and given.json is not None and given.json.exists():
         results = json.loads(given.json.read_text())
     with building_in(given.folder) as folder:
-        results |= measure(Bench(folder, given), given.rows)
+        for name, found in measure(Bench(folder, given), given.rows).items():
+            results[name] = merged(results.get(name, []), found)
     print(markdown(results))
     write_json(given.json, results)
 

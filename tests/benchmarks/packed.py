@@ -3,7 +3,8 @@
     python tests/benchmarks/packed.py  everything
     python tests/benchmarks/packed.py --form "int4 whole"  one of them
     python tests/benchmarks/packed.py --no-compile  without torch.compile, which takes most of it
-    python tests/benchmarks/packed.py --json results.json  what was measured, as JSON
+    python tests/benchmarks/packed.py --json tests/benchmarks/packed.json
+        what was measured, for svdcli/docs/bits.md
 
 Each form of a Llama-shaped model (369 M parameters, as wide as TinyLlama) and torchao's int8
 weight-only are measured beside dense bfloat16 by turns, each model in a process of its own, as
@@ -49,6 +50,7 @@ MODEL = "tinyllama"
 FILE = "model.safetensors"
 GROUP = 64
 TORCHAO = "torchao int8"
+KEPT = ("decode", "compiled", "prefill", "memory_bytes", "file_bytes")  # of what bench tells
 MEMORY_BOUND, SPARE_BYTES, PREFILL_BOUND = 1.15, 2e8, 0.8
 
 
@@ -170,7 +172,10 @@ def measure(path: Path, dense: Path, options: argparse.Namespace) -> dict[str, A
         read = speed.bench(path, dense, new_tokens=1, **long).to_json()
     for side in ("original", "compressed", "ratios"):
         found[side]["prefill"] = read[side]["prefill"]
-    return found
+    sides = {
+        side: {key: found[side].get(key) for key in KEPT} for side in ("original", "compressed")
+    }
+    return sides | {"ratios": found["ratios"]}
 
 
 def rows(name: str, found: dict[str, Any]) -> list[tuple[str, ...]]:
@@ -200,6 +205,12 @@ def rows(name: str, found: dict[str, Any]) -> list[tuple[str, ...]]:
     return lines
 
 
+def markdown(found: dict[str, Any]) -> str:
+    """What was measured, a line each."""
+    titles = ("what", "dense", "this form", "ratio", "bound", "holds")
+    return table([titles, *(line for name, item in found.items() for line in rows(name, item))])
+
+
 def parse() -> argparse.Namespace:
     options = parser(__doc__)
     options.add_argument(
@@ -210,7 +221,7 @@ def parse() -> argparse.Namespace:
     options.add_argument("--new-tokens", type=int, default=32, help="tokens written (32)")
     options.add_argument("--rounds", type=int, default=5, help="rounds of decoding that count (5)")
     options.add_argument(
-        "--long-rounds", type=int, default=1, help="rounds that count for the prompt (1)"
+        "--long-rounds", type=int, default=3, help="rounds that count for the prompt (3)"
     )
     options.add_argument("--threads", type=int, help="threads of each model")
     options.add_argument("--build", nargs=2, metavar=("OUT", "FORM"), help=argparse.SUPPRESS)
@@ -251,8 +262,7 @@ def main() -> None:
                 say(" ".join(line))
     others = max(0.0, busy_seconds() - busy - own_seconds()) / (time.perf_counter() - begin)
     print(f"{MODEL}, prompt of {options.prompt_tokens} tokens; {circumstances(others)}\n")
-    titles = ("what", "dense", "this form", "ratio", "bound", "holds")
-    print(table([titles, *(line for name, item in found.items() for line in rows(name, item))]))
+    print(markdown(found))
     write_json(options.json, found)
 
 

@@ -83,6 +83,7 @@ def row(bench: Bench, python: Path, method: str, bits: int) -> dict[str, Any]:
 def main() -> None:
     options = parser(__doc__)
     options.add_argument("--quick", action="store_true", help="few windows")
+    options.set_defaults(shares=None)
     options.add_argument("--python", type=Path, help="the Python of an environment with both")
     given = options.parse_args()
     results: dict[str, Any] = {}

@@ -40,6 +40,7 @@ BLOCK = re.compile(
 BENCHMARKS = ROOT / "tests" / "benchmarks"
 QUALITY = re.compile(r"(?<=<!-- quality -->\n).*?(?=<!-- /quality -->)", re.DOTALL)
 BITS = re.compile(r"(?<=<!-- bits -->\n).*?(?=<!-- /bits -->)", re.DOTALL)
+PACKED = re.compile(r"(?<=<!-- packed -->\n).*?(?=<!-- /packed -->)", re.DOTALL)
 SHORT = re.compile(r"(?<=<!-- quality in short -->\n).*?(?=<!-- /quality in short -->)", re.DOTALL)
 SHORT_ROWS = {
     "plain": "plain SVD",
@@ -93,6 +94,7 @@ def render(page: Path) -> str:
     text = QUALITY.sub(lambda _: quality_tables(), page.read_text())
     text = SHORT.sub(lambda _: quality_in_short(), text)
     text = BITS.sub(lambda _: bits_table(), text)
+    text = PACKED.sub(lambda _: packed_table(), text)
     return BLOCK.sub(lambda block: block[1] + session(block["command"]), text)
 
 
@@ -125,6 +127,12 @@ def bits_table() -> str:
         for row, found in json.loads((BENCHMARKS / name).read_text()).items()
     }
     return benchmark("bits").markdown(results) + "\n\n"
+
+
+def packed_table() -> str:
+    """The recorded speed and memory of packed layers, as packed.py renders it."""
+    results = json.loads((BENCHMARKS / "packed.json").read_text())
+    return benchmark("packed").markdown(results) + "\n\n"
 
 
 def quality_in_short() -> str:
