@@ -429,7 +429,7 @@ def directory_texts(
     over with their sizes."""
     # config.json, written as the source's is.
     texts: dict[str, bytes] = {}
-    if config is not None and config != checkpoint.config:
+    if config is not None and (config != checkpoint.config or checkpoint.quantised):
         text = checkpoint.file_path(checkpoint.config_name).read_text(encoding="utf-8")
         texts[checkpoint.config_name] = render_like(text, config) or render_json(config)
 

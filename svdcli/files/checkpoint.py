@@ -6,6 +6,7 @@ PyTorch's zip format.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import os
 import re
@@ -20,7 +21,9 @@ from svdcli.errors import BadCheckpointError, SvdcliError, UsageError
 from svdcli.files.folder import choose_weights, list_companions, read_json, shard_note
 from svdcli.files.formats import FIRST_BYTES, SAFETENSORS, Format, by_bytes, format_of
 from svdcli.files.header import Header, read_header
+from svdcli.files.quantised import Quantised, dtype_of, is_read, quantised_weights
 from svdcli.plan.facts import ModelFacts
+from svdcli.plan.parts import part_configs
 from svdcli.plan.tensors import TensorInfo
 
 if TYPE_CHECKING:
@@ -56,6 +59,9 @@ class Checkpoint:
     sizes. tied maps a tensor to the one whose storage it shares. variant is the one that
     `from_pretrained` must be told to open these files; state_dict the key of a pickle under which
     the tensors lie. notes says what was decided while reading.
+
+    quantised are weights that stand in the files as codes and scales; tensors has them as what they
+    are read as, and config says nothing of them. parts are what they are made of.
     """
 
     path: Path
@@ -75,6 +81,8 @@ class Checkpoint:
     notes: list[str] = field(default_factory=list)
     tied: dict[str, str] = field(default_factory=dict)
     pickled: dict[str, PickledFile] = field(default_factory=dict)
+    quantised: dict[str, Quantised] = field(default_factory=dict)
+    parts: dict[str, TensorRef] = field(default_factory=dict)
     temporary: Path | None = None
     spooled_digest: str | None = None
 
@@ -133,8 +141,8 @@ class Checkpoint:
     def chunks(self, name: str) -> Iterator[bytes | memoryview]:
         """The bytes of one tensor, at most CHUNK at a time."""
         ref = self.tensors[name]
-        if ref.file in self.pickled:
-            data = self.pickled[ref.file].read_bytes(name)
+        if name in self.quantised or ref.file in self.pickled:
+            data = self._bytes_in_memory(name)
             for begin in range(0, len(data), CHUNK):
                 yield data[begin : begin + CHUNK]
             return
@@ -149,13 +157,28 @@ class Checkpoint:
                 left -= len(part)
                 yield part
 
+    def _bytes_in_memory(self, name: str) -> memoryview:
+        """The bytes of a tensor that does not lie in its file as it is read."""
+        if name not in self.quantised:
+            return self.pickled[self.tensors[name].file].read_bytes(name)
+        from svdcli.files.dtypes import bytes_of
+
+        return bytes_of(self.read_tensor(name))
+
     def read_tensor(self, name: str) -> torch.Tensor:
-        """One tensor, in its own dtype and shape, in memory of its own."""
+        """One tensor, in its own dtype and shape, in memory of its own; a quantised one as the
+        numbers that it stands for."""
+        if name in self.quantised:
+            return self.quantised[name].numbers(lambda part: self._read(self.parts[part]))
+        return self._read(self.tensors[name])
+
+    def _read(self, ref: TensorRef) -> torch.Tensor:
+        """What a file holds at a place."""
         import torch
 
         from svdcli.files.dtypes import TORCH_DTYPES, bytes_of
 
-        ref = self.tensors[name]
+        name = ref.info.name
         if ref.file in self.pickled:
             return self.pickled[ref.file].read_tensor(name)
         tensor = torch.empty(ref.info.shape, dtype=TORCH_DTYPES[ref.info.dtype], device="cpu")
@@ -185,7 +208,12 @@ class Checkpoint:
         return all(a == b for a, b in zip(*samples, strict=True))
 
     def _samples(self, ref: TensorRef) -> Iterator[bytes]:
-        """The first and the last bytes of a tensor, _SAMPLE of each or all that there are."""
+        """The first and the last bytes of a tensor, _SAMPLE of each or all that there are; of a
+        quantised one those of its parts."""
+        if ref is self.tensors.get(ref.info.name) and ref.info.name in self.quantised:
+            for part in self.quantised[ref.info.name].parts:
+                yield from self._samples(self.parts[part])
+            return
         if ref.file in self.pickled:
             data = self.pickled[ref.file].read_bytes(ref.info.name)
             yield bytes(data[:_SAMPLE])
@@ -260,6 +288,7 @@ def open_checkpoint(
     note = shard_note(path.name)
     if note:
         checkpoint.notes.append(note)
+    _read_quantised(checkpoint)
     return checkpoint
 
 
@@ -385,6 +414,7 @@ def _open_directory(path: Path, state_dict: str | None, carry: Sequence[str]) ->
     if weights.index is not None:
         _read_index(checkpoint, weights.index, weights.places)
         own.add(weights.index)
+    _read_quantised(checkpoint)
     companions = list_companions(path, weights, own, checkpoint.config, carry)
     checkpoint.carried = companions.carried
     checkpoint.left_out |= companions.left_out
@@ -414,6 +444,73 @@ def _read_index(checkpoint: Checkpoint, index: str, places: Mapping[str, str]) -
     metadata = read_json(checkpoint.path / index).get("metadata")
     checkpoint.index_name = index
     checkpoint.index_metadata = metadata if isinstance(metadata, dict) else {}
+
+
+def _read_quantised(checkpoint: Checkpoint) -> None:
+    """Have codes and scales that other tools wrote stand for the numbers that they mean."""
+    # What svdcli wrote itself it reads by its record
+    if any(METADATA_KEY in metadata for metadata in checkpoint.metadata.values()):
+        return
+    if checkpoint.is_directory and (checkpoint.path / RECORD).exists():
+        return
+    config = checkpoint.config or {}
+    parts_of_config = (config, *(part for _, part in part_configs(config)))
+    details: dict[str, Any] = {}
+    for part in parts_of_config:
+        found = part.get("quantization_config")
+        if found and not (isinstance(found, dict) and is_read(found)):
+            return
+        details = details or found or {}
+
+    # The weights, each in the place of its codes
+    stored = dict(checkpoint.tensors)
+    infos = {name: ref.info for name, ref in stored.items()}
+    weights, activations = quantised_weights(
+        details,
+        dtype_of(config),
+        infos,
+        lambda name: checkpoint._read(stored[name]),
+        checkpoint.shown,
+    )
+    if not weights:
+        return
+    of_codes = {weight.codes: weight for weight in weights.values()}
+    parts = {part for weight in weights.values() for part in weight.parts} | activations
+    parts |= {f"{name}_shape" for name in weights} & stored.keys()
+    checkpoint.tensors = {}
+    for name, ref in stored.items():
+        if name in of_codes:
+            info = of_codes[name].info
+            checkpoint.tensors[info.name] = TensorRef(info, ref.file, ref.offset)
+        elif name not in parts:
+            checkpoint.tensors[name] = ref
+    checkpoint.quantised = weights
+    checkpoint.parts = {name: stored[name] for name in parts}
+    if checkpoint.config is not None:
+        checkpoint.config = copy.deepcopy(config)
+        for part in (checkpoint.config, *(part for _, part in part_configs(checkpoint.config))):
+            part.pop("quantization_config", None)
+    method = details.get("quant_method")
+    checkpoint.notes.append(_note_of(weights, infos, method, activations))
+
+
+def _note_of(
+    weights: Mapping[str, Quantised],
+    infos: Mapping[str, TensorInfo],
+    method: str | None,
+    activations: set[str],
+) -> str:
+    """What is said of weights that are read as what they stand for."""
+    stored = " and ".join(sorted({infos[weight.codes].dtype for weight in weights.values()}))
+    by = f" ({method})" if method else ""
+    dtype = next(iter(weights.values())).info.dtype
+    note = (
+        f"{len(weights)} weights in {stored}{by} are read, counted and, where they stay dense, "
+        f"written as the {dtype} numbers that they stand for"
+    )
+    if activations:
+        note += f"; {len(activations)} scales of activations are left out"
+    return note
 
 
 def _open_stdin(state_dict: str | None) -> Checkpoint:
