@@ -39,6 +39,7 @@ from transformers.quantizers import (
 from transformers.utils import logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from svdcli.models.experts import separate, stack_again, stacks_taken_apart
 from svdcli.models.modules import (
     DOWN,
     HOLDERS,
@@ -295,6 +296,8 @@ class SvdQuantizer(HfQuantizer):  # type: ignore[misc]
         self.renamed: dict[str, str] = {}
         # What the model ties, before factors took the places of weights
         self.ties: Any = None
+        # Which model it is, for conversions that it has no place for
+        self.model: Any = None
         # Modules whose factors are tied to others', and {target: source} of tied row orders and of
         # tied packed weights
         self.tied: set[str] = set()
@@ -326,7 +329,7 @@ class SvdQuantizer(HfQuantizer):  # type: ignore[misc]
         """
         factored = {source for _, source in self.stacks}
         conversions: list[Any] = []
-        for converter in weight_conversions:
+        for converter in _places_in(self.model, weight_conversions):
             sources = set(getattr(converter, "source_patterns", ()))
             if not isinstance(converter, WeightConverter) or sources.isdisjoint(factored):
                 conversions.append(converter)
@@ -344,9 +347,12 @@ class SvdQuantizer(HfQuantizer):  # type: ignore[misc]
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: Iterable[Any] | None = None, **_: Any
     ) -> None:
-        # What the files hold, and where the model has it
+        # What the files hold, and where the model has it; experts one by one, where files do
+        self.model = model
         files = [str(file) for file in checkpoint_files or ()]
         shapes, stored = read_stored(files, self.quantization_config.group)
+        if not self.quantization_config.dequantize and _are_of_stacks(Naming(model), stored):
+            separate_experts(model)
         named = Naming(model)
         homes = {name: named(f"{name}.weight") for name in stored}
         self.stacks = _stacks(named, homes, shapes, stored)
@@ -543,6 +549,7 @@ class SvdQuantizer(HfQuantizer):  # type: ignore[misc]
                 trains = first.requires_grad or not first.is_floating_point()
                 weights[id(first)] = nn.Parameter(weight, trains)
             model.set_submodule(name, _dense(module, weights[id(first)]))
+        stack_again(model)
         if self.ties is not None:
             model.all_tied_weights_keys, model._tied_weights_keys = self.ties
         _forget_method(model.config)
@@ -558,12 +565,28 @@ class Home(NamedTuple):
     pattern: str | None
 
 
+def _places_in(model: Any, conversions: Iterable[Any]) -> list[Any]:
+    """Return the conversions without those that stack experts which are separate here."""
+    taken = stacks_taken_apart(model)
+    return [
+        entry
+        for entry in conversions
+        if not isinstance(entry, WeightConverter) or taken.isdisjoint(entry.target_patterns)
+    ]
+
+
+def separate_experts(model: Any) -> list[str]:
+    """Make layers of the experts that transformers stacks, where a checkpoint has them one by one;
+    return the paths of what holds them."""
+    return separate(model, get_model_conversion_mapping(model))
+
+
 class Naming:
     """The names that transformers gives to the tensors of a checkpoint in one model. state is the
     model's own."""
 
     def __init__(self, model: Any) -> None:
-        mapping = get_model_conversion_mapping(model)
+        mapping = _places_in(model, get_model_conversion_mapping(model))
         self.state = model.state_dict()
         self._prefix = model.base_model_prefix
         self._renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
@@ -582,6 +605,11 @@ class Naming:
         """Return what a tensor is called when converters look at it: renamed, and its prefix as it
         is in the files."""
         return str(rename_source_key(name, self._renamings, [])[0])
+
+
+def _are_of_stacks(named: Naming, stored: Iterable[str]) -> bool:
+    """Tell whether a converter of the model stacks one of these layers with others."""
+    return any(named(f"{name}.weight").pattern is not None for name in stored)
 
 
 def module_names(model: Any, stored: Iterable[str]) -> dict[str, str | None]:

@@ -86,8 +86,12 @@ def load_quietly(
 
 def load_stored(path: str | Path, *, trust_remote_code: bool = False) -> Any:
     """Return a transformers model in its stored dtype, whose weights stay in the file until they
-    are used; nothing is trained."""
-    return _without_bars(path, "auto", trust_remote_code).requires_grad_(False).eval()
+    are used, and whose experts are layers of their own; nothing is trained."""
+    model: Any = _without_bars(path, "auto", trust_remote_code).requires_grad_(False).eval()
+    from svdcli.models.hf import separate_experts
+
+    separate_experts(model)
+    return model
 
 
 def _without_bars(path: str | Path, dtype: torch.dtype | str, trust_remote_code: bool) -> nn.Module:

@@ -65,7 +65,9 @@ class Calibrated:
     """What was measured, and what it took. uncalibrated lists selected weights that saw no input.
 
     samples are the windows of seq_len tokens that were read, or the sentences of at most as many.
-    side names the part of the model that read them, where it is not the whole.
+    side names the part of the model that read them, where it is not the whole. saw_few lists
+    weights of experts that read fewer tokens than they have inputs, and lean on the average of
+    their layer.
     """
 
     path: str
@@ -80,6 +82,7 @@ class Calibrated:
     samples: int = 0
     seq_len: int = 0
     side: str = ""
+    saw_few: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         return {"svdcli_json": JSON_VERSION, "kind": "calibration"} | asdict(self)
@@ -149,6 +152,7 @@ def calibrate(
             stream = Stream(network, device, torch.float32, call=side.of(network))
             for number, batches in enumerate(rounds):
                 _gather_round(gather, stream, number, batches, layers, forecast.gradients)
+            few = gather.share_among_experts()
             if sensitivity:
                 gather.add_sensitivities(stream, read.batches, memory)
 
@@ -168,7 +172,7 @@ def calibrate(
             )
             keys = gather.keys()
             write_moments(out, gather.spool, gather.scales(), keys, provenance)
-        return _calibrated(out, layers, keys, forecast, sensitivity)
+        return _calibrated(out, layers, keys, forecast, sensitivity, few)
 
 
 def _gather_round(
@@ -195,6 +199,7 @@ def _calibrated(
     keys: Mapping[str, Mapping[str, Any]],
     forecast: Forecast,
     sensitivity: bool,
+    few: Sequence[str],
 ) -> Calibrated:
     return Calibrated(
         path=str(out),
@@ -209,6 +214,7 @@ def _calibrated(
         samples=forecast.samples,
         seq_len=forecast.seq_len,
         side=forecast.side,
+        saw_few=tuple(few),
     )
 
 
