@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -22,6 +22,7 @@ from svdcli.files.folder import choose_weights, list_companions, read_json, shar
 from svdcli.files.formats import FIRST_BYTES, SAFETENSORS, Format, by_bytes, format_of
 from svdcli.files.header import Header, read_header
 from svdcli.files.quantised import Quantised, dtype_of, is_read, quantised_weights
+from svdcli.files.stacks import is_split, slices_of
 from svdcli.plan.facts import ModelFacts
 from svdcli.plan.parts import part_configs
 from svdcli.plan.tensors import TensorInfo
@@ -61,7 +62,8 @@ class Checkpoint:
     the tensors lie. notes says what was decided while reading.
 
     quantised are weights that stand in the files as codes and scales; tensors has them as what they
-    are read as, and config says nothing of them. parts are what they are made of.
+    are read as, and config says nothing of them. parts are what they are made of. stacks are those
+    of experts that were taken apart: tensors has the matrices of each expert in their place.
     """
 
     path: Path
@@ -83,6 +85,7 @@ class Checkpoint:
     pickled: dict[str, PickledFile] = field(default_factory=dict)
     quantised: dict[str, Quantised] = field(default_factory=dict)
     parts: dict[str, TensorRef] = field(default_factory=dict)
+    stacks: dict[str, TensorRef] = field(default_factory=dict)
     temporary: Path | None = None
     spooled_digest: str | None = None
 
@@ -93,7 +96,36 @@ class Checkpoint:
     @property
     def opener(self) -> Callable[[], Checkpoint]:
         """Opens the same in another process."""
-        return _Opener(self.path, self.state_dict or None)
+        return _Opener(self.path, self.state_dict or None, tuple(self.stacks))
+
+    def whole_stacks(self) -> list[str]:
+        """The names of stacks of experts that can be taken apart."""
+        stacks = []
+        for name, ref in self.tensors.items():
+            plain = name not in self.quantised and ref.file not in self.pickled
+            if plain and is_split(ref.info, self.tensors):
+                stacks.append(name)
+        return stacks
+
+    def take_apart(self, stacks: Collection[str]) -> None:
+        """Have the experts' matrices stand in the place of these stacks."""
+        tensors: dict[str, TensorRef] = {}
+        for name, ref in self.tensors.items():
+            if name not in stacks:
+                tensors[name] = ref
+                continue
+            self.stacks[name] = ref
+            for matrix, begin in slices_of(ref.info):
+                tensors[matrix.name] = TensorRef(matrix, ref.file, ref.offset + begin)
+        self.tensors = tensors
+
+    def _as_stored(self) -> dict[str, TensorRef]:
+        """The tensors, stacks in one piece again."""
+        matrices = {
+            matrix.name for ref in self.stacks.values() for matrix, _ in slices_of(ref.info)
+        }
+        kept = {name: ref for name, ref in self.tensors.items() if name not in matrices}
+        return kept | self.stacks
 
     @property
     def parameters(self) -> int:
@@ -140,7 +172,7 @@ class Checkpoint:
 
     def chunks(self, name: str) -> Iterator[bytes | memoryview]:
         """The bytes of one tensor, at most CHUNK at a time."""
-        ref = self.tensors[name]
+        ref = self.tensors.get(name) or self.stacks[name]
         if name in self.quantised or ref.file in self.pickled:
             data = self._bytes_in_memory(name)
             for begin in range(0, len(data), CHUNK):
@@ -194,8 +226,7 @@ class Checkpoint:
         Independent of sharding; tells checkpoints apart without reading them whole.
         """
         digest = hashlib.sha256()
-        for name in sorted(self.tensors):
-            ref = self.tensors[name]
+        for name, ref in sorted(self._as_stored().items()):
             digest.update(f"{name}\0{ref.info.dtype}\0{list(ref.info.shape)}\0".encode())
             for sample in self._samples(ref):
                 digest.update(sample)
@@ -256,9 +287,12 @@ class _Opener:
 
     path: Path
     state_dict: str | None
+    stacks: tuple[str, ...]
 
     def __call__(self) -> Checkpoint:
-        return open_checkpoint(self.path, state_dict=self.state_dict)
+        checkpoint = open_checkpoint(self.path, state_dict=self.state_dict)
+        checkpoint.take_apart(self.stacks)
+        return checkpoint
 
 
 def open_checkpoint(

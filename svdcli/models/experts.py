@@ -10,33 +10,44 @@ Torch only, and nothing of svdcli: `compress --self-contained` ships this file b
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Set
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 _GATE_UP, _UP, _DOWN = "gate_up_proj", "up_proj", "down_proj"  # transformers' names of the stacks
+_BIAS = "_bias"
 
 # `.experts.*.w1.weight` in a converter: one weight of each expert.
 _OF_EACH = re.compile(r"experts\.\*\.(?P<name>\w+)\.weight$")
 
 
-class ExpertNames(NamedTuple):
-    """What a checkpoint calls the linear layers of each expert, gate None where there is none; and
-    the names of the stacks that transformers makes of them, as its converters have them."""
+_NUMBERED = re.compile(r"^(?P<experts>.*\bexperts)\.\d+\.(?P<name>\w+)$")
 
-    gate: str | None
-    up: str
-    down: str
-    stacks: tuple[str, ...]
+
+class Stack(NamedTuple):
+    """One stack: what transformers calls it, and what a checkpoint calls the weights of each expert
+    in it, which are joined along their outputs."""
+
+    name: str
+    layers: tuple[str, ...]
+
+
+class Stacks(NamedTuple):
+    """The first layers of all experts, and the last. converted is what transformers' converters
+    call those that they make of one weight an expert."""
+
+    first: Stack
+    last: Stack
+    converted: tuple[str, ...] = ()
 
 
 class SeparateExperts(nn.Module):
-    """Experts, each with linear layers of its own: y = sum over the chosen ones of weight * down(
-    act(gate(x)) * up(x)), or down(act(up(x))), as the stock class computes it."""
+    """Experts, each with linear layers of its own: y = sum over the chosen ones of weight * last(
+    act(first(x))), as the stock class computes it, gate included."""
 
-    def __init__(self, stock: nn.Module, names: ExpertNames) -> None:
+    def __init__(self, stock: nn.Module, stacks: Stacks) -> None:
         """Take over everything of stock, a module with stacks; the layers' weights are views of
         these."""
         super().__init__()
@@ -46,21 +57,21 @@ class SeparateExperts(nn.Module):
                 self.__dict__[key] = value
         for name, child in stock.named_children():
             self.add_module(name, child)
+        for name, parameter in stock._parameters.items():
+            if name not in (stacks.first.name, stacks.last.name):
+                self.register_parameter(name, parameter)
         self.stock_class: Any = type(stock)
-        self.names = names
+        self.stacks = stacks
 
         # One after the other, as their names say
-        up = getattr(stock, _UP if names.gate is None else _GATE_UP)
-        down = getattr(stock, _DOWN)
-        self.count = len(down)
+        self.count = len(stock.get_parameter(stacks.last.name))
         for number in range(self.count):
             expert = nn.Module()
-            halves = up[number].detach()
-            if names.gate is not None:
-                gate, halves = halves.chunk(2)
-                expert.add_module(names.gate, _linear(gate, up.requires_grad))
-            expert.add_module(names.up, _linear(halves, up.requires_grad))
-            expert.add_module(names.down, _linear(down[number].detach(), down.requires_grad))
+            for stack in (stacks.first, stacks.last):
+                parameter = stock.get_parameter(stack.name)
+                weights = parameter.detach()[number].chunk(len(stack.layers))
+                for name, weight in zip(stack.layers, weights, strict=True):
+                    expert.add_module(name, _linear(weight, parameter.requires_grad))
             self.add_module(str(number), expert)
 
     def forward(self, hidden: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
@@ -77,95 +88,111 @@ class SeparateExperts(nn.Module):
 
     def _expert(self, number: int, x: Tensor) -> Tensor:
         """Return what one expert makes of its tokens."""
-        expert = self.get_submodule(str(number))
-        up: Tensor = getattr(expert, self.names.up)(x)
-        if self.names.gate is None:
-            inner = cast(nn.Module, self.act_fn)(up)
+        inner = self._layers(self.stacks.first, number, x)
+        if getattr(self, "has_gate", True):
+            inner = self.stock_class._apply_gate(self, inner)
         else:
-            gate = getattr(expert, self.names.gate)(x)
-            inner = self.stock_class._apply_gate(self, torch.cat((gate, up), -1))
-        y: Tensor = getattr(expert, self.names.down)(inner)
+            inner = cast(nn.Module, self.act_fn)(inner)
+        return self._layers(self.stacks.last, number, inner)
+
+    def _layers(self, stack: Stack, number: int, x: Tensor) -> Tensor:
+        """Return the outputs of an expert's layers in one stack, side by side."""
+        expert = self.get_submodule(str(number))
+        outputs = [expert.get_submodule(name)(x) for name in stack.layers]
+        y: Tensor = outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
+        if getattr(self, "has_bias", False):
+            y = y + self.get_parameter(stack.name + _BIAS)[number]
         return y
 
     def stacked(self) -> nn.Module:
         """Return the stock module with the weights of these, which must be ordinary ones."""
         with torch.device("meta"):
             stock: nn.Module = self.stock_class(self.config)
-        gates, ups, downs = [], [], []
-        for number in range(self.count):
-            expert = self.get_submodule(str(number))
-            ups.append(getattr(expert, self.names.up).weight)
-            downs.append(getattr(expert, self.names.down).weight)
-            if self.names.gate is not None:
-                gates.append(getattr(expert, self.names.gate).weight)
-        first = torch.stack(ups).detach()
-        if gates:
-            first = torch.cat((torch.stack(gates).detach(), first), 1)
-        trains = ups[0].requires_grad
-        stock._parameters[_GATE_UP if gates else _UP] = nn.Parameter(first, trains)
-        stock._parameters[_DOWN] = nn.Parameter(torch.stack(downs).detach(), trains)
+        for name, parameter in self._parameters.items():
+            stock._parameters[name] = parameter
+        for stack in (self.stacks.first, self.stacks.last):
+            weights, trains = [], False
+            for number in range(self.count):
+                expert = self.get_submodule(str(number))
+                layers = [expert.get_parameter(f"{name}.weight") for name in stack.layers]
+                trains = trains or layers[0].requires_grad
+                weights.append(torch.cat([layer.detach() for layer in layers]))
+            stock._parameters[stack.name] = nn.Parameter(torch.stack(weights), trains)
         return stock.train(self.training)
 
 
 def _linear(weight: Tensor, trains: bool) -> nn.Linear:
-    """Return a linear layer that has this weight (m, n)."""
+    """Return a linear layer that has this weight (out, in)."""
     m, n = weight.shape
     layer = nn.Linear(n, m, bias=False, device="meta")
     layer.weight = nn.Parameter(weight, trains)
     return layer
 
 
-def experts_in(model: nn.Module, converters: Iterable[Any]) -> Iterator[tuple[str, ExpertNames]]:
-    """Yield the path of every module that holds experts in stacks which converters, those that
-    transformers has for this model, make of one weight an expert; and their names."""
+def stacks_in(
+    model: nn.Module, converters: Iterable[Any], as_they_are: Set[str] = frozenset()
+) -> Iterator[tuple[str, Stacks]]:
+    """Yield the path and the stacks of every module that holds experts as `SeparateExperts`
+    computes with them: stacks that converters, those that transformers has for this model, make of
+    one weight an expert, or that files have as they are. as_they_are are such ones, by their names
+    in the model, which a converter might have made too."""
     converters = list(converters)
     for path, module in model.named_modules():
         if not _is_plain(module):
             continue
-        first = _UP if hasattr(module, _UP) else _GATE_UP
-        ups, ups_stack = _sources(converters, f"{path}.{first}")
-        downs, downs_stack = _sources(converters, f"{path}.{_DOWN}")
-        if len(downs) == 1 and len(ups) == (1 if first == _UP else 2):
-            gate = None if first == _UP else ups[0]
-            yield path, ExpertNames(gate, ups[-1], downs[0], (ups_stack, downs_stack))
+        first = _GATE_UP if getattr(module, "has_gate", True) else _UP
+        found: list[Stack] = []
+        converted: list[str] = []
+        for name, most in ((first, 2), (_DOWN, 1)):
+            key = f"{path}.{name}"
+            layers, target = ((name,), "") if key in as_they_are else _sources(converters, key)
+            if 1 <= len(layers) <= most:
+                found.append(Stack(name, layers))
+                converted += [target] if target else []
+        if len(found) == 2 and len(converted) in (0, 2):
+            yield path, Stacks(found[0], found[1], tuple(converted))
 
 
 def _is_plain(module: nn.Module) -> bool:
     """Tell whether a module holds experts in the way that `SeparateExperts` computes."""
-    down = module._parameters.get(_DOWN)
-    if down is None or down.ndim != 3 or not hasattr(type(module), "_apply_gate"):
+    first = _GATE_UP if getattr(module, "has_gate", True) else _UP
+    others = ("has_post_expert_norm", "is_transposed")
+    if not hasattr(type(module), "_apply_gate") or any(getattr(module, o, False) for o in others):
         return False
-    others = ("is_transposed", "has_bias", "has_post_expert_norm")
-    if any(getattr(module, name, False) for name in others):
-        return False
-    has_gate = bool(getattr(module, "has_gate", True))
-    return bool(getattr(module, "is_concatenated", True)) and has_gate == (
-        _GATE_UP in module._parameters
-    )
+    stacks = [module._parameters.get(name) for name in (first, _DOWN)]
+    return all(stack is not None and stack.ndim == 3 for stack in stacks)
 
 
-def _sources(converters: Sequence[Any], key: str) -> tuple[list[str], str]:
+def _sources(converters: Sequence[Any], key: str) -> tuple[tuple[str, ...], str]:
     """Return what a checkpoint calls the weights of each expert that become this parameter, in the
-    order in which they are joined, and what converters call the parameter; nothing where they are
-    not one an expert."""
+    order in which they are joined, and what a converter calls the parameter, "" where it is in
+    files as it is; nothing where it is made in another way."""
     for converter in converters:
         for target in getattr(converter, "target_patterns", ()):
             if not key.endswith(target) or not hasattr(converter, "operations"):
                 continue
             found = [_OF_EACH.search(source) for source in converter.source_patterns]
-            names = [match["name"] for match in found if match is not None]
-            if len(names) == len(found) == len(set(names)):
-                return names, str(target)
-    return [], ""
+            names = tuple(match["name"] for match in found if match is not None)
+            return (names, str(target)) if len(names) == len(found) else ((), "")
+    return (key.rpartition(".")[2],), ""
 
 
-def separate(model: nn.Module, converters: Iterable[Any]) -> list[str]:
+def separate(
+    model: nn.Module, converters: Iterable[Any], as_they_are: Set[str] = frozenset()
+) -> list[str]:
     """Put `SeparateExperts` in the place of all stacks for which that can be done; return their
     paths."""
-    found = list(experts_in(model, converters))
-    for path, names in found:
-        model.set_submodule(path, SeparateExperts(model.get_submodule(path), names))
+    found = list(stacks_in(model, converters, as_they_are))
+    for path, stacks in found:
+        model.set_submodule(path, SeparateExperts(model.get_submodule(path), stacks))
     return [path for path, _ in found]
+
+
+def stack_of(layer: str) -> str:
+    """Return the name of the stack that an expert's layer is a slice of, where the file has it as a
+    stack; "" for what is no layer of an expert."""
+    found = _NUMBERED.search(layer)
+    return f"{found['experts']}.{found['name']}" if found else ""
 
 
 def stacks_taken_apart(model: nn.Module) -> set[str]:
@@ -173,7 +200,7 @@ def stacks_taken_apart(model: nn.Module) -> set[str]:
     taken: set[str] = set()
     for module in model.modules():
         if isinstance(module, SeparateExperts):
-            taken.update(module.names.stacks)
+            taken.update(module.stacks.converted)
     return taken
 
 

@@ -39,7 +39,7 @@ from transformers.quantizers import (
 from transformers.utils import logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from svdcli.models.experts import separate, stack_again, stacks_taken_apart
+from svdcli.models.experts import separate, stack_again, stack_of, stacks_taken_apart
 from svdcli.models.modules import (
     DOWN,
     HOLDERS,
@@ -352,7 +352,7 @@ class SvdQuantizer(HfQuantizer):  # type: ignore[misc]
         files = [str(file) for file in checkpoint_files or ()]
         shapes, stored = read_stored(files, self.quantization_config.group)
         if not self.quantization_config.dequantize and _are_of_stacks(Naming(model), stored):
-            separate_experts(model)
+            separate_experts(model, [f"{name}.weight" for name in stored])
         named = Naming(model)
         homes = {name: named(f"{name}.weight") for name in stored}
         self.stacks = _stacks(named, homes, shapes, stored)
@@ -575,10 +575,16 @@ def _places_in(model: Any, conversions: Iterable[Any]) -> list[Any]:
     ]
 
 
-def separate_experts(model: Any) -> list[str]:
-    """Make layers of the experts that transformers stacks, where a checkpoint has them one by one;
-    return the paths of what holds them."""
-    return separate(model, get_model_conversion_mapping(model))
+def separate_experts(model: Any, files: Iterable[str] = ()) -> list[str]:
+    """Make layers of the experts that transformers stacks; return the paths of what holds them.
+    files are names of tensors or layers in the checkpoint: they tell whether it has stacks as they
+    are or experts one by one, where the model takes both."""
+    named = Naming(model)
+    as_they_are: set[str] = set()
+    for name in files:
+        key = named(name).key
+        as_they_are |= {key, stack_of(key.removesuffix(".weight"))} & named.state.keys()
+    return separate(model, get_model_conversion_mapping(model), as_they_are)
 
 
 class Naming:
@@ -608,8 +614,13 @@ class Naming:
 
 
 def _are_of_stacks(named: Naming, stored: Iterable[str]) -> bool:
-    """Tell whether a converter of the model stacks one of these layers with others."""
-    return any(named(f"{name}.weight").pattern is not None for name in stored)
+    """Tell whether the model has one of these layers in a stack with others: by a converter, or by
+    its own name without the number of an expert."""
+    for name in stored:
+        key, pattern = named(f"{name}.weight")
+        if pattern is not None or stack_of(key.removesuffix(".weight")) in named.state:
+            return True
+    return False
 
 
 def module_names(model: Any, stored: Iterable[str]) -> dict[str, str | None]:

@@ -90,7 +90,8 @@ def load_stored(path: str | Path, *, trust_remote_code: bool = False) -> Any:
     model: Any = _without_bars(path, "auto", trust_remote_code).requires_grad_(False).eval()
     from svdcli.models.hf import separate_experts
 
-    separate_experts(model)
+    with open_checkpoint(path) as checkpoint:
+        separate_experts(model, checkpoint.tensors)
     return model
 
 

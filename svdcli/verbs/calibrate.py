@@ -28,6 +28,7 @@ from svdcli.engine.compute import Compute
 from svdcli.engine.publish import check_place
 from svdcli.files.checkpoint import Checkpoint, open_checkpoint
 from svdcli.files.report import JSON_VERSION
+from svdcli.models.kinds import take_apart_stacks
 from svdcli.models.load import load_stored
 from svdcli.models.modules import is_linear
 from svdcli.plan.layers import choose_layers
@@ -125,6 +126,7 @@ def calibrate(
     out = Path(out)
     device = (compute or Compute()).start()
     with open_checkpoint(model) as checkpoint:
+        take_apart_stacks(checkpoint)
         check_place(out, ".safetensors", source=checkpoint.path, force=force)
 
         # The model, the layers to measure, and the text as it reads it

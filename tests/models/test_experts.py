@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import svdcli
 from svdcli.healing.blocks import Effort
-from svdcli.models.experts import SeparateExperts, experts_in
+from svdcli.models.experts import SeparateExperts, stacks_in
 from svdcli.models.hf import separate_experts
 from svdcli.models.load import load_stored
 from svdcli.models.modules import LowRankLinear, PackedLinear
@@ -127,7 +127,7 @@ def same(one: Tensor, other: Tensor) -> None:
 def test_separate_experts_answer_as_stacks_do(name: str, saved: Saved) -> None:
     stock, separate = svdcli.load(saved(name)).eval(), load_stored(saved(name))
     found = [m for m in separate.modules() if isinstance(m, SeparateExperts)]
-    assert len(found) == len(list(experts_in(stock, zoo_conversions(stock))))
+    assert len(found) == len(list(stacks_in(stock, zoo_conversions(stock))))
     assert found
     same(answer(separate), answer(stock))
     # Under the names of the file, and in the memory of the stacks
