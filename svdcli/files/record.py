@@ -326,8 +326,12 @@ def _check_factor(checkpoint: Checkpoint, factor: TensorInfo) -> None:
 def check_listed(checkpoint: Checkpoint, record: Mapping[str, Any]) -> None:
     """Raises BadCheckpointError where a tensor that was not factored is in the record and not in
     the weight files."""
+    there = set(checkpoint.tensors)
+    for stack in stacks_of(record, checkpoint.shown):
+        if stack.name in there:  # in one piece, since nothing of it was factored
+            there.update(matrix.name for matrix, _ in slices_of(stack))
     for name in (*(record.get("dense") or ()), *(record.get("skipped") or ())):
-        if name not in checkpoint.tensors:
+        if name not in there:
             raise BadCheckpointError(
                 f"{checkpoint.shown} lacks {name!r}, which its record lists",
                 "write the output again",
