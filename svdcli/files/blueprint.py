@@ -412,14 +412,16 @@ def compress_units(checkpoint: Checkpoint, plan: Plan) -> list[Unit]:
 def _whole_stacks(
     checkpoint: Checkpoint, layers: Mapping[str, LayerPlan]
 ) -> dict[str, TensorInfo | None]:
-    """The matrices of stacks of which none is factored: such a stack stays what it was. Each maps
-    to None, but for the first, which maps to the stack."""
+    """The matrices of all stacks where none of them is factored: then stacks stay what they were.
+    Each maps to None, but for the first of a stack, which maps to that.
+
+    A loader that has one expert as a layer of its own has all of them so.
+    """
     whole: dict[str, TensorInfo | None] = {}
     for ref in checkpoint.stacks.values():
         names = [matrix.name for matrix, _ in slices_of(ref.info)]
-        if layers.keys().isdisjoint(names):
-            whole |= dict.fromkeys(names) | {names[0]: ref.info}
-    return whole
+        whole |= dict.fromkeys(names) | {names[0]: ref.info}
+    return whole if layers.keys().isdisjoint(whole) else {}
 
 
 def expand_units(

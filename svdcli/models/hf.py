@@ -39,7 +39,13 @@ from transformers.quantizers import (
 from transformers.utils import logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from svdcli.models.experts import separate, stack_again, stack_of, stacks_taken_apart
+from svdcli.models.experts import (
+    SeparateExperts,
+    separate,
+    stack_again,
+    stack_of,
+    stacks_taken_apart,
+)
 from svdcli.models.modules import (
     DOWN,
     HOLDERS,
@@ -451,6 +457,9 @@ class SvdQuantizer(HfQuantizer):  # type: ignore[misc]
         wanted = set(self.merged.values())
         for name, layer in self.replaced.items():
             wanted |= {f"{name}.{part}" for part in layer.parts}
+        for path, module in self.model.named_modules():
+            if isinstance(module, SeparateExperts):
+                wanted |= {f"{path}.{name}" for name, _ in module.named_parameters()}
 
         # What nothing took though the class lacks just that, with or without its prefix
         for key in info.unexpected_keys:
@@ -462,8 +471,8 @@ class SvdQuantizer(HfQuantizer):  # type: ignore[misc]
         lost = sorted(made_up & wanted)
         if lost:
             raise ValueError(
-                f"{lost[0]} is factored, and was not filled from the weight files ({len(lost)} "
-                f"such tensors); "
+                f"{lost[0]} is factored, or an expert beside one that is, and was not filled from "
+                f"the weight files ({len(lost)} such tensors); "
                 "write or download them again, and give from_pretrained their folder"
             )
 

@@ -12,6 +12,7 @@ import torch
 import transformers
 import zoo
 from helpers import cli, complaint, load_all
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -151,18 +152,51 @@ def test_every_matrix_has_the_error_of_its_own_truncation(
             assert float((after - before).norm()) == pytest.approx(float(best), rel=1e-4)
 
 
-def test_a_stack_of_which_nothing_is_factored_stays_one(saved: Saved, tmp_path: Path) -> None:
+def test_stacks_of_which_nothing_is_factored_stay_what_they_were(
+    saved: Saved, tmp_path: Path
+) -> None:
+    source, out = saved("mistral4"), tmp_path / "o"
+    svdcli.compress(source, out, keep=0.5, exclude=["*experts.*"])
+    before, after = stacks(source), stacks(out)
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    assert svdcli.verify(out, source).ok
+    assert not any(isinstance(m, SeparateExperts) for m in svdcli.load(out).modules())
+    svdcli.expand(out, tmp_path / "d")
+    assert all(torch.equal(stacks(tmp_path / "d")[name], before[name]) for name in before)
+
+
+def test_a_stack_beside_others_that_are_factored(saved: Saved, tmp_path: Path) -> None:
+    """A loader that has one expert as a layer has all of them so."""
     source, out = saved("mistral4"), tmp_path / "o"
     svdcli.compress(source, out, keep=0.5, exclude=["*layers.0.*experts.*.down_proj"])
-    before, after = stacks(source), stacks(out)
-    [kept] = after
-    assert kept == "model.layers.0.mlp.experts.down_proj"
-    assert torch.equal(after[kept], before[kept])
+    assert stacks(out) == {}
     assert svdcli.verify(out, source).ok
     svdcli.expand(out, tmp_path / "d")
-    assert torch.equal(stacks(tmp_path / "d")[kept], before[kept])
+    name = "model.layers.0.mlp.experts.down_proj"
+    assert torch.equal(stacks(tmp_path / "d")[name], stacks(source)[name])
     dense = svdcli.load(tmp_path / "d").eval()
     torch.testing.assert_close(answer(svdcli.load(out).eval()), answer(dense), rtol=1e-4, atol=1e-5)
+
+
+def test_a_stack_that_stands_where_experts_are_wanted_is_refused(
+    saved: Saved, tmp_path: Path
+) -> None:
+    """Else transformers would make the experts up."""
+    source, out = saved("mistral4"), tmp_path / "o"
+    svdcli.compress(source, out, keep=0.5, exclude=["*layers.0.*experts.*.down_proj"])
+    tensors = load_file(out / "model.safetensors")
+    for name in [name for name in tensors if ".layers.0." in name and name.endswith("j.weight")]:
+        if ".experts." in name and "shared" not in name:
+            del tensors[name]
+    tensors["model.layers.0.mlp.experts.down_proj"] = stacks(source)[
+        "model.layers.0.mlp.experts.down_proj"
+    ]
+    with safe_open(out / "model.safetensors", "pt") as opened:
+        metadata = opened.metadata()
+    save_file(tensors, out / "model.safetensors", metadata)
+    with pytest.raises(ValueError, match="an expert beside one that is"):
+        transformers.Mistral4ForCausalLM.from_pretrained(out)
 
 
 def test_matrices_that_stayed_dense_come_back_to_the_byte(saved: Saved, tmp_path: Path) -> None:
