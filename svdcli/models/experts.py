@@ -21,8 +21,7 @@ _BIAS = "_bias"
 
 # `.experts.*.w1.weight` in a converter: one weight of each expert.
 _OF_EACH = re.compile(r"experts\.\*\.(?P<name>\w+)\.weight$")
-
-
+# `experts.3.down_proj`: a layer of an expert.
 _NUMBERED = re.compile(r"^(?P<experts>.*\bexperts)\.\d+\.(?P<name>\w+)$")
 
 
@@ -60,6 +59,7 @@ class SeparateExperts(nn.Module):
         for name, parameter in stock._parameters.items():
             if name not in (stacks.first.name, stacks.last.name):
                 self.register_parameter(name, parameter)
+        self._buffers.update(stock._buffers)
         self.stock_class: Any = type(stock)
         self.stacks = stacks
 
@@ -73,6 +73,7 @@ class SeparateExperts(nn.Module):
                 for name, weight in zip(stack.layers, weights, strict=True):
                     expert.add_module(name, _linear(weight, parameter.requires_grad))
             self.add_module(str(number), expert)
+        self.train(stock.training)
 
     def forward(self, hidden: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         """Return (tokens, width) for hidden states of that shape, the numbers of the experts that
@@ -97,8 +98,8 @@ class SeparateExperts(nn.Module):
 
     def _layers(self, stack: Stack, number: int, x: Tensor) -> Tensor:
         """Return the outputs of an expert's layers in one stack, side by side."""
-        expert = self.get_submodule(str(number))
-        outputs = [expert.get_submodule(name)(x) for name in stack.layers]
+        layers = cast(nn.Module, self._modules[str(number)])._modules
+        outputs = [cast(nn.Module, layers[name])(x) for name in stack.layers]
         y: Tensor = outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
         if getattr(self, "has_bias", False):
             y = y + self.get_parameter(stack.name + _BIAS)[number]

@@ -159,22 +159,28 @@ def calibrate(
                 gather.add_sensitivities(stream, read.batches, memory)
 
             # All of them into the file, with where they come from
-            unit = "nats" if gather.loss.nats else "1 - cosine"
             provenance = Provenance(
                 fingerprint=checkpoint.fingerprint(),
-                text=texts.name,
-                text_sha256=texts.digest,
-                tokens=read.tokens,
-                samples=read.samples,
-                seq_len=read.seq_len,
                 seed=seed,
                 gradients=forecast.gradients,
                 sensitivity=sensitivity,
-                unit=unit,
+                unit="nats" if gather.loss.nats else "1 - cosine",
+                **_text_read(texts, read),
             )
             keys = gather.keys()
             write_moments(out, gather.spool, gather.scales(), keys, provenance)
         return _calibrated(out, layers, keys, forecast, sensitivity, few)
+
+
+def _text_read(texts: Texts, read: Read) -> dict[str, Any]:
+    """The fields of Provenance about the text."""
+    return {
+        "text": texts.name,
+        "text_sha256": texts.digest,
+        "tokens": read.tokens,
+        "samples": read.samples,
+        "seq_len": read.seq_len,
+    }
 
 
 def _gather_round(
