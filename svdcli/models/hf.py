@@ -591,8 +591,9 @@ def separate_experts(model: Any, files: Iterable[str] = ()) -> list[str]:
     named = Naming(model)
     as_they_are: set[str] = set()
     for name in files:
-        key = named(name).key
-        as_they_are |= {key, stack_of(key.removesuffix(".weight"))} & named.state.keys()
+        key, pattern = named(name)
+        if pattern is None:
+            as_they_are |= {key, stack_of(key.removesuffix(".weight"))} & named.state.keys()
     return separate(model, get_model_conversion_mapping(model), as_they_are)
 
 
