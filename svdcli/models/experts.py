@@ -146,7 +146,9 @@ def stacks_in(
         converted: list[str] = []
         for name, most in ((first, 2), (_DOWN, 1)):
             key = f"{path}.{name}"
-            layers, target = ((name,), "") if key in as_they_are else _sources(converters, key)
+            layers, target = _sources(converters, key)
+            if key in as_they_are:
+                layers = (name,)
             if 1 <= len(layers) <= most:
                 found.append(Stack(name, layers))
                 converted += [target] if target else []

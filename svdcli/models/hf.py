@@ -591,9 +591,8 @@ def separate_experts(model: Any, files: Iterable[str] = ()) -> list[str]:
     named = Naming(model)
     as_they_are: set[str] = set()
     for name in files:
-        key, pattern = named(name)
-        if pattern is None:
-            as_they_are |= {key, stack_of(key.removesuffix(".weight"))} & named.state.keys()
+        key = named.as_it_is(name)
+        as_they_are |= {key, stack_of(key.removesuffix(".weight"))} & named.state.keys()
     return separate(model, get_model_conversion_mapping(model), as_they_are)
 
 
@@ -617,6 +616,10 @@ class Naming:
             key, pattern = rename_source_key(name, [], [], self._prefix, self.state)
         return Home(key, pattern)
 
+    def as_it_is(self, name: str) -> str:
+        """Return the key of a tensor that no converter takes."""
+        return str(rename_source_key(name, self._renamings, [], self._prefix, self.state)[0])
+
     def plainly(self, name: str) -> str:
         """Return what a tensor is called when converters look at it: renamed, and its prefix as it
         is in the files."""
@@ -627,8 +630,8 @@ def _are_of_stacks(named: Naming, stored: Iterable[str]) -> bool:
     """Tell whether the model has one of these layers in a stack with others: by a converter, or by
     its own name without the number of an expert."""
     for name in stored:
-        key, pattern = named(f"{name}.weight")
-        if pattern is not None or stack_of(key.removesuffix(".weight")) in named.state:
+        stack = stack_of(named.as_it_is(f"{name}.weight").removesuffix(".weight"))
+        if stack in named.state or named(f"{name}.weight").pattern is not None:
             return True
     return False
 
