@@ -148,7 +148,8 @@ def _plan_of(compressed: Checkpoint, original: Checkpoint) -> Plan:
     plan = Plan.from_json(record)
     if not plan.recipe.keeps_factors:
         raise UsageError(
-            f"{compressed.shown} has the dense layout, which holds no factors", "compress it again"
+            f"{compressed.shown} has the dense layout, which heal does not take",
+            "compress again without --layout dense",
         )
     if plan.fingerprint != original.fingerprint():
         raise SvdcliError(
