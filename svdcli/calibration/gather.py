@@ -14,6 +14,7 @@ from svdcli.calibration.memory import state_bytes
 from svdcli.calibration.moments import LayerMoments, Spool
 from svdcli.calibration.rows import MomentSums, padding_mask, without_padding
 from svdcli.calibration.sensitivity import sensitivities
+from svdcli.calibration.siblings import lend
 from svdcli.calibration.stream import Stream, Visit
 from svdcli.errors import SvdcliError
 from svdcli.progress import Progress
@@ -78,6 +79,11 @@ class Gather:
         finally:
             for handle in handles:
                 handle.remove()
+
+    def share_among_experts(self) -> list[str]:
+        """Have the experts of each layer lend each other what they saw; return the names of weights
+        that read fewer tokens than they have inputs."""
+        return lend(self.layers, self.leaders, self.rows, self.spool)
 
     def add_sensitivities(self, stream: Stream, batches: Sequence[Batch], memory: int) -> None:
         """Measure the sensitivities on batches spread over the text, and put them beside the

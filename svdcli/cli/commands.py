@@ -623,6 +623,11 @@ def calibrate(
                 f"{printable(name)} saw no input, and stays dense when compress uses this "
                 f"({len(calibrated.uncalibrated)} such)"
             )
+        if calibrated.saw_few:
+            print_note(
+                f"{printable(calibrated.saw_few[0])} read fewer tokens than it has inputs, and "
+                f"leans on the average of its layer's experts ({len(calibrated.saw_few)} such)"
+            )
     if json_:
         machine.print_json(calibrated.to_json(), sys.stdout)
 

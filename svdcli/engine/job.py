@@ -40,7 +40,8 @@ Chunks = Iterable[bytes | bytearray | memoryview]
 class Job:
     """One unit of an output.
 
-    folder holds the files to be, files and offsets say where in them each tensor that the unit
+    layer is what a factored layer is to become, or was; experts are those of a stack. folder holds
+    the files to be, files and offsets say where in them each tensor that the unit
     writes belongs. earlier is the line that a run before this one left, if any.
     """
 
@@ -53,6 +54,7 @@ class Job:
     seed: int
     device: str
     earlier: Line | None = None
+    experts: tuple[LayerPlan, ...] = ()
 
     def places(self) -> Iterator[tuple[Path, int]]:
         """The file and the offset of every tensor that is written."""
@@ -107,6 +109,8 @@ def solve(job: Job, loaded: Loaded | None, opened: Opened) -> Solved:
         return Solved([[bytes_of(tensor)] for tensor in stored], result)
     if job.unit.kind == "expand" and layer is not None:
         return Solved([_expanded(source, layer, job.unit.writes[0])])
+    if job.unit.kind == "stack":
+        return Solved([_stacked(source, job)])
     if job.unit.kind == "warn":
         return Solved([()])
     return Solved([source.chunks(job.unit.name)])
@@ -149,6 +153,17 @@ def _expanded(source: Source, layer: LayerPlan, target: TensorInfo) -> Iterator[
     for start in range(0, target.shape[0], step):
         rows = CODECS[layer.layout].rows(parts, compute, slice(start, start + step))
         yield bytes_of(rows.to(TORCH_DTYPES[target.dtype]))
+
+
+def _stacked(source: Source, job: Job) -> Iterator[bytes | memoryview]:
+    """The matrices of all experts one after the other, dense, those multiplied out that were
+    factored."""
+    layers = {layer.tensor.name: layer for layer in job.experts}
+    for name in job.unit.reads:
+        if name in layers:
+            yield from _expanded(source, layers[name], layers[name].tensor)
+        else:
+            yield from source.chunks(name)
 
 
 def _where(job: Job) -> Line:
@@ -194,7 +209,7 @@ def run_units(
             workspace.note(line)
 
     with shared(Opened(run.source, run.calibration, ready)) as inputs:
-        jobs = [_job(run, unit, layers.get(unit.name), inputs, writer) for unit in ordered]
+        jobs = [_job(run, unit, layers, inputs, writer) for unit in ordered]
         for line in map_unordered(run_job, jobs, run.device, note):
             name = line["unit"]
             if "failed" in line:
@@ -212,12 +227,16 @@ def run_units(
 
 
 def _job(
-    run: Run, unit: Unit, layer: LayerPlan | None, inputs: Inputs, writer: WeightWriter
+    run: Run, unit: Unit, layers: Mapping[str, LayerPlan], inputs: Inputs, writer: WeightWriter
 ) -> Job:
     places = [writer.place_in(tensor.name) for tensor in unit.writes]
+    experts: tuple[LayerPlan, ...] = ()
+    if unit.kind == "stack":
+        experts = tuple(layers[name] for name in unit.reads if name in layers)
     return Job(
         unit=unit,
-        layer=layer,
+        experts=experts,
+        layer=layers.get(unit.name),
         inputs=inputs,
         folder=run.kept.data,
         files=tuple(file for file, _ in places),

@@ -207,11 +207,22 @@ def make_plan(run: Run, checkpoint: Checkpoint, request: Request, name: str | No
     else:
         plan = _decide_ranks(checkpoint, request, name, measured, kinds)
     if not plan.factored:
-        reason = plan.layers[0].reason or "nothing to do"
-        raise NothingSelectedError(
-            f"no layer of {checkpoint.shown} would shrink ({plan.layers[0].tensor.name}: {reason})"
-        )
+        raise _nothing_shrinks(checkpoint, plan)
     return plan
+
+
+def _nothing_shrinks(checkpoint: Checkpoint, plan: Plan) -> NothingSelectedError:
+    """The error of a plan that leaves every layer as it is."""
+    reason = plan.layers[0].reason or "nothing to do"
+    hint = ""
+    if plan.recipe.target in ("size", "keep_bytes"):
+        hint = "a smaller budget, or another layout, may change that"
+    if plan.recipe.packs_whole:
+        hint = "leave out --layout dense: svdcli's own layouts take more kinds of layers"
+    return NothingSelectedError(
+        f"no layer of {checkpoint.shown} would shrink ({plan.layers[0].tensor.name}: {reason})",
+        hint,
+    )
 
 
 def _decide_ranks(

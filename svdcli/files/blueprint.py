@@ -24,9 +24,11 @@ from svdcli.files.record import (
     render_record,
     shared_fields,
     source_json,
+    stacks_of,
     usual_results,
     widest_results,
 )
+from svdcli.files.stacks import slices_of
 from svdcli.files.writer import (
     OutFile,
     Unit,
@@ -300,7 +302,8 @@ class ExpandDesign:
         self.checkpoint = checkpoint
         self._record = record
         self.out_name = out_name
-        self.units = expand_units(checkpoint, layers)
+        stacks = stacks_of(record, checkpoint.shown)
+        self.units = expand_units(checkpoint, layers, stacks)
 
     def blueprint(self) -> Blueprint:
         groups = group_units(self.units, None)
@@ -379,9 +382,16 @@ def compress_units(checkpoint: Checkpoint, plan: Plan) -> list[Unit]:
         factored = [layer for layer in plan.factored if layer.layout != WHOLE]
         warned.update(tripwires(layer.tensor.module for layer in factored))
 
+    whole = _whole_stacks(checkpoint, layers)
     units = []
     for name, ref in checkpoint.tensors.items():
         layer = layers.get(name)
+        if name in whole:
+            # a stack stands where its first matrix does
+            stack = whole[name]
+            if stack is not None:
+                units.append(Unit(stack.name, "copy", (stack.name,), (stack,), ref.file))
+            continue
         if name in refitted:
             continue  # written with its layer
         if layer is None:
@@ -399,19 +409,45 @@ def compress_units(checkpoint: Checkpoint, plan: Plan) -> list[Unit]:
     return units
 
 
-def expand_units(checkpoint: Checkpoint, layers: Sequence[LayerPlan]) -> list[Unit]:
-    """One unit a layer that was factored, and one for each other tensor but tripwires."""
+def _whole_stacks(
+    checkpoint: Checkpoint, layers: Mapping[str, LayerPlan]
+) -> dict[str, TensorInfo | None]:
+    """The matrices of all stacks where none of them is factored: then stacks stay what they were.
+    Each maps to None, but for the first of a stack, which maps to that.
+
+    A loader that has one expert as a layer of its own has all of them so.
+    """
+    whole: dict[str, TensorInfo | None] = {}
+    for ref in checkpoint.stacks.values():
+        names = [matrix.name for matrix, _ in slices_of(ref.info)]
+        whole |= dict.fromkeys(names) | {names[0]: ref.info}
+    return whole if layers.keys().isdisjoint(whole) else {}
+
+
+def expand_units(
+    checkpoint: Checkpoint, layers: Sequence[LayerPlan], stacks: Sequence[TensorInfo] = ()
+) -> list[Unit]:
+    """One unit a layer that was factored, one for each stack of experts that was taken apart, and
+    one for each other tensor but tripwires."""
     layer_of: dict[str, LayerPlan] = {}
     for layer in layers:
         for tensor in layer.stored():
             layer_of[tensor.name] = layer
     may_be_tripwires = {layer.tensor.name for layer in layers if layer.keeps_factors}
 
+    stack_of = {matrix.name: stack for stack in stacks for matrix, _ in slices_of(stack)}
     units = []
     expanded: set[str] = set()
     for name, ref in checkpoint.tensors.items():
         owner = layer_of.get(name)
-        if owner is None:
+        stack = stack_of.get(name if owner is None else owner.tensor.name)
+        if stack is not None:
+            if stack.name not in expanded:  # it stands where the first part of its matrices does
+                reads = tuple(matrix.name for matrix, _ in slices_of(stack))
+                kind = "copy" if stack.name in checkpoint.stacks else "stack"
+                units.append(Unit(stack.name, kind, reads, (stack,), ref.file))
+            expanded.add(stack.name)
+        elif owner is None:
             if not (name in may_be_tripwires and ref.info.parameters == 0):
                 units.append(Unit(name, "copy", (name,), (ref.info,), ref.file))
         elif owner.tensor.name not in expanded:  # a layer stands where its first factor does
@@ -429,7 +465,7 @@ def directory_texts(
     over with their sizes."""
     # config.json, written as the source's is.
     texts: dict[str, bytes] = {}
-    if config is not None and config != checkpoint.config:
+    if config is not None and (config != checkpoint.config or checkpoint.quantised):
         text = checkpoint.file_path(checkpoint.config_name).read_text(encoding="utf-8")
         texts[checkpoint.config_name] = render_like(text, config) or render_json(config)
 

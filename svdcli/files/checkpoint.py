@@ -6,12 +6,13 @@ PyTorch's zip format.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import os
 import re
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -20,7 +21,10 @@ from svdcli.errors import BadCheckpointError, SvdcliError, UsageError
 from svdcli.files.folder import choose_weights, list_companions, read_json, shard_note
 from svdcli.files.formats import FIRST_BYTES, SAFETENSORS, Format, by_bytes, format_of
 from svdcli.files.header import Header, read_header
+from svdcli.files.quantised import Quantised, dtype_of, is_read, quantised_weights
+from svdcli.files.stacks import is_split, slices_of
 from svdcli.plan.facts import ModelFacts
+from svdcli.plan.parts import part_configs
 from svdcli.plan.tensors import TensorInfo
 
 if TYPE_CHECKING:
@@ -56,6 +60,10 @@ class Checkpoint:
     sizes. tied maps a tensor to the one whose storage it shares. variant is the one that
     `from_pretrained` must be told to open these files; state_dict the key of a pickle under which
     the tensors lie. notes says what was decided while reading.
+
+    quantised are weights that stand in the files as codes and scales; tensors has them as what they
+    are read as, and config says nothing of them. parts are what they are made of. stacks are those
+    of experts that were taken apart: tensors has the matrices of each expert in their place.
     """
 
     path: Path
@@ -75,6 +83,9 @@ class Checkpoint:
     notes: list[str] = field(default_factory=list)
     tied: dict[str, str] = field(default_factory=dict)
     pickled: dict[str, PickledFile] = field(default_factory=dict)
+    quantised: dict[str, Quantised] = field(default_factory=dict)
+    parts: dict[str, TensorRef] = field(default_factory=dict)
+    stacks: dict[str, TensorRef] = field(default_factory=dict)
     temporary: Path | None = None
     spooled_digest: str | None = None
 
@@ -85,7 +96,36 @@ class Checkpoint:
     @property
     def opener(self) -> Callable[[], Checkpoint]:
         """Opens the same in another process."""
-        return _Opener(self.path, self.state_dict or None)
+        return _Opener(self.path, self.state_dict or None, tuple(self.stacks))
+
+    def whole_stacks(self) -> list[str]:
+        """The names of stacks of experts that can be taken apart."""
+        stacks = []
+        for name, ref in self.tensors.items():
+            plain = name not in self.quantised and ref.file not in self.pickled
+            if plain and is_split(ref.info, self.tensors):
+                stacks.append(name)
+        return stacks
+
+    def take_apart(self, stacks: Collection[str]) -> None:
+        """Have the experts' matrices stand in the place of these stacks."""
+        tensors: dict[str, TensorRef] = {}
+        for name, ref in self.tensors.items():
+            if name not in stacks:
+                tensors[name] = ref
+                continue
+            self.stacks[name] = ref
+            for matrix, begin in slices_of(ref.info):
+                tensors[matrix.name] = TensorRef(matrix, ref.file, ref.offset + begin)
+        self.tensors = tensors
+
+    def _as_stored(self) -> dict[str, TensorRef]:
+        """The tensors, stacks in one piece again."""
+        matrices = {
+            matrix.name for ref in self.stacks.values() for matrix, _ in slices_of(ref.info)
+        }
+        kept = {name: ref for name, ref in self.tensors.items() if name not in matrices}
+        return kept | self.stacks
 
     @property
     def parameters(self) -> int:
@@ -132,9 +172,9 @@ class Checkpoint:
 
     def chunks(self, name: str) -> Iterator[bytes | memoryview]:
         """The bytes of one tensor, at most CHUNK at a time."""
-        ref = self.tensors[name]
-        if ref.file in self.pickled:
-            data = self.pickled[ref.file].read_bytes(name)
+        ref = self.tensors.get(name) or self.stacks[name]
+        if name in self.quantised or ref.file in self.pickled:
+            data = self._bytes_in_memory(name)
             for begin in range(0, len(data), CHUNK):
                 yield data[begin : begin + CHUNK]
             return
@@ -149,13 +189,28 @@ class Checkpoint:
                 left -= len(part)
                 yield part
 
+    def _bytes_in_memory(self, name: str) -> memoryview:
+        """The bytes of a tensor that does not lie in its file as it is read."""
+        if name not in self.quantised:
+            return self.pickled[self.tensors[name].file].read_bytes(name)
+        from svdcli.files.dtypes import bytes_of
+
+        return bytes_of(self.read_tensor(name))
+
     def read_tensor(self, name: str) -> torch.Tensor:
-        """One tensor, in its own dtype and shape, in memory of its own."""
+        """One tensor, in its own dtype and shape, in memory of its own; a quantised one as the
+        numbers that it stands for."""
+        if name in self.quantised:
+            return self.quantised[name].numbers(lambda part: self._read(self.parts[part]))
+        return self._read(self.tensors[name])
+
+    def _read(self, ref: TensorRef) -> torch.Tensor:
+        """What a file holds at a place."""
         import torch
 
         from svdcli.files.dtypes import TORCH_DTYPES, bytes_of
 
-        ref = self.tensors[name]
+        name = ref.info.name
         if ref.file in self.pickled:
             return self.pickled[ref.file].read_tensor(name)
         tensor = torch.empty(ref.info.shape, dtype=TORCH_DTYPES[ref.info.dtype], device="cpu")
@@ -171,8 +226,7 @@ class Checkpoint:
         Independent of sharding; tells checkpoints apart without reading them whole.
         """
         digest = hashlib.sha256()
-        for name in sorted(self.tensors):
-            ref = self.tensors[name]
+        for name, ref in sorted(self._as_stored().items()):
             digest.update(f"{name}\0{ref.info.dtype}\0{list(ref.info.shape)}\0".encode())
             for sample in self._samples(ref):
                 digest.update(sample)
@@ -185,7 +239,12 @@ class Checkpoint:
         return all(a == b for a, b in zip(*samples, strict=True))
 
     def _samples(self, ref: TensorRef) -> Iterator[bytes]:
-        """The first and the last bytes of a tensor, _SAMPLE of each or all that there are."""
+        """The first and the last bytes of a tensor, _SAMPLE of each or all that there are; of a
+        quantised one those of its parts."""
+        if ref is self.tensors.get(ref.info.name) and ref.info.name in self.quantised:
+            for part in self.quantised[ref.info.name].parts:
+                yield from self._samples(self.parts[part])
+            return
         if ref.file in self.pickled:
             data = self.pickled[ref.file].read_bytes(ref.info.name)
             yield bytes(data[:_SAMPLE])
@@ -228,9 +287,12 @@ class _Opener:
 
     path: Path
     state_dict: str | None
+    stacks: tuple[str, ...]
 
     def __call__(self) -> Checkpoint:
-        return open_checkpoint(self.path, state_dict=self.state_dict)
+        checkpoint = open_checkpoint(self.path, state_dict=self.state_dict)
+        checkpoint.take_apart(self.stacks)
+        return checkpoint
 
 
 def open_checkpoint(
@@ -260,6 +322,7 @@ def open_checkpoint(
     note = shard_note(path.name)
     if note:
         checkpoint.notes.append(note)
+    _read_quantised(checkpoint)
     return checkpoint
 
 
@@ -385,6 +448,7 @@ def _open_directory(path: Path, state_dict: str | None, carry: Sequence[str]) ->
     if weights.index is not None:
         _read_index(checkpoint, weights.index, weights.places)
         own.add(weights.index)
+    _read_quantised(checkpoint)
     companions = list_companions(path, weights, own, checkpoint.config, carry)
     checkpoint.carried = companions.carried
     checkpoint.left_out |= companions.left_out
@@ -414,6 +478,73 @@ def _read_index(checkpoint: Checkpoint, index: str, places: Mapping[str, str]) -
     metadata = read_json(checkpoint.path / index).get("metadata")
     checkpoint.index_name = index
     checkpoint.index_metadata = metadata if isinstance(metadata, dict) else {}
+
+
+def _read_quantised(checkpoint: Checkpoint) -> None:
+    """Have codes and scales that other tools wrote stand for the numbers that they mean."""
+    # What svdcli wrote itself it reads by its record
+    if any(METADATA_KEY in metadata for metadata in checkpoint.metadata.values()):
+        return
+    if checkpoint.is_directory and (checkpoint.path / RECORD).exists():
+        return
+    config = checkpoint.config or {}
+    parts_of_config = (config, *(part for _, part in part_configs(config)))
+    details: dict[str, Any] = {}
+    for part in parts_of_config:
+        found = part.get("quantization_config")
+        if found and not (isinstance(found, dict) and is_read(found)):
+            return
+        details = details or found or {}
+
+    # The weights, each in the place of its codes
+    stored = dict(checkpoint.tensors)
+    infos = {name: ref.info for name, ref in stored.items()}
+    weights, activations = quantised_weights(
+        details,
+        dtype_of(config),
+        infos,
+        lambda name: checkpoint._read(stored[name]),
+        checkpoint.shown,
+    )
+    if not weights:
+        return
+    of_codes = {weight.codes: weight for weight in weights.values()}
+    parts = {part for weight in weights.values() for part in weight.parts} | activations
+    parts |= {f"{name}_shape" for name in weights} & stored.keys()
+    checkpoint.tensors = {}
+    for name, ref in stored.items():
+        if name in of_codes:
+            info = of_codes[name].info
+            checkpoint.tensors[info.name] = TensorRef(info, ref.file, ref.offset)
+        elif name not in parts:
+            checkpoint.tensors[name] = ref
+    checkpoint.quantised = weights
+    checkpoint.parts = {name: stored[name] for name in parts}
+    if checkpoint.config is not None:
+        checkpoint.config = copy.deepcopy(config)
+        for part in (checkpoint.config, *(part for _, part in part_configs(checkpoint.config))):
+            part.pop("quantization_config", None)
+    method = details.get("quant_method")
+    checkpoint.notes.append(_note_of(weights, infos, method, activations))
+
+
+def _note_of(
+    weights: Mapping[str, Quantised],
+    infos: Mapping[str, TensorInfo],
+    method: str | None,
+    activations: set[str],
+) -> str:
+    """What is said of weights that are read as what they stand for."""
+    stored = " and ".join(sorted({infos[weight.codes].dtype for weight in weights.values()}))
+    by = f" ({method})" if method else ""
+    dtype = next(iter(weights.values())).info.dtype
+    note = (
+        f"{len(weights)} weights in {stored}{by} are read, counted and, where they stay dense, "
+        f"written as the {dtype} numbers that they stand for"
+    )
+    if activations:
+        note += f"; {len(activations)} scales of activations are left out"
+    return note
 
 
 def _open_stdin(state_dict: str | None) -> Checkpoint:

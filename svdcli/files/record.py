@@ -18,6 +18,7 @@ from typing import Any
 from svdcli.errors import BadCheckpointError, UsageError
 from svdcli.files.checkpoint import METADATA_KEY, RECORD, Checkpoint, read_file_header
 from svdcli.files.folder import read_json
+from svdcli.files.stacks import slices_of
 from svdcli.plan.packing import PLAIN
 from svdcli.plan.plan import FORMAT, LayerPlan, Plan, layer_from_json
 from svdcli.plan.tensors import TensorInfo
@@ -57,9 +58,37 @@ _SHARED = ("shape", "dtype", "rank", "layout", "stored_dtype", "solver", "metric
 _SHA_WIDTH = 64
 # What every record says of its source.
 _SOURCE = {"name", "fingerprint", "bytes", "parameters"}
+STACKS = "stacks"  # of experts that were taken apart: [dtype, experts, rows, columns]
 CONFIG_WAS = "config_was"
 # Halves of surrogate pairs, in which Python reads file names that are not UTF-8.
 _SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+def stacks_of(record: Mapping[str, Any], shown: str) -> list[TensorInfo]:
+    """The stacks of experts that were taken apart in the source of an output. Raises
+    BadCheckpointError where the record says something else of them."""
+    stacks = []
+    for name, entry in (record.get("source", {}).get(STACKS) or {}).items():
+        try:
+            dtype, *shape = entry
+            stack = TensorInfo(str(name), str(dtype), tuple(int(size) for size in shape))
+        except (TypeError, ValueError) as error:
+            raise BadCheckpointError(
+                f"{shown}: its svdcli record is damaged ({error})", "write it again"
+            ) from error
+        if not any(True for _ in slices_of(stack)):
+            raise BadCheckpointError(
+                f"{shown}: its svdcli record is damaged ({name} is no stack)", "write it again"
+            )
+        stacks.append(stack)
+    return stacks
+
+
+def take_apart_again(checkpoint: Checkpoint, record: Mapping[str, Any]) -> None:
+    """Have the stacks that were taken apart for an output stand as matrices here too: in its
+    source, or in itself those of which nothing was factored."""
+    names = {stack.name for stack in stacks_of(record, checkpoint.shown)}
+    checkpoint.take_apart(names & checkpoint.tensors.keys())
 
 
 def source_json(
@@ -75,6 +104,10 @@ def source_json(
     }
     if checkpoint.state_dict:
         source["state_dict"] = checkpoint.state_dict
+    if checkpoint.stacks:
+        source[STACKS] = {
+            name: [ref.info.dtype, *ref.info.shape] for name, ref in checkpoint.stacks.items()
+        }
     if config_was is not None:
         source[CONFIG_WAS] = list(config_was)
     return source
@@ -293,8 +326,12 @@ def _check_factor(checkpoint: Checkpoint, factor: TensorInfo) -> None:
 def check_listed(checkpoint: Checkpoint, record: Mapping[str, Any]) -> None:
     """Raises BadCheckpointError where a tensor that was not factored is in the record and not in
     the weight files."""
+    there = set(checkpoint.tensors)
+    for stack in stacks_of(record, checkpoint.shown):
+        if stack.name in there:  # in one piece, since nothing of it was factored
+            there.update(matrix.name for matrix, _ in slices_of(stack))
     for name in (*(record.get("dense") or ()), *(record.get("skipped") or ())):
-        if name not in checkpoint.tensors:
+        if name not in there:
             raise BadCheckpointError(
                 f"{checkpoint.shown} lacks {name!r}, which its record lists",
                 "write the output again",

@@ -28,8 +28,9 @@ _SHARD_STEM = re.compile(r"-\d{5,}-of-\d{5,}$")
 class Unit:
     """One piece of work: tensors that are read, and the tensors that take their place.
 
-    kind is "copy", "factor", "expand", or "warn" for a tensor without bytes; name is the original
-    tensor's name, or says more; file is the weight file that it came from.
+    kind is "copy", "factor", "expand", "stack" for matrices of experts that become one tensor
+    again, or "warn" for a tensor without bytes; name is the original tensor's name, or says more;
+    file is the weight file that it came from.
     """
 
     name: str

@@ -30,6 +30,7 @@ from svdcli.linalg.layouts import CODECS
 from svdcli.linalg.packed import packed_factors, packed_matrix
 from svdcli.linalg.solvers import Factors, transposed
 from svdcli.linalg.whitening import Metric, weighted
+from svdcli.models.experts import SeparateExperts
 from svdcli.models.modules import LOW_RANK, PackedLinear, is_linear, layout_of
 from svdcli.plan.layouts import LAYOUTS
 
@@ -132,6 +133,8 @@ def _groups(
     together."""
     grouped_names = _grouped_names(block, indices[0])
     names = list(itertools.chain.from_iterable(grouped_names))
+    if not names:
+        return []
 
     # A moment needs few batches, and each costs a backward pass
     sample = indices[:: max(1, len(indices) // _MOMENT_BATCHES)][:_MOMENT_BATCHES]
@@ -176,15 +179,21 @@ def refittable(unit: nn.Module) -> dict[str, nn.Module]:
 
 def _grouped_names(block: Block, index: int) -> list[list[str]]:
     """Return the names of the layers that are called exactly once and stand for a linear layer, in
-    the order of their calls; neighbours that read the very same tensor make a group."""
+    the order of their calls; neighbours that read the very same tensor make a group.
+
+    Not those of experts: behind a compressed stream the router sends them other tokens than the
+    original sends its own, and there is no y for an x.
+    """
     calls: list[tuple[str, Tensor]] = []
 
     def note(name: str) -> Callable[..., None]:
         return lambda module, inputs: calls.append((name, inputs[0]))
 
     handles = []
+    routed = _routed(block.student.unit)
     for name, module in refittable(block.student.unit).items():
-        handles.append(module.register_forward_pre_hook(note(name)))
+        if id(module) not in routed:
+            handles.append(module.register_forward_pre_hook(note(name)))
     with _hooked(handles):
         block.student.answer(index)
 
@@ -201,6 +210,15 @@ def _grouped_names(block: Block, index: int) -> list[list[str]]:
             groups.append([name])
         last = x
     return groups
+
+
+def _routed(unit: nn.Module) -> set[int]:
+    """Return the identities of all modules of experts."""
+    routed: set[int] = set()
+    for module in unit.modules():
+        if isinstance(module, SeparateExperts):
+            routed.update(map(id, module.modules()))
+    return routed
 
 
 def _feeding(block: Block, index: int, names: Sequence[str]) -> set[str]:

@@ -39,6 +39,13 @@ from transformers.quantizers import (
 from transformers.utils import logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from svdcli.models.experts import (
+    SeparateExperts,
+    separate,
+    stack_again,
+    stack_of,
+    stacks_taken_apart,
+)
 from svdcli.models.modules import (
     DOWN,
     HOLDERS,
@@ -295,6 +302,8 @@ class SvdQuantizer(HfQuantizer):  # type: ignore[misc]
         self.renamed: dict[str, str] = {}
         # What the model ties, before factors took the places of weights
         self.ties: Any = None
+        # Which model it is, for conversions that it has no place for
+        self.model: Any = None
         # Modules whose factors are tied to others', and {target: source} of tied row orders and of
         # tied packed weights
         self.tied: set[str] = set()
@@ -326,7 +335,7 @@ class SvdQuantizer(HfQuantizer):  # type: ignore[misc]
         """
         factored = {source for _, source in self.stacks}
         conversions: list[Any] = []
-        for converter in weight_conversions:
+        for converter in _places_in(self.model, weight_conversions):
             sources = set(getattr(converter, "source_patterns", ()))
             if not isinstance(converter, WeightConverter) or sources.isdisjoint(factored):
                 conversions.append(converter)
@@ -344,9 +353,12 @@ class SvdQuantizer(HfQuantizer):  # type: ignore[misc]
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: Iterable[Any] | None = None, **_: Any
     ) -> None:
-        # What the files hold, and where the model has it
+        # What the files hold, and where the model has it; experts one by one, where files do
+        self.model = model
         files = [str(file) for file in checkpoint_files or ()]
         shapes, stored = read_stored(files, self.quantization_config.group)
+        if not self.quantization_config.dequantize and _are_of_stacks(Naming(model), stored):
+            separate_experts(model, [f"{name}.weight" for name in stored])
         named = Naming(model)
         homes = {name: named(f"{name}.weight") for name in stored}
         self.stacks = _stacks(named, homes, shapes, stored)
@@ -445,6 +457,9 @@ class SvdQuantizer(HfQuantizer):  # type: ignore[misc]
         wanted = set(self.merged.values())
         for name, layer in self.replaced.items():
             wanted |= {f"{name}.{part}" for part in layer.parts}
+        for path, module in self.model.named_modules():
+            if isinstance(module, SeparateExperts):
+                wanted |= {f"{path}.{name}" for name, _ in module.named_parameters()}
 
         # What nothing took though the class lacks just that, with or without its prefix
         for key in info.unexpected_keys:
@@ -456,8 +471,8 @@ class SvdQuantizer(HfQuantizer):  # type: ignore[misc]
         lost = sorted(made_up & wanted)
         if lost:
             raise ValueError(
-                f"{lost[0]} is factored, and was not filled from the weight files ({len(lost)} "
-                f"such tensors); "
+                f"{lost[0]} is factored, or an expert beside one that is, and was not filled from "
+                f"the weight files ({len(lost)} such tensors); "
                 "write or download them again, and give from_pretrained their folder"
             )
 
@@ -543,6 +558,7 @@ class SvdQuantizer(HfQuantizer):  # type: ignore[misc]
                 trains = first.requires_grad or not first.is_floating_point()
                 weights[id(first)] = nn.Parameter(weight, trains)
             model.set_submodule(name, _dense(module, weights[id(first)]))
+        stack_again(model)
         if self.ties is not None:
             model.all_tied_weights_keys, model._tied_weights_keys = self.ties
         _forget_method(model.config)
@@ -558,12 +574,34 @@ class Home(NamedTuple):
     pattern: str | None
 
 
+def _places_in(model: Any, conversions: Iterable[Any]) -> list[Any]:
+    """Return the conversions without those that stack experts which are separate here."""
+    taken = stacks_taken_apart(model)
+    return [
+        entry
+        for entry in conversions
+        if not isinstance(entry, WeightConverter) or taken.isdisjoint(entry.target_patterns)
+    ]
+
+
+def separate_experts(model: Any, files: Iterable[str] = ()) -> list[str]:
+    """Make layers of the experts that transformers stacks; return the paths of what holds them.
+    files are names of tensors or layers in the checkpoint: they tell whether it has stacks as they
+    are or experts one by one, where the model takes both."""
+    named = Naming(model)
+    as_they_are: set[str] = set()
+    for name in files:
+        key = named.as_it_is(name)
+        as_they_are |= {key, stack_of(key.removesuffix(".weight"))} & named.state.keys()
+    return separate(model, get_model_conversion_mapping(model), as_they_are)
+
+
 class Naming:
     """The names that transformers gives to the tensors of a checkpoint in one model. state is the
     model's own."""
 
     def __init__(self, model: Any) -> None:
-        mapping = get_model_conversion_mapping(model)
+        mapping = _places_in(model, get_model_conversion_mapping(model))
         self.state = model.state_dict()
         self._prefix = model.base_model_prefix
         self._renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
@@ -578,10 +616,24 @@ class Naming:
             key, pattern = rename_source_key(name, [], [], self._prefix, self.state)
         return Home(key, pattern)
 
+    def as_it_is(self, name: str) -> str:
+        """Return the key of a tensor that no converter takes."""
+        return str(rename_source_key(name, self._renamings, [], self._prefix, self.state)[0])
+
     def plainly(self, name: str) -> str:
         """Return what a tensor is called when converters look at it: renamed, and its prefix as it
         is in the files."""
         return str(rename_source_key(name, self._renamings, [])[0])
+
+
+def _are_of_stacks(named: Naming, stored: Iterable[str]) -> bool:
+    """Tell whether the model has one of these layers in a stack with others: by a converter, or by
+    its own name without the number of an expert."""
+    for name in stored:
+        stack = stack_of(named.as_it_is(f"{name}.weight").removesuffix(".weight"))
+        if stack in named.state or named(f"{name}.weight").pattern is not None:
+            return True
+    return False
 
 
 def module_names(model: Any, stored: Iterable[str]) -> dict[str, str | None]:

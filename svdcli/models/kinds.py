@@ -63,6 +63,42 @@ def kinds_of(checkpoint: Checkpoint, names: Iterable[str], packed: Iterable[str]
     return Kinds(misfits, linear, tuple(stacked))
 
 
+def take_apart_stacks(checkpoint: Checkpoint) -> None:
+    """Have the experts of every stack stand as layers that a loader of the checkpoint can hold one
+    by one. Stacks of classes that compute in other ways stay, and a note says why."""
+    stacks = checkpoint.whole_stacks()
+    if not stacks:
+        return
+    if not checkpoint.transformers_opens_it:
+        checkpoint.take_apart(stacks)
+        return
+    held: set[str] = set()
+    why = "its class computes with the whole stack"
+    try:
+        held = _held_apart(empty_model(checkpoint), checkpoint, stacks)
+    except Exception as error:  # a class may do anything, and this is no reason to stop
+        why = f"its class is not known: {type(error).__name__}: {error}".splitlines()[0]
+    checkpoint.take_apart(held)
+    left = [name for name in stacks if name not in held]
+    if left:
+        checkpoint.notes.append(f"{left[0]} stays one stack ({len(left)} such): {why}")
+
+
+def _held_apart(model: Any, checkpoint: Checkpoint, stacks: Sequence[str]) -> set[str]:
+    """Which of these stacks the model can hold as separate experts."""
+    from svdcli.models.hf import Naming, separate_experts
+
+    homes = {name: Naming(model)(name) for name in stacks}
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    apart = set(separate_experts(model, checkpoint.tensors))
+    held: set[str] = set()
+    for name, (key, pattern) in homes.items():
+        as_it_is = pattern is None and shapes.get(key) == checkpoint.tensors[name].info.shape
+        if as_it_is and key.rpartition(".")[0] in apart:
+            held.add(name)
+    return held
+
+
 def _check_opens(model: Any, packed: Sequence[str]) -> None:
     """Raises SvdcliError where transformers cannot open the class with these modules packed. It has
     each class initialise its modules, and some look at weights that are not there then."""

@@ -16,11 +16,13 @@ from svdcli.errors import BadCheckpointError, SvdcliError, UsageError
 from svdcli.files.checkpoint import Checkpoint, open_checkpoint
 from svdcli.files.compressed_tensors import METHOD as OTHERS
 from svdcli.files.config import METHOD, method_for, method_of
+from svdcli.files.dtypes import TORCH_DTYPES
 from svdcli.files.record import check_listed, record_of, stored_layers
 from svdcli.models import own_code
 from svdcli.models.modules import UNPACKED, WEIGHT, WHOLE, PackedLinear, low_rank_like, share
 from svdcli.plan.packing import PLAIN, SHAPE
 from svdcli.plan.plan import FORMAT, LayerPlan
+from svdcli.plan.tensors import TensorInfo
 
 _SMALL = 4 * 10**9  # bytes of a model that is opened in float32 on a CPU
 
@@ -84,8 +86,13 @@ def load_quietly(
 
 def load_stored(path: str | Path, *, trust_remote_code: bool = False) -> Any:
     """Return a transformers model in its stored dtype, whose weights stay in the file until they
-    are used; nothing is trained."""
-    return _without_bars(path, "auto", trust_remote_code).requires_grad_(False).eval()
+    are used, and whose experts are layers of their own; nothing is trained."""
+    model: Any = _without_bars(path, "auto", trust_remote_code).requires_grad_(False).eval()
+    from svdcli.models.hf import separate_experts
+
+    with open_checkpoint(path) as checkpoint:
+        separate_experts(model, checkpoint.tensors)
+    return model
 
 
 def _without_bars(path: str | Path, dtype: torch.dtype | str, trust_remote_code: bool) -> nn.Module:
@@ -177,13 +184,63 @@ def _load_transformers(checkpoint: Checkpoint, options: dict[str, Any]) -> nn.Mo
     options = _as_stored(checkpoint) | options
     if method_of(checkpoint.config or {}) == OTHERS and record_of(checkpoint) is not None:
         options = {"config": _config_for_plugin(checkpoint, options)} | options
+    source: Path | None = checkpoint.path
+    if checkpoint.quantised:
+        source, options = None, options | _as_numbers(checkpoint, options)
     try:
-        model: nn.Module = model_class.from_pretrained(checkpoint.path, **options)
+        model: nn.Module = model_class.from_pretrained(source, **options)
     except (ValueError, RuntimeError, KeyError) as error:
         raise SvdcliError(
             f"{checkpoint.shown} does not load: {_first_lines(error)}", "see `svdcli verify`"
         ) from error
     return model
+
+
+class _Unread:
+    """A tensor of a checkpoint that is read when transformers asks for its numbers, as it does of
+    those in safetensors files."""
+
+    def __init__(self, checkpoint: Checkpoint, name: str) -> None:
+        self.checkpoint = checkpoint
+        self.name = name
+
+    @property
+    def info(self) -> TensorInfo:
+        return self.checkpoint.tensors[self.name].info
+
+    @property
+    def dtype(self) -> torch.dtype:
+        dtype: torch.dtype = TORCH_DTYPES[self.info.dtype]
+        return dtype
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size(self.info.shape)
+
+    def get_shape(self) -> list[int]:
+        return list(self.info.shape)
+
+    def get_dtype(self) -> str:
+        return self.info.dtype
+
+    def is_floating_point(self) -> bool:
+        return self.dtype.is_floating_point
+
+    def __getitem__(self, index: Any) -> Tensor:
+        return self.checkpoint.read_tensor(self.name)[index]
+
+
+def _as_numbers(checkpoint: Checkpoint, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of `from_pretrained` that open a checkpoint of quantised weights as the
+    numbers that they stand for, which not every device, nor transformers, could compute with as
+    they are."""
+    config = options.get("config") or _transformers().AutoConfig.from_pretrained(
+        checkpoint.path, trust_remote_code=options.get("trust_remote_code")
+    )
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    numbers = {name: _Unread(checkpoint, name) for name in checkpoint.tensors}
+    return {"config": config, "state_dict": numbers}
 
 
 def _config_for_plugin(checkpoint: Checkpoint, options: Mapping[str, Any]) -> Any:

@@ -12,7 +12,7 @@ from svdcli.version import __version__
 # In this order, since each uses names of those before it.
 _SOURCES = (
     "plan/parts.py",
-    *(f"models/{name}.py" for name in ("kernels", "modules", "hf", "auto_classes")),
+    *(f"models/{name}.py" for name in ("kernels", "modules", "experts", "hf", "auto_classes")),
 )
 _PACKAGE = Path(__file__).parent.parent
 

@@ -14,6 +14,7 @@ from svdcli.plan.ranks import Choice, Options, choice_of
 # Branch and bound looks at so many layers at most: the closest calls at the price of the budget.
 _CLOSE_CALLS = 16
 _WORTH_MORE = "worth more whole than the same bytes elsewhere"
+_ALL_FIT = "the budget holds every layer as it is"
 # So many partial solutions go on from one layer to the next.
 _PARTIAL_SOLUTIONS = 1000
 
@@ -53,6 +54,8 @@ def allocate_globally(
 
 def allocate_menus(menus: Sequence[Menu], budget: int) -> list[Choice]:
     """The same for choices of any kind, without floors."""
+    if sum(menu.dense.cost for menu in menus) <= budget:
+        return [Choice(None, _ALL_FIT) for _ in menus]
     return [point.choice or Choice(None, _WORTH_MORE) for point in _search(menus, budget)]
 
 

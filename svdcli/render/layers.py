@@ -17,6 +17,7 @@ from svdcli.render.words import NUMBER, common_prefix, short_name
 WIDE = 120  # from here on whole names, and every column
 NARROW = 80  # below, a table drops columns that do not fit
 _GAP = 3  # what rich puts between two columns
+_LEAST_OF_A_NAME = 12  # a folded name gets as much
 _NAME_WIDTH = 20  # columns go before names get less than this
 
 
@@ -89,18 +90,20 @@ def print_layers(
         console.print(f"\n{prefix}…", style="dim")
     names = [line.name.removeprefix(prefix) for line in lines]
 
-    # From 80 on all columns are shown, and long names are folded; below, names are measured
+    # From 80 on long names are folded, and columns go that leave them no room at all; below, names
+    # are measured
     table = new_table()
-    shown = list(titles)
     name_width = None
+    room = console.width - _last_width(lines, last)
+    widths = {title: _width_of(title, lines) for title in titles}
     if console.width >= NARROW:
         longest = max(map(len, names), default=0)
-        least = min(longest, max(12, console.width * 2 // 5))
+        shown = fitting(widths, room - min(longest, _LEAST_OF_A_NAME), first_out)
+        wanted = max(_LEAST_OF_A_NAME, console.width * 2 // 5)
+        least = min(longest, wanted, max(_LEAST_OF_A_NAME, room - _all_of(widths, shown)))
         table.add_column("Layer", overflow="fold", min_width=least)
     else:
         longest = max(map(_name_width, lines, names), default=0)
-        room = console.width - _last_width(lines, last)
-        widths = {title: _width_of(title, lines) for title in titles}
         shown = fitting(widths, room - min(longest, _NAME_WIDTH), first_out)
         name_width = max(1, min(longest, room - _all_of(widths, shown)))
         table.add_column("Layer", no_wrap=True, width=max(name_width, len("Layer")))

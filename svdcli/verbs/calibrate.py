@@ -28,6 +28,7 @@ from svdcli.engine.compute import Compute
 from svdcli.engine.publish import check_place
 from svdcli.files.checkpoint import Checkpoint, open_checkpoint
 from svdcli.files.report import JSON_VERSION
+from svdcli.models.kinds import take_apart_stacks
 from svdcli.models.load import load_stored
 from svdcli.models.modules import is_linear
 from svdcli.plan.layers import choose_layers
@@ -65,7 +66,9 @@ class Calibrated:
     """What was measured, and what it took. uncalibrated lists selected weights that saw no input.
 
     samples are the windows of seq_len tokens that were read, or the sentences of at most as many.
-    side names the part of the model that read them, where it is not the whole.
+    side names the part of the model that read them, where it is not the whole. saw_few lists
+    weights of experts that read fewer tokens than they have inputs, and lean on the average of
+    their layer.
     """
 
     path: str
@@ -80,6 +83,7 @@ class Calibrated:
     samples: int = 0
     seq_len: int = 0
     side: str = ""
+    saw_few: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         return {"svdcli_json": JSON_VERSION, "kind": "calibration"} | asdict(self)
@@ -122,6 +126,7 @@ def calibrate(
     out = Path(out)
     device = (compute or Compute()).start()
     with open_checkpoint(model) as checkpoint:
+        take_apart_stacks(checkpoint)
         check_place(out, ".safetensors", source=checkpoint.path, force=force)
 
         # The model, the layers to measure, and the text as it reads it
@@ -149,26 +154,33 @@ def calibrate(
             stream = Stream(network, device, torch.float32, call=side.of(network))
             for number, batches in enumerate(rounds):
                 _gather_round(gather, stream, number, batches, layers, forecast.gradients)
+            few = gather.share_among_experts()
             if sensitivity:
                 gather.add_sensitivities(stream, read.batches, memory)
 
             # All of them into the file, with where they come from
-            unit = "nats" if gather.loss.nats else "1 - cosine"
             provenance = Provenance(
                 fingerprint=checkpoint.fingerprint(),
-                text=texts.name,
-                text_sha256=texts.digest,
-                tokens=read.tokens,
-                samples=read.samples,
-                seq_len=read.seq_len,
                 seed=seed,
                 gradients=forecast.gradients,
                 sensitivity=sensitivity,
-                unit=unit,
+                unit="nats" if gather.loss.nats else "1 - cosine",
+                **_text_read(texts, read),
             )
             keys = gather.keys()
             write_moments(out, gather.spool, gather.scales(), keys, provenance)
-        return _calibrated(out, layers, keys, forecast, sensitivity)
+        return _calibrated(out, layers, keys, forecast, sensitivity, few)
+
+
+def _text_read(texts: Texts, read: Read) -> dict[str, Any]:
+    """The fields of Provenance about the text."""
+    return {
+        "text": texts.name,
+        "text_sha256": texts.digest,
+        "tokens": read.tokens,
+        "samples": read.samples,
+        "seq_len": read.seq_len,
+    }
 
 
 def _gather_round(
@@ -195,6 +207,7 @@ def _calibrated(
     keys: Mapping[str, Mapping[str, Any]],
     forecast: Forecast,
     sensitivity: bool,
+    few: Sequence[str],
 ) -> Calibrated:
     return Calibrated(
         path=str(out),
@@ -209,6 +222,7 @@ def _calibrated(
         samples=forecast.samples,
         seq_len=forecast.seq_len,
         side=forecast.side,
+        saw_few=tuple(few),
     )
 
 

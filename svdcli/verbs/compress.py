@@ -91,6 +91,7 @@ def compress(
     """
     from svdcli.engine.compute import Compute
     from svdcli.engine.executor import threads_each
+    from svdcli.models.kinds import take_apart_stacks
 
     if calibration is not None and reading is not None:
         raise UsageError("give a calibration or a text, not both", "leave out one of them")
@@ -98,6 +99,7 @@ def compress(
     recipe = _the_recipe(recipe, plan, wanted, calibrated)
     with open_checkpoint(model, state_dict=state_dict, carry=carry) as checkpoint:
         check_source(checkpoint, recipe)
+        take_apart_stacks(checkpoint)
         compute = compute or Compute()
         device = compute.start()
         source = _Source(calibration, reading, compute)

@@ -11,7 +11,7 @@ from svdcli.engine.run import Run
 from svdcli.errors import BadCheckpointError, SvdcliError
 from svdcli.files.blueprint import ExpandDesign
 from svdcli.files.checkpoint import STANDARD, Checkpoint, open_checkpoint, sha256_of
-from svdcli.files.record import check_listed, record_of, stored_layers
+from svdcli.files.record import check_listed, record_of, stored_layers, take_apart_again
 from svdcli.files.workspace import Workspace
 from svdcli.plan.plan import LayerPlan
 from svdcli.progress import Progress, silent
@@ -43,6 +43,7 @@ def expand(
             raise SvdcliError(f"{checkpoint.shown} was not written by svdcli compress", hint)
 
         # Nothing is made of weights that are not what compress wrote
+        take_apart_again(checkpoint, record)
         layers = stored_layers(checkpoint, record)
         check_listed(checkpoint, record)
         _check_undamaged(checkpoint, record, layers)

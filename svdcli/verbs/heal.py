@@ -33,7 +33,7 @@ from svdcli.engine.solve import Ready
 from svdcli.errors import SvdcliError, UsageError
 from svdcli.files.blueprint import CompressDesign
 from svdcli.files.checkpoint import Checkpoint, open_checkpoint
-from svdcli.files.record import Result, record_of, stored_layers
+from svdcli.files.record import Result, record_of, stored_layers, take_apart_again
 from svdcli.files.report import read_report
 from svdcli.files.workspace import BLOCKS, Workspace
 from svdcli.healing.blocks import (
@@ -106,6 +106,8 @@ def heal(
         raise UsageError(f"--hard-labels {hard_labels:g} is not a share", "give 0 to 1")
     request = _Request(effort, samples, seq_len, hard_labels, seed, trust_remote_code)
     with open_checkpoint(output) as compressed, open_checkpoint(teacher) as original:
+        for checkpoint in (compressed, original):
+            take_apart_again(checkpoint, record_of(compressed) or {})
         pair = _Pair(compressed, original, _plan_of(compressed, original))
         device = (compute or Compute()).start()
         with destination(compressed, out, ".healed", "-healed", force) as target:
@@ -146,7 +148,8 @@ def _plan_of(compressed: Checkpoint, original: Checkpoint) -> Plan:
     plan = Plan.from_json(record)
     if not plan.recipe.keeps_factors:
         raise UsageError(
-            f"{compressed.shown} has the dense layout, which holds no factors", "compress it again"
+            f"{compressed.shown} has the dense layout, which heal does not take",
+            "compress again without --layout dense",
         )
     if plan.fingerprint != original.fingerprint():
         raise SvdcliError(

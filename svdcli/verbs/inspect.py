@@ -66,6 +66,7 @@ def inspect(
     """List a checkpoint's tensors from its headers alone. Raises like `compress` for bad input and
     odd patterns."""
     with open_checkpoint(model, state_dict=state_dict) as checkpoint:
+        checkpoint.take_apart(checkpoint.whole_stacks())
         selected, skipped = choose_layers(
             checkpoint.infos,
             include=include,

@@ -73,6 +73,7 @@ def spectrum(
     from svdcli.engine.compute import Compute
     from svdcli.engine.run import Run
     from svdcli.engine.spectra import check_finite, measure_spectra
+    from svdcli.models.kinds import take_apart_stacks
 
     with open_checkpoint(model, state_dict=state_dict) as checkpoint:
         if record_of(checkpoint) is not None:
@@ -82,6 +83,7 @@ def spectrum(
             )
 
         # The same layers as compress
+        take_apart_stacks(checkpoint)
         selected, skipped = choose_layers(
             checkpoint.infos,
             include=include,

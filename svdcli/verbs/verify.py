@@ -13,7 +13,13 @@ from svdcli.errors import BadCheckpointError, SvdcliError
 from svdcli.files.checkpoint import RECORD, Checkpoint, open_checkpoint, sha256_of
 from svdcli.files.config import METHOD, method_for, method_of
 from svdcli.files.formats import PICKLE_ENDINGS, format_of
-from svdcli.files.record import part_of_record, record_in, record_of, stored_layers
+from svdcli.files.record import (
+    part_of_record,
+    record_in,
+    record_of,
+    stored_layers,
+    take_apart_again,
+)
 from svdcli.files.report import JSON_VERSION
 from svdcli.plan.layouts import LAYOUTS
 from svdcli.plan.plan import LayerPlan, layer_from_json
@@ -94,6 +100,7 @@ def verify(
         ]
         checks += _check_digests(checkpoint, record, progress)
         checks += _check_strangers(checkpoint, record)
+        take_apart_again(checkpoint, record)
 
         # The tensors, unless there are weights among them that the record knows nothing of
         if all(check.ok for check in checks if check.check == _STRANGE):
@@ -112,7 +119,9 @@ def _open_original(against: str | Path, record: Mapping[str, Any]) -> Checkpoint
     is_pickle = Path(against).is_file() and format_of(Path(against)).reader == "pickle"
     if not is_pickle:
         key = None
-    return open_checkpoint(against, state_dict=key)
+    original = open_checkpoint(against, state_dict=key)
+    take_apart_again(original, record)
+    return original
 
 
 # Files --------------------------------------------------------------------------------------------

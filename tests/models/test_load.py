@@ -339,21 +339,6 @@ def test_dequantize_is_there_for_those_who_ask(compressed: Compressed) -> None:
     )
 
 
-def test_experts_in_one_stack_are_multiplied_out_and_it_says_so(
-    compressed: Compressed, caplog: pytest.LogCaptureFixture
-) -> None:
-    import transformers
-
-    transformers.utils.logging.enable_propagation()
-    try:
-        model = svdcli.load(compressed("mixtral"))
-    finally:
-        transformers.utils.logging.disable_propagation()
-    assert "multiplied out" in caplog.text
-    assert isinstance(model.model.layers[0].mlp.experts.gate_up_proj, nn.Parameter)
-    assert isinstance(model.model.layers[0].self_attn.q_proj, LowRankLinear)
-
-
 def test_a_dense_model_opens_too(written: Written) -> None:
     assert not any(
         isinstance(module, LOW_RANK) for module in svdcli.load(written("bert")).modules()

@@ -60,11 +60,16 @@ def reconfigure(folder: Path, **changes: Any) -> Path:
 
 def account(name: str, path: Path, **how: Any) -> dict[str, set[str]]:
     """What transformers says that it did not find or could not place, with factors under the names
-    of their weights."""
+    of their weights, and experts under those of their stacks."""
     _, info = getattr(transformers, name).from_pretrained(path, output_loading_info=True, **how)
-    factor = re.compile(r"svd_(up\.weight|down\.weight|rows)$")
+
+    def plain(key: str) -> str:
+        key = re.sub(r"svd_(up\.weight|down\.weight|rows)$", "weight", key)
+        key = re.sub(r"experts\.\d+\.w[13]\.weight$", "experts.gate_up_proj", key)
+        return re.sub(r"experts\.\d+\.w2\.weight$", "experts.down_proj", key)
+
     return {
-        kind: {factor.sub("weight", str(key)) for key in info[kind]}
+        kind: {plain(str(key)) for key in info[kind]}
         for kind in ("missing_keys", "unexpected_keys")
     }
 

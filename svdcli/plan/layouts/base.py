@@ -63,14 +63,15 @@ class Layout(ABC):
         return sum(tensor.nbytes for tensor in self.tensors(layer, rank, dtype, packing))
 
     def largest_saving_rank(self, layer: TensorInfo, dtype: str, packing: Packing = PLAIN) -> int:
-        """The largest rank whose stored bytes and parameters are both below those of the dense
-        weight; 0 if there is none."""
+        """The largest rank whose stored bytes are below those of the dense weight, and, where
+        numbers stay at 16 bits or more, whose parameters are too; 0 if there is none."""
         # By bisection: what saves at one rank saves at every smaller one.
         low, high = 0, self.largest_rank(layer.shape)
         while low < high:
             rank = (low + high + 1) // 2
             fewer_bytes = self.nbytes(layer, rank, dtype, packing) < layer.nbytes
-            if fewer_bytes and self.parameters(layer.shape, rank) < layer.parameters:
+            fewer_numbers = self.parameters(layer.shape, rank) < layer.parameters
+            if fewer_bytes and (fewer_numbers or packing != PLAIN):
                 low = rank
             else:
                 high = rank - 1

@@ -1,0 +1,286 @@
+"""Weights that are stored as codes of few bits, read as the numbers that they stand for.
+
+Which tensors belong together is told by their names, as the tools that write them have it; of
+config.json's `quantization_config` only what no tensor tells is asked. Torch is imported where a
+tensor is read.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from svdcli.errors import BadCheckpointError
+from svdcli.plan.tensors import FACTORED_DTYPES, TensorInfo
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# The methods of transformers' `quantization_config` that are read: DeepSeek's blocks, FBGEMM's
+# rows, and, of what NVIDIA and compressed-tensors have, what these formats and algorithms store.
+_METHODS = ("fp8", "fbgemm_fp8", "modelopt", "compressed-tensors")
+_FORMATS = {"float-quantized", "int-quantized", "naive-quantized", "pack-quantized", "dense"}
+_MIXED = "mixed-precision"  # then each group has its own
+_ALGORITHMS = {"FP8"}
+
+# How codes and what belongs to them are called behind the name of a weight.
+_INVERSE, _SCALE, _ZEROS = "_scale_inv", "_scale", "_zero_point"
+_PACKED, _SHAPE, _ORDER = "_packed", "_shape", "_g_idx"
+
+# Of the activations, which this project leaves in full precision.
+_OF_ACTIVATIONS = (
+    ".input_scale",
+    ".input_scale_ub",
+    ".input_zero_point",
+    ".input_global_scale",
+    ".output_scale",
+    ".output_zero_point",
+    ".activation_scale",
+    ".k_scale",
+    ".v_scale",
+    ".q_scale",
+)
+_CODES = ("F8_E4M3", "F8_E5M2", "I8")
+_BLOCK = 128  # rows and columns that share a scale, where config.json does not say
+_BIAS = 127  # of an exponent that is stored as a byte
+_WORD = 32  # bits of a word of packed codes
+
+
+@dataclass(frozen=True)
+class Quantised:
+    """One weight: the names of its codes, its scales and what else it may have, and how they go
+    together.
+
+    info is what the weight is read as. block is how many rows and columns share a scale; bits are
+    those of a packed code, 0 for codes that are stored one by one.
+    """
+
+    info: TensorInfo
+    codes: str
+    scale: str
+    block: tuple[int, int]
+    bits: int = 0
+    zeros: str | None = None
+    order: str | None = None
+
+    @property
+    def parts(self) -> Iterator[str]:
+        """The names of all that it is made of."""
+        for name in (self.codes, self.scale, self.zeros, self.order):
+            if name is not None:
+                yield name
+
+    def numbers(self, read: Callable[[str], Tensor]) -> Tensor:
+        """The weight in its dtype; read(name) gives a stored tensor."""
+        import torch
+
+        from svdcli.files.dtypes import TORCH_DTYPES
+
+        codes, scale = read(self.codes), read(self.scale)
+        if self.bits:
+            codes = _unpacked(codes, self.bits, self.info.shape[1], dim=1)
+        values = codes.to(torch.float32)
+
+        # What each number is shifted and multiplied by
+        columns = None if self.order is None else read(self.order).long()
+        if self.zeros is not None:
+            zeros = read(self.zeros)
+            if self.bits:
+                zeros = _unpacked(zeros, self.bits, scale.shape[0], dim=0)
+            values -= self._spread(zeros.to(torch.float32), columns)
+        if scale.dtype == torch.uint8:  # an exponent, as MX formats store it
+            scale = (scale.to(torch.float32) - _BIAS).exp2()
+        values *= self._spread(scale.to(torch.float32), columns)
+        return values.to(TORCH_DTYPES[self.info.dtype])
+
+    def _spread(self, scale: Tensor, columns: Tensor | None) -> Tensor:
+        """One value for every number, or for every row, or for all, from one for each block.
+        columns gives the group of each column where they are not in order."""
+        if scale.numel() == 1:
+            return scale.flatten()[0]
+        m, n = self.info.shape[-2:]
+        if scale.ndim < 2:
+            scale = scale[:, None]
+        if scale.shape[-2] != m:
+            scale = scale.repeat_interleave(self.block[0], -2)[..., :m, :]
+        if columns is not None:
+            return scale[..., columns]
+        if scale.shape[-1] > 1:
+            scale = scale.repeat_interleave(self.block[1], -1)[..., :n]
+        return scale
+
+
+def _unpacked(words: Tensor, bits: int, count: int, dim: int) -> Tensor:
+    """Codes from -2^(bits - 1) on, `count` of them along one dimension, of int32 words that hold
+    them from 0 on, the first in the lowest bits."""
+    import torch
+
+    shifts = torch.arange(0, _WORD // bits * bits, bits, dtype=torch.int32)
+    moved = words.movedim(dim, -1)
+    codes = torch.bitwise_right_shift(moved[..., None], shifts) & (1 << bits) - 1
+    return codes.flatten(-2)[..., :count].movedim(-1, dim) - (1 << bits - 1)
+
+
+def is_read(details: Mapping[str, Any]) -> bool:
+    """Tell whether weights of this `quantization_config` can be read as numbers."""
+    method = details.get("quant_method")
+    if method == "compressed-tensors":
+        formats = {details.get("format")}
+        for scheme in _schemes(details):
+            formats.add(scheme.get("format"))
+        return formats <= _FORMATS | {_MIXED, None}
+    if method == "modelopt":
+        return details.get("quant_algo") in _ALGORITHMS
+    return method in _METHODS
+
+
+def _schemes(details: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The schemes of compressed-tensors, for layers that are stored in different ways."""
+    groups = details.get("config_groups")
+    if not isinstance(groups, dict):
+        return []
+    return [scheme for scheme in groups.values() if isinstance(scheme, dict)]
+
+
+def quantised_weights(
+    details: Mapping[str, Any],
+    dtype: str,
+    infos: Mapping[str, TensorInfo],
+    read: Callable[[str], Tensor],
+    shown: str,
+) -> tuple[dict[str, Quantised], set[str]]:
+    """({name of a weight: what it is made of}, names that say something of activations alone).
+
+    details are the `quantization_config`, dtype is what weights are read in; read gives a stored
+    tensor, here the small ones that hold shapes. Raises BadCheckpointError for a weight whose parts
+    are missing, or do not fit.
+    """
+    reader = _Reader(details, dtype, infos, read, shown)
+    found: dict[str, Quantised] = {}
+    for name, info in infos.items():
+        weight = reader.weight_of(name, info)
+        if weight is not None:
+            found[weight.info.name] = weight
+    activations = {name for name in infos if name.endswith(_OF_ACTIVATIONS)} if found else set()
+    return found, activations
+
+
+def dtype_of(config: Mapping[str, Any]) -> str:
+    """What a model of this config computes in; bfloat16 where it does not say."""
+    said = str(config.get("dtype") or config.get("torch_dtype")).removeprefix("torch.")
+    return {"float16": "F16", "float32": "F32"}.get(said, "BF16")
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """What is known of all weights."""
+
+    details: Mapping[str, Any]
+    dtype: str
+    infos: Mapping[str, TensorInfo]
+    read: Callable[[str], Tensor]
+    shown: str
+
+    def weight_of(self, name: str, info: TensorInfo) -> Quantised | None:
+        """The weight whose codes a tensor holds, or None."""
+        if name.endswith(_PACKED) and info.dtype == "I32":
+            return self._packed(name.removesuffix(_PACKED), info)
+        if info.dtype not in _CODES or len(info.shape) < 2:
+            return None
+        scale = next((name + end for end in (_INVERSE, _SCALE) if name + end in self.infos), None)
+        is_plain = scale is None and not self.details  # float8 that was cast, and not scaled
+        if is_plain or (info.dtype == "I8" and not self._is_real(scale)):
+            return None
+        if scale is None:
+            raise BadCheckpointError(
+                f"{self.shown} holds {name} in {info.dtype} without its scales",
+                "get the checkpoint again, with all its files",
+            )
+        weight = TensorInfo(name, self.dtype, info.shape)
+        zeros = name + _ZEROS if name + _ZEROS in self.infos else None
+        found = Quantised(weight, name, scale, self._block(weight, scale), zeros=zeros)
+        self._check(found)
+        return found
+
+    def _is_real(self, scale: str | None) -> bool:
+        """Tell whether these are scales of integers. Bytes with exponents belong to codes of other
+        kinds, two to a byte."""
+        return scale is not None and self.infos[scale].dtype in FACTORED_DTYPES
+
+    def _packed(self, name: str, info: TensorInfo) -> Quantised:
+        """A weight whose codes lie in words."""
+        for end in (_SCALE, _SHAPE):
+            if name + end not in self.infos:
+                raise BadCheckpointError(
+                    f"{self.shown} holds {info.name} without {name + end}",
+                    "get the checkpoint again, with all its files",
+                )
+        shape = tuple(int(size) for size in self.read(name + _SHAPE).tolist())
+        bits = self._bits(info, shape)
+        weight = TensorInfo(name, self.dtype, shape)
+        found = Quantised(
+            weight,
+            info.name,
+            name + _SCALE,
+            self._block(weight, name + _SCALE),
+            bits,
+            name + _ZEROS if name + _ZEROS in self.infos else None,
+            name + _ORDER if name + _ORDER in self.infos else None,
+        )
+        self._check(found)
+        return found
+
+    def _bits(self, info: TensorInfo, shape: tuple[int, ...]) -> int:
+        """Of a packed code."""
+        for bits in (4, 8):
+            if len(shape) == 2 and info.shape == (shape[0], math.ceil(shape[1] * bits / _WORD)):
+                return bits
+        raise BadCheckpointError(
+            f"{info.name} in {self.shown} is {list(info.shape)}, which is no matrix {list(shape)} "
+            f"in 4 or 8 bits",
+            "start from the unquantised model",
+        )
+
+    def _block(self, weight: TensorInfo, scale: str) -> tuple[int, int]:
+        """How many rows and columns of a weight share a scale."""
+        m, n = weight.shape[-2:]
+        shape = self.infos[scale].shape
+        rows = shape[-2] if len(shape) > 1 else (shape[0] if shape else 1)
+        columns = shape[-1] if len(shape) > 1 else 1
+        said = self.details.get("weight_block_size") or self._said("block_structure")
+        by_rows, by_columns = (
+            said if isinstance(said, list) and len(said) == 2 else (_BLOCK, _BLOCK)
+        )
+        if rows == m:
+            by_rows, by_columns = 1, self._said("group_size") or by_columns
+
+        # Where that does not fit, blocks that fill the matrix evenly
+        grid = (math.ceil(m / int(by_rows)), math.ceil(n / int(by_columns)))
+        if grid != (rows, columns) and rows * columns and m % rows == n % columns == 0:
+            return m // rows, n // columns
+        return int(by_rows), int(by_columns)
+
+    def _said(self, key: str) -> Any:
+        """What the first scheme of config.json says of weights."""
+        for scheme in _schemes(self.details):
+            weights = scheme.get("weights")
+            if isinstance(weights, dict) and weights.get(key):
+                return weights[key]
+        return None
+
+    def _check(self, weight: Quantised) -> None:
+        """Raises BadCheckpointError where scales do not fit their weight."""
+        shape = self.infos[weight.scale].shape
+        m, n = weight.info.shape[-2:]
+        rows, columns = math.ceil(m / weight.block[0]), math.ceil(n / weight.block[1])
+        fitting = {(m, 1), (m, columns), (rows, columns)}
+        of_matrices = len(shape) == len(weight.info.shape) and shape[-2:] in fitting
+        if math.prod(shape) == 1 or shape == (m,) or of_matrices:
+            return
+        raise BadCheckpointError(
+            f"{weight.scale} in {self.shown} is {list(shape)}, which are no scales of a weight "
+            f"{list(weight.info.shape)}",
+            "get the checkpoint again",
+        )

@@ -1,0 +1,278 @@
+"""Experts that a file holds in one tensor are layers too, and come back as that tensor."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+import zoo
+from helpers import cli, complaint, load_all
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import svdcli
+from svdcli.files.checkpoint import open_checkpoint
+from svdcli.files.stacks import slices_of
+from svdcli.models.experts import SeparateExperts
+from svdcli.plan.tensors import TensorInfo
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 96,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "moe_intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_experts_per_tok": 2,
+}
+MISTRAL4 = SIZES | {
+    "n_routed_experts": 4,
+    "kv_lora_rank": 32,
+    "q_lora_rank": 32,
+    "qk_rope_head_dim": 16,
+    "qk_nope_head_dim": 16,
+    "v_head_dim": 16,
+    "num_key_value_heads": 4,
+}
+MIXTURES: dict[str, tuple[str, dict[str, Any]]] = {
+    "granitemoe": ("GraniteMoeForCausalLM", SIZES | {"num_local_experts": 4}),
+    "mistral4": ("Mistral4ForCausalLM", MISTRAL4),
+    # which transformers saves one by one, and opens in either way
+    "qwen3_moe": ("Qwen3MoeForCausalLM", SIZES | {"num_experts": 4, "head_dim": 16}),
+}
+TEXT = svdcli.Texts("words", (" ".join(f"w{i * i % 90 + 2}" for i in range(3000)),))
+Saved = Callable[[str], Path]
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Saved:
+    """The folder of one of them, with a tokenizer."""
+    made: dict[str, Path] = {}
+
+    def save(name: str) -> Path:
+        if name in made:
+            return made[name]
+        torch.manual_seed(0)
+        model_class = getattr(transformers, MIXTURES[name][0])
+        model = model_class(model_class.config_class(**MIXTURES[name][1]))
+        made[name] = tmp_path_factory.mktemp(name) / "model"
+        model.save_pretrained(made[name])
+        if name == "qwen3_moe":
+            state = {key: value.contiguous() for key, value in model.state_dict().items()}
+            save_file(state, made[name] / "model.safetensors", {"format": "pt"})
+        zoo.words_tokenizer(made[name])
+        return made[name]
+
+    return save
+
+
+def stacks(folder: Path) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in load_all(folder).items() if tensor.ndim == 3}
+
+
+def answer(model: Any) -> Tensor:
+    with torch.inference_mode():
+        found: Tensor = model(input_ids=zoo.IDS).logits
+    return found
+
+
+# In files -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_each_matrix_is_a_stretch_of_the_file(name: str, saved: Saved) -> None:
+    with open_checkpoint(saved(name)) as checkpoint:
+        fingerprint, whole = checkpoint.fingerprint(), stacks(saved(name))
+        assert sorted(checkpoint.whole_stacks()) == sorted(whole)
+        assert len(whole) == 4
+        checkpoint.take_apart(checkpoint.whole_stacks())
+        for stack, tensor in whole.items():
+            assert stack not in checkpoint.tensors
+            slices = list(slices_of(TensorInfo(stack, "F32", tuple(tensor.shape))))
+            for number, (matrix, _) in enumerate(slices):
+                assert f".experts.{number}." in matrix.name
+                assert torch.equal(checkpoint.read_tensor(matrix.name), tensor[number])
+        assert checkpoint.fingerprint() == fingerprint
+        again = checkpoint.opener()
+        assert again.tensors == checkpoint.tensors
+        assert checkpoint.parameters == sum(t.numel() for t in load_all(saved(name)).values())
+
+
+@pytest.mark.parametrize("recipe", [{"keep": 0.5}, {"rank": 16, "bits": 8}], ids=str)
+@pytest.mark.parametrize("layout", ["factored", "pivoted"])
+@pytest.mark.parametrize("name", MIXTURES)
+def test_from_end_to_end(
+    name: str, layout: str, recipe: dict[str, Any], saved: Saved, tmp_path: Path
+) -> None:
+    if "bits" in recipe and layout == "pivoted":
+        pytest.skip("packed layers are no pivoted ones")
+    out, source = tmp_path / "out", saved(name)
+    predicted = svdcli.compress(source, out, dry_run=True, layout=layout, **recipe).report
+    outcome = svdcli.compress(source, out, layout=layout, **recipe)
+    assert outcome.report.files == predicted.files
+    layers = [row.name for row in outcome.report.layers if ".experts." in row.name]
+    assert len(layers) == 16
+    assert svdcli.verify(out, source).ok
+
+    # Low-rank in memory, and as the stock model of what it stands for
+    svdcli.expand(out, tmp_path / "dense")
+    assert {name: t.shape for name, t in load_all(tmp_path / "dense").items()} == {
+        name: t.shape for name, t in load_all(source).items()
+    }
+    model: Any = svdcli.load(out).eval()
+    assert any(isinstance(module, SeparateExperts) for module in model.modules())
+    dense: Any = svdcli.load(tmp_path / "dense").eval()
+    assert not any(isinstance(module, SeparateExperts) for module in dense.modules())
+    numbers = sum(parameter.numel() for parameter in model.parameters())
+    assert numbers < 0.7 * sum(parameter.numel() for parameter in dense.parameters())
+    torch.testing.assert_close(answer(model), answer(dense), rtol=1e-4, atol=1e-5)
+    model.save_pretrained(tmp_path / "again")
+    again = svdcli.load(tmp_path / "again").eval()
+    torch.testing.assert_close(answer(again), answer(model), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_every_matrix_has_the_error_of_its_own_truncation(
+    name: str, saved: Saved, tmp_path: Path
+) -> None:
+    """Eckart and Young, matrix by matrix."""
+    svdcli.compress(saved(name), tmp_path / "o", rank=10)
+    svdcli.expand(tmp_path / "o", tmp_path / "d")
+    dense = stacks(tmp_path / "d")
+    for stack, tensor in stacks(saved(name)).items():
+        for before, after in zip(tensor.double(), dense[stack].double(), strict=True):
+            best = torch.linalg.svdvals(before)[10:].norm()
+            assert float((after - before).norm()) == pytest.approx(float(best), rel=1e-4)
+
+
+def test_stacks_of_which_nothing_is_factored_stay_what_they_were(
+    saved: Saved, tmp_path: Path
+) -> None:
+    source, out = saved("mistral4"), tmp_path / "o"
+    svdcli.compress(source, out, keep=0.5, exclude=["*experts.*"])
+    before, after = stacks(source), stacks(out)
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    assert svdcli.verify(out, source).ok
+    assert not any(isinstance(m, SeparateExperts) for m in svdcli.load(out).modules())
+    svdcli.expand(out, tmp_path / "d")
+    assert all(torch.equal(stacks(tmp_path / "d")[name], before[name]) for name in before)
+
+
+def test_a_stack_beside_others_that_are_factored(saved: Saved, tmp_path: Path) -> None:
+    """A loader that has one expert as a layer has all of them so."""
+    source, out = saved("mistral4"), tmp_path / "o"
+    svdcli.compress(source, out, keep=0.5, exclude=["*layers.0.*experts.*.down_proj"])
+    assert stacks(out) == {}
+    assert svdcli.verify(out, source).ok
+    svdcli.expand(out, tmp_path / "d")
+    name = "model.layers.0.mlp.experts.down_proj"
+    assert torch.equal(stacks(tmp_path / "d")[name], stacks(source)[name])
+    dense = svdcli.load(tmp_path / "d").eval()
+    torch.testing.assert_close(answer(svdcli.load(out).eval()), answer(dense), rtol=1e-4, atol=1e-5)
+
+
+def test_a_stack_that_stands_where_experts_are_wanted_is_refused(
+    saved: Saved, tmp_path: Path
+) -> None:
+    """Else transformers would make the experts up."""
+    source, out = saved("mistral4"), tmp_path / "o"
+    svdcli.compress(source, out, keep=0.5, exclude=["*layers.0.*experts.*.down_proj"])
+    tensors = load_file(out / "model.safetensors")
+    for name in [name for name in tensors if ".layers.0." in name and name.endswith("j.weight")]:
+        if ".experts." in name and "shared" not in name:
+            del tensors[name]
+    tensors["model.layers.0.mlp.experts.down_proj"] = stacks(source)[
+        "model.layers.0.mlp.experts.down_proj"
+    ]
+    with safe_open(out / "model.safetensors", "pt") as opened:
+        metadata = opened.metadata()
+    save_file(tensors, out / "model.safetensors", metadata)
+    with pytest.raises(ValueError, match="an expert beside one that is"):
+        transformers.Mistral4ForCausalLM.from_pretrained(out)
+
+
+def test_matrices_that_stayed_dense_come_back_to_the_byte(saved: Saved, tmp_path: Path) -> None:
+    source, out = saved("qwen3_moe"), tmp_path / "o"
+    svdcli.compress(source, out, keep=0.5, exclude=["*experts.1.*"])
+    svdcli.expand(out, tmp_path / "d")
+    for stack, tensor in stacks(source).items():
+        again = stacks(tmp_path / "d")[stack]
+        assert torch.equal(again[1], tensor[1])
+        assert not torch.equal(again[0], tensor[0])
+
+
+def test_a_file_alone(tmp_path: Path) -> None:
+    tensors = {"experts.up_proj": torch.randn(3, 64, 80), "q.weight": torch.randn(64, 64)}
+    save_file(tensors, tmp_path / "m.safetensors")
+    outcome = svdcli.compress(tmp_path / "m.safetensors", tmp_path / "o.safetensors", keep=0.5)
+    assert len(outcome.report.layers) == 4
+    svdcli.expand(tmp_path / "o.safetensors", tmp_path / "d.safetensors")
+    dense = load_file(tmp_path / "d.safetensors")
+    assert {name: tensor.shape for name, tensor in dense.items()} == {
+        name: tensor.shape for name, tensor in tensors.items()
+    }
+
+
+def test_names_that_are_taken_leave_a_stack_as_it_is(tmp_path: Path) -> None:
+    tensors = {"experts.up_proj": torch.randn(3, 64, 80), "experts.1.up_proj.weight": torch.ones(9)}
+    save_file(tensors, tmp_path / "m.safetensors")
+    with open_checkpoint(tmp_path / "m.safetensors") as checkpoint:
+        assert checkpoint.whole_stacks() == []
+
+
+@pytest.mark.parametrize("entry", [["F32"], ["F32", 4, "x", 8], ["F32", 4, 8], "F32", 7])
+def test_a_damaged_record_is_one_line(entry: Any, saved: Saved, tmp_path: Path) -> None:
+    svdcli.compress(saved("granitemoe"), tmp_path / "o", keep=0.5)
+    record = json.loads((tmp_path / "o" / "svdcli.json").read_text())
+    record["source"]["stacks"] = dict.fromkeys(record["source"]["stacks"], entry)
+    (tmp_path / "o" / "svdcli.json").write_text(json.dumps(record))
+    for arguments in (("expand", tmp_path / "o"), ("verify", tmp_path / "o")):
+        assert "record is damaged" in complaint(cli(*arguments))
+
+
+# Of classes that compute in other ways ------------------------------------------------------------
+
+
+def test_transposed_stacks_stay_and_a_note_says_so(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = transformers.GptOssConfig(**SIZES | {"num_local_experts": 4, "head_dim": 16})
+    transformers.GptOssForCausalLM(config).save_pretrained(tmp_path / "m")
+    outcome = svdcli.compress(tmp_path / "m", tmp_path / "o", keep=0.5)
+    [note] = [note for note in outcome.report.notes if "one stack" in note]
+    assert note.endswith("(4 such): its class computes with the whole stack")
+    assert stacks(tmp_path / "o").keys() == stacks(tmp_path / "m").keys()
+    assert svdcli.load(tmp_path / "o")
+
+
+# Calibrated and healed ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["granitemoe", "qwen3_moe"])
+def test_every_expert_is_measured_and_healed(name: str, saved: Saved, tmp_path: Path) -> None:
+    how: dict[str, Any] = {"samples": 32, "seq_len": 32}
+    done = svdcli.calibrate(saved(name), tmp_path / "m.safetensors", TEXT, **how)
+    assert done.uncalibrated == ()
+    assert done.layers >= 16
+    svdcli.compress(saved(name), tmp_path / "o", keep=0.4, calibration=tmp_path / "m.safetensors")
+    effort = svdcli.Effort(steps=20)
+    healed = svdcli.heal(
+        tmp_path / "o", tmp_path / "h", teacher=saved(name), texts=TEXT, effort=effort, **how
+    )
+    assert healed.report.healing is not None
+    assert svdcli.verify(tmp_path / "h", saved(name)).ok
+    svdcli.expand(tmp_path / "h", tmp_path / "d")
+    assert stacks(tmp_path / "d").keys() == stacks(saved(name)).keys()
+
+
+def test_inspect_counts_them(saved: Saved) -> None:
+    found = svdcli.inspect(saved("mistral4"))
+    names = [row.name for row in found.tensors if row.selected and ".experts." in row.name]
+    assert len(names) == 16
