@@ -12,7 +12,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import typer
+from safetensors.torch import save_file
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "svdcli"
@@ -192,6 +194,18 @@ def test_verbs_name_their_arguments_alike() -> None:
 def test_quick_commands_import_no_torch(arguments: list[str], compressed_mlp: Path) -> None:
     arguments = [str(compressed_mlp) if argument == "OUT" else argument for argument in arguments]
     imports_no_torch(arguments, {})
+
+
+def test_quantised_sources_are_listed_without_torch(tmp_path: Path) -> None:
+    """Packed ones declare their shapes in tensors, which are read all the same."""
+    tensors = {
+        "a.weight_packed": torch.zeros(64, 8, dtype=torch.int32),
+        "a.weight_scale": torch.ones(64, 2),
+        "a.weight_shape": torch.tensor([64, 64]),
+    }
+    save_file(tensors, tmp_path / "m.safetensors")
+    listed = imports_no_torch(["inspect", str(tmp_path / "m.safetensors")], {})
+    assert "64×64" in listed
 
 
 def test_completion_imports_no_torch() -> None:

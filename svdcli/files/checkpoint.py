@@ -11,6 +11,7 @@ import hashlib
 import os
 import re
 import shutil
+import struct
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -203,6 +204,17 @@ class Checkpoint:
         if name in self.quantised:
             return self.quantised[name].numbers(lambda part: self._read(self.parts[part]))
         return self._read(self.tensors[name])
+
+    def _integers(self, ref: TensorRef) -> tuple[int, ...]:
+        """What a tensor of integers holds, without torch."""
+        letter = {"I64": "q", "I32": "i"}.get(ref.info.dtype)
+        if letter is None or ref.file in self.pickled:
+            return tuple(int(number) for number in self._read(ref).flatten().tolist())
+        data = bytearray(ref.info.nbytes)
+        with self.file_path(ref.file).open("rb", buffering=0) as stream:
+            stream.seek(ref.offset)
+            _read_exactly(stream, memoryview(data), ref)
+        return struct.unpack(f"<{ref.info.parameters}{letter}", data)
 
     def _read(self, ref: TensorRef) -> torch.Tensor:
         """What a file holds at a place."""
@@ -503,7 +515,7 @@ def _read_quantised(checkpoint: Checkpoint) -> None:
         details,
         dtype_of(config),
         infos,
-        lambda name: checkpoint._read(stored[name]),
+        lambda name: checkpoint._integers(stored[name]),
         checkpoint.shown,
     )
     if not weights:

@@ -148,16 +148,16 @@ def quantised_weights(
     details: Mapping[str, Any],
     dtype: str,
     infos: Mapping[str, TensorInfo],
-    read: Callable[[str], Tensor],
+    integers: Callable[[str], tuple[int, ...]],
     shown: str,
 ) -> tuple[dict[str, Quantised], set[str]]:
     """({name of a weight: what it is made of}, names that say something of activations alone).
 
-    details are the `quantization_config`, dtype is what weights are read in; read gives a stored
-    tensor, here the small ones that hold shapes. Raises BadCheckpointError for a weight whose parts
+    details are the `quantization_config`, dtype is what weights are read in; integers gives what a
+    stored tensor of integers holds, here shapes. Raises BadCheckpointError for a weight whose parts
     are missing, or do not fit.
     """
-    reader = _Reader(details, dtype, infos, read, shown)
+    reader = _Reader(details, dtype, infos, integers, shown)
     found: dict[str, Quantised] = {}
     for name, info in infos.items():
         weight = reader.weight_of(name, info)
@@ -180,7 +180,7 @@ class _Reader:
     details: Mapping[str, Any]
     dtype: str
     infos: Mapping[str, TensorInfo]
-    read: Callable[[str], Tensor]
+    integers: Callable[[str], tuple[int, ...]]
     shown: str
 
     def weight_of(self, name: str, info: TensorInfo) -> Quantised | None:
@@ -217,7 +217,7 @@ class _Reader:
                     f"{self.shown} holds {info.name} without {name + end}",
                     "get the checkpoint again, with all its files",
                 )
-        shape = tuple(int(size) for size in self.read(name + _SHAPE).tolist())
+        shape = self.integers(name + _SHAPE)
         bits = self._bits(info, shape)
         weight = TensorInfo(name, self.dtype, shape)
         found = Quantised(

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 import svdcli
 from svdcli.calibration.moments import metric_of, open_moments
 from svdcli.engine.packing import parts_of
-from svdcli.errors import SvdcliError
+from svdcli.errors import NothingSelectedError, SvdcliError, UsageError
 from svdcli.files.checkpoint import open_checkpoint
 from svdcli.files.record import (
     check_record,
@@ -167,6 +167,31 @@ def test_the_plan_knows_what_rounding_will_cost(
                 w, approx = w.T, approx.T
             lost += weighted_error(w, approx, metric) / 2
     assert outcome.report.predicted_loss == pytest.approx(lost, rel=0.15)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_ranks_count_by_their_bytes(bits: int, tmp_path: Path) -> None:
+    """A rank that saves no parameters saves bytes where numbers have few bits."""
+    save_file({"a.weight": weight(128, 256).to(torch.bfloat16)}, tmp_path / "m.safetensors")
+    out = tmp_path / "o.safetensors"
+    report = svdcli.compress(tmp_path / "m.safetensors", out, rank=96, bits=bits).report
+    [row] = report.layers
+    assert (row.rank, row.bits) == (96, bits)
+    assert 128 * 256 < 96 * (128 + 256)
+    assert row.bytes_after < row.bytes_before
+
+
+def test_a_budget_that_holds_everything_says_so(readable: Any, tmp_path: Path) -> None:
+    model = readable("llama")
+    moments = calibrated(model, tmp_path)
+    with pytest.raises(NothingSelectedError, match="the budget holds every layer as it is"):
+        svdcli.compress(model, tmp_path / "o", calibration=moments, keep_bytes=1.0)
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+def test_groups_where_there_are_none_are_refused(bits: int, model: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="--group-size changes nothing"):
+        svdcli.compress(model, tmp_path / "o.safetensors", rank=16, bits=bits, group_size=32)
 
 
 def test_auto_without_a_calibration_is_refused(tmp_path: Path) -> None:

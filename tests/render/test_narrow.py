@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import io
+
 import pytest
 from rich.cells import cell_len
+from rich.console import Console
 
-from svdcli.render.layers import break_at_dots, fitting
+from svdcli.render.layers import Line, break_at_dots, fitting, print_layers
 
 
 @pytest.mark.parametrize(
@@ -37,3 +40,25 @@ def test_columns_go_in_the_order_that_is_given() -> None:
     assert fitting(widths, 24, order) == ["Rank", "Error"]
     assert fitting(widths, 14, order) == ["Rank"]
     assert fitting(widths, 0, order) == ["Rank"]
+
+
+@pytest.mark.parametrize("width", range(60, 131, 5))
+def test_no_cell_is_cut(width: int) -> None:
+    """Columns go whole, and a note names them, at every width."""
+    cells = {
+        "Shape": "11008×4096",
+        "Rank": "whole, 8 bits",
+        "Parameters": "45.1M → 11.3M",
+        "Memory": "90.2 MB → 45.3 MB",
+        "Error": "0.123-0.456",
+        "Saved": "49.8 %",
+    }
+    lines = [Line("model.layers.*.self_attn.down_proj", 32, cells), Line("head", 1, cells)]
+    text = io.StringIO()
+    console = Console(file=text, width=width, highlight=False, markup=False, emoji=False)
+    print_layers(lines, list(cells), console, first_out=("Shape", "Saved", "Error", "Parameters"))
+    printed = text.getvalue()
+    for title, cell in cells.items():
+        is_named = title in printed.partition("no room for")[2]
+        assert printed.count(cell) == (0 if is_named else 2), title
+    assert all(cell_len(line) <= width for line in printed.splitlines())
