@@ -72,6 +72,11 @@ def check_source(checkpoint: Checkpoint, recipe: Recipe) -> None:
     _check_original(checkpoint)
     if recipe.saves_bytes:
         _check_not_quantised(checkpoint)
+    if recipe.group_size != 64 and recipe.bits in ("8", "16"):
+        raise UsageError(
+            f"--group-size changes nothing at {recipe.bits} bits, which have no groups",
+            "leave it out",
+        )
     if recipe.self_contained:
         _check_takes_code(checkpoint)
     if recipe.max_shard_size is not None and not checkpoint.is_directory:

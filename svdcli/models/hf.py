@@ -457,9 +457,10 @@ class SvdQuantizer(HfQuantizer):  # type: ignore[misc]
         wanted = set(self.merged.values())
         for name, layer in self.replaced.items():
             wanted |= {f"{name}.{part}" for part in layer.parts}
+        experts: set[str] = set()
         for path, module in self.model.named_modules():
             if isinstance(module, SeparateExperts):
-                wanted |= {f"{path}.{name}" for name, _ in module.named_parameters()}
+                experts |= {f"{path}.{name}" for name, _ in module.named_parameters()}
 
         # What nothing took though the class lacks just that, with or without its prefix
         for key in info.unexpected_keys:
@@ -468,11 +469,14 @@ class SvdQuantizer(HfQuantizer):  # type: ignore[misc]
                 weight = f"{layer_name}.weight"
                 wanted |= {weight, prefix + weight, weight.removeprefix(prefix)}
         wanted |= {key for key, shape, _ in info.mismatched_keys if tuple(shape) == (0,)}
-        lost = sorted(made_up & wanted)
+        lost = sorted(made_up & wanted) or sorted(made_up & experts)
         if lost:
+            what = (
+                "is factored" if lost[0] in wanted else "is an expert beside one that is factored"
+            )
             raise ValueError(
-                f"{lost[0]} is factored, or an expert beside one that is, and was not filled from "
-                f"the weight files ({len(lost)} such tensors); "
+                f"{lost[0]} {what}, and was not filled from the weight files ({len(lost)} "
+                f"such tensors); "
                 "write or download them again, and give from_pretrained their folder"
             )
 

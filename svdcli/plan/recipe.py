@@ -166,11 +166,6 @@ class Recipe:
         """Raises UsageError for fewer bits where they do not go with the rest."""
         if self.group_size not in (32, 64, 128):
             raise UsageError(f"--group-size {self.group_size} is not 32, 64 or 128", "use 64")
-        if self.group_size != 64 and self.bits in ("8", "16"):
-            raise UsageError(
-                f"--group-size changes nothing at {self.bits} bits, which have no groups",
-                "leave it out",
-            )
         if self.embedding_bits != "16" and not self.keeps_factors:
             raise UsageError(
                 f"--embedding-bits {self.embedding_bits} does not go with --layout dense, which is "

@@ -195,7 +195,7 @@ def test_a_stack_that_stands_where_experts_are_wanted_is_refused(
     with safe_open(out / "model.safetensors", "pt") as opened:
         metadata = opened.metadata()
     save_file(tensors, out / "model.safetensors", metadata)
-    with pytest.raises(ValueError, match="an expert beside one that is"):
+    with pytest.raises(ValueError, match="is an expert beside one that is factored"):
         transformers.Mistral4ForCausalLM.from_pretrained(out)
 
 
