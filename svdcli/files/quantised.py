@@ -84,7 +84,7 @@ class Quantised:
         values = codes.to(torch.float32)
 
         # What each number is shifted and multiplied by
-        columns = None if self.order is None else read(self.order).long()
+        columns = None if self.order is None else self._groups(read(self.order), scale)
         if self.zeros is not None:
             zeros = read(self.zeros)
             if self.bits:
@@ -94,6 +94,16 @@ class Quantised:
             scale = (scale.to(torch.float32) - _BIAS).exp2()
         values *= self._spread(scale.to(torch.float32), columns)
         return values.to(TORCH_DTYPES[self.info.dtype])
+
+    def _groups(self, order: Tensor, scale: Tensor) -> Tensor:
+        """The group of each column. Raises BadCheckpointError for groups that have no scales."""
+        groups = order.long()
+        if groups.numel() and not 0 <= int(groups.min()) <= int(groups.max()) < scale.shape[-1]:
+            raise BadCheckpointError(
+                f"{self.order} names groups that {self.scale} has no scales for",
+                "get the checkpoint again",
+            )
+        return groups
 
     def _spread(self, scale: Tensor, columns: Tensor | None) -> Tensor:
         """One value for every number, or for every row, or for all, from one for each block.
@@ -271,11 +281,17 @@ class _Reader:
         return None
 
     def _check(self, weight: Quantised) -> None:
-        """Raises BadCheckpointError where scales do not fit their weight."""
+        """Raises BadCheckpointError where scales, or what else there is, do not fit their
+        weight."""
         shape = self.infos[weight.scale].shape
         m, n = weight.info.shape[-2:]
         rows, columns = math.ceil(m / weight.block[0]), math.ceil(n / weight.block[1])
         fitting = {(m, 1), (m, columns), (rows, columns)}
+        self._check_part(weight, weight.order, (n,))
+        zeros = shape
+        if weight.bits and shape:
+            zeros = (math.ceil(shape[0] * weight.bits / _WORD), *shape[1:])
+        self._check_part(weight, weight.zeros, zeros)
         of_matrices = len(shape) == len(weight.info.shape) and shape[-2:] in fitting
         if math.prod(shape) == 1 or shape == (m,) or of_matrices:
             return
@@ -284,3 +300,12 @@ class _Reader:
             f"{list(weight.info.shape)}",
             "get the checkpoint again",
         )
+
+    def _check_part(self, weight: Quantised, part: str | None, shape: tuple[int, ...]) -> None:
+        """Raises BadCheckpointError where a part is there, and is of another shape."""
+        if part is not None and self.infos[part].shape != shape:
+            raise BadCheckpointError(
+                f"{part} in {self.shown} is {list(self.infos[part].shape)}, and the weight "
+                f"{list(weight.info.shape)} has one of {list(shape)}",
+                "get the checkpoint again",
+            )

@@ -4,11 +4,13 @@ ones, and against leaving out the experts that are used least. One table.
     python tests/benchmarks/mixture.py               trains the mixture first, for ten minutes
     python tests/benchmarks/mixture.py --minutes 2   for less
     python tests/benchmarks/mixture.py --folder WORK keeps it; the next run goes on from there
+    python tests/benchmarks/mixture.py --speed       speed and memory of a larger one instead
 
 Shaped as Qwen3-MoE (4 layers, 8 experts of which 2 are chosen, 4 M parameters), trained on the
 training half of Python's standard library with the sample model's tokenizer, and judged on the
 held-out half by the excess of its loss over its own. Shares are of the block linears, parameters
-at 16 bits and bytes at fewer.
+at 16 bits and bytes at fewer. Speed is that of a mixture of 0.4 B random parameters (8 layers, 32
+experts of which 4 are chosen) at keep 0.5, beside the dense one by turns.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ from svdcli.text.texts import read_texts
 from svdcli.text.tokens import load_tokenizer, windows_of
 
 EXPERTS = 8
+SHOWN = ("decode", "prefill", "memory_bytes", "file_bytes", "weights")
 LENGTH = 256
 CONFIG: dict[str, Any] = {
     "vocab_size": 2048,
@@ -50,6 +53,18 @@ CONFIG: dict[str, Any] = {
     "router_aux_loss_coef": 0.01,
     "bos_token_id": 0,
     "eos_token_id": 0,
+}
+LARGE: dict[str, Any] = CONFIG | {
+    "vocab_size": 4096,
+    "hidden_size": 1024,
+    "moe_intermediate_size": 512,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 4,
+    "head_dim": 64,
+    "num_experts": 32,
+    "num_experts_per_tok": 4,
+    "output_router_logits": False,
 }
 RATE, WARM_UP, BATCH = 3e-3, 50, 16
 
@@ -175,6 +190,24 @@ def rows(mixture: Mixture) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]
     yield "ranks and bits by what each counts", lambda: mixture.compressed(keep_bytes=0.2)
 
 
+def speed(folder: Path) -> dict[str, Any]:
+    """Decode, prompt and memory of a large mixture at keep 0.5 beside itself."""
+    source, out = folder / "large", folder / "large-svd"
+    if not source.exists():
+        say("building")
+        with torch.device("meta"):
+            model = transformers.Qwen3MoeForCausalLM(transformers.Qwen3MoeConfig(**LARGE))
+        model = model.to(torch.bfloat16).to_empty(device="cpu")
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.02)
+        model.save_pretrained(source)
+    if not out.exists():
+        say("compressing")
+        svdcli.compress(source, out, keep=0.5, solver="randomized")
+    say("bench")
+    return svdcli.bench(out, source, prompt_tokens=128, new_tokens=32, rounds=3).to_json()
+
+
 def markdown(results: dict[str, Any]) -> str:
     lines = [("way", "share", "excess loss, nats a token")]
     for name, found in results.items():
@@ -186,7 +219,14 @@ def markdown(results: dict[str, Any]) -> str:
 def main() -> None:
     options = parser(__doc__)
     options.add_argument("--minutes", type=float, default=10, help="of training (10)")
+    options.add_argument("--speed", action="store_true", help="speed of a larger one")
     given = options.parse_args()
+    if given.speed:
+        with building_in(given.folder) as folder:
+            found = speed(folder)
+        for side in ("original", "compressed", "ratios"):
+            print(side, {key: found[side].get(key) for key in SHOWN})
+        return
     results: dict[str, Any] = {}
     with building_in(given.folder) as folder:
         mixture = Mixture(folder, given.minutes)

@@ -329,3 +329,26 @@ def test_a_shape_that_its_words_do_not_fill_is_refused(shape: list[int], tmp_pat
     }
     with pytest.raises(SvdcliError, match=r"a\.weight"):
         open_checkpoint(folder_of(tmp_path / "m", tensors, None))
+
+
+@pytest.mark.parametrize(
+    ("part", "tensor"),
+    [
+        ("_g_idx", torch.full((64,), 2)),
+        ("_g_idx", torch.full((64,), -1)),
+        ("_g_idx", torch.zeros(63, dtype=torch.int32)),
+        ("_zero_point", torch.zeros(64, 2, dtype=torch.int32)),
+    ],
+)
+def test_parts_that_do_not_fit_are_refused(part: str, tensor: Tensor, tmp_path: Path) -> None:
+    tensors = {
+        "a.weight_packed": torch.zeros(64, 8, dtype=torch.int32),
+        "a.weight_scale": torch.ones(64, 2),
+        "a.weight_shape": torch.tensor([64, 64]),
+        f"a.weight{part}": tensor,
+    }
+    with (
+        pytest.raises(BadCheckpointError, match=rf"a\.weight{part}"),
+        open_checkpoint(folder_of(tmp_path / "m", tensors, None)) as checkpoint,
+    ):
+        checkpoint.read_tensor("a.weight")
