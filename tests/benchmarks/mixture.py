@@ -34,6 +34,7 @@ from svdcli.text.texts import read_texts
 from svdcli.text.tokens import load_tokenizer, windows_of
 
 EXPERTS = 8
+COUNTS = {"num_experts", "num_local_experts"}  # what versions of the config call it
 SHOWN = ("decode", "prefill", "memory_bytes", "file_bytes", "weights")
 LENGTH = 256
 CONFIG: dict[str, Any] = {
@@ -150,7 +151,9 @@ class Mixture:
                     tensors[f"{mlp}.experts.{place}.{name}.weight"] = weights[number]
         save_file(tensors, out / "model.safetensors", {"format": "pt"})
         config = json.loads((out / "config.json").read_text())
-        (out / "config.json").write_text(json.dumps(config | {"num_experts": kept}))
+        (out / "config.json").write_text(
+            json.dumps(config | dict.fromkeys(COUNTS & config.keys(), kept))
+        )
         return out, _of_blocks(tensors) / before
 
 

@@ -41,6 +41,7 @@ BENCHMARKS = ROOT / "tests" / "benchmarks"
 QUALITY = re.compile(r"(?<=<!-- quality -->\n).*?(?=<!-- /quality -->)", re.DOTALL)
 BITS = re.compile(r"(?<=<!-- bits -->\n).*?(?=<!-- /bits -->)", re.DOTALL)
 PACKED = re.compile(r"(?<=<!-- packed -->\n).*?(?=<!-- /packed -->)", re.DOTALL)
+MIXTURE = re.compile(r"(?<=<!-- mixture -->\n).*?(?=<!-- /mixture -->)", re.DOTALL)
 SHORT = re.compile(r"(?<=<!-- quality in short -->\n).*?(?=<!-- /quality in short -->)", re.DOTALL)
 SHORT_ROWS = {
     "plain": "plain SVD",
@@ -95,6 +96,7 @@ def render(page: Path) -> str:
     text = SHORT.sub(lambda _: quality_in_short(), text)
     text = BITS.sub(lambda _: bits_table(), text)
     text = PACKED.sub(lambda _: packed_table(), text)
+    text = MIXTURE.sub(lambda _: mixture_table(), text)
     return BLOCK.sub(lambda block: block[1] + session(block["command"]), text)
 
 
@@ -133,6 +135,12 @@ def packed_table() -> str:
     """The recorded speed and memory of packed layers, as packed.py renders it."""
     results = json.loads((BENCHMARKS / "packed.json").read_text())
     return benchmark("packed").markdown(results) + "\n\n"
+
+
+def mixture_table() -> str:
+    """The recorded losses of a mixture of experts, as mixture.py renders them."""
+    results = json.loads((BENCHMARKS / "mixture.json").read_text())
+    return benchmark("mixture").markdown(results) + "\n\n"
 
 
 def quality_in_short() -> str:
