@@ -259,6 +259,23 @@ def test_one_file_opens_it(saved: Saved, tmp_path: Path) -> None:
     assert "svdcli.models" not in source
 
 
+def test_placed_compiled_and_trained(small: Callable[..., Path], tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    model: Any = svdcli.load(small("qwen3_moe")).eval()
+    expected = answer(model)
+    same(answer(svdcli.load(small("qwen3_moe"), device_map="auto").eval()), expected)
+    same(answer(torch.compile(model, backend="eager")), expected)
+
+    # LoRA beside the factors of every expert that tokens were sent to
+    config = peft.LoraConfig(target_modules=["svd_down", "svd_up"], task_type="CAUSAL_LM")
+    adapted = peft.get_peft_model(svdcli.load(small("qwen3_moe")), config)
+    adapted(input_ids=zoo.IDS, labels=zoo.IDS).loss.backward()
+    trained = [name for name, p in adapted.named_parameters() if p.grad is not None]
+    assert any(".experts." in name for name in trained)
+    adapted.merge_and_unload().save_pretrained(tmp_path / "tuned")
+    same(answer(svdcli.load(tmp_path / "tuned").eval()), expected)
+
+
 # Calibrated ---------------------------------------------------------------------------------------
 
 TEXT = svdcli.Texts("words", (" ".join(f"w{i * i % 90 + 2}" for i in range(4000)),))
