@@ -259,6 +259,7 @@ def test_one_file_opens_it(saved: Saved, tmp_path: Path) -> None:
     assert "svdcli.models" not in source
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 def test_placed_compiled_and_trained(small: Callable[..., Path], tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     model: Any = svdcli.load(small("qwen3_moe")).eval()
