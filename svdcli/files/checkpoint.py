@@ -507,6 +507,8 @@ def _read_quantised(checkpoint: Checkpoint) -> None:
         if found and not (isinstance(found, dict) and is_read(found)):
             return
         details = details or found or {}
+    if checkpoint.config is not None and not details:
+        return  # a loader takes them for what they are, too
 
     # The weights, each in the place of its codes
     stored = dict(checkpoint.tensors)

@@ -25,6 +25,7 @@ F8 = torch.float8_e4m3fn
 BLOCK = 32
 PACK = "compressed_tensors.compressors.pack_quantized"
 NAIVE = "compressed_tensors.compressors.naive_quantized"
+WORDS = {"quant_method": "compressed-tensors", "format": "pack-quantized"}
 FP8 = {"quant_method": "fp8", "weight_block_size": [BLOCK, BLOCK], "activation_scheme": "dynamic"}
 
 
@@ -227,6 +228,18 @@ def test_a_file_alone_is_read_by_the_names_in_it(tmp_path: Path) -> None:
     assert float(error) == pytest.approx(float(values[20:].norm()), rel=0.01)
 
 
+def test_a_config_that_tells_of_no_codes_is_believed(tmp_path: Path) -> None:
+    """A loader takes such weights for what they are."""
+    codes, scales = in_blocks(weight(96, 128))
+    tensors = {"a.weight": codes, "a.weight_scale_inv": scales, "b.weight": weight(64, 64)}
+    source = folder_of(tmp_path / "m", tensors, None)
+    out = svdcli.compress(source, tmp_path / "o", rank=8).path
+    assert out is not None
+    again = load_all(out)
+    for name in ("a.weight", "a.weight_scale_inv"):
+        assert torch.equal(again[name].view(torch.uint8), tensors[name].view(torch.uint8))
+
+
 # From end to end ----------------------------------------------------------------------------------
 
 
@@ -317,7 +330,7 @@ def test_codes_without_what_belongs_to_them_are_refused(lacking: str, tmp_path: 
 def test_scales_that_fit_no_blocks_are_refused(shape: tuple[int, ...], tmp_path: Path) -> None:
     tensors = {"a.weight": weight(64, 64).to(F8), "a.weight_scale_inv": torch.ones(shape)}
     with pytest.raises(BadCheckpointError, match="no scales of a weight"):
-        open_checkpoint(folder_of(tmp_path / "m", tensors, None))
+        open_checkpoint(folder_of(tmp_path / "m", tensors, FP8))
 
 
 @pytest.mark.parametrize("shape", [[64, 65], [3, 3], [-1, 64], [64, 64, 1]])
@@ -328,7 +341,7 @@ def test_a_shape_that_its_words_do_not_fill_is_refused(shape: list[int], tmp_pat
         "a.weight_shape": torch.tensor(shape),
     }
     with pytest.raises(SvdcliError, match=r"a\.weight"):
-        open_checkpoint(folder_of(tmp_path / "m", tensors, None))
+        open_checkpoint(folder_of(tmp_path / "m", tensors, WORDS))
 
 
 @pytest.mark.parametrize(
@@ -349,6 +362,6 @@ def test_parts_that_do_not_fit_are_refused(part: str, tensor: Tensor, tmp_path: 
     }
     with (
         pytest.raises(BadCheckpointError, match=rf"a\.weight{part}"),
-        open_checkpoint(folder_of(tmp_path / "m", tensors, None)) as checkpoint,
+        open_checkpoint(folder_of(tmp_path / "m", tensors, WORDS)) as checkpoint,
     ):
         checkpoint.read_tensor("a.weight")
