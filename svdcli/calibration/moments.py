@@ -26,6 +26,7 @@ from svdcli.errors import BadCheckpointError, SvdcliError
 from svdcli.files.checkpoint import Checkpoint, open_checkpoint
 from svdcli.files.dtypes import bytes_of
 from svdcli.files.writer import Unit, WeightWriter, lay_out
+from svdcli.linalg.damping import Moment, each
 from svdcli.linalg.whitening import Metric
 from svdcli.plan.tensors import TensorInfo
 
@@ -52,15 +53,15 @@ class Provenance:
 
 @dataclass(frozen=True)
 class LayerMoments:
-    """The moments of one layer: inputs G (n, n), their mean (n,), outputs H (m, m) or (m,) or None.
-    Float32, on the CPU.
+    """The moments of one layer: inputs G (n, n), their mean (n,), outputs H (m, m) or (m,) or None;
+    of a group of layers one below the other, a tuple of these. Float32, on the CPU.
 
     transposed says that the weight is stored as (in, out).
     """
 
     inputs: Tensor
     mean: Tensor
-    outputs: Tensor | None
+    outputs: Moment | None
     transposed: bool
 
 
@@ -73,7 +74,7 @@ def metric_of(moments: LayerMoments, device: torch.device, *, centred: bool) -> 
         inputs = inputs - torch.outer(mean, mean)
     outputs = moments.outputs
     if outputs is not None:
-        outputs = outputs.to(device)
+        outputs = each(outputs, lambda block: block.to(device))
     return Metric(inputs, outputs)
 
 

@@ -298,6 +298,16 @@ EmbeddingBits = Annotated[
 ]
 
 
+Share = Annotated[
+    words.Share,
+    _storage(
+        "--share",
+        help="One basis for layers that read the same input: where that loses less (auto; with "
+        "text), never, or always.",
+    ),
+]
+
+
 GroupSize = Annotated[
     int, _storage("--group-size", help="Columns that share a scale at 4 bits: 32, 64 or 128.")
 ]

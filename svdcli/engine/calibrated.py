@@ -3,7 +3,10 @@ calibrate`."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from torch import Tensor
 
 from svdcli.calibration.moments import LayerMoments, Moments
 from svdcli.errors import SvdcliError, UsageError
@@ -44,6 +47,15 @@ class Calibration:
             return "diagonal"
         return measured
 
+    def inputs(self) -> dict[str, str]:
+        """What each layer reads, by the name of the first layer that reads it; only of weights that
+        are stored as (out, in), and that gradients reached."""
+        return {
+            name: str(keys["input"])
+            for name, keys in self.moments.layers.items()
+            if not keys["transposed"] and self.metric_name(name) in ("diagonal", "full")
+        }
+
     def loss_scale(self, name: str, metric: str) -> float | None:
         """The measured sensitivity of one layer, where it was measured in the metric that counts
         here."""
@@ -53,7 +65,19 @@ class Calibration:
 
     def of(self, layer: LayerPlan) -> LayerMoments | None:
         """The moments of one planned layer, cut to its metric."""
-        return self.cut(layer.tensor.name, layer.metric) if layer.metric else None
+        if not layer.metric:
+            return None
+        return self.of_stack([tensor.name for tensor in layer.originals], layer.metric)
+
+    def of_stack(self, names: Sequence[str], metric: str) -> LayerMoments:
+        """The moments of layers that read the same input, one below the other; those of a single
+        one are its own. Raises as `cut`."""
+        first = self.cut(names[0], metric)
+        if len(names) == 1:
+            return first
+        outputs = [self.cut(name, metric).outputs for name in names]
+        blocks = tuple(block for block in outputs if isinstance(block, Tensor))
+        return replace(first, outputs=blocks)
 
     def cut(self, name: str, metric: str) -> LayerMoments:
         """The moments of one layer as far as a metric counts them. Raises SvdcliError where the
@@ -65,7 +89,7 @@ class Calibration:
                 "give the calibration it was made with",
             )
         outputs = None if metric == "inputs" else whole.outputs
-        if metric == "diagonal" and outputs is not None and outputs.ndim == 2:
+        if metric == "diagonal" and isinstance(outputs, Tensor) and outputs.ndim == 2:
             outputs = outputs.diagonal().contiguous()
         return LayerMoments(whole.inputs, whole.mean, outputs, whole.transposed)
 

@@ -21,7 +21,14 @@ from svdcli.engine.executor import map_unordered
 from svdcli.engine.inputs import Inputs, Opened, shared
 from svdcli.engine.packing import parts_of
 from svdcli.engine.run import Run
-from svdcli.engine.solve import LayerFailedError, Ready, refitted, solve_layer
+from svdcli.engine.solve import (
+    LayerFailedError,
+    Ready,
+    read_weight,
+    refitted,
+    solve_layer,
+    span_values,
+)
 from svdcli.files.dtypes import TORCH_DTYPES, bytes_of
 from svdcli.files.record import Result
 from svdcli.files.source import Source
@@ -98,7 +105,7 @@ def load(job: Job, opened: Opened) -> Loaded | None:
     if job.unit.kind != "factor" or job.layer is None:
         return None
     moments = None if opened.calibration is None else opened.calibration.of(job.layer)
-    return Loaded(opened.source.read_tensor(job.unit.name), moments)
+    return Loaded(read_weight(opened.source, job.layer), moments)
 
 
 def solve(job: Job, loaded: Loaded | None, opened: Opened) -> Solved:
@@ -108,7 +115,7 @@ def solve(job: Job, loaded: Loaded | None, opened: Opened) -> Solved:
         stored, result = _factors(job, layer, loaded, opened)
         return Solved([[bytes_of(tensor)] for tensor in stored], result)
     if job.unit.kind == "expand" and layer is not None:
-        return Solved([_expanded(source, layer, job.unit.writes[0])])
+        return Solved(_all_expanded(source, layer))
     if job.unit.kind == "stack":
         return Solved([_stacked(source, job)])
     if job.unit.kind == "warn":
@@ -133,26 +140,36 @@ def store(job: Job, solved: Solved) -> Line:
 def _factors(
     job: Job, layer: LayerPlan, loaded: Loaded, opened: Opened
 ) -> tuple[tuple[Tensor, ...], Result]:
-    """The tensors of a factored layer, its refitted bias among them where it has one."""
+    """The tensors that are written for a factored layer."""
     if opened.ready is not None:
         return opened.ready.take(loaded.weight, layer)
     device = torch.device(job.device)
     stored, result = solve_layer(loaded.weight, layer, job.seed, device, loaded.moments)
-    if layer.bias is None:
-        return stored, result
-    bias = refitted(opened.source, loaded.weight, stored, layer, loaded.moments)
-    return (*stored, bias), result
+    biases = refitted(opened.source, loaded.weight, stored, layer, loaded.moments)
+    return (*stored, *span_values(layer), *biases), result
 
 
-def _expanded(source: Source, layer: LayerPlan, target: TensorInfo) -> Iterator[memoryview]:
-    """The dense weight of a factored layer in its original dtype, a block of rows at a time."""
+def _all_expanded(source: Source, layer: LayerPlan) -> list[Iterator[memoryview]]:
+    """The dense weight of a factored layer, or of every layer of a group."""
+    expanded = []
+    stop = 0
+    for target in layer.originals:
+        start, stop = stop, stop + target.shape[0]
+        expanded.append(_expanded(source, layer, range(start, stop)))
+    return expanded
+
+
+def _expanded(source: Source, layer: LayerPlan, rows: range) -> Iterator[memoryview]:
+    """Rows of the dense weight of a factored layer in its original dtype, a block at a time."""
     stored = tuple(source.read_tensor(tensor.name) for tensor in layer.stored())
-    compute = torch.float64 if "F64" in (layer.stored_dtype, target.dtype) else torch.float32
+    dtype = layer.tensor.dtype
+    compute = torch.float64 if "F64" in (layer.stored_dtype, dtype) else torch.float32
     parts = parts_of(layer, stored)
-    step = max(1, 2**22 // max(1, target.shape[1]))
-    for start in range(0, target.shape[0], step):
-        rows = CODECS[layer.layout].rows(parts, compute, slice(start, start + step))
-        yield bytes_of(rows.to(TORCH_DTYPES[target.dtype]))
+    step = max(1, 2**22 // max(1, layer.tensor.shape[1]))
+    for start in range(rows.start, rows.stop, step):
+        block = slice(start, min(start + step, rows.stop))
+        dense = CODECS[layer.layout].rows(parts, compute, block)
+        yield bytes_of(dense.to(TORCH_DTYPES[dtype]))
 
 
 def _stacked(source: Source, job: Job) -> Iterator[bytes | memoryview]:
@@ -161,7 +178,7 @@ def _stacked(source: Source, job: Job) -> Iterator[bytes | memoryview]:
     layers = {layer.tensor.name: layer for layer in job.experts}
     for name in job.unit.reads:
         if name in layers:
-            yield from _expanded(source, layers[name], layers[name].tensor)
+            yield from _expanded(source, layers[name], range(layers[name].tensor.shape[0]))
         else:
             yield from source.chunks(name)
 

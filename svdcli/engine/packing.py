@@ -45,7 +45,7 @@ def solve_packed(
     if moments is None:
         metric = Metric(torch.zeros(work.shape[1], work.shape[1], dtype=torch.float64))
     else:
-        metric = metric_of(moments, torch.device("cpu"), centred=layer.bias is not None)
+        metric = metric_of(moments, torch.device("cpu"), centred=bool(layer.biases))
 
     matrices, tail = _packed(work, layer, metric, transposed=transposed)
     stored: list[Tensor] = []

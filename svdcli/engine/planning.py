@@ -15,6 +15,7 @@ from svdcli.files.blueprint import CompanionFile, CompressDesign
 from svdcli.files.checkpoint import STANDALONE, Checkpoint
 from svdcli.files.record import Result, make_record, record_of, source_json
 from svdcli.files.report import MISSED, Report, report_of
+from svdcli.files.stacks import slices_of
 from svdcli.files.workspace import Workspace
 from svdcli.models import self_contained as standalone
 from svdcli.plan.adapters import adapter_kind
@@ -27,6 +28,7 @@ from svdcli.plan.decide import (
     needs_spectra,
     rerun,
 )
+from svdcli.plan.groups import Group, groups_of
 from svdcli.plan.layers import choose_layers, nothing_selected
 from svdcli.plan.parts import part_configs
 from svdcli.plan.plan import Plan, Skipped, TextRead
@@ -135,7 +137,7 @@ def request_of(
     recipe, opened = _calibrated(recipe, calibration, fingerprint, checkpoint.shown)
     if plan is not None:
         plan = rerun(plan, {info.name: info for info in checkpoint.infos}, fingerprint)
-        selected, skipped = tuple(layer.tensor for layer in plan.layers), plan.skipped
+        selected, skipped = plan.originals, plan.skipped
     else:
         selected, skipped = choose_layers(
             checkpoint.infos,
@@ -197,7 +199,10 @@ def make_plan(run: Run, checkpoint: Checkpoint, request: Request, name: str | No
     packed_for = None
     if request.plan is None and chooses_packings(recipe):
         packed_for = recipe
-    measured = measure_spectra(run, request.selected, spectra=spectra, recipe=packed_for)
+    groups = _groups(checkpoint, request) if spectra else ()
+    measured = measure_spectra(
+        run, request.selected, spectra=spectra, recipe=packed_for, groups=groups
+    )
     kinds = _kinds_of(checkpoint, request)
     for name in measured.keys() & kinds.misfits.keys():
         measured[name] = replace(measured[name], misfit=kinds.misfits[name])
@@ -210,10 +215,25 @@ def make_plan(run: Run, checkpoint: Checkpoint, request: Request, name: str | No
         plan = _rerun(checkpoint, _with_its_text(request.plan, request), name, bad)
         plan = replace(plan, notes=tuple(dict.fromkeys((*plan.notes, *checkpoint.notes))))
     else:
-        plan = _decide_ranks(checkpoint, request, name, measured, kinds)
+        plan = _decide_ranks(checkpoint, request, name, measured, kinds, groups)
     if not plan.factored:
         raise _nothing_shrinks(checkpoint, plan)
     return plan
+
+
+def _groups(checkpoint: Checkpoint, request: Request) -> tuple[Group, ...]:
+    """The groups of layers that read the same input in the calibration, and that are compared by
+    what they cost the model: for that gradients must count."""
+    recipe, calibration = request.recipe, request.calibration
+    if calibration is None or recipe.share == "never" or recipe.allocate != "global":
+        return ()
+    by_gradients = calibration.moments.provenance.gradients and recipe.metric != "inputs"
+    if not by_gradients or not recipe.keeps_factors:
+        return ()
+    matrices = [matrix for ref in checkpoint.stacks.values() for matrix, _ in slices_of(ref.info)]
+    apart = {matrix.name for matrix in matrices} | checkpoint.tied.keys()
+    single = [tensor for tensor in request.selected if tensor.name not in apart]
+    return groups_of(single, calibration.inputs())
 
 
 def _nothing_shrinks(checkpoint: Checkpoint, plan: Plan) -> NothingSelectedError:
@@ -236,6 +256,7 @@ def _decide_ranks(
     name: str | None,
     measured: Mapping[str, LayerSpectrum],
     kinds: Kinds,
+    groups: Sequence[Group],
 ) -> Plan:
     notes = (*checkpoint.notes, *_little_read(request), *_no_longer_tied(checkpoint, request))
     if kinds.unknown:
@@ -268,6 +289,7 @@ def _decide_ranks(
             measured,
             predict,
             unit,
+            groups,
         )
     )
     _check_experts(plan, kinds)

@@ -15,11 +15,13 @@ from svdcli.engine.packing import parts_of, solve_packed
 from svdcli.files.dtypes import TORCH_DTYPES
 from svdcli.files.record import Result
 from svdcli.files.source import Source
+from svdcli.linalg.damping import of_blocks
 from svdcli.linalg.layouts import CODECS
 from svdcli.linalg.machine import converted, squared_norm
 from svdcli.linalg.solvers import SOLVERS, Factors, transposed
 from svdcli.linalg.whitening import refit_bias, weighted, weighted_error
 from svdcli.models.modules import is_row_order
+from svdcli.plan.groups import spans_of
 from svdcli.plan.layouts import LAYOUTS
 from svdcli.plan.packing import PLAIN
 from svdcli.plan.plan import LayerPlan
@@ -40,8 +42,7 @@ _GRAM_FLOOR = {torch.float32: 1e-4, torch.float64: 1e-11}
 
 @dataclass(frozen=True)
 class Ready:
-    """Layers whose stored tensors exist already, bias included where it is the layer's, and which
-    solver they came from."""
+    """Layers whose tensors exist already, all that are written, and which solver they came from."""
 
     tensors: Callable[[LayerPlan], tuple[Tensor, ...]]
     results: Mapping[str, Result]
@@ -49,10 +50,9 @@ class Ready:
     def take(self, w: Tensor, layer: LayerPlan) -> tuple[tuple[Tensor, ...], Result]:
         """The tensors of one layer, and their exact error against its weight."""
         tensors = self.tensors(layer)
-        without_bias = tensors[: len(layer.stored())]
-        return tensors, replace(
-            self.results[layer.tensor.name], relative_error=_relative_error(w, without_bias, layer)
-        )
+        stored = tensors[: len(layer.stored())]
+        result = self.results[layer.tensor.name]
+        return tensors, replace(result, relative_error=_relative_error(w, stored, layer))
 
 
 class LayerFailedError(Exception):
@@ -135,7 +135,7 @@ def _factor(
     rank = int(layer.rank or 0)
     if solver != WEIGHTED or moments is None:
         return SOLVERS[solver](work, rank, seed)
-    metric = metric_of(moments, work.device, centred=layer.bias is not None)
+    metric = metric_of(moments, work.device, centred=bool(layer.biases))
     if moments.transposed:
         return transposed(weighted(work.T, rank, metric))
     return weighted(work, rank, metric)
@@ -163,7 +163,7 @@ def _weighted_problem(
     error = weighted_error(
         w,
         _dense(stored, layer, moments, work.device),
-        metric_of(moments, work.device, centred=layer.bias is not None),
+        metric_of(moments, work.device, centred=bool(layer.biases)),
     )
     if not math.isfinite(error):
         return "not finite"
@@ -179,16 +179,30 @@ def refitted(
     stored: tuple[Tensor, ...],
     layer: LayerPlan,
     moments: LayerMoments | None,
-) -> Tensor:
-    """The bias that takes up the mean of what the truncation loses; as it was where a plain solver
-    had to step in."""
-    assert layer.bias is not None
-    bias = source.read_tensor(layer.bias.name)
-    if moments is None:
-        return bias
+) -> tuple[Tensor, ...]:
+    """The biases that take up the mean of what the truncation loses; as they were where a plain
+    solver had to step in."""
+    biases = tuple(source.read_tensor(bias.name) for bias in layer.biases)
+    if moments is None or not biases:
+        return biases
     approx = _dense(stored, layer, moments, torch.device("cpu"))
     upright = w.T if moments.transposed else w
-    return refit_bias(upright, approx, moments.mean, bias)
+    places = of_blocks(biases)
+    return tuple(
+        refit_bias(upright[at], approx[at], moments.mean, bias)
+        for at, bias in zip(places, biases, strict=True)
+    )
+
+
+def span_values(layer: LayerPlan) -> tuple[Tensor, ...]:
+    """The numbers of `LayerPlan.spans`."""
+    return tuple(torch.tensor(span) for span in spans_of(layer.members))
+
+
+def read_weight(source: Source, layer: LayerPlan) -> Tensor:
+    """The weight of a layer, or those of a group, one below the other."""
+    weights = [source.read_tensor(tensor.name) for tensor in layer.originals]
+    return weights[0] if len(weights) == 1 else torch.cat(weights)
 
 
 def has_row_order(compressed: Source, layer: LayerPlan) -> bool:
@@ -202,7 +216,7 @@ def stored_error(original: Source, compressed: Source, layer: LayerPlan) -> floa
     """The relative Frobenius error of one stored layer against the original weight, from the
     files."""
     stored = tuple(compressed.read_tensor(tensor.name) for tensor in layer.stored())
-    return _relative_error(original.read_tensor(layer.tensor.name), stored, layer)
+    return _relative_error(read_weight(original, layer), stored, layer)
 
 
 def _relative_error(weight: Tensor, stored: tuple[Tensor, ...], layer: LayerPlan) -> float:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from svdcli.calibration.moments import LayerMoments, metric_of
+from svdcli.engine.calibrated import Calibration
 from svdcli.engine.executor import map_unordered
 from svdcli.engine.inputs import Inputs, Opened, shared
 from svdcli.engine.job import Line, guess_seconds
@@ -19,12 +20,15 @@ from svdcli.engine.solve import bias_of, work_dtype
 from svdcli.errors import SvdcliError
 from svdcli.files.dtypes import TORCH_DTYPES
 from svdcli.files.source import Source
+from svdcli.linalg.damping import Moment, is_any
 from svdcli.linalg.solvers import squared_singular_values
 from svdcli.linalg.whitening import weighted_energies
 from svdcli.plan.decide import UNSOUND, LayerSpectrum
+from svdcli.plan.groups import Group
 from svdcli.plan.menus import Rounding, Trial, trials_of
 from svdcli.plan.recipe import Recipe
 from svdcli.plan.tensors import TensorInfo, module_of
+from svdcli.plan.words import METRICS
 
 _TINY = 1e-140  # the squares of smaller numbers, or larger than one over it, leave float64
 
@@ -57,10 +61,10 @@ def measure_spectrum(
     # in the metric of its moments, or else plain
     if moments is None:
         return LayerSpectrum(finite=True, energies=tuple(_plain(w, device, largest).tolist()))
-    measured = [moments.inputs]
+    measured: list[Moment] = [moments.inputs]
     if moments.outputs is not None:
         measured.append(moments.outputs)
-    if not all(moment.any() for moment in measured):
+    if not all(map(is_any, measured)):
         # such a layer is solved as if all mattered alike, but is worth nothing to the model
         nothing = tuple(Rounding(trial, 0.0) for trial in trials)
         return LayerSpectrum(finite=True, energies=(0.0,) * min(w.shape), roundings=nothing)
@@ -96,7 +100,8 @@ def _plain(w: Tensor, device: torch.device, largest: float) -> Tensor:
 
 @dataclass(frozen=True)
 class SpectrumJob:
-    """One layer to be measured: the tensor and where it is, in values."""
+    """One layer, or group, to be measured: its weights and where they are, in values. tensor is the
+    weight, or all of a group's under a name of their own."""
 
     tensor: TensorInfo
     inputs: Inputs
@@ -105,6 +110,12 @@ class SpectrumJob:
     earlier: Line | None = None
     trials: tuple[Trial, ...] = ()
     dtype: str = ""
+    members: tuple[TensorInfo, ...] = ()
+
+    @property
+    def originals(self) -> tuple[TensorInfo, ...]:
+        """The weights themselves."""
+        return self.members or (self.tensor,)
 
 
 def run_spectrum_job(job: SpectrumJob) -> Line:
@@ -119,14 +130,12 @@ def run_spectrum_job(job: SpectrumJob) -> Line:
 
     # the weight, and the metric it is measured in
     opened = job.inputs.open()
-    calibration = opened.calibration
-    metric, moments, loss = "", None, None
-    if calibration is not None:
-        metric = calibration.metric_name(name)
-        moments = calibration.cut(name, metric) if metric else None
-        loss = calibration.loss_scale(name, metric)
-    refits = bias_of(opened.source, job.tensor, moments) is not None
-    weight = opened.source.read_tensor(name)
+    names = [tensor.name for tensor in job.originals]
+    metric, moments, loss = _metric_of(opened.calibration, names)
+    biases = [bias_of(opened.source, tensor, moments) for tensor in job.originals]
+    refits = None not in biases
+    weights = [opened.source.read_tensor(name) for name in names]
+    weight = weights[0] if len(weights) == 1 else torch.cat(weights)
 
     spectrum = measure_spectrum(
         weight,
@@ -150,17 +159,36 @@ def run_spectrum_job(job: SpectrumJob) -> Line:
     return line
 
 
+def _metric_of(
+    calibration: Calibration | None, names: Sequence[str]
+) -> tuple[str, LayerMoments | None, float | None]:
+    """(the metric of a layer or group, its moments, its measured loss scale), as far as the
+    calibration has them."""
+    if calibration is None:
+        return "", None, None
+    metrics = {calibration.metric_name(name) for name in names}
+    metric = max(metrics, key=METRICS.index) if "" not in metrics else ""
+    if not metric:
+        return "", None, None
+    loss = calibration.loss_scale(names[0], metric) if len(names) == 1 else None
+    return metric, calibration.of_stack(names, metric), loss
+
+
 def measure_spectra(
     run: Run,
     tensors: Sequence[TensorInfo],
     *,
     spectra: bool,
     recipe: Recipe | None = None,
+    groups: Sequence[Group] = (),
 ) -> dict[str, LayerSpectrum]:
-    """Measure every layer that the journal does not have yet; with a calibration, in its metric.
+    """Measure every layer, and group, that the journal does not have yet; with a calibration, in
+    its metric. A group is under the name of its stack.
 
     recipe is one that chooses packings: what rounding will cost is found for it, too.
     """
+    members = {group.stack.name: group.members for group in groups}
+    tensors = [*tensors, *(group.stack for group in groups)]
     workspace = run.workspace
     earlier = workspace.measured if workspace is not None else {}
     share = 0.3 if spectra else 0.0
@@ -174,39 +202,52 @@ def measure_spectra(
             workspace.note(line)
 
     with shared(Opened(run.source, run.calibration)) as inputs:
-        jobs = [_job(run, tensor, inputs, spectra, recipe) for tensor in tensors]
+        jobs = []
+        for tensor in tensors:
+            of_group = members.get(tensor.name, ())
+            jobs.append(_job(run, tensor, inputs, spectra, recipe, of_group))
         trials = {job.tensor.name: job.trials for job in jobs}
         for line in map_unordered(run_spectrum_job, jobs, run.device, note):
             name = line["measured"]
-            spectrum_of[name] = _spectrum_of(run.source, line, trials[name])
+            parts = [tensor.name for tensor in members.get(name, ())] or [name]
+            spectrum_of[name] = _spectrum_of(run.source, line, trials[name], parts)
             done += costs[name]
             run.progress("measure", name, done, total)
     return {tensor.name: spectrum_of[tensor.name] for tensor in tensors}
 
 
 def _job(
-    run: Run, tensor: TensorInfo, inputs: Inputs, spectra: bool, recipe: Recipe | None
+    run: Run,
+    tensor: TensorInfo,
+    inputs: Inputs,
+    spectra: bool,
+    recipe: Recipe | None,
+    members: tuple[TensorInfo, ...],
 ) -> SpectrumJob:
     earlier = run.workspace.measured if run.workspace is not None else {}
     job = SpectrumJob(tensor, inputs, spectra, str(run.device), earlier.get(tensor.name))
+    job = replace(job, members=members)
     if recipe is None:
         return job
-    trials = tuple(trials_of(tensor, recipe))
+    trials = tuple(trials_of(tensor, recipe, shared=bool(members)))
     return replace(job, trials=trials, dtype=recipe.dtype or tensor.dtype)
 
 
-def _spectrum_of(source: Source, line: Line, trials: Sequence[Trial]) -> LayerSpectrum:
-    """A line of the journal as a value."""
-    energies, bias = line["energies"], None
+def _spectrum_of(
+    source: Source, line: Line, trials: Sequence[Trial], names: Sequence[str]
+) -> LayerSpectrum:
+    """A line of the journal as a value; names are of the weights that it is about."""
+    energies = line["energies"]
     if energies is not None:
         energies = tuple(energies)
+    biases: tuple[TensorInfo, ...] = ()
     if line["refit"]:
-        bias = source.tensors[f"{module_of(line['measured'])}.bias"].info
+        biases = tuple(source.tensors[f"{module_of(name)}.bias"].info for name in names)
     return LayerSpectrum(
         finite=line["finite"],
         energies=energies,
         metric=line["metric"],
-        bias=bias,
+        biases=biases,
         loss_scale=line["weight"],
         roundings=tuple(
             Rounding(trial, share)

@@ -376,7 +376,8 @@ def compress_units(checkpoint: Checkpoint, plan: Plan) -> list[Unit]:
     instead of making weights up.
     """
     layers = {layer.tensor.name: layer for layer in plan.factored}
-    refitted = {layer.bias.name for layer in plan.factored if layer.bias is not None}
+    with_others = {bias.name for layer in plan.factored for bias in layer.biases}
+    with_others |= {member.name for layer in plan.factored for member in layer.members[1:]}
     warned: set[str] = set()
     if checkpoint.is_directory and checkpoint.transformers_opens_it and plan.recipe.keeps_factors:
         factored = [layer for layer in plan.factored if layer.layout != WHOLE]
@@ -392,8 +393,8 @@ def compress_units(checkpoint: Checkpoint, plan: Plan) -> list[Unit]:
             if stack is not None:
                 units.append(Unit(stack.name, "copy", (stack.name,), (stack,), ref.file))
             continue
-        if name in refitted:
-            continue  # written with its layer
+        if name in with_others:
+            continue  # written with its layer, or with its group
         if layer is None:
             units.append(Unit(name, "copy", (name,), (ref.info,), ref.file))
             continue
@@ -402,10 +403,8 @@ def compress_units(checkpoint: Checkpoint, plan: Plan) -> list[Unit]:
         if layer.tensor.module in warned:
             tripwire = TensorInfo(name, layer.stored_dtype, (0,))
             units.append(Unit(f"{name} of no size", "warn", (), (tripwire,), ref.file))
-        writes = layer.stored()
-        if layer.bias is not None:
-            writes = (*writes, layer.bias)
-        units.append(Unit(name, "factor", (name,), writes, ref.file))
+        reads = tuple(tensor.name for tensor in layer.originals)
+        units.append(Unit(name, "factor", reads, layer.written(), ref.file))
     return units
 
 
@@ -431,7 +430,7 @@ def expand_units(
     one for each other tensor but tripwires."""
     layer_of: dict[str, LayerPlan] = {}
     for layer in layers:
-        for tensor in layer.stored():
+        for tensor in (*layer.stored(), *layer.spans()):
             layer_of[tensor.name] = layer
     may_be_tripwires = {layer.tensor.name for layer in layers if layer.keeps_factors}
 
@@ -451,10 +450,9 @@ def expand_units(
             if not (name in may_be_tripwires and ref.info.parameters == 0):
                 units.append(Unit(name, "copy", (name,), (ref.info,), ref.file))
         elif owner.tensor.name not in expanded:  # a layer stands where its first factor does
-            weight = owner.tensor
-            expanded.add(weight.name)
+            expanded.add(owner.tensor.name)
             reads = tuple(tensor.name for tensor in owner.stored())
-            units.append(Unit(weight.name, "expand", reads, (weight,), ref.file))
+            units.append(Unit(owner.tensor.name, "expand", reads, owner.originals, ref.file))
     return units
 
 

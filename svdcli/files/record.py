@@ -301,7 +301,7 @@ def stored_layers(checkpoint: Checkpoint, record: Mapping[str, Any]) -> list[Lay
             f"{checkpoint.shown}: its svdcli record is damaged ({error})", "write it again"
         ) from error
     for layer in layers:
-        for factor in layer.stored():
+        for factor in (*layer.stored(), *layer.spans()):
             _check_factor(checkpoint, factor)
     return layers
 

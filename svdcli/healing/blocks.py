@@ -36,7 +36,7 @@ from svdcli.healing.refit import Block, BlockRun, refit, refittable
 from svdcli.healing.standins import StandIns
 from svdcli.healing.training import Best, Schedule, by_size, train
 from svdcli.linalg.damping import damped_root
-from svdcli.models.modules import LOW_RANK, SCALE, WEIGHT, PackedLinear
+from svdcli.models.modules import LOW_RANK, SCALE, WEIGHT, PackedLinear, SharedLinear
 from svdcli.progress import Progress, silent
 from svdcli.text.tokens import Batch
 
@@ -53,7 +53,7 @@ HELD_OUT = 4  # batches: more would cost as much as the training
 _REFIT_SHARE = 0.8  # of a block's time
 
 # The layers that are refined.
-REFINED: tuple[type[nn.Module], ...] = (*LOW_RANK, PackedLinear)
+REFINED: tuple[type[nn.Module], ...] = (*LOW_RANK, PackedLinear, SharedLinear)
 
 Call = Callable[[nn.Module], Callable[..., Any]]
 

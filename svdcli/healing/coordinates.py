@@ -10,7 +10,7 @@ there is worth the same in every direction, whatever the layout stores.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ from svdcli.healing.refit import put_factors
 from svdcli.linalg.balance import balanced
 from svdcli.linalg.damping import damped_root
 from svdcli.linalg.solvers import Factors, transposed
-from svdcli.models.modules import LOW_RANK, factors_of, is_linear, is_packed
+from svdcli.models.modules import LOW_RANK, factors_of, is_conv, is_linear, is_packed
 from svdcli.text.tokens import Batch
 
 FULL = 2048  # wider sides are scaled by their diagonal
@@ -126,8 +126,8 @@ def whitened_layers(
     inputs, outputs = moments_of(teacher, dense, batches, call)
     layers: dict[str, WhitenedLinear] = {}
     for name, original in dense.items():
-        conv = not isinstance(original, nn.Linear)
-        m, n = original.get_parameter("weight").shape
+        conv = is_conv(original)
+        m, n = cast(Tensor, original.weight).shape
         if conv:  # stored as (in, out)
             m, n = n, m
         unknown = torch.ones(max(m, n), device=tensors[f"{name}.svd_up.weight"].device)

@@ -16,7 +16,7 @@ import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +31,7 @@ from svdcli.linalg.packed import packed_factors, packed_matrix
 from svdcli.linalg.solvers import Factors, transposed
 from svdcli.linalg.whitening import Metric, weighted
 from svdcli.models.experts import SeparateExperts
-from svdcli.models.modules import LOW_RANK, PackedLinear, is_linear, layout_of
+from svdcli.models.modules import LOW_RANK, PackedLinear, is_conv, is_linear, layout_of
 from svdcli.plan.layouts import LAYOUTS
 
 RIDGE = 0.01  # of the mean diagonal of E[x x^T], against directions that were hardly seen
@@ -73,8 +73,8 @@ class LayerPair:
 
     def weight(self) -> Tensor:
         """Return the dense weight, (out, in), float64."""
-        weight = self.teacher.get_parameter("weight").data.to(torch.float64)
-        return weight if isinstance(self.teacher, nn.Linear) else weight.T
+        weight = cast(Tensor, self.teacher.weight).detach().to(torch.float64)
+        return weight.T if is_conv(self.teacher) else weight
 
 
 @dataclass
@@ -413,7 +413,7 @@ def _put_nearest(pair: LayerPair, best: Tensor, metric: Metric) -> tuple[Tensor,
 
     # Two factors as they are
     matrices = (factors.up, factors.down)
-    if not isinstance(pair.teacher, nn.Linear):  # a Conv1D, stored as (in, out)
+    if is_conv(pair.teacher):  # stored as (in, out)
         factors = transposed(factors)
     put_factors(pair.student, factors)
     return matrices

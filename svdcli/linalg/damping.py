@@ -1,8 +1,14 @@
-"""Roots of second moments that were measured on few samples, and are damped for it."""
+"""Roots of second moments that were measured on few samples, and are damped for it.
+
+The moment of a group of layers is block diagonal, a block for each of them: a tuple of moments.
+Each block is damped by its own mean, as it is for the layer alone.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -11,13 +17,66 @@ from torch import Tensor
 # have to do.
 CHOLESKY_DAMPING = 1e-6
 
+# H of a layer (m, m) or (m,), or the blocks of it along the diagonal.
+Moment = Tensor | tuple[Tensor, ...]
+_Kind = TypeVar("_Kind", bound=Moment)
 
-def damp(moment: Tensor, damping: float) -> Tensor:
-    """H + damping * mean(diag H) * I in float64, for H (m, m) or its diagonal (m,)."""
-    damped = moment.to(torch.float64, copy=True)
-    diagonal = damped.diagonal() if damped.ndim == 2 else damped
-    diagonal.add_(damping * diagonal.mean())
-    return damped
+
+def height(moment: Moment) -> int:
+    """Rows of a moment, of all blocks together."""
+    if isinstance(moment, tuple):
+        return sum(map(len, moment))
+    return len(moment)
+
+
+def of_blocks(moment: tuple[Tensor, ...]) -> list[slice]:
+    """The rows of each block."""
+    places = []
+    start = 0
+    for block in moment:
+        places.append(slice(start, start + len(block)))
+        start += len(block)
+    return places
+
+
+def blocks_of(moment: Moment) -> tuple[Tensor, ...]:
+    """The blocks of a moment: itself, where it is in one piece."""
+    return moment if isinstance(moment, tuple) else (moment,)
+
+
+def each(moment: _Kind, change: Callable[[Tensor], Tensor]) -> _Kind:
+    """The same change of a moment, or of each of its blocks."""
+    if isinstance(moment, tuple):
+        return tuple(map(change, moment))  # type: ignore[return-value]
+    return change(moment)  # type: ignore[return-value]
+
+
+def is_any(moment: Moment) -> bool:
+    """Does a moment say anything: one that is zero throughout does not."""
+    if isinstance(moment, tuple):
+        return any(map(is_any, moment))
+    return bool(moment.any())
+
+
+def times_moment(moment: Moment, x: Tensor) -> Tensor:
+    """H x for x (m, n)."""
+    if isinstance(moment, tuple):
+        parts = zip(moment, of_blocks(moment), strict=True)
+        return torch.cat([times_moment(block, x[at]) for block, at in parts])
+    return moment @ x if moment.ndim == 2 else moment[:, None] * x
+
+
+def damp(moment: _Kind, damping: float) -> _Kind:
+    """H + damping * mean(diag H) * I in float64, for H (m, m) or its diagonal (m,), and for each
+    block of one in blocks."""
+
+    def damped(block: Tensor) -> Tensor:
+        wide = block.to(torch.float64, copy=True)
+        diagonal = wide.diagonal() if wide.ndim == 2 else wide
+        diagonal.add_(damping * diagonal.mean())
+        return wide
+
+    return each(moment, damped)
 
 
 def damped_root(moment: Tensor, damping: float) -> Tensor:
@@ -36,20 +95,25 @@ def damped_root(moment: Tensor, damping: float) -> Tensor:
 class Root:
     """A matrix K with K^T K = H, as what multiplies by it from the left and what undoes that.
 
-    One of four: the identity where nothing is held, `scale` (m,) for a diagonal, an upper
-    `triangle` (m, m), or `scale` with orthonormal `vectors` V (m, m) for K = diag(scale) V^T.
+    One of five: the identity where nothing is held, `scale` (m,) for a diagonal, an upper
+    `triangle` (m, m), `scale` with orthonormal `vectors` V (m, m) for K = diag(scale) V^T, or one
+    of these for each of the `blocks` along the diagonal, with its rows.
     """
 
     scale: Tensor | None = None
     triangle: Tensor | None = None
     vectors: Tensor | None = None
+    blocks: tuple[tuple[slice, Root], ...] = ()
 
     @staticmethod
-    def of(h: Tensor | None, damping: float) -> Root:
-        """The root of H (m, m) or (m,), which has that damping in it; None is the identity. Raises
-        torch.linalg.LinAlgError where H is found indefinite."""
+    def of(h: Moment | None, damping: float) -> Root:
+        """The root of H (m, m) or (m,), or in blocks, which has that damping in it; None is the
+        identity. Raises torch.linalg.LinAlgError where H is found indefinite."""
         if h is None:
             return Root()
+        if isinstance(h, tuple):
+            roots = [Root.of(block, damping) for block in h]
+            return Root(blocks=tuple(zip(of_blocks(h), roots, strict=True)))
         if h.ndim == 1:
             return Root(scale=h.sqrt())
         if damping >= CHOLESKY_DAMPING:
@@ -60,6 +124,8 @@ class Root:
 
     def times(self, x: Tensor) -> Tensor:
         """K x for x (m, n)."""
+        if self.blocks:
+            return torch.cat([root.times(x[at]) for at, root in self.blocks])
         if self.triangle is not None:
             return self.triangle @ x
         if self.scale is None:
@@ -69,6 +135,8 @@ class Root:
 
     def undo(self, x: Tensor) -> Tensor:
         """K^+ x for x (m, n): directions that H gives no weight become zero."""
+        if self.blocks:
+            return torch.cat([root.undo(x[at]) for at, root in self.blocks])
         if self.triangle is not None:
             solution: Tensor = torch.linalg.solve_triangular(self.triangle, x, upper=True)
             return solution
@@ -80,6 +148,8 @@ class Root:
 
     def undo_transposed(self, x: Tensor) -> Tensor:
         """K^-T x for x (m, n), where K can be inverted or is diagonal."""
+        if self.blocks:
+            return torch.cat([root.undo_transposed(x[at]) for at, root in self.blocks])
         if self.triangle is None:
             return self.undo(x)
         solution: Tensor = torch.linalg.solve_triangular(self.triangle.T, x, upper=False)

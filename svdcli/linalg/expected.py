@@ -20,7 +20,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from svdcli.linalg.damping import Root, damp
+from svdcli.linalg.damping import Moment, Root, damp
 from svdcli.linalg.packed import random_rotation
 from svdcli.linalg.rounding import (
     DAMPING_COLUMNS,
@@ -86,7 +86,7 @@ class ExpectedRounding:
         ordered = damp(inputs, DAMPING_COLUMNS)[self.column_order][:, self.column_order]
         self.root = _upper_root(ordered)
         self.columns = _in_order(self._column_pivots(), self.column_order)
-        self.rows = _row_pivots(outputs, metric, w)
+        self.rows = _row_pivots(outputs, metric.outputs, w)
 
         # what rotated factors meet
         self._look_at_spectrum(grids, Root.of(outputs, metric.damping))
@@ -153,6 +153,7 @@ class ExpectedRounding:
         """The step of every number of the chosen rows, in float64."""
         if self.transposed:
             stored, weights = self.w.T, self.outputs
+            assert not isinstance(weights, tuple)  # layers of a group are not transposed
             if weights is not None and weights.ndim == 2:
                 weights = weights.diagonal()
             scales = searched_scales(stored, grid, self.dtype, weights)
@@ -202,16 +203,19 @@ def _in_order(ordered: Tensor, order: Tensor) -> Tensor:
     return back
 
 
-def _row_pivots(h: Tensor | None, metric: Metric, w: Tensor) -> Tensor:
-    """What an error of each row (m,) counts; h is H_d. Rows of one block make up for nothing of
-    each other."""
-    if h is None or metric.outputs is None:
+def _row_pivots(h: Moment | None, outputs: Moment | None, w: Tensor) -> Tensor:
+    """What an error of each row (m,) counts; h is H_d, outputs H. Rows of one block make up for
+    nothing of each other."""
+    if h is None or outputs is None:
         return torch.ones(w.shape[0], dtype=torch.float64, device=w.device)
+    if isinstance(h, tuple):
+        return torch.cat([_row_pivots(*both, w) for both in zip(h, outputs, strict=True)])
     if h.ndim == 1:
         return h
+    assert not isinstance(outputs, tuple)
     blocks = interleaved(h.shape[0], ROW_BLOCKS)
     order = torch.cat(blocks)
-    root = _upper_root(damp(metric.outputs, DAMPING_ROWS)[order][:, order])
+    root = _upper_root(damp(outputs, DAMPING_ROWS)[order][:, order])
     pivots = []
     start = 0
     for block in blocks:

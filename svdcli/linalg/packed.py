@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from svdcli.linalg.damping import damp
+from svdcli.linalg.damping import Moment, damp, is_any, times_moment
 from svdcli.linalg.rounding import Grid, Rounded, rounded
 from svdcli.linalg.solvers import Factors
 from svdcli.linalg.whitening import Metric
@@ -45,7 +45,7 @@ def packed_factors(
     if not inputs.any():
         inputs = torch.eye(w.shape[1], dtype=torch.float64, device=w.device)
     h = None
-    if metric.outputs is not None and metric.outputs.any():
+    if metric.outputs is not None and is_any(metric.outputs):
         h = damp(metric.outputs, metric.damping)
     passed_on = _passed_on(up, h)
     down_rounded = rounded(down, grid, dtype, inputs, passed_on, transposed=transposed)
@@ -73,11 +73,9 @@ def random_rotation(size: int) -> Tensor:
     return rotation
 
 
-def _passed_on(up: Tensor, h: Tensor | None) -> Tensor:
+def _passed_on(up: Tensor, h: Moment | None) -> Tensor:
     """up^T H up (r, r)."""
-    if h is None:
-        return up.T @ up
-    return up.T @ (h @ up if h.ndim == 2 else h[:, None] * up)
+    return up.T @ (up if h is None else times_moment(h, up))
 
 
 def _least_squares(w: Tensor, down: Tensor, inputs: Tensor) -> tuple[Tensor, Tensor]:

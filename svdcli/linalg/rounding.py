@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from svdcli.linalg.damping import damp
+from svdcli.linalg.damping import Moment, damp, is_any, of_blocks
 
 # Largest magnitudes that are tried for a group, as a share of its own: clipping a few numbers makes
 # the steps of all others finer.
@@ -112,20 +112,27 @@ def rounded(
     grid: Grid,
     dtype: torch.dtype,
     columns: Tensor | None = None,
-    rows: Tensor | None = None,
+    rows: Moment | None = None,
     *,
     transposed: bool = False,
 ) -> Rounded:
     """w (m, n) on the grid, with scales in `dtype`, for a small error tr(H D G D^T).
 
-    columns is G (n, n), rows H (m, m) or its diagonal (m,); both are damped here. Without columns
-    every number is rounded by itself. transposed gives the codes and scales of w^T (n, m): its
-    groups are of rows of w. Raises torch.linalg.LinAlgError where a moment is indefinite.
+    columns is G (n, n), rows H (m, m), its diagonal (m,) or blocks of it, whose rows are rounded
+    by themselves; both are damped here. Without columns every number is rounded by itself.
+    transposed gives the codes and scales of w^T (n, m): its groups are of rows of w, and there are
+    no blocks. Raises torch.linalg.LinAlgError where a moment is indefinite.
     """
+    if isinstance(rows, tuple):
+        parts = []
+        for block, at in zip(rows, of_blocks(rows), strict=True):
+            parts.append(rounded(w[at], grid, dtype, columns, block))
+        codes = torch.cat([part.codes for part in parts])
+        return Rounded(codes, torch.cat([part.scales for part in parts]), grid)
     stored = w.T if transposed else w
     if columns is None or not columns.any():
         return to_nearest(stored, grid, searched_scales(stored, grid, dtype))
-    if rows is not None and not rows.any():
+    if rows is not None and not is_any(rows):
         rows = None
 
     # what the numbers of a group weigh beside each other; rows that H hardly tells of count too

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from svdcli.linalg.balance import equal_norms
-from svdcli.linalg.damping import Root, damp
+from svdcli.linalg.damping import Moment, Root, blocks_of, damp, height, is_any, times_moment
 from svdcli.linalg.machine import gram_eigenvalues, gram_eigh
 from svdcli.linalg.solvers import Factors
 
@@ -32,14 +32,16 @@ from svdcli.linalg.solvers import Factors
 class Metric:
     """How the error of a weight (m, n) is weighed: tr(H_d D G D^T).
 
-    inputs is G (n, n). outputs is H, None for the identity, (m,) for a diagonal or (m, m). Both are
-    symmetric and positive semidefinite, and one that is zero throughout says nothing and counts as
-    the identity. H_d = H + damping * mean(diag H) * I. The unit is that of the loss squared, or of
-    the output squared without H; scaling G or H scales every error alike.
+    inputs is G (n, n). outputs is H, None for the identity, (m,) for a diagonal or (m, m), or a
+    tuple of such blocks along the diagonal, for layers that read the same input and stand one below
+    the other. Both are symmetric and positive semidefinite, and one that is zero throughout says
+    nothing and counts as the identity. H_d = H + damping * mean(diag H) * I, of each block by
+    itself. The unit is that of the loss squared, or of the output squared without H; scaling G or H
+    scales every error alike.
     """
 
     inputs: Tensor
-    outputs: Tensor | None = None
+    outputs: Moment | None = None
     damping: float = 0.1
 
 
@@ -102,7 +104,7 @@ def weighted_error(w: Tensor, approx: Tensor, metric: Metric) -> float:
     difference = w.to(torch.float64) - approx.to(torch.float64)
     right = difference if inputs is None else difference @ inputs
     if outputs is not None:
-        difference = outputs @ difference if outputs.ndim == 2 else outputs[:, None] * difference
+        difference = times_moment(outputs, difference)
     return max(0.0, float((right * difference).sum()))
 
 
@@ -118,16 +120,19 @@ def refit_bias(w: Tensor, approx: Tensor, mean: Tensor, bias: Tensor | None) -> 
     return moved.to(w.dtype) if bias is None else (moved + bias.to(torch.float64)).to(bias.dtype)
 
 
-def counted_moments(w: Tensor, metric: Metric) -> tuple[Tensor | None, Tensor | None]:
+def counted_moments(w: Tensor, metric: Metric) -> tuple[Tensor | None, Moment | None]:
     """G and H_d in float64, None where the identity stands for them."""
     m, n = w.shape
     g, h = metric.inputs, metric.outputs
-    if g.shape != (n, n) or (h is not None and h.shape not in ((m,), (m, m))):
-        sizes = tuple(g.shape), None if h is None else tuple(h.shape)
-        raise ValueError(f"second moments {sizes} do not fit a weight of {(m, n)}")
+    sizes = [] if h is None else [tuple(block.shape) for block in blocks_of(h)]
+    square = all(size in (size[:1], size[:1] * 2) for size in sizes)
+    if g.shape != (n, n) or not square or (h is not None and height(h) != m):
+        raise ValueError(
+            f"second moments {tuple(g.shape)} and {sizes} do not fit a weight of {(m, n)}"
+        )
     if not metric.damping >= 0:
         raise ValueError(f"damping {metric.damping} is negative")
     inputs = g.to(torch.float64) if g.any() else None
-    if h is None or not h.any():
+    if h is None or not is_any(h):
         return inputs, None
     return inputs, damp(h, metric.damping)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
@@ -54,11 +54,14 @@ from svdcli.models.modules import (
     ROWS,
     SCALE,
     SHAPE,
+    SHARED,
+    SPAN,
     UNPACKED,
     UP,
     WEIGHT,
     WHOLE,
     PackedLinear,
+    SharedLinear,
     dense_weight,
     is_row_order,
     low_rank_like,
@@ -66,6 +69,7 @@ from svdcli.models.modules import (
     packed_shapes,
     part_names,
     share,
+    shared_like,
     unpacked,
     weight_of,
 )
@@ -83,17 +87,31 @@ _SUFFIXES = (PACKED, SCALE, SHAPE, "")
 _FACTOR_PARTS = (*map("".join, product((UP, DOWN), _SUFFIXES)), ROWS)
 _ALL_PARTS = (*_FACTOR_PARTS, *map("".join, product((WEIGHT,), _SUFFIXES)))
 
+# Modules that stand for a dense layer.
+COMPRESSED: tuple[type[nn.Module], ...] = (*LOW_RANK, PackedLinear, SharedLinear)
+
 # A second registration raises: the installed plugin and a copy shipped with a model may meet in one
 # process.
 for _table in (auto.AUTO_QUANTIZATION_CONFIG_MAPPING, auto.AUTO_QUANTIZER_MAPPING):
     _table.pop(METHOD, None)
 
 
+class Member(NamedTuple):
+    """A layer that shares a basis with others: its name, the number of their group, its first
+    output in that and the one after its last."""
+
+    name: str
+    number: int
+    start: int
+    stop: int
+
+
 @dataclass(frozen=True)
 class Stored:
     """One factored or packed layer as the headers of the weight files show it: the stored weight's
     shape, rank and layout; the bits of its numbers, and how many columns share a scale at 4;
-    whether those of 8 bits are stored as words."""
+    whether those of 8 bits are stored as words; the layers of which it is the weight, one below the
+    other, where they share a basis."""
 
     shape: tuple[int, int]
     rank: int
@@ -101,6 +119,7 @@ class Stored:
     bits: int = UNPACKED
     group: int | None = None
     in_words: bool = False
+    members: tuple[Member, ...] = ()
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -114,13 +133,14 @@ class Stored:
 
 
 class Integers(NamedTuple):
-    """What headers do not say of packed layers: how many columns share a scale at four bits, None
+    """What shapes do not say of stored layers: how many columns share a scale at four bits, None
     where nothing is packed; {matrix: its shape} as files declare it at four bits; the names of
-    matrices of int8."""
+    matrices of int8; the layers that share a basis with others."""
 
     group: int | None = None
     shapes: Mapping[str, tuple[int, ...]] = MappingProxyType({})
     int8: Set[str] = frozenset()
+    members: tuple[Member, ...] = ()
 
 
 _NOTHING_PACKED = Integers()
@@ -312,12 +332,19 @@ class SvdQuantizer(HfQuantizer):  # type: ignore[misc]
         # Keys that transformers need not report
         self.unspoken: set[str] = set()
         self.settled = False
+        # A basis that layers share is multiplied out after loading, as one weight for all
+        self.shares = False
+
+    @property
+    def merges(self) -> bool:
+        """Is every layer multiplied out while it is read?"""
+        return bool(self.quantization_config.dequantize) and not self.shares
 
     def get_weight_conversions(self) -> list[Any]:
         """Return converters for single weights that are multiplied out."""
         conversions = []
         lone = self.lone
-        if self.quantization_config.dequantize:
+        if self.merges:
             factors = {part: ("", part) for part in _FACTOR_PARTS}
             conversions.append(_merging(factors, WEIGHT, self))
             lone = {name: layer for name, layer in lone.items() if layer.layout == WHOLE}
@@ -356,16 +383,22 @@ class SvdQuantizer(HfQuantizer):  # type: ignore[misc]
         # What the files hold, and where the model has it; experts one by one, where files do
         self.model = model
         files = [str(file) for file in checkpoint_files or ()]
-        shapes, stored = read_stored(files, self.quantization_config.group)
-        if not self.quantization_config.dequantize and _are_of_stacks(Naming(model), stored):
-            separate_experts(model, [f"{name}.weight" for name in stored])
+        shapes, all_stored = read_stored(files, self.quantization_config.group)
+        stored = {name: layer for name, layer in all_stored.items() if not layer.members}
+        shared = {name: layer for name, layer in all_stored.items() if layer.members}
+        self.shares = bool(shared)
+        members = [member.name for layer in shared.values() for member in layer.members]
+        names = [*stored, *members]
+        if not self.merges and _are_of_stacks(Naming(model), names):
+            separate_experts(model, [f"{name}.weight" for name in names])
         named = Naming(model)
         homes = {name: named(f"{name}.weight") for name in stored}
         self.stacks = _stacks(named, homes, shapes, stored)
-        self.renamed = _renamed(named, stored)
+        self.renamed = _renamed(named, stored, members)
 
         # Low-rank modules in the model, tied as its weights were
         self._place(model, named, homes, stored)
+        self._place_shared(model, named, shared.values())
         self._warn_of_merged(model)
         self.ties = (model.all_tied_weights_keys, model._tied_weights_keys)
         self.tied, self.same_rows, self.same_buffers = _tie_factors(
@@ -374,6 +407,9 @@ class SvdQuantizer(HfQuantizer):  # type: ignore[misc]
 
         # Then transformers loads, and its account of that is checked
         self.unspoken = _unspoken(model, homes, shapes, stored)
+        for layer in shared.values():
+            warning = f"{layer.members[0].name}.weight"
+            self.unspoken |= {named(warning).key} if 0 in shapes.get(warning, ()) else set()
         self._watch(model)
 
     def _place(
@@ -381,11 +417,7 @@ class SvdQuantizer(HfQuantizer):  # type: ignore[misc]
     ) -> None:
         """Put low-rank modules where the class has a place for them; note what is to be multiplied
         out."""
-        # Custom classes register a module under several names
-        paths: dict[int, list[str]] = {}
-        for path, module in model.named_modules(remove_duplicate=False):
-            paths.setdefault(id(module), []).append(path)
-
+        paths = _paths(model)
         for name, (key, pattern) in homes.items():
             # Left out, as its weight would be; or a part of a parameter, which a converter makes
             if key not in named.state:
@@ -407,12 +439,36 @@ class SvdQuantizer(HfQuantizer):  # type: ignore[misc]
                 model.set_submodule(path, new)
             self.replaced[target] = stored[name]
 
+    def _place_shared(self, model: Any, named: Naming, shared: Iterable[Stored]) -> None:
+        """Put modules that share a basis where the class has those layers. Raises ValueError where
+        it has some of them in another way."""
+        paths = _paths(model)
+        for layer in shared:
+            # Left out, as their weights would be
+            homes = [named(f"{member.name}.weight") for member in layer.members]
+            if not any(key in named.state for key, _ in homes):
+                continue
+            olds = [_module_of(model, home, named.state) for home in homes]
+            news = _sharing(olds, layer)
+            if news is None:
+                first, *others = (member.name for member in layer.members)
+                raise ValueError(
+                    f"{first} shares its factors with {', '.join(others)}, and not all of them are "
+                    f"linear layers of {type(model).__name__} in that shape; "
+                    f"`svdcli expand` makes an ordinary checkpoint of it"
+                )
+            for old, new in zip(olds, news, strict=True):
+                for path in paths[id(old)]:
+                    model.set_submodule(path, new)
+            holder = f"{homes[0].key.removesuffix('.weight')}.{SHARED}"
+            self.replaced[holder] = replace(layer, members=())
+
     def _module_for(
         self, model: Any, target: str, old: nn.Module, layer: Stored
     ) -> nn.Module | None:
         """Return the low-rank module for one layer, None where its weight is to be multiplied
         out."""
-        if self.quantization_config.dequantize:
+        if self.merges:
             return None
         if layer.bits != UNPACKED and target in _all_tied(model) and layer.layout != WHOLE:
             return None
@@ -422,7 +478,7 @@ class SvdQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def _warn_of_merged(self, model: Any) -> None:
         """Say that layers take the memory of dense ones, where that was not asked for."""
-        if self.merged and not self.quantization_config.dequantize:
+        if self.merged and not self.merges:
             logger.warning(
                 f"svdcli: {len(self.merged)} factored layers (such as {next(iter(self.merged))}) "
                 f"are multiplied out while "
@@ -511,6 +567,8 @@ class SvdQuantizer(HfQuantizer):  # type: ignore[misc]
                 self.replaced[target] = replace(layer, in_words=False)
 
         # From here on it is a model as any other
+        if self.quantization_config.dequantize and self.shares:
+            self._dequantize(model, model.dtype)
         if self.quantization_config.dequantize:
             _forget_method(model.config)
         _let_cast(model)
@@ -519,7 +577,8 @@ class SvdQuantizer(HfQuantizer):  # type: ignore[misc]
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
         state = model.state_dict()
         factored = [name for name, layer in self.replaced.items() if layer.layout != WHOLE]
-        for name in tripwires(name for name in factored if name not in self.tied):
+        loud = [name.removesuffix(f".{SHARED}") for name in factored if name not in self.tied]
+        for name in tripwires(loud):
             state[f"{name}.weight"] = torch.empty(0)
         for target in self.same_rows:
             del state[f"{target}.{ROWS}"]
@@ -557,16 +616,25 @@ class SvdQuantizer(HfQuantizer):  # type: ignore[misc]
         weights: dict[int, nn.Parameter] = {}
         for name, module in _compressed_modules(model):
             first = _first_numbers(module)
-            if id(first) not in weights:
-                weight = weight_of(module).detach().to(dtype)
+            same = id(module) if isinstance(module, SharedLinear) else id(first)
+            if same not in weights:
+                weight = weight_of(module).detach().to(dtype, memory_format=torch.contiguous_format)
                 trains = first.requires_grad or not first.is_floating_point()
-                weights[id(first)] = nn.Parameter(weight, trains)
-            model.set_submodule(name, _dense(module, weights[id(first)]))
+                weights[same] = nn.Parameter(weight, trains)
+            model.set_submodule(name, _dense(module, weights[same]))
         stack_again(model)
         if self.ties is not None:
             model.all_tied_weights_keys, model._tied_weights_keys = self.ties
         _forget_method(model.config)
         return model
+
+
+def _paths(model: Any) -> dict[int, list[str]]:
+    """Return the names of every module: custom classes register one under several."""
+    paths: dict[int, list[str]] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        paths.setdefault(id(module), []).append(path)
+    return paths
 
 
 class Home(NamedTuple):
@@ -630,6 +698,29 @@ class Naming:
         return str(rename_source_key(name, self._renamings, [])[0])
 
 
+def _module_of(model: Any, home: Home, state: Mapping[str, Tensor]) -> nn.Module | None:
+    """Return the module whose weight goes to that place, None where it has none of its own."""
+    if home.pattern is not None or home.key not in state:
+        return None
+    module: nn.Module = model.get_submodule(home.key.removesuffix(".weight"))
+    return module
+
+
+def _sharing(olds: Sequence[nn.Module | None], layer: Stored) -> list[SharedLinear] | None:
+    """Return the modules that will share this layer's factors, None where the old ones are not
+    what it is the weight of."""
+    modules = [old for old in olds if old is not None]
+    if len(modules) < len(olds):
+        return None
+    number = layer.members[0].number
+    kind = {"layout": layer.layout, "bits": layer.bits, "group": layer.group}
+    news = shared_like(modules, layer.rank, number, **kind)  # type: ignore[arg-type]
+    if news is None or news[0].in_features != layer.shape[1]:
+        return None
+    spans = [(new.start, new.stop) for new in news]
+    return news if spans == [(member.start, member.stop) for member in layer.members] else None
+
+
 def _are_of_stacks(named: Naming, stored: Iterable[str]) -> bool:
     """Tell whether the model has one of these layers in a stack with others: by a converter, or by
     its own name without the number of an expert."""
@@ -665,7 +756,11 @@ def unfilled(
     for name, layer in stored.items():
         for part in layer.parts:
             dense.pop(f"{name}.{part}", None)
-        dense[f"{name}.weight"] = layer.shape
+        for member in layer.members:
+            dense.pop(f"{member.name}.{SPAN}", None)
+            dense[f"{member.name}.weight"] = (member.stop - member.start, layer.shape[1])
+        if not layer.members:
+            dense[f"{name}.weight"] = layer.shape
 
     # Names and shapes that fit
     filled: set[str] = set()
@@ -700,6 +795,7 @@ def read_stored(
     shapes: dict[str, tuple[int, ...]] = {}
     declared: dict[str, tuple[int, ...]] = {}
     int8: set[str] = set()
+    members: list[Member] = []
     recorded: dict[str, Any] = {}
     for file in files:
         if not file.endswith(".safetensors"):
@@ -712,16 +808,20 @@ def read_stored(
                     int8.add(name)
                 if name.endswith(f".{WEIGHT}{SHAPE}") and shapes[name] == (2,):
                     declared[name.removesuffix(SHAPE)] = tuple(opened.get_tensor(name).tolist())
+                if name.endswith(f".{SPAN}") and shapes[name] == (3,):
+                    layer_name = name.removesuffix(f".{SPAN}")
+                    members.append(Member(layer_name, *map(int, opened.get_tensor(name).tolist())))
             record = json.loads((opened.metadata() or {}).get(METHOD, "{}"))
         shared = record.get("every_layer", {})
         for name, entry in record.get("layers", {}).items():
             recorded[name] = shared | entry
 
     # Every layer that is recorded as factored or packed must be there, as it is recorded
-    stored = stored_in(shapes, Integers(group, declared, int8))
+    stored = stored_in(shapes, Integers(group, declared, int8, tuple(members)))
     for name, entry in recorded.items():
         if entry["layout"] != "dense" or "bits" in entry:
-            _check_recorded(name.removesuffix(".weight"), entry, stored, group)
+            layer_name = name.removesuffix(".weight") + (f".{SHARED}" if "members" in entry else "")
+            _check_recorded(layer_name, entry, stored, group)
     return shapes, stored
 
 
@@ -779,6 +879,35 @@ def stored_in(
             group = _group(bits, integers)
             in_words = f"{layer}.{WEIGHT}{PACKED}" in shapes and bits == 8
             stored[layer] = Stored((m, n), min(shape), WHOLE, bits, group, in_words)
+    return _with_members(stored, integers.members)
+
+
+def _with_members(stored: dict[str, Stored], members: Iterable[Member]) -> dict[str, Stored]:
+    """Return the layers, those that others share with the names of these. Raises ValueError where
+    such a layer is not the weight of all of them."""
+    groups: dict[int, list[Member]] = {}
+    for member in members:
+        groups.setdefault(member.number, []).append(member)
+    held: set[str] = set()
+    for group in groups.values():
+        group.sort(key=lambda member: member.start)
+        name = f"{group[0].name}.{SHARED}"
+        starts = [0, *(member.stop for member in group)]
+        layer = stored.get(name)
+        one_below_the_other = [member.start for member in group] == starts[:-1]
+        if layer is None or not one_below_the_other or starts[-1] != layer.shape[0]:
+            raise ValueError(
+                f"the factors that {group[0].name} shares with other layers are not in the weight "
+                f"files, or not those of all of them; write or download them again"
+            )
+        stored[name] = replace(layer, members=tuple(group))
+        held.add(name)
+    lonely = [name for name in stored if name.endswith(f".{SHARED}") and name not in held]
+    if lonely:
+        raise ValueError(
+            f"{lonely[0]} is shared by layers of which the weight files do not tell; write or "
+            f"download them again"
+        )
     return stored
 
 
@@ -924,14 +1053,16 @@ def _stacks(
     return {(home.key, str(home.pattern)): list(held.values()) for home, held in members.items()}
 
 
-def _renamed(named: Naming, stored: Mapping[str, Stored]) -> dict[str, str]:
+def _renamed(named: Naming, stored: Mapping[str, Stored], members: Iterable[str]) -> dict[str, str]:
     """Return {what the model's renamings make of the parts of a layer: what they make of its
     weight}, each up to where parts differ, where a renaming goes by `weight`."""
-    renamed: dict[str, str] = {}
+    parts = {name: ("svd_", layer.parts[0]) for name, layer in stored.items()}
     for name, layer in stored.items():
-        beginning, part = "svd_", layer.parts[0]
         if layer.layout == WHOLE:
-            beginning, part = "weight_", WEIGHT + SCALE
+            parts[name] = ("weight_", WEIGHT + SCALE)
+    parts |= dict.fromkeys(members, ("svd_", SPAN))  # and what is shared, after the first of them
+    renamed: dict[str, str] = {}
+    for name, (beginning, part) in parts.items():
         as_part = named.plainly(f"{name}.{part}").removesuffix(part)
         as_weight = named.plainly(f"{name}.weight").removesuffix("weight")
         if as_part != as_weight:
@@ -1128,15 +1259,15 @@ def _compressed_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Yield (name, module) of those that stand for a dense layer, and not those within them."""
     inner: set[int] = set()
     for name, module in list(model.named_modules()):
-        if isinstance(module, LOW_RANK):
-            inner.update(id(child) for child in module.children())
-        elif not isinstance(module, PackedLinear) or id(module) in inner:
-            continue
-        yield name, module
+        if id(module) not in inner and isinstance(module, COMPRESSED):
+            inner.update(map(id, module.modules()))
+            yield name, module
 
 
 def _first_numbers(module: nn.Module) -> Tensor:
     """Return what tells whether two modules are tied: the parameter `up`, or integers."""
+    if isinstance(module, SharedLinear):
+        module = module.first.svd_shared
     matrix = module.get_submodule("svd_up") if isinstance(module, LOW_RANK) else module
     if isinstance(matrix, PackedLinear):
         return matrix.held

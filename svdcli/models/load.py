@@ -19,7 +19,17 @@ from svdcli.files.config import METHOD, method_for, method_of
 from svdcli.files.dtypes import TORCH_DTYPES
 from svdcli.files.record import check_listed, record_of, stored_layers
 from svdcli.models import own_code
-from svdcli.models.modules import UNPACKED, WEIGHT, WHOLE, PackedLinear, low_rank_like, share
+from svdcli.models.modules import (
+    SPAN,
+    UNPACKED,
+    WEIGHT,
+    WHOLE,
+    PackedLinear,
+    low_rank_like,
+    share,
+    shared_like,
+)
+from svdcli.plan.groups import spans_of
 from svdcli.plan.packing import PLAIN, SHAPE
 from svdcli.plan.plan import FORMAT, LayerPlan
 from svdcli.plan.tensors import TensorInfo
@@ -359,8 +369,13 @@ def _best_class(checkpoint: Checkpoint) -> Any:
 
 def _integers(checkpoint: Checkpoint) -> Any:
     """Return what tells the packed layers of a checkpoint, for the plugin."""
-    from svdcli.models.hf import Integers
+    from svdcli.models.hf import Integers, Member
 
+    members: list[Member] = []
+    for name, ref in checkpoint.tensors.items():
+        if name.endswith(f".{SPAN}") and ref.info.shape == (3,):
+            numbers = map(int, checkpoint.read_tensor(name).tolist())
+            members.append(Member(name.removesuffix(f".{SPAN}"), *numbers))
     config = checkpoint.config or {}
     quantised = config.get("quantization_config") or {}
     group = quantised.get("group") if isinstance(quantised, dict) else None
@@ -368,16 +383,15 @@ def _integers(checkpoint: Checkpoint) -> Any:
     if method_of(config) == OTHERS and record is not None:
         group = stored_layers(checkpoint, record)[0].packing.group
     if group is None:
-        return Integers()
+        return Integers(members=tuple(members))
     declared: dict[str, tuple[int, ...]] = {}
     int8: set[str] = set()
     for name, ref in checkpoint.tensors.items():
         if ref.info.dtype == "I8":
             int8.add(name)
         if name.endswith(f".weight{SHAPE}") and ref.info.shape == (2,):
-            numbers = checkpoint.read_tensor(name).tolist()
-            declared[name.removesuffix(SHAPE)] = tuple(numbers)
-    return Integers(group, declared, int8)
+            declared[name.removesuffix(SHAPE)] = tuple(checkpoint.read_tensor(name).tolist())
+    return Integers(group, declared, int8, tuple(members))
 
 
 def _classes_of(config: Any) -> list[Any]:
@@ -492,6 +506,9 @@ def _replace(
             raise SvdcliError(
                 f"the module has no {layer.tensor.module}, which is factored in {shown}", hint
             )
+        if layer.members:
+            fresh |= _shared(inner, outer, layer, shown)
+            continue
         fresh[outer[name]] = _low_rank(inner[name], layer, shown)
         if layer.packing != PLAIN and layer.layout == WHOLE:
             for partner in _tied_modules(inner, name):
@@ -500,6 +517,37 @@ def _replace(
     for path, new in fresh.items():
         module.set_submodule(path, new)
     return list(fresh.values()), same_buffers
+
+
+def _shared(
+    inner: Mapping[str, nn.Module], outer: Mapping[str, str], layer: LayerPlan, shown: str
+) -> dict[str, nn.Module]:
+    """Return the modules that will hold a group's factors, by the ways to their places."""
+    places = {}
+    for member in layer.members:
+        name = _plain_name(member.module)
+        if not outer.get(name):
+            raise SvdcliError(
+                f"the module has no {member.module}, which is factored in {shown}",
+                _prefix_hint(name, outer),
+            )
+        _check_shape(inner[name], member, shown)
+        places[outer[name]] = inner[name]
+    news = shared_like(
+        list(places.values()),
+        int(layer.rank or 0),
+        spans_of(layer.members)[0][0],
+        layout=layer.layout,
+        bits=layer.packing.bits,
+        group=layer.packing.group,
+    )
+    if news is None:
+        raise SvdcliError(
+            f"{layer.tensor.module} shares its factors with others, and not all of them are plain "
+            f"linear layers here",
+            "expand the checkpoint first",
+        )
+    return dict(zip(places, news, strict=True))
 
 
 def _tied_modules(modules: Mapping[str, nn.Module], name: str) -> list[str]:
@@ -594,7 +642,6 @@ def _low_rank(old: nn.Module, layer: LayerPlan, shown: str) -> nn.Module:
     device."""
     # Linear layers can hold factors and integers, a few others factors alone
     name = layer.tensor.module
-    shape = layer.tensor.shape
     new = low_rank_like(
         old,
         int(layer.rank or 0),
@@ -605,18 +652,24 @@ def _low_rank(old: nn.Module, layer: LayerPlan, shown: str) -> nn.Module:
     if isinstance(new, PackedLinear) and layer.packing.in_words and new.bits == 8:
         new.expect_words()
     # It must stand for just this weight
-    weight = getattr(old, "weight", None)
-    if new is None or not isinstance(weight, Tensor):
+    if new is None or not isinstance(getattr(old, "weight", None), Tensor):
         raise SvdcliError(
             f"{name} is a {type(old).__name__}, which cannot hold factors",
             "expand the checkpoint first",
         )
-    if tuple(weight.shape) != shape:
+    _check_shape(old, layer.tensor, shown)
+    return new
+
+
+def _check_shape(module: nn.Module, tensor: TensorInfo, shown: str) -> None:
+    """Raise SvdcliError where a module has a weight of another shape than the checkpoint."""
+    weight = getattr(module, "weight", None)
+    if isinstance(weight, Tensor) and tuple(weight.shape) != tensor.shape:
         raise SvdcliError(
-            f"{name} is {list(shape)} in {shown} and {list(weight.shape)} in the module",
+            f"{tensor.module} is {list(tensor.shape)} in {shown} and {list(weight.shape)} in the "
+            f"module",
             "check both",
         )
-    return new
 
 
 def _assign(module: nn.Module, name: str, value: Tensor) -> None:

@@ -11,6 +11,7 @@ import copy
 import itertools
 import sys
 import weakref
+from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -33,6 +34,10 @@ from svdcli.models.kernels import (
 )
 
 UP, DOWN, ROWS, WEIGHT = "svd_up.weight", "svd_down.weight", "svd_rows", "weight"
+
+# Of layers that share a basis: the module below the first of them that holds it, and, of each, the
+# number of their group, its first output in that and the one after its last.
+SHARED, SPAN = "svd_shared", "svd_span"
 
 # Behind the name of a matrix of few-bit integers: those of four bits, scales, and its shape.
 PACKED, SCALE, SHAPE = "_packed", "_scale", "_shape"
@@ -540,6 +545,109 @@ class PivotedEmbedding(_WithDenseWeight):
         return torch.where((place < self.rank)[..., None], kept, combined)
 
 
+class SharedLinear(_WithDenseWeight):
+    """One of several layers that read the same input x: its outputs of x W^T, plus b, where W is
+    the weight of all of them, one below the other.
+
+    The first of them holds W, in a low-rank module `svd_shared`; `join` makes the others ask it. It
+    multiplies once for all that are called with the same x.
+    """
+
+    svd_span: Tensor
+    svd_shared: nn.Module
+
+    def __init__(
+        self, in_features: int, span: tuple[int, int, int], *, bias: bool, **factory: Any
+    ) -> None:
+        super().__init__()
+        _, self.start, self.stop = span
+        self.in_features = in_features
+        self.out_features = self.stop - self.start
+        self.register_buffer("svd_span", torch.tensor(span))
+        self.bias = nn.Parameter(torch.empty(self.out_features, **factory)) if bias else None
+        # Of the first, what it multiplied last, until all have had it; not a child of the others,
+        # so that a state dict has it once
+        self.__dict__["_first"] = self
+        self.__dict__["_last"] = None
+        self.__dict__["_count"] = 1
+
+    @staticmethod
+    def join(layers: Sequence[SharedLinear], shared: nn.Module) -> None:
+        """Give these layers, the first of them first, the module with the weight of all."""
+        layers[0].svd_shared = shared
+        layers[0].__dict__["_count"] = len(layers)
+        for layer in layers:
+            layer.__dict__["_first"] = layers[0]
+
+    @property
+    def first(self) -> SharedLinear:
+        """The layer that holds the weight."""
+        first: SharedLinear = self.__dict__["_first"]
+        return first
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first._of_all(x, self.start)[..., self.start : self.stop]
+        return y if self.bias is None else y + self.bias
+
+    def _of_all(self, x: Tensor, start: int) -> Tensor:
+        """Return x W^T for the layer whose outputs start there."""
+        if torch.compiler.is_compiling():
+            y: Tensor = self.svd_shared(x)  # the compiler sees that others ask for the same
+            return y
+
+        # What one layer has had is stale when it asks again: weights may have changed
+        state = _state_of(x)
+        last: _Product | None = self.__dict__["_last"]
+        if last is None or last.x is not x or last.state != state or start in last.taken:
+            last = _Product(x, state, self.svd_shared(x), frozenset())
+        last = last._replace(taken=last.taken | {start})
+        all_have_it = len(last.taken) == self.__dict__["_count"]
+        self.__dict__["_last"] = None if all_have_it else last
+        return last.y
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_last": None}
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}"
+
+
+class _Product(NamedTuple):
+    """The last input of layers that share a basis, in which state it was, their outputs for it, and
+    the layers that have had them."""
+
+    x: Tensor
+    state: tuple[int, bool, bool]
+    y: Tensor
+    taken: frozenset[int]
+
+
+def _state_of(x: Tensor) -> tuple[int, bool, bool]:
+    """Return what tells that a tensor was changed in place, or is to be computed with in another
+    way."""
+    version = 0 if x.is_inference() else x._version
+    return version, torch.is_grad_enabled(), torch.is_autocast_enabled(x.device.type)
+
+
+class StackedLinear(nn.Module):
+    """y = x W^T where W is the weights of several linear layers, one below the other, which stay
+    where they are: what a shared basis stands for."""
+
+    def __init__(self, weights: Sequence[nn.Parameter]) -> None:
+        super().__init__()
+        self.in_features = weights[0].shape[1]
+        self.out_features = sum(weight.shape[0] for weight in weights)
+        self.parts = nn.ParameterList(weights)
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight, put together when it is asked for."""
+        return torch.cat(list(self.parts))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([functional.linear(x, part) for part in self.parts], -1)
+
+
 # Classes of transformers with a `forward` of their own that computes what nn.Linear does.
 _ALIKE = frozenset({"FalconLinear"})
 
@@ -659,6 +767,33 @@ def low_rank_like(
     return None
 
 
+def shared_like(
+    olds: Sequence[nn.Module],
+    rank: int,
+    number: int,
+    *,
+    layout: str,
+    bits: int = UNPACKED,
+    group: int | None = None,
+) -> list[SharedLinear] | None:
+    """Return empty modules on the meta device that can stand for these layers with one basis, or
+    None where there are none."""
+    layers: list[SharedLinear] = []
+    stop = 0
+    for old in olds:
+        if not isinstance(old, nn.Linear) or not _computes_like(old, nn.Linear):
+            return None
+        factory = {"device": "meta", "dtype": old.weight.dtype}
+        span = (number, stop, stop + old.out_features)
+        layers.append(SharedLinear(old.in_features, span, bias=old.bias is not None, **factory))
+        stop += old.out_features
+    all_of_them = nn.Linear(layers[0].in_features, stop, bias=False, **factory)
+    shared = low_rank_like(all_of_them, rank, layout=layout, bits=bits, group=group)
+    assert shared is not None
+    SharedLinear.join(layers, shared)
+    return layers
+
+
 def _packed_like(
     old: nn.Module, rank: int, layout: str, bits: int, group: int | None, factory: dict[str, Any]
 ) -> nn.Module | None:
@@ -691,6 +826,11 @@ def is_linear(module: nn.Module | None) -> bool:
     nothing else."""
     if isinstance(module, nn.Linear):
         return _computes_like(module, nn.Linear)
+    return isinstance(module, StackedLinear) or is_conv(module)
+
+
+def is_conv(module: nn.Module | None) -> bool:
+    """Tell whether a module is transformers' Conv1D, whose weight is stored as (in, out)."""
     return type(module).__name__ == "Conv1D"
 
 
@@ -720,7 +860,9 @@ def dense_weight(up: Tensor, down: Tensor, rows: Tensor | None) -> Tensor:
 
 
 def weight_of(module: nn.Module) -> Tensor:
-    """Return the dense weight of a low-rank or packed module."""
+    """Return the dense weight of a low-rank or packed module, or of one that shares a basis."""
+    if isinstance(module, SharedLinear):
+        return weight_of(module.first.svd_shared)[module.start : module.stop]
     if isinstance(module, PackedLinear):
         return module.rows(0, module.out_features)
     return dense_weight(*factors_of(module))
@@ -778,6 +920,9 @@ def _shape_and_kind(module: nn.Module) -> tuple[tuple[int, int], Tensor]:
     """Return the shape of a module's dense weight, and a tensor of its dtype on its device."""
     if isinstance(module, PackedLinear):
         return (module.out_features, module.in_features), module.scales
+    if isinstance(module, SharedLinear):
+        _, like = _shape_and_kind(module.first.svd_shared)
+        return (module.out_features, module.in_features), like
     up, down, rows = factors_of(module)
     m = up.shape[0] if rows is None else rows.shape[0]
     return (m, down.shape[1]), up

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -13,7 +14,8 @@ from svdcli.plan.budget import (
     ranks_within_share,
     staying_dense,
 )
-from svdcli.plan.knapsack import Menu, allocate_globally, allocate_menus
+from svdcli.plan.groups import Group
+from svdcli.plan.knapsack import Menu, allocate_globally, allocate_menus, menu_of
 from svdcli.plan.layouts import LAYOUTS
 from svdcli.plan.menus import Rounding, packed_menu, rounding_share
 from svdcli.plan.packing import PLAIN
@@ -30,6 +32,7 @@ from svdcli.plan.ranks import (
     uniform_within,
 )
 from svdcli.plan.recipe import Recipe
+from svdcli.plan.sharing import Allocation, share_where_it_pays
 from svdcli.plan.tensors import TensorInfo
 from svdcli.plan.words import WEIGHTED, option_of
 
@@ -48,16 +51,16 @@ class LayerSpectrum:
     """What the numbers of one layer say.
 
     energies are its squared singular values in descending order, in the metric of the calibration
-    where there is one; None where no policy needs them. metric says which that is ("" plain). bias
-    is the layer's own, where it will be refitted. loss_scale is the loss of the model that its
-    whole energy stands for, where that was measured. roundings are what packing it will cost, where
-    packings are to be chosen. misfit is why it cannot be packed, where it cannot.
+    where there is one; None where no policy needs them. metric says which that is ("" plain).
+    biases are the layer's own, where they will be refitted. loss_scale is the loss of the model
+    that its whole energy stands for, where that was measured. roundings are what packing it will
+    cost, where packings are to be chosen. misfit is why it cannot be packed, where it cannot.
     """
 
     finite: bool
     energies: tuple[float, ...] | None = None
     metric: str = ""
-    bias: TensorInfo | None = None
+    biases: tuple[TensorInfo, ...] = ()
     loss_scale: float | None = None
     roundings: tuple[Rounding, ...] = ()
     misfit: str = ""
@@ -103,64 +106,114 @@ def decide(
     measured: Mapping[str, LayerSpectrum],
     predict: Callable[[Plan], int],
     loss_unit: str = "",
+    groups: Sequence[Group] = (),
 ) -> Plan:
     """A rank, or dense with a reason, for every selected layer.
 
-    predict gives the bytes of the whole output under a plan; only --size asks for it.
+    predict gives the bytes of the whole output under a plan; only --size asks for it. groups are
+    those that may share a basis; the spectrum of each is under the name of its stack.
     Raises UsageError where --size or --keep is below what can be reached.
     """
     # Layers for which no rank can be chosen stay dense, whatever the target; the others get a loss
     # for every rank.
     unsound = _unsound_layers(recipe, selected, measured)
     sound = [tensor for tensor in selected if tensor.name not in unsound]
+    groups = [group for group in groups if _can_share(group, unsound, measured)]
+    candidates = [*sound, *(group.stack for group in groups)]
     losses: dict[str, Sequence[float]] = {}
     if needs_spectra(recipe):
-        losses = {tensor.name: measured[tensor.name].losses() for tensor in sound}
+        losses = {tensor.name: measured[tensor.name].losses() for tensor in candidates}
 
-    def plan_with(choices: Sequence[Choice]) -> Plan:
-        """The plan where every sound layer has its choice of these."""
+    def plan_with(choices: Mapping[str, Choice]) -> Plan:
+        """The plan where every sound layer, alone or in its group, has its choice of these."""
         by_name = {name: Choice(None, reason) for name, reason in unsound.items()}
-        by_name |= {tensor.name: choice for tensor, choice in zip(sound, choices, strict=True)}
-        layers = []
+        by_name |= choices
+        sharing = [group for group in groups if group.stack.name in choices]
+        first_of = {group.members[0].name: group for group in sharing}
+        layers: list[LayerPlan] = []
         for tensor in selected:
-            name = tensor.name
-            loss = losses.get(name)
-            layers.append(_layer_plan(tensor, by_name[name], recipe, loss, measured[name]))
+            group = first_of.get(tensor.name)
+            stands_for = tensor if group is None else group.stack
+            choice = by_name.get(stands_for.name)
+            if choice is None:
+                continue  # its group has the place of its first layer
+            loss = losses.get(stands_for.name)
+            spectrum = measured[stands_for.name]
+            layer = _layer_plan(stands_for, choice, recipe, loss, spectrum)
+            layers += [layer] if group is None else _grouped(layer, group)
         unit = loss_unit if losses else ""  # of what was predicted
         return Plan(recipe, fingerprint, tuple(layers), tuple(skipped), loss_unit=unit)
 
     if recipe.packs_whole and recipe.target == "keep":
-        return plan_with([_as_a_whole(tensor, recipe) for tensor in sound])
+        return plan_with({tensor.name: _as_a_whole(tensor, recipe) for tensor in sound})
 
     # Costs are counted in what the budget is given in.
     in_bytes = recipe.target in ("size", "keep_bytes")
-    unit = "bytes" if in_bytes else "parameters"
-    options = [options_of(tensor, recipe, unit=unit) for tensor in sound]
-    loss_at = [losses.get(tensor.name, ()).__getitem__ for tensor in sound]
+    beside = {group.stack.name: group.beside for group in groups}
+    budgets: _Budgets
+    if in_bytes and chooses_packings(recipe):
+        menus = _packed_menus(recipe, candidates, losses, measured, beside)
+        budgets = _PackedBudgets(recipe, sound, groups, menus)
+    else:
+        unit = "bytes" if in_bytes else "parameters"
+        options = _options(candidates, recipe, unit, beside)
+        budgets = _RankBudgets(recipe, sound, groups, options, losses)
 
     # A size is met by trying whole plans; a bound holds for each layer by itself.
-    if in_bytes:
-        budgets = _Budgets(recipe, options, loss_at)
-        if chooses_packings(recipe):
-            budgets = _PackedBudgets(_packed_menus(recipe, sound, losses, measured))
-        if recipe.target == "size":
-            return _within_size(recipe, sound, budgets, plan_with, predict)
+    if recipe.target == "size":
+        return _within_size(recipe, sound, budgets, plan_with, predict)
+    if recipe.target == "keep_bytes":
         return _within_share(recipe, selected, sound, budgets, plan_with)
+    assert isinstance(budgets, _RankBudgets)
+    own = [budgets.options[tensor.name] for tensor in sound]
     if recipe.target in ("energy", "error"):
-        return plan_with([_bounded(o, recipe, measured[o.tensor.name]) for o in options])
+        bounded = [_bounded(option, recipe, measured[option.tensor.name]) for option in own]
+        return plan_with(_by_name(sound, bounded))
 
     # A share or a rank gives each layer its even part; global allocation spends their sum anew.
     if recipe.target == "keep":
-        choices, budget = ranks_within_share(recipe, selected, options, unsound)
+        even, budget = ranks_within_share(recipe, selected, own, unsound)
     else:
-        choices = [fixed_rank(option, int(recipe.value)) for option in options]
-        budget = cost_of(options, choices)
-    if recipe.allocate == "global":
-        choices = _globally(recipe, options, loss_at, choices, budget)
+        even = [fixed_rank(option, int(recipe.value)) for option in own]
+        budget = cost_of(own, even)
+    choices = budgets.spend(budget, even)
     notes: tuple[str, ...] = ()
     if recipe.target == "keep":
-        notes = note_of_missed_share(recipe, selected, options, choices)
+        present = [option for name, option in budgets.options.items() if name in choices]
+        chosen = [choices[option.tensor.name] for option in present]
+        notes = note_of_missed_share(recipe, selected, present, chosen)
     return replace(plan_with(choices), notes=notes)
+
+
+def _can_share(
+    group: Group, unsound: Mapping[str, str], measured: Mapping[str, LayerSpectrum]
+) -> bool:
+    """Are there losses of the group, and of each of its layers."""
+    spectra = [measured[name] for name in group.names - unsound.keys()]
+    counts = all(math.fsum(spectrum.energies or ()) > 0 for spectrum in spectra)
+    return len(spectra) == len(group.members) and counts and measured[group.stack.name].finite
+
+
+def _by_name(layers: Sequence[TensorInfo], choices: Sequence[Choice]) -> dict[str, Choice]:
+    return {tensor.name: choice for tensor, choice in zip(layers, choices, strict=True)}
+
+
+def _grouped(layer: LayerPlan, group: Group) -> tuple[LayerPlan, ...]:
+    """The plan of a group from that of its stack: one layer, or all of its own where no basis
+    is worth having."""
+    first = replace(layer.tensor, name=group.members[0].name)
+    layer = replace(layer, tensor=first, members=group.members)
+    return (layer,) if layer.rank is not None else layer.left_dense(layer.reason)
+
+
+def _options(
+    tensors: Sequence[TensorInfo], recipe: Recipe, unit: str, beside: Mapping[str, int]
+) -> dict[str, Options]:
+    options = {}
+    for tensor in tensors:
+        more = beside.get(tensor.name, 0)
+        options[tensor.name] = options_of(tensor, recipe, unit=unit, beside=more)
+    return options
 
 
 def _as_a_whole(tensor: TensorInfo, recipe: Recipe) -> Choice:
@@ -180,11 +233,13 @@ def _packed_menus(
     layers: Sequence[TensorInfo],
     losses: Mapping[str, Sequence[float]],
     measured: Mapping[str, LayerSpectrum],
-) -> list[Menu]:
-    menus = []
+    beside: Mapping[str, int],
+) -> dict[str, Menu]:
+    menus = {}
     for tensor in layers:
-        roundings = measured[tensor.name].roundings
-        menus.append(packed_menu(tensor, recipe, losses[tensor.name], roundings))
+        name = tensor.name
+        roundings = measured[name].roundings
+        menus[name] = packed_menu(tensor, recipe, losses[name], roundings, beside.get(name, 0))
     return menus
 
 
@@ -224,7 +279,7 @@ def _layer_plan(
         packing = recipe.packings[0]
 
     loss = None
-    bias = None if choice.rank is None else spectrum.bias
+    biases = () if choice.rank is None else spectrum.biases
     if losses is not None and choice.rank is not None:
         lost = losses[choice.rank]
         if choice.packing != PLAIN and spectrum.roundings:
@@ -239,7 +294,7 @@ def _layer_plan(
         reason=choice.reason,
         loss=loss,
         metric=spectrum.metric,
-        bias=bias,
+        biases=biases,
         packing=packing,
     )
 
@@ -292,40 +347,98 @@ def _total_loss(choices: Sequence[Choice], losses: Sequence[Callable[[int], floa
     return math.fsum(lost)
 
 
-class _Budgets:
-    """What the layers become within a budget in bytes, by ranks alone."""
+class _Budgets(ABC):
+    """What the layers become within a budget, each by itself or in a group that shares a basis."""
+
+    def __init__(
+        self, recipe: Recipe, layers: Sequence[TensorInfo], groups: Sequence[Group]
+    ) -> None:
+        self.recipe, self.layers, self.groups = recipe, layers, groups
+
+    @abstractmethod
+    def least(self) -> dict[str, Choice]:
+        """The smallest choice for every layer."""
+
+    @abstractmethod
+    def choose(self, budget: int) -> Mapping[str, Choice]:
+        """The best choices that take at most `budget`, or else the smallest."""
+
+
+class _RankBudgets(_Budgets):
+    """By ranks alone. options and losses are of layers and of groups' stacks, by name."""
 
     def __init__(
         self,
         recipe: Recipe,
-        options: Sequence[Options],
-        losses: Sequence[Callable[[int], float]],
+        layers: Sequence[TensorInfo],
+        groups: Sequence[Group],
+        options: Mapping[str, Options],
+        losses: Mapping[str, Sequence[float]],
     ) -> None:
-        self.recipe, self.options, self.losses = recipe, options, losses
+        super().__init__(recipe, layers, groups)
+        self.options = options
+        self.losses = losses
 
-    def least(self) -> list[Choice]:
-        """The smallest choice for every layer."""
-        return [_least(option) for option in self.options]
+    def least(self) -> dict[str, Choice]:
+        return {tensor.name: _least(self.options[tensor.name]) for tensor in self.layers}
 
-    def choose(self, budget: int) -> list[Choice]:
-        """The best choices that take at most `budget`, or else the smallest."""
-        choices = uniform_within(self.options, budget)
-        if self.recipe.allocate == "global":
-            choices = _globally(self.recipe, self.options, self.losses, choices, budget)
-        return choices
+    def choose(self, budget: int) -> Mapping[str, Choice]:
+        even = uniform_within([self.options[tensor.name] for tensor in self.layers], budget)
+        return self.spend(budget, even)
+
+    def spend(self, budget: int, even: Sequence[Choice]) -> Mapping[str, Choice]:
+        """The best choices within `budget`; even are those without groups that are all alike."""
+        if self.recipe.allocate != "global":
+            return _by_name(self.layers, even)
+        menus = {}
+        if self.groups:
+            menus = {name: menu_of(o, self._loss_at(name)) for name, o in self.options.items()}
+
+        def allocate(present: Sequence[TensorInfo]) -> Allocation:
+            options = [self.options[tensor.name] for tensor in present]
+            losses = [self._loss_at(tensor.name) for tensor in present]
+            alike = even if present == self.layers else uniform_within(options, budget)
+            choices = _globally(self.recipe, options, losses, alike, budget)
+            return Allocation(_by_name(present, choices), _total_loss(choices, losses))
+
+        shared = share_where_it_pays(
+            self.layers, self.groups, menus, budget, allocate, self.recipe.share
+        )
+        return shared.choices
+
+    def _loss_at(self, name: str) -> Callable[[int], float]:
+        return self.losses.get(name, ()).__getitem__
 
 
 class _PackedBudgets(_Budgets):
-    """The same by ranks and bits."""
+    """By ranks and bits. menus are of layers and of groups' stacks, by name."""
 
-    def __init__(self, menus: Sequence[Menu]) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        layers: Sequence[TensorInfo],
+        groups: Sequence[Group],
+        menus: Mapping[str, Menu],
+    ) -> None:
+        super().__init__(recipe, layers, groups)
         self.menus = menus
 
-    def least(self) -> list[Choice]:
-        return [menu.smallest.choice or Choice(None, "no packing saves") for menu in self.menus]
+    def least(self) -> dict[str, Choice]:
+        none = Choice(None, "no packing saves")
+        smallest = [self.menus[tensor.name].smallest for tensor in self.layers]
+        return _by_name(self.layers, [point.choice or none for point in smallest])
 
-    def choose(self, budget: int) -> list[Choice]:
-        return allocate_menus(self.menus, budget)
+    def choose(self, budget: int) -> Mapping[str, Choice]:
+        def allocate(present: Sequence[TensorInfo]) -> Allocation:
+            points = allocate_menus([self.menus[tensor.name] for tensor in present], budget)
+            choices = [point.choice or Choice(None) for point in points]
+            loss = math.fsum(point.loss for point in points)
+            return Allocation(_by_name(present, choices), loss)
+
+        shared = share_where_it_pays(
+            self.layers, self.groups, self.menus, budget, allocate, self.recipe.share
+        )
+        return shared.choices
 
 
 def _within_share(
@@ -333,7 +446,7 @@ def _within_share(
     selected: Sequence[TensorInfo],
     sound: Sequence[TensorInfo],
     budgets: _Budgets,
-    plan_with: Callable[[Sequence[Choice]], Plan],
+    plan_with: Callable[[Mapping[str, Choice]], Plan],
 ) -> Plan:
     """At most this share of the bytes of all selected layers; those that stay dense count in full.
     Raises UsageError where it cannot be reached."""
@@ -360,7 +473,7 @@ def _stored_bytes(plan: Plan, layers: Sequence[TensorInfo]) -> int:
     total = 0
     for layer in plan.layers:
         if layer.tensor.name in names:
-            total += sum(tensor.nbytes for tensor in layer.stored())
+            total += sum(tensor.nbytes for tensor in (*layer.stored(), *layer.spans()))
     return total
 
 
@@ -368,7 +481,7 @@ def _within_size(
     recipe: Recipe,
     sound: Sequence[TensorInfo],
     budgets: _Budgets,
-    plan_with: Callable[[Sequence[Choice]], Plan],
+    plan_with: Callable[[Mapping[str, Choice]], Plan],
     predict: Callable[[Plan], int],
 ) -> Plan:
     """Never above the size, as close below as whole ranks allow. Headers grow with the plan, so its
@@ -429,8 +542,7 @@ def rerun(plan: Plan, tensors: Mapping[str, TensorInfo], fingerprint: str) -> Pl
     """A saved plan for another run on a checkpoint that has the same tensors. Raises UsageError
     where it does not."""
     # The checkpoint may be another one, as long as every layer of the plan is in it as it was.
-    for layer in plan.layers:
-        planned = layer.tensor
+    for planned in plan.originals:
         stored = tensors.get(planned.name)
         if stored is None:
             raise UsageError(
@@ -445,7 +557,7 @@ def rerun(plan: Plan, tensors: Mapping[str, TensorInfo], fingerprint: str) -> Pl
             )
 
     # Tensors that the plan skips keep their reasons; what it does not name is skipped too.
-    planned_names = {layer.tensor.name for layer in plan.layers}
+    planned_names = {tensor.name for tensor in plan.originals}
     reasons = {entry.tensor.name: entry.reason for entry in plan.skipped}
     skipped = tuple(
         Skipped(tensor, reasons.get(tensor.name, "not in the plan"))

@@ -6,7 +6,7 @@ import bisect
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from svdcli.plan.ranks import Choice, Options, choice_of
@@ -42,9 +42,9 @@ def allocate_globally(
     Zoltners, 1979), then branch and bound among the layers for which it is a close call. Where even
     the floors do not fit, they give way.
     """
-    menus = _menus(options, losses, floors)
+    menus = [menu_of(*layer) for layer in zip(options, losses, floors, strict=True)]
     if sum(menu.smallest.cost for menu in menus) > budget:
-        menus = _menus(options, losses, [1] * len(floors))
+        menus = [menu_of(*layer) for layer in zip(options, losses, strict=True)]
     choices = []
     for option, point in zip(options, _search(menus, budget), strict=True):
         rank = None if point.choice is None else point.choice.rank
@@ -52,11 +52,28 @@ def allocate_globally(
     return choices
 
 
-def allocate_menus(menus: Sequence[Menu], budget: int) -> list[Choice]:
-    """The same for choices of any kind, without floors."""
+def allocate_menus(menus: Sequence[Menu], budget: int) -> list[Point]:
+    """The same for choices of any kind, without floors; staying dense, too, is a choice then."""
     if sum(menu.dense.cost for menu in menus) <= budget:
-        return [Choice(None, _ALL_FIT) for _ in menus]
-    return [point.choice or Choice(None, _WORTH_MORE) for point in _search(menus, budget)]
+        return [replace(menu.dense, choice=Choice(None, _ALL_FIT)) for menu in menus]
+    dense = Choice(None, _WORTH_MORE)
+    return [replace(point, choice=point.choice or dense) for point in _search(menus, budget)]
+
+
+def price_of(menus: Sequence[Menu], budget: int) -> float:
+    """The loss removed per unit of cost where the budget runs out; 0 where it never does."""
+    hulls = [_hull([*menu.ranked, menu.dense]) for menu in menus]
+    left = budget - sum(hull[0].cost for hull in hulls)
+    for step in _steps(hulls):
+        left -= step.extra
+        if left < 0:
+            return step.gain
+    return 0.0
+
+
+def priced_loss(menu: Menu, price: float) -> float:
+    """The least that a layer loses where cost has a price, that of its choice included."""
+    return min(point.loss + price * point.cost for point in [*menu.ranked, menu.dense])
 
 
 @dataclass(frozen=True)
@@ -72,16 +89,7 @@ class Menu:
         return self.ranked[0] if self.ranked else self.dense
 
 
-def _menus(
-    options: Sequence[Options], losses: Sequence[Callable[[int], float]], floors: Sequence[int]
-) -> list[Menu]:
-    return [
-        _menu(option, loss, floor)
-        for option, loss, floor in zip(options, losses, floors, strict=True)
-    ]
-
-
-def _menu(options: Options, loss: Callable[[int], float], floor: int) -> Menu:
+def menu_of(options: Options, loss: Callable[[int], float], floor: int = 1) -> Menu:
     """The choices of one layer from its floor on; its largest rank where the floor is above it."""
     last = max(0, len(options.ranks) - 1)
     first = min(bisect.bisect_left(options.ranks, floor), last)

@@ -35,8 +35,9 @@ class Rounding:
     share: float
 
 
-def trials_of(tensor: TensorInfo, recipe: Recipe) -> list[Trial]:
-    """The ways of packing a layer that tell what all others will lose."""
+def trials_of(tensor: TensorInfo, recipe: Recipe, *, shared: bool = False) -> list[Trial]:
+    """The ways of packing a layer that tell what all others will lose. shared says that it is a
+    group's: whole matrices have no basis to share."""
     full = min(tensor.shape)
     trials = []
     for packing in recipe.packings:
@@ -44,7 +45,8 @@ def trials_of(tensor: TensorInfo, recipe: Recipe) -> list[Trial]:
             if not packing.misfit(tensor.shape[1]):
                 trials.append(Trial(DENSE, full, packing))
             continue
-        trials.append(Trial(WHOLE, full, packing))
+        if not shared:
+            trials.append(Trial(WHOLE, full, packing))
         step = rank_step(recipe, packing)
         ranks = {step * round(share * full / step) for share in _PREDICTED_AT}
         trials += [Trial(FACTORED, rank, packing) for rank in sorted(ranks) if 0 < rank <= full]
@@ -52,10 +54,15 @@ def trials_of(tensor: TensorInfo, recipe: Recipe) -> list[Trial]:
 
 
 def packed_menu(
-    tensor: TensorInfo, recipe: Recipe, losses: Sequence[float], roundings: Sequence[Rounding]
+    tensor: TensorInfo,
+    recipe: Recipe,
+    losses: Sequence[float],
+    roundings: Sequence[Rounding],
+    beside: int = 0,
 ) -> Menu:
     """Every choice for a layer, with its bytes and what it loses: at its rank (losses[r]), and by
-    rounding. losses[0] is that of the layer's whole energy."""
+    rounding. losses[0] is that of the layer's whole energy; beside are the bytes of what is stored
+    besides its matrices."""
     dtype = recipe.dtype or tensor.dtype
     points = []
     for packing in recipe.packings:
@@ -74,7 +81,7 @@ def packed_menu(
         # factors that take fewer bytes than that
         step = rank_step(recipe, packing)
         for rank in range(step, min(tensor.shape) + 1, step) if factored else ():
-            nbytes = LAYOUTS[FACTORED].nbytes(tensor, rank, dtype, packing)
+            nbytes = beside + LAYOUTS[FACTORED].nbytes(tensor, rank, dtype, packing)
             if nbytes >= most:
                 break
             loss = losses[rank] + losses[0] * _interpolated(factored, rank)

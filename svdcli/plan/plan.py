@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from svdcli.errors import UsageError
+from svdcli.plan.groups import home_of, span_tensors, stacked_shape
 from svdcli.plan.layouts import DENSE, LAYOUTS
 from svdcli.plan.packing import PLAIN, Packing
 from svdcli.plan.recipe import Recipe, recipe_from_json, recipe_to_json
@@ -19,13 +20,15 @@ EMBEDDING = "embedding"
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """One selected layer: its rank, or None with the reason why it stays dense.
+    """One selected layer, or a group that shares a basis: its rank, or None with the reason why it
+    stays dense.
 
     loss is what the rank gives up, where the spectrum was measured: the share of the weight's
     energy (of the outputs' with metric "inputs"), or, with metric "diagonal" or "full", the
-    predicted rise of the model's own loss. bias names the bias that is refitted to the inputs'
-    mean. packing says how the numbers of each stored matrix are written. role is EMBEDDING for a
-    table whose rows are looked up, which counts for no target.
+    predicted rise of the model's own loss. biases are those that are refitted to the inputs' mean.
+    packing says how the numbers of each stored matrix are written. role is EMBEDDING for a
+    table whose rows are looked up, which counts for no target. members are the weights of a group,
+    which tensor is then all of, one below the other, under the name of the first.
     """
 
     tensor: TensorInfo
@@ -36,9 +39,20 @@ class LayerPlan:
     reason: str = ""
     loss: float | None = None
     metric: str = ""
-    bias: TensorInfo | None = None
+    biases: tuple[TensorInfo, ...] = ()
     packing: Packing = PLAIN
     role: str = ""
+    members: tuple[TensorInfo, ...] = ()
+
+    @property
+    def originals(self) -> tuple[TensorInfo, ...]:
+        """The weights that it takes the place of."""
+        return self.members or (self.tensor,)
+
+    @property
+    def home(self) -> TensorInfo:
+        """The weight that its factors are called after: its own, or that of what a group shares."""
+        return home_of(self.members, self.tensor.dtype) if self.members else self.tensor
 
     @property
     def keeps_factors(self) -> bool:
@@ -46,15 +60,27 @@ class LayerPlan:
         return LAYOUTS[self.layout].keeps_factors
 
     def stored(self) -> tuple[TensorInfo, ...]:
-        """The tensors that are written for this layer."""
+        """The tensors that hold the weight of this layer."""
         if self.rank is None:
             return (self.tensor,)
         layout = LAYOUTS[self.layout]
-        return layout.tensors(self.tensor, self.rank, self.stored_dtype, self.packing)
+        return layout.tensors(self.home, self.rank, self.stored_dtype, self.packing)
 
-    def left_dense(self, reason: str) -> LayerPlan:
-        """The same layer, which stays dense for `reason`."""
-        return replace(self, rank=None, reason=reason, loss=None, bias=None, packing=PLAIN)
+    def spans(self) -> tuple[TensorInfo, ...]:
+        """The tensors that say where the outputs of a group's layers are."""
+        return span_tensors(self.members)
+
+    def written(self) -> tuple[TensorInfo, ...]:
+        """All tensors that are written for this layer, refitted biases among them."""
+        return (*self.stored(), *self.spans(), *self.biases)
+
+    def left_dense(self, reason: str) -> tuple[LayerPlan, ...]:
+        """The same layer, or every layer of a group, which stays dense for `reason`."""
+        dense = []
+        for tensor in self.originals:
+            layer = replace(self, tensor=tensor, rank=None, reason=reason, loss=None)
+            dense.append(replace(layer, biases=(), packing=PLAIN, members=()))
+        return tuple(dense)
 
 
 @dataclass(frozen=True)
@@ -155,14 +181,23 @@ class Plan:
         """The layers that have a rank."""
         return tuple(layer for layer in self.layers if layer.rank is not None)
 
+    @property
+    def originals(self) -> tuple[TensorInfo, ...]:
+        """The selected weights."""
+        return tuple(tensor for layer in self.layers for tensor in layer.originals)
+
     def with_dense(self, reasons: dict[str, str]) -> Plan:
-        """The same plan with the named layers left dense."""
-        layers = []
+        """The same plan with the named layers left dense, and with one of a group all of it."""
+        layers: list[LayerPlan] = []
         for layer in self.layers:
-            reason = reasons.get(layer.tensor.name)
-            if reason is not None:
-                layer = layer.left_dense(reason)
-            layers.append(layer)
+            named = [tensor for tensor in layer.originals if tensor.name in reasons]
+            if not named:
+                layers.append(layer)
+                continue
+            reason = reasons[named[0].name]
+            for dense in layer.left_dense(f"shares a basis with {named[0].module}, which {reason}"):
+                own = reasons.get(dense.tensor.name)
+                layers.append(dense if own is None else replace(dense, reason=own))
         return replace(self, layers=tuple(layers))
 
     def to_json(self) -> dict[str, Any]:
@@ -251,8 +286,13 @@ def _layer_to_json(layer: LayerPlan) -> dict[str, Any]:
         data["loss"] = layer.loss
     if layer.metric:
         data["metric"] = layer.metric
-    if layer.bias is not None:
-        data["bias"] = {"name": layer.bias.name} | _tensor_to_json(layer.bias)
+    if layer.members:
+        data["members"] = {member.name: member.shape[0] for member in layer.members}
+        if layer.biases:
+            data["biases"] = {bias.name: _tensor_to_json(bias) for bias in layer.biases}
+    elif layer.biases:
+        [bias] = layer.biases
+        data["bias"] = {"name": bias.name} | _tensor_to_json(bias)
     if layer.packing != PLAIN:
         data["bits"] = layer.packing.bits
         data["group"] = layer.packing.group
@@ -285,9 +325,6 @@ def layer_from_json(name: str, data: dict[str, Any]) -> LayerPlan:
     if data["layout"] not in LAYOUTS:
         raise ValueError(f"{name}: layout {data['layout']!r} is unknown")
 
-    bias = None
-    if data.get("bias") is not None:
-        bias = _tensor_from_json(str(data["bias"]["name"]), data["bias"])
     return LayerPlan(
         tensor=tensor,
         rank=rank,
@@ -297,10 +334,34 @@ def layer_from_json(name: str, data: dict[str, Any]) -> LayerPlan:
         reason=str(data.get("reason", "")),
         loss=data.get("loss"),
         metric=str(data.get("metric", "")),
-        bias=bias,
+        biases=_biases_from_json(data),
         packing=packing_from_json(data),
         role=str(data.get("role", "")),
+        members=_members_from_json(tensor, data),
     )
+
+
+def _biases_from_json(data: Mapping[str, Any]) -> tuple[TensorInfo, ...]:
+    if data.get("bias") is not None:
+        return (_tensor_from_json(str(data["bias"]["name"]), data["bias"]),)
+    biases = data.get("biases") or {}
+    return tuple(_tensor_from_json(str(name), bias) for name, bias in biases.items())
+
+
+def _members_from_json(tensor: TensorInfo, data: Mapping[str, Any]) -> tuple[TensorInfo, ...]:
+    """The weights of a group. Raises ValueError where they are not what `tensor` is all of."""
+    members = []
+    for name, rows in (data.get("members") or {}).items():
+        members.append(TensorInfo(str(name), tensor.dtype, (int(rows), tensor.shape[1])))
+    if not members:
+        return ()
+    heights = all(member.shape[0] > 0 for member in members)
+    named = members[0].name == tensor.name and all(
+        member.name.endswith(".weight") for member in members
+    )
+    if len(members) < 2 or not heights or not named or stacked_shape(members) != tensor.shape:
+        raise ValueError(f"{tensor.name}: its group does not fit its shape {tensor.shape}")
+    return tuple(members)
 
 
 def packing_from_json(data: Mapping[str, Any]) -> Packing:

@@ -67,8 +67,9 @@ class Choice:
     packing: Packing = PLAIN
 
 
-def options_of(tensor: TensorInfo, recipe: Recipe, *, unit: str) -> Options:
-    """Every rank of this layer that saves, with its cost in `unit` ("parameters" or "bytes")."""
+def options_of(tensor: TensorInfo, recipe: Recipe, *, unit: str, beside: int = 0) -> Options:
+    """Every rank of this layer that saves, with its cost in `unit` ("parameters" or "bytes").
+    beside are the bytes of what is stored besides its matrices."""
     dtype = recipe.dtype or tensor.dtype
     layout = LAYOUTS[recipe.layout]
     packing = recipe.packings[0] if recipe.packings else PLAIN
@@ -76,7 +77,7 @@ def options_of(tensor: TensorInfo, recipe: Recipe, *, unit: str) -> Options:
     step = rank_step(recipe, packing)
     ranks = range(step, largest + 1, step)
     if unit == "bytes":
-        sizes = [layout.nbytes(tensor, rank, dtype, packing) for rank in ranks]
+        sizes = [beside + layout.nbytes(tensor, rank, dtype, packing) for rank in ranks]
         return Options(tensor, ranks, sizes, tensor.nbytes, largest)
     costs = [layout.parameters(tensor.shape, rank) for rank in ranks]
     return Options(tensor, ranks, costs, tensor.parameters, largest)

@@ -17,6 +17,7 @@ from svdcli.plan.words import (
     EMBEDDING_BITS,
     METRICS,
     NONFINITE,
+    SHARES,
     SOLVERS,
     STORED_AS,
     TARGETS,
@@ -27,6 +28,7 @@ from svdcli.plan.words import (
     Layout,
     MetricName,
     OnNonfinite,
+    Share,
     Solver,
     Target,
     option_of,
@@ -43,7 +45,8 @@ class Recipe:
     embedding_bits those of a number of an embedding table. dtype is
     a word such as float32, kept as checkpoints call it (F32). calibration is the digest of a file
     of moments, metric how much of them counts: the inputs alone, or the loss gradients besides.
-    Raises UsageError where the values cannot be met together.
+    share says whether layers that read the same input get one basis: where less is lost so, never,
+    or wherever they can. Raises UsageError where the values cannot be met together.
     """
 
     target: Target
@@ -66,6 +69,7 @@ class Recipe:
     bits: Bits = "16"
     group_size: int = 64
     embedding_bits: EmbeddingBits = "16"
+    share: Share = "auto"
 
     def __post_init__(self) -> None:
         # Words first: what follows asks for the layout and the target by their names.
@@ -83,6 +87,7 @@ class Recipe:
             ("--solver", self.solver, SOLVERS),
             ("--nonfinite", self.nonfinite, NONFINITE),
             ("--metric", self.metric, METRICS),
+            ("--share", self.share, SHARES),
         ):
             if value not in words:
                 raise UsageError(f"{name} {value!r} is unknown", f"use one of {', '.join(words)}")
@@ -275,6 +280,7 @@ class Wanted(TypedDict, total=False):
     bits: Bits | None
     group_size: int
     embedding_bits: EmbeddingBits
+    share: Share
 
 
 WANTED: frozenset[str] = Wanted.__optional_keys__
@@ -330,14 +336,16 @@ def _is_about_ranks(asked: Mapping[str, object]) -> bool:
 
 
 def recipe_to_json(recipe: Recipe) -> dict[str, Any]:
-    """The fields of a recipe; bits only where there are fewer than 16, as the first svdcli knew
-    none."""
+    """The fields of a recipe; those that the first svdcli did not know only where they say
+    something else than it did."""
     data = asdict(recipe)
     if recipe.embedding_bits == "16":
         del data["embedding_bits"]
     if recipe.bits == "16":
         del data["bits"]
         del data["group_size"]
+    if recipe.share == "auto":
+        del data["share"]
     return data
 
 

@@ -44,5 +44,5 @@ def _table(tensor: TensorInfo, plan: Plan, packing: Packing) -> LayerPlan:
     dtype = plan.recipe.dtype or tensor.dtype
     table = LayerPlan(tensor, full, WHOLE, dtype, NEAREST, packing=packing, role=EMBEDDING)
     if LAYOUTS[WHOLE].nbytes(tensor, full, dtype, packing) >= tensor.nbytes:
-        return table.left_dense(f"{packing.bits} bits would not save bytes")
+        [table] = table.left_dense(f"{packing.bits} bits would not save bytes")
     return table

@@ -14,6 +14,7 @@ EmbeddingBits = Literal["16", "8"]
 Solver = Literal["auto", "svd", "gram", "randomized"]
 OnNonfinite = Literal["error", "skip"]
 MetricName = Literal["auto", "inputs", "diagonal", "full"]
+Share = Literal["auto", "never", "always"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Dtype = Literal["float32", "float16", "bfloat16", "float64"]
 OnnxDtype = Literal["float32", "float16"]
@@ -24,6 +25,7 @@ BITS: tuple[Bits, ...] = get_args(Bits)
 EMBEDDING_BITS: tuple[EmbeddingBits, ...] = get_args(EmbeddingBits)
 SOLVERS: tuple[Solver, ...] = get_args(Solver)
 NONFINITE: tuple[OnNonfinite, ...] = get_args(OnNonfinite)
+SHARES: tuple[Share, ...] = get_args(Share)
 METRICS: tuple[MetricName, ...] = get_args(MetricName)
 
 

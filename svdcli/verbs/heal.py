@@ -4,7 +4,7 @@ the same size out."""
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -46,8 +46,10 @@ from svdcli.healing.blocks import (
     heal_blocks,
     heal_whole,
 )
+from svdcli.healing.standins import stack_alike
 from svdcli.models.load import load_stored
 from svdcli.plan.budget import missed_target
+from svdcli.plan.groups import SHARED
 from svdcli.plan.packing import PLAIN, SHAPE
 from svdcli.plan.plan import EMBEDDING, Healing, LayerPlan, Plan
 from svdcli.progress import Progress, silent
@@ -225,6 +227,7 @@ def _read(pair: _Pair, texts: Texts, request: _Request) -> _Material:
     trust = request.trust_remote_code
     teacher = load_stored(pair.original.path, trust_remote_code=trust)
     student = load_stored(pair.compressed.path, trust_remote_code=trust)
+    stack_alike(teacher, student)
     tokenizer = load_tokenizer(pair.compressed.path, trust_remote_code=trust)
     hint = "heal refines what reads text"
     side = text_side(teacher, pair.original.shown, len(tokenizer), hint)
@@ -263,10 +266,25 @@ def _hard_labels(asked: float | None, side: TextSide, shown: str) -> float:
 
 def _modules(model: nn.Module, plan: Plan) -> list[str]:
     """Names of the modules behind the factored layers, as far as they have one each."""
+    places = _places(model, plan.factored)
+    return [name for place in places for name in place.values() if name is not None]
+
+
+def _places(model: nn.Module, layers: Sequence[LayerPlan]) -> list[dict[str, str | None]]:
+    """For each layer, where the modules that hold its factors and refitted biases are in the
+    model, by what the checkpoint calls them; None for what has no module of its own."""
     from svdcli.models.hf import module_names
 
-    names = module_names(model, [layer.tensor.module for layer in plan.factored])
-    return [name for name in names.values() if name is not None]
+    names = [tensor.module for layer in layers for tensor in layer.originals]
+    targets = module_names(model, names)
+    places = []
+    for layer in layers:
+        place = {tensor.module: targets[tensor.module] for tensor in layer.originals}
+        first = place[layer.tensor.module]
+        if layer.members:
+            place[layer.home.module] = None if first is None else f"{first}.{SHARED}"
+        places.append(place)
+    return places
 
 
 # The training -------------------------------------------------------------------------------------
@@ -421,21 +439,18 @@ def _stored_names(
 ) -> dict[str, str]:
     """{name of a parameter that may change: name of its tensor in the checkpoint}, of all modules
     or of those within."""
-    from svdcli.models.hf import module_names
-
     layers = _refined_layers(plan)
-    targets = module_names(student, [layer.tensor.module for layer in layers])
     names = {}
-    for layer in layers:
-        target = targets[layer.tensor.module]
+    for layer, place in zip(layers, _places(student, layers), strict=True):
+        target = place[layer.home.module]
         if target is None or (within is not None and target not in within):
             continue
         for tensor in layer.stored():
             if tensor.name.endswith(SHAPE):  # which stays
                 continue
-            names[f"{target}{tensor.name.removeprefix(layer.tensor.module)}"] = tensor.name
-        if layer.bias is not None:
-            names[f"{target}.bias"] = layer.bias.name
+            names[f"{target}{tensor.name.removeprefix(layer.home.module)}"] = tensor.name
+        for bias in layer.biases:
+            names[f"{place[bias.name.removesuffix('.bias')]}.bias"] = bias.name
     return names
 
 
@@ -559,9 +574,7 @@ def _tensors(
     compressed: Checkpoint, weights: Mapping[str, Tensor], layer: LayerPlan
 ) -> tuple[Tensor, ...]:
     """What is stored of a layer: refined, or as it was."""
-    names = [tensor.name for tensor in layer.stored()]
-    if layer.bias is not None:
-        names.append(layer.bias.name)
+    names = [tensor.name for tensor in layer.written()]
     return tuple(
         weights[name] if name in weights else compressed.read_tensor(name) for name in names
     )

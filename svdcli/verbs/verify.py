@@ -21,6 +21,7 @@ from svdcli.files.record import (
     take_apart_again,
 )
 from svdcli.files.report import JSON_VERSION
+from svdcli.plan.groups import spans_of
 from svdcli.plan.layouts import LAYOUTS
 from svdcli.plan.plan import LayerPlan, layer_from_json
 from svdcli.progress import Progress, silent
@@ -239,6 +240,9 @@ def _check_plan(
         if LAYOUTS[layer.layout].ends_in_rows:
             same = has_row_order(checkpoint, layer)
             yield _check("row order", layer.tensor.name, same, _NO_PERMUTATION)
+        for span, numbers in zip(layer.spans(), spans_of(layer.members), strict=True):
+            same = checkpoint.read_tensor(span.name).tolist() == list(numbers)
+            yield _check("place in its group", span.name, same, "is not where the record has it")
 
 
 def _record_or_none(metadata: Mapping[str, str], file: str) -> dict[str, Any] | None:
@@ -265,7 +269,8 @@ def _check_against(
     yield from _check_sizes(checkpoint, original)
 
     factored = {layer.tensor.name: layer for layer in layers}
-    refitted = {layer.bias.name: layer.bias for layer in layers if layer.bias is not None}
+    others = {member.name for layer in layers for member in layer.members[1:]}
+    refitted = {bias.name: bias for layer in layers for bias in layer.biases}
     for done, (name, ref) in enumerate(original.tensors.items(), 1):
         stored = checkpoint.tensors.get(name)
         has_same_form = stored is not None and stored.info == ref.info
@@ -275,7 +280,7 @@ def _check_against(
             yield _check("bias refitted", name, same, _MISSHAPEN)
         elif name in factored:
             yield _check_error(checkpoint, record, factored[name], original)
-        else:
+        elif name not in others:  # which are checked with the first of their group
             same = has_same_form and _same_bytes(checkpoint, original, name)
             yield _check("bytes unchanged", name, same, "differs from the original")
         progress("check", name, done, len(original.tensors))
@@ -312,7 +317,8 @@ def _check_error(
     from svdcli.engine.solve import has_row_order, stored_error
 
     name = layer.tensor.name
-    if original.tensors[name].info != layer.tensor:
+    originals = [original.tensors.get(tensor.name) for tensor in layer.originals]
+    if [ref and ref.info for ref in originals] != list(layer.originals):
         return Check("relative error", name, False, "the original has another shape or dtype")
     if not has_row_order(checkpoint, layer):
         return Check("relative error", name, False, _NO_PERMUTATION)
