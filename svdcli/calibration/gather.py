@@ -161,8 +161,8 @@ class _Round:
         self.steps_done = 0
         # Sums over the unit's inputs and outputs
         self.sums = MomentSums(FULL_OUTPUTS)
-        # What its layers read so far of this batch, with the first layer that read it
-        self.inputs_read: list[tuple[Tensor, str]] = []
+        # What its layers read so far of this batch, unchanged since, with the first that read it
+        self.inputs_read: list[tuple[Tensor, int, str]] = []
 
     def visit(self, phase: str, unit: str, batch: int, total: int) -> None:
         """Note that what comes is of this batch in this unit; spool the sums of a unit that is
@@ -196,7 +196,7 @@ class _Round:
                     "calibrate it alone with --include",
                 )
             if leader == name:
-                self.inputs_read.append((x, name))
+                self.inputs_read.append((x, x._version, name))
                 self._add_inputs(name, self._rows(x.detach(), name))
 
         return hook
@@ -204,8 +204,8 @@ class _Round:
     def _leader(self, x: Tensor, name: str) -> str:
         """Return the first layer of this unit and batch that read x: this one, if there is none
         before it."""
-        for tensor, leader in self.inputs_read:
-            if tensor is x or _same_memory(tensor, x):
+        for tensor, version, leader in self.inputs_read:
+            if version == x._version and (tensor is x or _same_memory(tensor, x)):
                 return leader
         return name
 

@@ -31,6 +31,10 @@ from svdcli.linalg.whitening import Metric
 from svdcli.plan.tensors import TensorInfo
 
 METADATA = "svdcli_moments"
+# Inputs of which less than the first part varies: what does is little more than the rounding of
+# sums in float32, up to the second part, and a covariance of it may be indefinite.
+_HARDLY_VARIES = 1e-4
+_ROUNDING = 4e-6
 FORMAT = 1
 
 
@@ -71,7 +75,10 @@ def metric_of(moments: LayerMoments, device: torch.device, *, centred: bool) -> 
     inputs = moments.inputs.to(device, torch.float64)
     if centred:
         mean = moments.mean.to(device, torch.float64)
+        power = inputs.diagonal().mean()
         inputs = inputs - torch.outer(mean, mean)
+        if inputs.diagonal().mean() < _HARDLY_VARIES * power:
+            inputs.diagonal().add_(_ROUNDING * power)
     outputs = moments.outputs
     if outputs is not None:
         outputs = each(outputs, lambda block: block.to(device))

@@ -102,3 +102,8 @@ def check_metric(recipe: Recipe, moments: Moments) -> None:
             f"--metric {recipe.metric} needs gradients, which the calibration left out",
             "calibrate with --gradients",
         )
+    if recipe.share == "always" and not moments.provenance.gradients:
+        raise UsageError(
+            "--share always needs gradients, which the calibration left out",
+            "calibrate with --gradients",
+        )

@@ -23,7 +23,6 @@ from svdcli.plan.budget import missed_target, staying_dense
 from svdcli.plan.decide import (
     UNSOUND,
     LayerSpectrum,
-    chooses_packings,
     decide,
     needs_spectra,
     rerun,
@@ -34,6 +33,7 @@ from svdcli.plan.parts import part_configs
 from svdcli.plan.plan import Plan, Skipped, TextRead
 from svdcli.plan.recipe import Recipe
 from svdcli.plan.roles import Roles
+from svdcli.plan.spending import chooses_packings
 from svdcli.plan.tables import tables_of, with_tables
 from svdcli.plan.tensors import TensorInfo
 from svdcli.plan.words import option_of
@@ -182,6 +182,11 @@ def _check_needs_none(recipe: Recipe) -> None:
     if recipe.metric != "auto":
         raise UsageError(
             f"--metric {recipe.metric} says how a calibration counts", "give --calibration too"
+        )
+    if recipe.share == "always":
+        raise UsageError(
+            "--share always goes by what layers read, which a calibration knows",
+            "give --text or --calibration too",
         )
 
 

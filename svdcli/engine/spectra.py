@@ -20,7 +20,7 @@ from svdcli.engine.solve import bias_of, work_dtype
 from svdcli.errors import SvdcliError
 from svdcli.files.dtypes import TORCH_DTYPES
 from svdcli.files.source import Source
-from svdcli.linalg.damping import Moment, is_any
+from svdcli.linalg.damping import blocks_of
 from svdcli.linalg.solvers import squared_singular_values
 from svdcli.linalg.whitening import weighted_energies
 from svdcli.plan.decide import UNSOUND, LayerSpectrum
@@ -61,10 +61,10 @@ def measure_spectrum(
     # in the metric of its moments, or else plain
     if moments is None:
         return LayerSpectrum(finite=True, energies=tuple(_plain(w, device, largest).tolist()))
-    measured: list[Moment] = [moments.inputs]
+    measured = [moments.inputs]
     if moments.outputs is not None:
-        measured.append(moments.outputs)
-    if not all(map(is_any, measured)):
+        measured += blocks_of(moments.outputs)
+    if not all(moment.any() for moment in measured):
         # such a layer is solved as if all mattered alike, but is worth nothing to the model
         nothing = tuple(Rounding(trial, 0.0) for trial in trials)
         return LayerSpectrum(finite=True, energies=(0.0,) * min(w.shape), roundings=nothing)

@@ -591,10 +591,6 @@ class SharedLinear(_WithDenseWeight):
 
     def _of_all(self, x: Tensor, start: int) -> Tensor:
         """Return x W^T for the layer whose outputs start there."""
-        if torch.compiler.is_compiling():
-            y: Tensor = self.svd_shared(x)  # the compiler sees that others ask for the same
-            return y
-
         # What one layer has had is stale when it asks again: weights may have changed
         state = _state_of(x)
         last: _Product | None = self.__dict__["_last"]
@@ -624,8 +620,9 @@ class _Product(NamedTuple):
 
 def _state_of(x: Tensor) -> tuple[int, bool, bool]:
     """Return what tells that a tensor was changed in place, or is to be computed with in another
-    way."""
-    version = 0 if x.is_inference() else x._version
+    way. A compiler knows no versions; layers whose input a model changes between their calls are in
+    no group."""
+    version = 0 if torch.compiler.is_compiling() or x.is_inference() else x._version
     return version, torch.is_grad_enabled(), torch.is_autocast_enabled(x.device.type)
 
 

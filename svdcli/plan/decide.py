@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -15,9 +14,8 @@ from svdcli.plan.budget import (
     staying_dense,
 )
 from svdcli.plan.groups import Group
-from svdcli.plan.knapsack import Menu, allocate_globally, allocate_menus, menu_of
 from svdcli.plan.layouts import LAYOUTS
-from svdcli.plan.menus import Rounding, packed_menu, rounding_share
+from svdcli.plan.menus import Rounding, rounding_share
 from svdcli.plan.packing import PLAIN
 from svdcli.plan.plan import LayerPlan, Plan, Skipped
 from svdcli.plan.ranks import (
@@ -26,13 +24,11 @@ from svdcli.plan.ranks import (
     by_tail,
     cost_of,
     fixed_rank,
-    options_of,
     rounding_energy,
     tails_of,
-    uniform_within,
 )
 from svdcli.plan.recipe import Recipe
-from svdcli.plan.sharing import Allocation, share_where_it_pays
+from svdcli.plan.spending import Budgets, RankBudgets, budgets_of, by_name
 from svdcli.plan.tensors import TensorInfo
 from svdcli.plan.words import WEIGHTED, option_of
 
@@ -92,12 +88,6 @@ def needs_spectra(recipe: Recipe) -> bool:
     )
 
 
-def chooses_packings(recipe: Recipe) -> bool:
-    """Does every layer get its own bits and rank, of one budget in bytes."""
-    in_bytes = recipe.target in ("size", "keep_bytes")
-    return bool(recipe.packings) and in_bytes and recipe.allocate == "global"
-
-
 def decide(
     recipe: Recipe,
     fingerprint: str,
@@ -126,49 +116,29 @@ def decide(
 
     def plan_with(choices: Mapping[str, Choice]) -> Plan:
         """The plan where every sound layer, alone or in its group, has its choice of these."""
-        by_name = {name: Choice(None, reason) for name, reason in unsound.items()}
-        by_name |= choices
-        sharing = [group for group in groups if group.stack.name in choices]
-        first_of = {group.members[0].name: group for group in sharing}
-        layers: list[LayerPlan] = []
-        for tensor in selected:
-            group = first_of.get(tensor.name)
-            stands_for = tensor if group is None else group.stack
-            choice = by_name.get(stands_for.name)
-            if choice is None:
-                continue  # its group has the place of its first layer
-            loss = losses.get(stands_for.name)
-            spectrum = measured[stands_for.name]
-            layer = _layer_plan(stands_for, choice, recipe, loss, spectrum)
-            layers += [layer] if group is None else _grouped(layer, group)
+        chosen = {name: Choice(None, reason) for name, reason in unsound.items()}
+        chosen |= choices
+        layers = _layer_plans(recipe, selected, groups, chosen, losses, measured)
         unit = loss_unit if losses else ""  # of what was predicted
-        return Plan(recipe, fingerprint, tuple(layers), tuple(skipped), loss_unit=unit)
+        return Plan(recipe, fingerprint, layers, tuple(skipped), loss_unit=unit)
 
     if recipe.packs_whole and recipe.target == "keep":
         return plan_with({tensor.name: _as_a_whole(tensor, recipe) for tensor in sound})
 
     # Costs are counted in what the budget is given in.
-    in_bytes = recipe.target in ("size", "keep_bytes")
-    beside = {group.stack.name: group.beside for group in groups}
-    budgets: _Budgets
-    if in_bytes and chooses_packings(recipe):
-        menus = _packed_menus(recipe, candidates, losses, measured, beside)
-        budgets = _PackedBudgets(recipe, sound, groups, menus)
-    else:
-        unit = "bytes" if in_bytes else "parameters"
-        options = _options(candidates, recipe, unit, beside)
-        budgets = _RankBudgets(recipe, sound, groups, options, losses)
+    roundings = {tensor.name: measured[tensor.name].roundings for tensor in candidates}
+    budgets = budgets_of(recipe, sound, groups, losses, roundings)
 
     # A size is met by trying whole plans; a bound holds for each layer by itself.
     if recipe.target == "size":
         return _within_size(recipe, sound, budgets, plan_with, predict)
     if recipe.target == "keep_bytes":
         return _within_share(recipe, selected, sound, budgets, plan_with)
-    assert isinstance(budgets, _RankBudgets)
+    assert isinstance(budgets, RankBudgets)
     own = [budgets.options[tensor.name] for tensor in sound]
     if recipe.target in ("energy", "error"):
         bounded = [_bounded(option, recipe, measured[option.tensor.name]) for option in own]
-        return plan_with(_by_name(sound, bounded))
+        return plan_with(by_name(sound, bounded))
 
     # A share or a rank gives each layer its even part; global allocation spends their sum anew.
     if recipe.target == "keep":
@@ -177,12 +147,34 @@ def decide(
         even = [fixed_rank(option, int(recipe.value)) for option in own]
         budget = cost_of(own, even)
     choices = budgets.spend(budget, even)
-    notes: tuple[str, ...] = ()
-    if recipe.target == "keep":
-        present = [option for name, option in budgets.options.items() if name in choices]
-        chosen = [choices[option.tensor.name] for option in present]
-        notes = note_of_missed_share(recipe, selected, present, chosen)
-    return replace(plan_with(choices), notes=notes)
+    plan = plan_with(choices)
+    if recipe.target != "keep":
+        return plan
+    present = [option for name, option in budgets.options.items() if name in choices]
+    chosen = [choices[option.tensor.name] for option in present]
+    return replace(plan, notes=note_of_missed_share(recipe, selected, present, chosen))
+
+
+def _layer_plans(
+    recipe: Recipe,
+    selected: Sequence[TensorInfo],
+    groups: Sequence[Group],
+    chosen: Mapping[str, Choice],
+    losses: Mapping[str, Sequence[float]],
+    measured: Mapping[str, LayerSpectrum],
+) -> tuple[LayerPlan, ...]:
+    """The plans of all layers, each by itself or in its group, whichever has a choice."""
+    first_of = {group.members[0].name: group for group in groups if group.stack.name in chosen}
+    layers: list[LayerPlan] = []
+    for tensor in selected:
+        group = first_of.get(tensor.name)
+        whole = tensor if group is None else group.stack
+        name = whole.name
+        if name not in chosen:
+            continue  # its group has the place of its first layer
+        layer = _layer_plan(whole, chosen[name], recipe, losses.get(name), measured[name])
+        layers += [layer] if group is None else _grouped(layer, group)
+    return tuple(layers)
 
 
 def _can_share(
@@ -194,26 +186,12 @@ def _can_share(
     return len(spectra) == len(group.members) and counts and measured[group.stack.name].finite
 
 
-def _by_name(layers: Sequence[TensorInfo], choices: Sequence[Choice]) -> dict[str, Choice]:
-    return {tensor.name: choice for tensor, choice in zip(layers, choices, strict=True)}
-
-
 def _grouped(layer: LayerPlan, group: Group) -> tuple[LayerPlan, ...]:
     """The plan of a group from that of its stack: one layer, or all of its own where no basis
     is worth having."""
     first = replace(layer.tensor, name=group.members[0].name)
     layer = replace(layer, tensor=first, members=group.members)
     return (layer,) if layer.rank is not None else layer.left_dense(layer.reason)
-
-
-def _options(
-    tensors: Sequence[TensorInfo], recipe: Recipe, unit: str, beside: Mapping[str, int]
-) -> dict[str, Options]:
-    options = {}
-    for tensor in tensors:
-        more = beside.get(tensor.name, 0)
-        options[tensor.name] = options_of(tensor, recipe, unit=unit, beside=more)
-    return options
 
 
 def _as_a_whole(tensor: TensorInfo, recipe: Recipe) -> Choice:
@@ -226,21 +204,6 @@ def _as_a_whole(tensor: TensorInfo, recipe: Recipe) -> Choice:
     if LAYOUTS[recipe.layout].nbytes(tensor, 0, dtype, packing) >= tensor.nbytes:
         return Choice(None, f"{packing.bits} bits would not save bytes")
     return Choice(min(tensor.shape))
-
-
-def _packed_menus(
-    recipe: Recipe,
-    layers: Sequence[TensorInfo],
-    losses: Mapping[str, Sequence[float]],
-    measured: Mapping[str, LayerSpectrum],
-    beside: Mapping[str, int],
-) -> dict[str, Menu]:
-    menus = {}
-    for tensor in layers:
-        name = tensor.name
-        roundings = measured[name].roundings
-        menus[name] = packed_menu(tensor, recipe, losses[name], roundings, beside.get(name, 0))
-    return menus
 
 
 def _unsound_layers(
@@ -311,141 +274,11 @@ def _bounded(options: Options, recipe: Recipe, spectrum: LayerSpectrum) -> Choic
     return by_tail(options, spectrum.tails(), allowed, target)
 
 
-def _globally(
-    recipe: Recipe,
-    options: Sequence[Options],
-    losses: Sequence[Callable[[int], float]],
-    even: Sequence[Choice],
-    budget: int,
-) -> list[Choice]:
-    """Global allocation with its floor taken from the uniform ranks; the uniform one where that is
-    no worse."""
-    floors = [
-        _floor(option, choice, recipe.floor) for option, choice in zip(options, even, strict=True)
-    ]
-    best = allocate_globally(options, losses, budget, floors)
-    even_fits = cost_of(options, even) <= budget
-    if even_fits and _total_loss(even, losses) <= _total_loss(best, losses):
-        return list(even)
-    return best
-
-
-def _floor(option: Options, even: Choice, share: float) -> int:
-    """The least rank that global allocation may give a layer: a share of its uniform rank, or
-    of its largest one where uniform ranks leave it dense."""
-    if not option.ranks:
-        return 1
-    rank = option.ranks[-1] if even.rank is None else even.rank
-    return math.ceil(share * rank)
-
-
-def _total_loss(choices: Sequence[Choice], losses: Sequence[Callable[[int], float]]) -> float:
-    lost = []
-    for choice, loss in zip(choices, losses, strict=True):
-        if choice.rank is not None:
-            lost.append(loss(choice.rank))
-    return math.fsum(lost)
-
-
-class _Budgets(ABC):
-    """What the layers become within a budget, each by itself or in a group that shares a basis."""
-
-    def __init__(
-        self, recipe: Recipe, layers: Sequence[TensorInfo], groups: Sequence[Group]
-    ) -> None:
-        self.recipe, self.layers, self.groups = recipe, layers, groups
-
-    @abstractmethod
-    def least(self) -> dict[str, Choice]:
-        """The smallest choice for every layer."""
-
-    @abstractmethod
-    def choose(self, budget: int) -> Mapping[str, Choice]:
-        """The best choices that take at most `budget`, or else the smallest."""
-
-
-class _RankBudgets(_Budgets):
-    """By ranks alone. options and losses are of layers and of groups' stacks, by name."""
-
-    def __init__(
-        self,
-        recipe: Recipe,
-        layers: Sequence[TensorInfo],
-        groups: Sequence[Group],
-        options: Mapping[str, Options],
-        losses: Mapping[str, Sequence[float]],
-    ) -> None:
-        super().__init__(recipe, layers, groups)
-        self.options = options
-        self.losses = losses
-
-    def least(self) -> dict[str, Choice]:
-        return {tensor.name: _least(self.options[tensor.name]) for tensor in self.layers}
-
-    def choose(self, budget: int) -> Mapping[str, Choice]:
-        even = uniform_within([self.options[tensor.name] for tensor in self.layers], budget)
-        return self.spend(budget, even)
-
-    def spend(self, budget: int, even: Sequence[Choice]) -> Mapping[str, Choice]:
-        """The best choices within `budget`; even are those without groups that are all alike."""
-        if self.recipe.allocate != "global":
-            return _by_name(self.layers, even)
-        menus = {}
-        if self.groups:
-            menus = {name: menu_of(o, self._loss_at(name)) for name, o in self.options.items()}
-
-        def allocate(present: Sequence[TensorInfo]) -> Allocation:
-            options = [self.options[tensor.name] for tensor in present]
-            losses = [self._loss_at(tensor.name) for tensor in present]
-            alike = even if present == self.layers else uniform_within(options, budget)
-            choices = _globally(self.recipe, options, losses, alike, budget)
-            return Allocation(_by_name(present, choices), _total_loss(choices, losses))
-
-        shared = share_where_it_pays(
-            self.layers, self.groups, menus, budget, allocate, self.recipe.share
-        )
-        return shared.choices
-
-    def _loss_at(self, name: str) -> Callable[[int], float]:
-        return self.losses.get(name, ()).__getitem__
-
-
-class _PackedBudgets(_Budgets):
-    """By ranks and bits. menus are of layers and of groups' stacks, by name."""
-
-    def __init__(
-        self,
-        recipe: Recipe,
-        layers: Sequence[TensorInfo],
-        groups: Sequence[Group],
-        menus: Mapping[str, Menu],
-    ) -> None:
-        super().__init__(recipe, layers, groups)
-        self.menus = menus
-
-    def least(self) -> dict[str, Choice]:
-        none = Choice(None, "no packing saves")
-        smallest = [self.menus[tensor.name].smallest for tensor in self.layers]
-        return _by_name(self.layers, [point.choice or none for point in smallest])
-
-    def choose(self, budget: int) -> Mapping[str, Choice]:
-        def allocate(present: Sequence[TensorInfo]) -> Allocation:
-            points = allocate_menus([self.menus[tensor.name] for tensor in present], budget)
-            choices = [point.choice or Choice(None) for point in points]
-            loss = math.fsum(point.loss for point in points)
-            return Allocation(_by_name(present, choices), loss)
-
-        shared = share_where_it_pays(
-            self.layers, self.groups, self.menus, budget, allocate, self.recipe.share
-        )
-        return shared.choices
-
-
 def _within_share(
     recipe: Recipe,
     selected: Sequence[TensorInfo],
     sound: Sequence[TensorInfo],
-    budgets: _Budgets,
+    budgets: Budgets,
     plan_with: Callable[[Mapping[str, Choice]], Plan],
 ) -> Plan:
     """At most this share of the bytes of all selected layers; those that stay dense count in full.
@@ -480,7 +313,7 @@ def _stored_bytes(plan: Plan, layers: Sequence[TensorInfo]) -> int:
 def _within_size(
     recipe: Recipe,
     sound: Sequence[TensorInfo],
-    budgets: _Budgets,
+    budgets: Budgets,
     plan_with: Callable[[Mapping[str, Choice]], Plan],
     predict: Callable[[Plan], int],
 ) -> Plan:
@@ -513,13 +346,6 @@ def _within_size(
         else:
             budget -= max(1, (budget - following) // 2)
     return best
-
-
-def _least(option: Options) -> Choice:
-    """The smallest choice for a layer."""
-    if not option.ranks:
-        return Choice(None, "no rank saves bytes")
-    return Choice(option.ranks[0])
 
 
 def _size_unreachable(

@@ -71,7 +71,7 @@ def packed_menu(
         factored = [rounding for rounding in alike if rounding.trial.layout == FACTORED]
 
         # the matrix itself
-        most = tensor.nbytes
+        most = LAYOUTS[WHOLE].nbytes(tensor, min(tensor.shape), dtype, packing)
         for rounding in whole:
             layout = rounding.trial.layout
             most = LAYOUTS[layout].nbytes(tensor, rounding.trial.rank, dtype, packing)

@@ -161,6 +161,13 @@ class Recipe:
                 f"--rank {self.value:g} is below --multiple-of {self.multiple_of}",
                 "no rank is both",
             )
+        can_share = self.allocate == "global" and self.keeps_factors and self.metric != "inputs"
+        if self.share == "always" and not can_share:
+            raise UsageError(
+                "--share always is for factors whose ranks are chosen for all layers together by "
+                "what they cost the model",
+                "leave out --allocate uniform, --layout dense and --metric inputs",
+            )
         if self.target in ("size", "keep_bytes") and not self.saves_bytes:
             raise UsageError(
                 f"{option_of(self.target)} cannot be met in the dense layout, which saves no bytes",

@@ -77,13 +77,7 @@ def test_no_choices_within_the_budget_lose_less(share: float) -> None:
         measured = spectrum(tensor, AUTO, decay=0.02 + 0.03 * i)
         menus.append(packed_menu(tensor, AUTO, measured.losses(), measured.roundings))
     budget = int(share * sum(tensor.nbytes for tensor in tensors))
-    chosen = allocate_menus(menus, budget)
-    points = [
-        next(p for p in [*menu.ranked, menu.dense] if p.choice in (choice, None))
-        if choice.rank is None
-        else next(p for p in menu.ranked if p.choice == choice)
-        for menu, choice in zip(menus, chosen, strict=True)
-    ]
+    points = allocate_menus(menus, budget)
     assert sum(point.cost for point in points) <= budget
     best = math.inf
     for every in itertools.product(*([*menu.ranked, menu.dense] for menu in menus)):
