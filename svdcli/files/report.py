@@ -14,7 +14,7 @@ from svdcli.files.record import read_record
 from svdcli.plan.layouts import LAYOUTS
 from svdcli.plan.loss import expected_loss
 from svdcli.plan.packing import PLAIN
-from svdcli.plan.plan import Healing, TextRead, packing_from_json
+from svdcli.plan.plan import Healing, TextRead, layer_from_json
 from svdcli.plan.tensors import DTYPE_BITS, TensorInfo
 
 JSON_VERSION = 1
@@ -26,10 +26,12 @@ _ABOVE = 1 + 1e-6
 
 @dataclass(frozen=True)
 class LayerRow:
-    """One selected layer. relative_error is ||W - W_stored||_F / ||W||_F; energy_kept is 1 -
-    relative_error^2. bits are those of one stored number; rounding_share is the part of the squared
-    error, in the metric that counts, that comes of rounding and not of the rank, where layers are
-    packed. role is "embedding" for a packed table, which is no selected layer, or empty.
+    """One selected layer, or a group that shares a basis: it has the name of the first of its
+    members, and the shape of all of them one below the other. relative_error is ||W - W_stored||_F
+    / ||W||_F; energy_kept is 1 - relative_error^2. bits are those of one stored number;
+    rounding_share is the part of the squared error, in the metric that counts, that comes of
+    rounding and not of the rank, where layers are packed. role is "embedding" for a packed table,
+    which is no selected layer, or empty.
 
     Dense layers have rank None, a reason, and no error. Bytes are those of the tensors.
     """
@@ -54,6 +56,12 @@ class LayerRow:
     fell_back: tuple[str, ...]
     reason: str
     role: str = ""
+    members: tuple[str, ...] = ()
+
+    @property
+    def layers(self) -> int:
+        """How many layers it is."""
+        return len(self.members) or 1
 
 
 @dataclass(frozen=True)
@@ -271,6 +279,7 @@ def _row(name: str, layer: Mapping[str, Any], predicted: bool) -> LayerRow:
     """One layer of a record; it has no error yet where the record is that of a plan."""
     tensor = TensorInfo(name, layer["dtype"], tuple(layer["shape"]))
     m, n = tensor.shape
+    plan = layer_from_json(name, dict(layer))
 
     # A dense layer: its values before are those after.
     stored: Sequence[TensorInfo] = (tensor,)
@@ -287,9 +296,8 @@ def _row(name: str, layer: Mapping[str, Any], predicted: bool) -> LayerRow:
         layout = layer["layout"]
         stored_dtype = layer["stored_dtype"]
         solver = layer["solver"]
-        packing = packing_from_json(layer)
-        bits = packing.bits if packing != PLAIN else DTYPE_BITS[stored_dtype]
-        stored = LAYOUTS[layout].tensors(tensor, rank, stored_dtype, packing)
+        bits = plan.packing.bits if plan.packing != PLAIN else DTYPE_BITS[stored_dtype]
+        stored = (*plan.stored(), *plan.spans())
         plain = LAYOUTS[layout].tensors(tensor, rank, stored_dtype)
         parameters = sum(part.parameters for part in plain if part.dtype == stored_dtype)
     if rank is not None and not predicted:
@@ -318,6 +326,7 @@ def _row(name: str, layer: Mapping[str, Any], predicted: bool) -> LayerRow:
         fell_back=tuple(layer.get("fell_back", ())),
         reason=layer.get("reason", ""),
         role=str(layer.get("role", "")),
+        members=tuple(member.name for member in plan.members),
     )
 
 

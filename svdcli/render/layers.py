@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from svdcli.render.words import NUMBER, common_prefix, short_name
+from svdcli.render.words import NUMBER, common_prefix, joint_name, short_name
 
 WIDE = 120  # from here on whole names, and every column
 NARROW = 80  # below, a table drops columns that do not fit
@@ -51,6 +51,12 @@ class LastColumn:
     no_wrap: bool = False
 
 
+def label_of(row: Named) -> str:
+    """What a row is called: by its name, or by those of all layers that it stands for."""
+    members: Sequence[str] = getattr(row, "members", ())
+    return joint_name(members) if members else short_name(row.name)
+
+
 def grouped_rows(
     rows: Sequence[Row], key: Callable[[Row], Hashable]
 ) -> list[tuple[str, list[Row]]]:
@@ -58,11 +64,11 @@ def grouped_rows(
     model.layers.*.mlp.up_proj. A row alone keeps its own."""
     groups: dict[tuple[str, Hashable], list[Row]] = {}
     for row in rows:
-        pattern = NUMBER.sub("*", short_name(row.name))
+        pattern = NUMBER.sub("*", label_of(row))
         groups.setdefault((pattern, key(row)), []).append(row)
     named = []
     for (pattern, _), members in groups.items():
-        name = pattern if len(members) > 1 else short_name(members[0].name)
+        name = pattern if len(members) > 1 else label_of(members[0])
         named.append((name, members))
     return named
 

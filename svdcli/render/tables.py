@@ -20,6 +20,7 @@ from svdcli.render.layers import (
     Line,
     fitting,
     grouped_rows,
+    label_of,
     new_table,
     print_layers,
     print_left_out,
@@ -75,7 +76,7 @@ def render_report(report: Report, console: Console, *, grouped: bool) -> None:
     if grouped:
         groups = grouped_rows(report.layers, lambda row: (row.rank is None, row.shape))
     else:
-        groups = [(short_name(row.name), [row]) for row in report.layers]
+        groups = [(label_of(row), [row]) for row in report.layers]
 
     # As many columns as there is room for; a dry run has predicted losses in place of errors
     error = "Loss" if report.predicted else "Error"
@@ -156,11 +157,15 @@ def _total_lines(report: Report, *, has_groups: bool) -> list[tuple[str, str]]:
     if has_groups:
         lines.append(("lines", "one for each kind of layer; --every-layer for each"))
     selected = [row for row in report.layers if not row.role]
-    factored = sum(row.rank is not None for row in selected)
-    lines += [
-        ("factored", f"{factored} of {len(selected)} selected layers"),
-        ("selected", _total_line(report.selected)),
-    ]
+    factored = sum(row.layers for row in selected if row.rank is not None)
+    lines.append(
+        ("factored", f"{factored} of {sum(row.layers for row in selected)} selected layers")
+    )
+    sharing = [row.layers for row in selected if row.members]
+    if sharing:
+        groups = "1 group" if len(sharing) == 1 else f"{len(sharing)} groups"
+        lines.append(("shared", f"{sum(sharing)} of these have a basis with others, in {groups}"))
+    lines.append(("selected", _total_line(report.selected)))
     if report.embeddings is not None:
         lines.append(("embeddings", _total_line(report.embeddings)))
     lines += [
@@ -181,7 +186,7 @@ def _total_lines(report: Report, *, has_groups: bool) -> list[tuple[str, str]]:
     lines += [("left dense", line) for line in reasons_line(dense)]
     for row in report.layers:
         if row.fell_back:
-            lines.append(("fell back", f"{short_name(row.name)}: {', '.join(row.fell_back)}"))
+            lines.append(("fell back", f"{label_of(row)}: {', '.join(row.fell_back)}"))
     lines += [("skipped", line) for line in reasons_line(skipped)]
     lines += [("left out", line) for line in left_out_lines(report.left_out, report.left_out_bytes)]
     lines += [("note", note) for note in report.notes]
@@ -193,12 +198,12 @@ def _error_lines(report: Report) -> list[tuple[str, str]]:
     errors = {}
     for row in report.layers:
         if row.relative_error is not None:
-            errors[row.name] = row.relative_error
+            errors[label_of(row)] = row.relative_error
     if not errors:
         return []
     mean = sum(errors.values()) / len(errors)
     largest, name = max((error, name) for name, error in errors.items())
-    text = f"mean {mean:.4f}, largest {largest:.4f} ({short_name(name)})"
+    text = f"mean {mean:.4f}, largest {largest:.4f} ({name})"
     lines = [("relative error", text)]
     shares = [row.rounding_share for row in report.layers if row.rounding_share is not None]
     if shares:

@@ -60,6 +60,25 @@ def short_name(name: str) -> str:
     return printable(name.removesuffix(".weight"))
 
 
+def joint_name(names: Sequence[str]) -> str:
+    """Names of several tensors as a shell would write them: self_attn.{q,k,v}_proj."""
+    short = [short_name(name) for name in names]
+    start = _beginning(short)
+    start = start[: start.rfind(".") + 1]  # whole words
+    rests = [name.removeprefix(start) for name in short]
+    end = _beginning([rest[::-1] for rest in rests])[::-1]
+    _, underscore, last = end.partition("_")
+    end = underscore + last
+    differing = ",".join(rest.removesuffix(end) for rest in rests)
+    return f"{start}{{{differing}}}{end}"
+
+
+def _beginning(texts: Sequence[str]) -> str:
+    """The letters with which all of them begin."""
+    same = itertools.takewhile(lambda letters: len({*letters}) == 1, zip(*texts, strict=False))
+    return "".join(letters[0] for letters in same)
+
+
 def shape_text(shape: Sequence[int]) -> str:
     return "×".join(map(str, shape)) or "scalar"
 
