@@ -277,9 +277,9 @@ def _sizes(path: Path, record: Mapping[str, Any]) -> tuple[dict[str, int], list[
 
 def _row(name: str, layer: Mapping[str, Any], predicted: bool) -> LayerRow:
     """One layer of a record; it has no error yet where the record is that of a plan."""
-    tensor = TensorInfo(name, layer["dtype"], tuple(layer["shape"]))
-    m, n = tensor.shape
     plan = layer_from_json(name, dict(layer))
+    tensor = plan.tensor
+    m, n = tensor.shape
 
     # A dense layer: its values before are those after.
     stored: Sequence[TensorInfo] = (tensor,)
@@ -293,8 +293,7 @@ def _row(name: str, layer: Mapping[str, Any], predicted: bool) -> LayerRow:
     # A factored one. Numbers of rows are bytes, and no parameters: they have a dtype of their own.
     rank = layer["rank"]
     if rank is not None:
-        layout = layer["layout"]
-        stored_dtype = layer["stored_dtype"]
+        layout, stored_dtype = plan.layout, plan.stored_dtype
         solver = layer["solver"]
         bits = plan.packing.bits if plan.packing != PLAIN else DTYPE_BITS[stored_dtype]
         stored = (*plan.stored(), *plan.spans())

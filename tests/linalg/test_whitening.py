@@ -397,3 +397,49 @@ def test_what_does_not_fit_is_refused() -> None:
     for h in (-torch.ones(6), -torch.eye(6)):
         with pytest.raises(torch.linalg.LinAlgError):
             weighted(w, 2, Metric(g, h))
+
+
+# A group of layers: H in blocks -------------------------------------------------------------------
+
+BLOCKS = [(12, "full"), (20, "diagonal"), (8, "full")]
+
+
+def in_blocks() -> tuple[Metric, Metric]:
+    """The metric of three layers that read one input, and the same with H as one matrix."""
+    blocks, damped_blocks = [], []
+    for at, (m, kind) in enumerate(BLOCKS):
+        h = moment(m, 1e3, seed=20 + at) * 10.0 ** (-3 * at)
+        if kind == "diagonal":
+            h = h.diagonal().clone()
+        blocks.append(h)
+        whole = h.diag() if h.ndim == 1 else h
+        damped_blocks.append(whole + 0.1 * whole.trace() / m * torch.eye(m, dtype=torch.float64))
+    g = moment(24, 50)
+    return Metric(g, tuple(blocks)), Metric(g, torch.block_diag(*damped_blocks), damping=0.0)
+
+
+@pytest.mark.parametrize("rank", [1, 7, 20])
+def test_layers_one_below_the_other_are_one_in_the_metric_of_all(rank: int) -> None:
+    blocks, whole = in_blocks()
+    w = normal(sum(m for m, _ in BLOCKS), 24)
+    factors = weighted(w, rank, blocks)
+    expected = weighted(w, rank, whole)
+    torch.testing.assert_close(factors.up @ factors.down, expected.up @ expected.down)
+    assert factors.tail == pytest.approx(expected.tail)
+    torch.testing.assert_close(weighted_energies(w, blocks), weighted_energies(w, whole))
+    approx = factors.up @ factors.down
+    assert weighted_error(w, approx, blocks) == pytest.approx(weighted_error(w, approx, whole))
+
+
+def test_a_group_of_one_is_its_layer() -> None:
+    on = metric(40, 24, "full")
+    assert isinstance(on.outputs, Tensor)
+    w = normal(40, 24)
+    alone, group = weighted(w, 5, on), weighted(w, 5, replace(on, outputs=(on.outputs,)))
+    torch.testing.assert_close(group.up @ group.down, alone.up @ alone.down)
+
+
+def test_blocks_that_do_not_fit_are_refused() -> None:
+    blocks, _ = in_blocks()
+    with pytest.raises(ValueError, match="do not fit"):
+        weighted(normal(41, 24), 3, blocks)

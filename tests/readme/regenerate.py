@@ -41,6 +41,7 @@ BENCHMARKS = ROOT / "tests" / "benchmarks"
 QUALITY = re.compile(r"(?<=<!-- quality -->\n).*?(?=<!-- /quality -->)", re.DOTALL)
 BITS = re.compile(r"(?<=<!-- bits -->\n).*?(?=<!-- /bits -->)", re.DOTALL)
 PACKED = re.compile(r"(?<=<!-- packed -->\n).*?(?=<!-- /packed -->)", re.DOTALL)
+SHARING = re.compile(r"(?<=<!-- sharing -->\n).*?(?=<!-- /sharing -->)", re.DOTALL)
 MIXTURE = re.compile(r"(?<=<!-- mixture -->\n).*?(?=<!-- /mixture -->)", re.DOTALL)
 SHORT = re.compile(r"(?<=<!-- quality in short -->\n).*?(?=<!-- /quality in short -->)", re.DOTALL)
 SHORT_ROWS = {
@@ -97,6 +98,7 @@ def render(page: Path) -> str:
     text = BITS.sub(lambda _: bits_table(), text)
     text = PACKED.sub(lambda _: packed_table(), text)
     text = MIXTURE.sub(lambda _: mixture_table(), text)
+    text = SHARING.sub(lambda _: sharing_table(), text)
     return BLOCK.sub(lambda block: block[1] + session(block["command"]), text)
 
 
@@ -141,6 +143,12 @@ def mixture_table() -> str:
     """The recorded losses of a mixture of experts, as mixture.py renders them."""
     results = json.loads((BENCHMARKS / "mixture.json").read_text())
     return benchmark("mixture").markdown(results) + "\n\n"
+
+
+def sharing_table() -> str:
+    """The recorded losses with shared bases, as sharing.py renders them."""
+    results = json.loads((BENCHMARKS / "sharing.json").read_text())
+    return benchmark("sharing").markdown(results) + "\n\n"
 
 
 def quality_in_short() -> str:

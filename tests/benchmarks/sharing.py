@@ -1,0 +1,161 @@
+"""What one basis for several layers costs or gains, at equal parameters and at equal bytes: one
+table.
+
+    python tests/benchmarks/sharing.py              the sample model; 20 minutes on 2 cores
+    python tests/benchmarks/sharing.py --quick      few windows, two budgets
+    python tests/benchmarks/sharing.py --json FILE  what was measured, as JSON
+
+Every row reads the same calibration (the training half of Python's standard library) and is judged
+on text that it never saw, by the excess of its loss over the original's, paired by window.
+Parameters and bytes are those of the block linears; at `keep` layers are pivoted, in bytes each has
+its rank and bits. All rows choose ranks by what they cost the model in the same metric:
+
+    separate       every layer has a basis of its own
+    by choice      layers that read the same input share one where less is lost so (svdcli)
+    always         query, key and value share one, as do gate and up
+    across blocks  the layers of one name in two neighbouring blocks share one, but those whose
+                   output leaves the block's branch (Basis Sharing: Wang et al., 2025, arXiv
+                   2410.03765, section 3): their inputs differ, and the mean of both moments stands
+                   for each
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import shutil
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import HERE, building_in, parser, say, table, write_json
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import svdcli
+from svdcli.calibration.moments import METADATA
+from svdcli.text.texts import read_texts
+
+SAMPLE = HERE.parents[1] / "sample_models" / "tiny-llama"
+SAMPLES = 128
+BUDGETS = (("keep", 0.8), ("keep", 0.6), ("keep", 0.4), ("keep", 0.3))
+BUDGETS += (("keep_bytes", 0.2), ("keep_bytes", 0.13))
+ROWS = {"separate": "never", "by choice": "auto", "always": "always", "across blocks": "always"}
+ACROSS = "across blocks"
+_BLOCK = re.compile(r"\.layers\.(\d+)\.")
+_LEAVE = ("o_proj", "down_proj")
+
+
+class Bench:
+    """The sample model, its calibration, and the text that everything is judged on."""
+
+    def __init__(self, folder: Path, options: argparse.Namespace) -> None:
+        self.folder = folder
+        self.windows = 16 if options.quick else 256
+        self.budgets = BUDGETS[1::3] if options.quick else BUDGETS
+        self.samples = 32 if options.quick else SAMPLES
+        self.held_out = read_texts(None, stdlib=True, held_out=True)
+
+    @cached_property
+    def moments(self) -> Path:
+        """The calibration, measured where it is not there yet."""
+        path = self.folder / "moments.safetensors"
+        if not path.exists():
+            say("calibrating")
+            svdcli.calibrate(SAMPLE, path, read_texts(None, stdlib=True), samples=self.samples)
+        return path
+
+    @cached_property
+    def across(self) -> Path:
+        """The same where layers of one name in two neighbouring blocks read one input: both."""
+        tensors = load_file(self.moments)
+        with safe_open(self.moments, "pt") as opened:
+            data = json.loads(opened.metadata()[METADATA])
+        layers = data["layers"]
+        given = dict(tensors)
+        for name, keys in layers.items():
+            found = _BLOCK.search(name)
+            if found is None or any(leaf in name for leaf in _LEAVE):
+                continue
+            # the first block of the pair has what both read, in the mean
+            block = int(found[1])
+            pair = [name.replace(found[0], f".layers.{block // 2 * 2 + i}.") for i in (0, 1)]
+            inputs = [layers[other]["input"] for other in pair if other in layers]
+            if name == pair[0]:
+                for kind in ("input", "mean"):
+                    both = [given[f"{kind}.{key}"] for key in inputs]
+                    tensors[f"{kind}.{name} and next"] = torch.stack(both).mean(0)
+            keys["read"] = f"{pair[0]} and next"
+        for keys in layers.values():
+            keys["input"] = keys.pop("read", keys["input"])
+        path = self.folder / "across.safetensors"
+        save_file(tensors, path, {METADATA: json.dumps(data)})
+        return path
+
+    def measured(self, row: str, budget: tuple[str, float]) -> dict[str, Any] | None:
+        """Excess loss in nats a token, its standard error over windows, and what was predicted;
+        None where the budget cannot be reached."""
+        out = self.folder / "out"
+        shutil.rmtree(out, ignore_errors=True)
+        how: dict[str, Any] = {"share": ROWS[row], budget[0]: budget[1]}
+        calibration = self.across if row == ACROSS else self.moments
+        try:
+            outcome = svdcli.compress(SAMPLE, out, calibration=calibration, **how)
+        except svdcli.SvdcliError:
+            return None
+        found = svdcli.evaluate(
+            out, self.held_out, against=SAMPLE, seq_len=256, samples=self.windows
+        )
+        assert found.drift is not None
+        excess = found.drift.excess_loss
+        shared = sum(layer.layers for layer in outcome.report.layers if layer.members)
+        return {
+            "budget": list(budget),
+            "excess": excess.value,
+            "error": excess.error or 0.0,
+            "predicted": outcome.report.predicted_loss,
+            "shared": shared,
+        }
+
+
+def measure(bench: Bench) -> dict[str, Any]:
+    results: dict[str, Any] = {}
+    for row in ROWS:
+        results[row] = []
+        for budget in bench.budgets:
+            say(f"{row}, {budget[0]} {budget[1]}")
+            results[row].append(bench.measured(row, budget))
+    return results
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """Excess losses, a line for each budget."""
+    budgets = [found["budget"] for found in results["separate"]]
+    lines = [("budget", *results, "shared by choice")]
+    for at, (target, value) in enumerate(budgets):
+        option = f"`--{target.replace('_', '-')} {value:g}`"
+        cells = []
+        for found in (row[at] for row in results.values()):
+            if found is None:
+                cells.append("")
+            else:
+                cells.append(f"{found['excess']:.4f} ± {found['error']:.4f}")
+        chosen = results["by choice"][at]
+        lines.append((option, *cells, "" if chosen is None else f"{chosen['shared']} layers"))
+    return table(lines)
+
+
+def main() -> None:
+    options = parser(__doc__)
+    options.add_argument("--quick", action="store_true", help="few windows, two budgets")
+    given = options.parse_args()
+    with building_in(given.folder) as folder:
+        results = measure(Bench(folder, given))
+    print(markdown(results))
+    write_json(given.json, results)
+
+
+if __name__ == "__main__":
+    main()
