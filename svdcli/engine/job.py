@@ -120,7 +120,8 @@ def solve(job: Job, loaded: Loaded | None, opened: Opened) -> Solved:
         return Solved([_stacked(source, job)])
     if job.unit.kind == "warn":
         return Solved([()])
-    return Solved([source.chunks(job.unit.name)])
+    name = job.unit.reads[0] if job.unit.kind == "again" else job.unit.name
+    return Solved([source.chunks(name)])
 
 
 def store(job: Job, solved: Solved) -> Line:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from svdcli.engine.copies import copies_in, stored_once
 from svdcli.engine.run import Run
 from svdcli.errors import NothingSelectedError, SvdcliError, UsageError
 from svdcli.files.blueprint import CompanionFile, CompressDesign
@@ -216,11 +217,14 @@ def make_plan(run: Run, checkpoint: Checkpoint, request: Request, name: str | No
         check_finite(bad)
 
     # every rank, or the saved ones
+    selected = {tensor.name for tensor in request.selected}
+    equal = copies_in(checkpoint, selected, factors=recipe.keeps_factors)
     if request.plan is not None:
-        plan = _rerun(checkpoint, _with_its_text(request.plan, request), name, bad)
+        saved = stored_once(checkpoint, _with_its_text(request.plan, request), equal)
+        plan = _rerun(checkpoint, saved, name, bad)
         plan = replace(plan, notes=tuple(dict.fromkeys((*plan.notes, *checkpoint.notes))))
     else:
-        plan = _decide_ranks(checkpoint, request, name, measured, kinds, groups)
+        plan = _decide_ranks(checkpoint, request, name, measured, kinds, groups, equal)
     if not plan.factored:
         raise _nothing_shrinks(checkpoint, plan)
     return plan
@@ -262,6 +266,7 @@ def _decide_ranks(
     measured: Mapping[str, LayerSpectrum],
     kinds: Kinds,
     groups: Sequence[Group],
+    equal: Mapping[str, str],
 ) -> Plan:
     notes = (*checkpoint.notes, *_little_read(request), *_no_longer_tied(checkpoint, request))
     if kinds.unknown:
@@ -277,7 +282,7 @@ def _decide_ranks(
             )
 
     def complete(plan: Plan) -> Plan:
-        plan = with_tables(plan, tables)
+        plan = stored_once(checkpoint, with_tables(plan, tables), equal)
         plan = replace(plan, notes=(*plan.notes, *notes, *_mixed(plan)))
         return _with_its_text(replace(plan, ignored=_ignored(plan, kinds)), request)
 

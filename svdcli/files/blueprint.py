@@ -17,6 +17,7 @@ from svdcli.files.record import (
     Result,
     condensed,
     is_inside,
+    left_out_copies,
     make_record,
     part_of_record,
     render_json,
@@ -304,6 +305,9 @@ class ExpandDesign:
         self.out_name = out_name
         stacks = stacks_of(record, checkpoint.shown)
         self.units = expand_units(checkpoint, layers, stacks)
+        for info, source in left_out_copies(record, checkpoint.shown):
+            file = checkpoint.tensors[source].file
+            self.units.append(Unit(info.name, "again", (source,), (info,), file))
 
     def blueprint(self) -> Blueprint:
         groups = group_units(self.units, None)
@@ -393,8 +397,8 @@ def compress_units(checkpoint: Checkpoint, plan: Plan) -> list[Unit]:
             if stack is not None:
                 units.append(Unit(stack.name, "copy", (stack.name,), (stack,), ref.file))
             continue
-        if name in with_others:
-            continue  # written with its layer, or with its group
+        if name in with_others or name in plan.same:
+            continue  # written with its layer, or with its group, or under another name
         if layer is None:
             units.append(Unit(name, "copy", (name,), (ref.info,), ref.file))
             continue

@@ -247,8 +247,11 @@ class Checkpoint:
     def look_equal(self, first: str, second: str) -> bool:
         """Do two tensors of the same shape and dtype begin and end with the same bytes, 4 KiB of
         each."""
-        samples = self._samples(self.tensors[first]), self._samples(self.tensors[second])
-        return all(a == b for a, b in zip(*samples, strict=True))
+        return self.sample(first) == self.sample(second)
+
+    def sample(self, name: str) -> bytes:
+        """The first and the last 4 KiB of a tensor, or all of it."""
+        return b"".join(self._samples(self.tensors[name]))
 
     def _samples(self, ref: TensorRef) -> Iterator[bytes]:
         """The first and the last bytes of a tensor, _SAMPLE of each or all that there are; of a

@@ -84,6 +84,22 @@ def stacks_of(record: Mapping[str, Any], shown: str) -> list[TensorInfo]:
     return stacks
 
 
+def left_out_copies(record: Mapping[str, Any], shown: str) -> list[tuple[TensorInfo, str]]:
+    """The tensors that were left out since another one has the same bytes, with the names of these.
+    Raises BadCheckpointError where the record says something else of them."""
+    copies = []
+    try:
+        for name, source in (record.get("same") or {}).items():
+            entry = record["skipped"].get(name) or record["dense"][name]
+            shape = tuple(int(size) for size in entry["shape"])
+            copies.append((TensorInfo(str(name), str(entry["dtype"]), shape), str(source)))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise BadCheckpointError(
+            f"{shown}: its svdcli record is damaged ({error})", "write it again"
+        ) from error
+    return copies
+
+
 def take_apart_again(checkpoint: Checkpoint, record: Mapping[str, Any]) -> None:
     """Have the stacks that were taken apart for an output stand as matrices here too: in its
     source, or in itself those of which nothing was factored."""
@@ -325,8 +341,12 @@ def _check_factor(checkpoint: Checkpoint, factor: TensorInfo) -> None:
 
 def check_listed(checkpoint: Checkpoint, record: Mapping[str, Any]) -> None:
     """Raises BadCheckpointError where a tensor that was not factored is in the record and not in
-    the weight files."""
+    the weight files, nor another one that is equal to it."""
     there = set(checkpoint.tensors)
+    for copy, source in left_out_copies(record, checkpoint.shown):
+        ref = checkpoint.tensors.get(source)
+        if ref is not None and (ref.info.dtype, ref.info.shape) == (copy.dtype, copy.shape):
+            there.add(copy.name)
     for stack in stacks_of(record, checkpoint.shown):
         if stack.name in there:  # in one piece, since nothing of it was factored
             there.update(matrix.name for matrix, _ in slices_of(stack))

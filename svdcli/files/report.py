@@ -10,7 +10,7 @@ from typing import Any
 
 from svdcli.errors import BadCheckpointError
 from svdcli.files.checkpoint import RECORD, read_file_header
-from svdcli.files.record import read_record
+from svdcli.files.record import left_out_copies, read_record
 from svdcli.plan.layouts import LAYOUTS
 from svdcli.plan.loss import expected_loss
 from svdcli.plan.packing import PLAIN
@@ -159,9 +159,10 @@ def _report_of(
     selected = _total([row for row in rows if not row.role])
     tables = [row for row in rows if row.role]
     source = record["source"]
+    copies = sum(copy.parameters for copy, _ in left_out_copies(record, path))
     total = _sums(
         source["parameters"],
-        source["parameters"] - selected.saved_parameters,
+        source["parameters"] - selected.saved_parameters - copies,
         source["bytes"],
         sum(sizes.values()),
     )

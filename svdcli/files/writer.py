@@ -29,7 +29,8 @@ class Unit:
     """One piece of work: tensors that are read, and the tensors that take their place.
 
     kind is "copy", "factor", "expand", "stack" for matrices of experts that become one tensor
-    again, or "warn" for a tensor without bytes; name is the original tensor's name, or says more;
+    again, "again" for a tensor that was left out as a copy of the one that is read, or "warn" for a
+    tensor without bytes; name is the original tensor's name, or says more;
     file is the weight file that it came from.
     """
 

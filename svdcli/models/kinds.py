@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -61,6 +61,27 @@ def kinds_of(checkpoint: Checkpoint, names: Iterable[str], packed: Iterable[str]
     weights = {name.removesuffix(".weight") for name in set(packed) - misfits.keys()}
     _check_opens(model, [path for path, layer in linear.items() if layer in weights])
     return Kinds(misfits, linear, tuple(stacked))
+
+
+def tied_copies(checkpoint: Checkpoint, equal: Mapping[str, Sequence[str]]) -> dict[str, str]:
+    """{tensor: the equal one that the checkpoint's class ties it to, which it is made from when
+    that alone is in the files}, of tensors that are equal to others."""
+    try:
+        model = empty_model(checkpoint)
+    except Exception:  # a class may do anything, and then both are stored
+        return {}
+    from svdcli.models.hf import Naming
+
+    named = Naming(model)
+    copies: dict[str, str] = {}
+    for first, others in equal.items():
+        homes = {name: named(name) for name in (first, *others)}
+        by_key = {home.key: name for name, home in homes.items() if home.pattern is None}
+        for key, name in by_key.items():
+            source = by_key.get(model.all_tied_weights_keys.get(key, ""))
+            if source is not None:
+                copies[name] = source
+    return copies
 
 
 def take_apart_stacks(checkpoint: Checkpoint) -> None:

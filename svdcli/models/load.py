@@ -17,7 +17,7 @@ from svdcli.files.checkpoint import Checkpoint, open_checkpoint
 from svdcli.files.compressed_tensors import METHOD as OTHERS
 from svdcli.files.config import METHOD, method_for, method_of
 from svdcli.files.dtypes import TORCH_DTYPES
-from svdcli.files.record import check_listed, record_of, stored_layers
+from svdcli.files.record import check_listed, left_out_copies, record_of, stored_layers
 from svdcli.models import own_code
 from svdcli.models.modules import (
     SPAN,
@@ -461,6 +461,10 @@ def _load_into(module: nn.Module, checkpoint: Checkpoint) -> nn.Module:
     goals = _by_plain_name(expected, "the module")
     names = {goals.get(plain, plain): source for plain, source in sources.items()}
     tied = _tied(module, expected.keys() - names.keys(), names.keys())
+    for name, source in _left_out(record, checkpoint.shown).items():
+        goal = goals.get(_plain_name(name), name)
+        if goal not in tied:
+            names.setdefault(goal, source)
     shared = [f"{path}.{WEIGHT}" for path in same_buffers]
     spoken_for = {*tied, *(name for name in expected if name.startswith(tuple(shared)))}
     expected = {name: tensor for name, tensor in expected.items() if name not in spoken_for}
@@ -478,6 +482,11 @@ def _load_into(module: nn.Module, checkpoint: Checkpoint) -> nn.Module:
         path, _, leaf = name.rpartition(".")
         module.get_submodule(path)._parameters[leaf] = module.get_parameter(source)
     return module
+
+
+def _left_out(record: Mapping[str, Any] | None, shown: str) -> dict[str, str]:
+    """Return {tensor that was left out: the one that has its bytes}."""
+    return {copy.name: source for copy, source in left_out_copies(record or {}, shown)}
 
 
 def _packed(module: nn.Module, path: str) -> PackedLinear:

@@ -163,7 +163,8 @@ class Plan:
     loss_unit is that of the layers' losses: "nats" or "1 - cosine" of the model, "" for shares of a
     layer's own energy. calibration tells the text that they were measured on. ignored are modules
     that loaders must not take for packed, besides the layers that stay dense: those without a
-    weight in the files, such as a tied head, and those that the model calls by another name.
+    weight in the files, such as a tied head, and those that the model calls by another name. same
+    maps tensors that are left out, since another one has the same bytes, to that one.
     """
 
     recipe: Recipe
@@ -175,6 +176,7 @@ class Plan:
     healing: Healing | None = None
     calibration: TextRead | None = None
     ignored: tuple[str, ...] = ()
+    same: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def factored(self) -> tuple[LayerPlan, ...]:
@@ -230,6 +232,8 @@ class Plan:
             data["calibration"] = self.calibration.to_json()
         if self.ignored:
             data["ignored"] = list(self.ignored)
+        if self.same:
+            data["same"] = dict(self.same)
         return data
 
     @staticmethod
@@ -255,6 +259,7 @@ class Plan:
                 notes=tuple(str(note) for note in data["notes"]),
                 loss_unit=str(data.get("loss_unit", "")),
                 ignored=tuple(str(name) for name in data.get("ignored", ())),
+                same={str(name): str(other) for name, other in data.get("same", {}).items()},
             )
             if data.get("healing") is not None:
                 plan = replace(plan, healing=Healing.from_json(data["healing"]))

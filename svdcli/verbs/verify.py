@@ -230,8 +230,9 @@ def _check_plan(
         yield Check("header agrees with plan", file, same, detail)
 
     # Tensors that were copied; the shapes of factors were checked when the layers were read
+    same_as = dict(record.get("same", {}))
     for name, entry in {**record["dense"], **record["skipped"]}.items():
-        ref = checkpoint.tensors.get(name)
+        ref = checkpoint.tensors.get(same_as.get(name, name))
         planned = (entry.get("dtype"), entry.get("shape"))
         same = ref is not None and (ref.info.dtype, list(ref.info.shape)) == planned
         yield _check("tensor as planned", name, same, _MISSHAPEN)
@@ -271,9 +272,11 @@ def _check_against(
     factored = {layer.tensor.name: layer for layer in layers}
     others = {member.name for layer in layers for member in layer.members[1:]}
     refitted = {bias.name: bias for layer in layers for bias in layer.biases}
+    same_as = dict(record.get("same", {}))
     for done, (name, ref) in enumerate(original.tensors.items(), 1):
-        stored = checkpoint.tensors.get(name)
-        has_same_form = stored is not None and stored.info == ref.info
+        stored = checkpoint.tensors.get(same_as.get(name, name))
+        form = (ref.info.dtype, ref.info.shape)
+        has_same_form = stored is not None and (stored.info.dtype, stored.info.shape) == form
         if name in refitted:
             # Calibration may change a bias, but not its shape or dtype
             same = has_same_form and ref.info == refitted[name]
@@ -281,7 +284,8 @@ def _check_against(
         elif name in factored:
             yield _check_error(checkpoint, record, factored[name], original)
         elif name not in others:  # which are checked with the first of their group
-            same = has_same_form and _same_bytes(checkpoint, original, name)
+            kept = same_as.get(name, name)
+            same = has_same_form and _same_bytes(checkpoint, kept, original, name)
             yield _check("bytes unchanged", name, same, "differs from the original")
         progress("check", name, done, len(original.tensors))
 
@@ -331,7 +335,7 @@ def _check_error(
     return Check("relative error", name, agrees, detail)
 
 
-def _same_bytes(checkpoint: Checkpoint, original: Checkpoint, name: str) -> bool:
+def _same_bytes(checkpoint: Checkpoint, kept: str, original: Checkpoint, name: str) -> bool:
     """Read both tensors chunk by chunk, up to the first difference."""
-    pairs = zip(checkpoint.chunks(name), original.chunks(name), strict=True)
+    pairs = zip(checkpoint.chunks(kept), original.chunks(name), strict=True)
     return all(ours == theirs for ours, theirs in pairs)
