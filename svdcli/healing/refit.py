@@ -31,7 +31,15 @@ from svdcli.linalg.packed import packed_factors, packed_matrix
 from svdcli.linalg.solvers import Factors, transposed
 from svdcli.linalg.whitening import Metric, weighted
 from svdcli.models.experts import SeparateExperts
-from svdcli.models.modules import LOW_RANK, PackedLinear, is_conv, is_linear, layout_of
+from svdcli.models.modules import (
+    LOW_RANK,
+    PackedLinear,
+    PackedMatrix,
+    is_conv,
+    is_linear,
+    is_packed_conv,
+    layout_of,
+)
 from svdcli.plan.layouts import LAYOUTS
 
 RIDGE = 0.01  # of the mean diagonal of E[x x^T], against directions that were hardly seen
@@ -165,13 +173,17 @@ def _scale_dtype(block: Block, name: str) -> torch.dtype | None:
 
 def refittable(unit: nn.Module) -> dict[str, nn.Module]:
     """Return the low-rank modules of a block, and the packed ones that are no factor of these, by
-    their names in it."""
+    their names in it; without packed weights that are stored the other way round."""
     layers: dict[str, nn.Module] = {}
     factors: set[int] = set()
     for name, module in unit.named_modules():
         if isinstance(module, LOW_RANK):
             layers[name] = module
             factors |= {id(part) for part in module.modules()}
+            if is_packed_conv(module):
+                del layers[name]
+        elif isinstance(module, PackedMatrix):
+            continue
         elif isinstance(module, PackedLinear) and id(module) not in factors:
             layers[name] = module
     return layers

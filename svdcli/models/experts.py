@@ -42,9 +42,23 @@ class Stacks(NamedTuple):
     converted: tuple[str, ...] = ()
 
 
+class TransposedLinear(nn.Module):
+    """y = x W for a weight W (in, out): the layer of an expert where stacks are stored the other
+    way round. transformers' Conv1D is the same with a bias."""
+
+    def __init__(self, weight: Tensor, trains: bool) -> None:
+        super().__init__()
+        self.nx, self.nf = weight.shape
+        self.weight = nn.Parameter(weight, trains)
+        self.bias: nn.Parameter | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight
+
+
 class SeparateExperts(nn.Module):
     """Experts, each with linear layers of its own: y = sum over the chosen ones of weight * last(
-    act(first(x))), as the stock class computes it, gate included."""
+    act(first(x))), as the stock class computes it, gate and biases included."""
 
     def __init__(self, stock: nn.Module, stacks: Stacks) -> None:
         """Take over everything of stock, a module with stacks; the layers' weights are views of
@@ -65,13 +79,14 @@ class SeparateExperts(nn.Module):
 
         # One after the other, as their names say
         self.count = len(stock.get_parameter(stacks.last.name))
+        layer_of = TransposedLinear if getattr(stock, "is_transposed", False) else _linear
         for number in range(self.count):
             expert = nn.Module()
             for stack in (stacks.first, stacks.last):
                 parameter = stock.get_parameter(stack.name)
                 weights = parameter.detach()[number].chunk(len(stack.layers))
                 for name, weight in zip(stack.layers, weights, strict=True):
-                    expert.add_module(name, _linear(weight, parameter.requires_grad))
+                    expert.add_module(name, layer_of(weight, parameter.requires_grad))
             self.add_module(str(number), expert)
         self.train(stock.training)
 
@@ -142,9 +157,10 @@ def stacks_in(
         if not _is_plain(module):
             continue
         first = _GATE_UP if getattr(module, "has_gate", True) else _UP
+        most_of_first = 1 if getattr(module, "is_transposed", False) else 2
         found: list[Stack] = []
         converted: list[str] = []
-        for name, most in ((first, 2), (_DOWN, 1)):
+        for name, most in ((first, most_of_first), (_DOWN, 1)):
             key = f"{path}.{name}"
             layers, target = _sources(converters, key)
             if key in as_they_are:
@@ -159,8 +175,7 @@ def stacks_in(
 def _is_plain(module: nn.Module) -> bool:
     """Tell whether a module holds experts in the way that `SeparateExperts` computes."""
     first = _GATE_UP if getattr(module, "has_gate", True) else _UP
-    others = ("has_post_expert_norm", "is_transposed")
-    if not hasattr(type(module), "_apply_gate") or any(getattr(module, o, False) for o in others):
+    if not hasattr(type(module), "_apply_gate") or getattr(module, "has_post_expert_norm", False):
         return False
     stacks = [module._parameters.get(name) for name in (first, _DOWN)]
     return all(stack is not None and stack.ndim == 3 for stack in stacks)

@@ -41,6 +41,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from svdcli.models.experts import (
     SeparateExperts,
+    TransposedLinear,
     separate,
     stack_again,
     stack_of,
@@ -61,6 +62,7 @@ from svdcli.models.modules import (
     WEIGHT,
     WHOLE,
     PackedLinear,
+    PackedMatrix,
     SharedLinear,
     dense_weight,
     is_row_order,
@@ -1281,10 +1283,12 @@ def _dense(module: Any, weight: nn.Parameter) -> nn.Module:
         dense = nn.Embedding(
             module.num_embeddings, module.embedding_dim, module.padding_idx, device="meta"
         )
-    elif hasattr(module, "in_features"):
+    elif hasattr(module, "in_features") and not isinstance(module, PackedMatrix):
         dense = nn.Linear(
             module.in_features, module.out_features, bias=module.bias is not None, device="meta"
         )
+    elif module.bias is None:
+        return TransposedLinear(weight, weight.requires_grad).train(module.training)
     else:
         dense = Conv1D(module.nf, module.nx)
     dense.weight = weight

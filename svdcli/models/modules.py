@@ -398,6 +398,27 @@ class PackedEmbedding(PackedLinear):
         return f"{self.num_embeddings}, {self.embedding_dim}, bits={self.bits}"
 
 
+class PackedMatrix(PackedLinear):
+    """y = x W + b with W (in, out) of few-bit integers, for layers whose weight is stored that way
+    round. What it calls out_features are the rows of W."""
+
+    def __init__(
+        self, rows: int, columns: int, bits: int, group: int | None, *, bias: bool, **factory: Any
+    ) -> None:
+        super().__init__(columns, rows, bits, group, bias=False, **factory)
+        self.nx = rows
+        self.nf = columns
+        self.bias = nn.Parameter(torch.empty(columns, **factory)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        compiling = torch.compiler.is_compiling()
+        y = x @ self.rows(0, self.nx) if compiling else self.product_back(x)
+        return y if self.bias is None else y + self.bias
+
+    def extra_repr(self) -> str:
+        return f"nx={self.nx}, nf={self.nf}, bits={self.bits}"
+
+
 def share(first: PackedLinear, second: PackedLinear) -> None:
     """Have the second module hold the integers and scales of the first, also when these are moved
     or replaced."""
@@ -460,18 +481,20 @@ class Matrix(nn.Module):
 class LowRankConv1D(_WithDenseWeight):
     """y = x W + b with the stored weight W (in, out) = up @ down, for transformers' Conv1D."""
 
-    def __init__(self, in_features: int, out_features: int, rank: int, **factory: Any) -> None:
+    def __init__(
+        self, in_features: int, out_features: int, rank: int, *, bias: bool = True, **factory: Any
+    ) -> None:
         super().__init__()
         self.nx = in_features
         self.nf = out_features
         self.rank = rank
-        self.svd_up = Matrix(in_features, rank, **factory)
-        self.svd_down = Matrix(rank, out_features, **factory)
-        self.bias = nn.Parameter(torch.empty(out_features, **factory))
+        self.svd_up: nn.Module = Matrix(in_features, rank, **factory)
+        self.svd_down: nn.Module = Matrix(rank, out_features, **factory)
+        self.bias = nn.Parameter(torch.empty(out_features, **factory)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.svd_down(self.svd_up(x))
-        return y + self.bias
+        return y if self.bias is None else y + self.bias
 
 
 class PivotedConv1D(_WithDenseWeight):
@@ -480,7 +503,9 @@ class PivotedConv1D(_WithDenseWeight):
 
     svd_rows: Tensor
 
-    def __init__(self, in_features: int, out_features: int, rank: int, **factory: Any) -> None:
+    def __init__(
+        self, in_features: int, out_features: int, rank: int, *, bias: bool = True, **factory: Any
+    ) -> None:
         super().__init__()
         self.nx = in_features
         self.nf = out_features
@@ -488,14 +513,14 @@ class PivotedConv1D(_WithDenseWeight):
         self.svd_up = Matrix(in_features - rank, rank, **factory)
         self.svd_down = Matrix(rank, out_features, **factory)
         self.register_buffer("svd_rows", _empty_rows(in_features, factory))
-        self.bias = nn.Parameter(torch.empty(out_features, **factory))
+        self.bias = nn.Parameter(torch.empty(out_features, **factory)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
         # x W = (x in the order of the stored rows) (rows as they are stored)
         ordered = x.index_select(-1, self.svd_rows.argsort())
         kept, combined = ordered[..., : self.rank], ordered[..., self.rank :]
         y: Tensor = self.svd_down(kept + self.svd_up(combined))
-        return y + self.bias
+        return y if self.bias is None else y + self.bias
 
 
 class LowRankEmbedding(_WithDenseWeight):
@@ -758,9 +783,9 @@ def low_rank_like(
     if isinstance(old, nn.Embedding) and _computes_like(old, nn.Embedding):
         sizes = (old.num_embeddings, old.embedding_dim, rank)
         return holders.table(*sizes, old.padding_idx, **factory)
-    # of transformers, which this file must not import
-    if type(old).__name__ == "Conv1D" and isinstance(weight, Tensor):
-        return holders.conv(*weight.shape, rank, **factory)
+    if is_conv(old) and isinstance(weight, Tensor):
+        has_bias = getattr(old, "bias", None) is not None
+        return holders.conv(*weight.shape, rank, bias=has_bias, **factory)
     return None
 
 
@@ -794,12 +819,14 @@ def shared_like(
 def _packed_like(
     old: nn.Module, rank: int, layout: str, bits: int, group: int | None, factory: dict[str, Any]
 ) -> nn.Module | None:
-    """Return what `low_rank_like` does, packed: there are such modules for linear layers, and for
-    whole tables of eight bits."""
+    """Return what `low_rank_like` does, packed: there are such modules for linear layers, whichever
+    way round they are stored, and for whole tables of eight bits."""
     is_table = isinstance(old, nn.Embedding) and _computes_like(old, nn.Embedding)
     if is_table and layout == WHOLE and bits == 8 and old.max_norm is None:
         sizes = (cast(int, old.num_embeddings), cast(int, old.embedding_dim))
         return PackedEmbedding(*sizes, cast("int | None", old.padding_idx), **factory)
+    if is_conv(old):
+        return _packed_conv(old, rank, layout, bits, group, factory)
     if not isinstance(old, nn.Linear) or not _computes_like(old, nn.Linear):
         return None
     n, m = old.in_features, old.out_features
@@ -809,6 +836,20 @@ def _packed_like(
     new = LowRankLinear(n, m, rank, bias=bias, **factory)
     new.svd_down = PackedLinear(n, rank, bits, group, bias=False, **factory)
     new.svd_up = PackedLinear(rank, m, bits, group, bias=False, **factory)
+    return new
+
+
+def _packed_conv(
+    old: nn.Module, rank: int, layout: str, bits: int, group: int | None, factory: dict[str, Any]
+) -> nn.Module:
+    """Return the packed module for a layer whose weight is stored as (in, out)."""
+    rows, columns = cast(Tensor, old.weight).shape
+    bias = getattr(old, "bias", None) is not None
+    if layout == WHOLE:
+        return PackedMatrix(rows, columns, bits, group, bias=bias, **factory)
+    new = LowRankConv1D(rows, columns, rank, bias=bias, **factory)
+    new.svd_up = PackedMatrix(rows, rank, bits, group, bias=False, **factory)
+    new.svd_down = PackedMatrix(rank, columns, bits, group, bias=False, **factory)
     return new
 
 
@@ -827,13 +868,19 @@ def is_linear(module: nn.Module | None) -> bool:
 
 
 def is_conv(module: nn.Module | None) -> bool:
-    """Tell whether a module is transformers' Conv1D, whose weight is stored as (in, out)."""
-    return type(module).__name__ == "Conv1D"
+    """Tell whether a module is one whose weight is stored as (in, out): transformers' Conv1D, which
+    this file must not import, or its like without a bias."""
+    return type(module).__name__ in ("Conv1D", "TransposedLinear")
 
 
 def is_packed(module: nn.Module) -> bool:
     """Tell whether a low-rank or whole layer is of few-bit integers."""
     return any(isinstance(part, PackedLinear) for part in module.modules())
+
+
+def is_packed_conv(module: nn.Module) -> bool:
+    """Tell whether such a layer has its weight stored as (in, out)."""
+    return any(isinstance(part, PackedMatrix) for part in module.modules())
 
 
 def numbers_of(model: nn.Module) -> int:

@@ -48,6 +48,7 @@ from svdcli.healing.blocks import (
 )
 from svdcli.healing.standins import stack_alike
 from svdcli.models.load import load_stored
+from svdcli.models.modules import is_packed_conv
 from svdcli.plan.budget import missed_target
 from svdcli.plan.groups import SHARED
 from svdcli.plan.packing import PLAIN, SHAPE
@@ -444,6 +445,8 @@ def _stored_names(
     for layer, place in zip(layers, _places(student, layers), strict=True):
         target = place[layer.home.module]
         if target is None or (within is not None and target not in within):
+            continue
+        if is_packed_conv(student.get_submodule(target)):  # no step of healing takes these
             continue
         for tensor in layer.stored():
             if tensor.name.endswith(SHAPE):  # which stays

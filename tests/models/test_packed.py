@@ -33,6 +33,7 @@ from svdcli.models.modules import (
     LazyWeight,
     LowRankLinear,
     PackedLinear,
+    PackedMatrix,
     low_rank_like,
     unpacked,
     weight_of,
@@ -395,7 +396,6 @@ MARIAN = {"model.shared": Form(4), "model.encoder.layers.0.fc1": Form(8)}
     ("family", "forms", "asked"),
     [
         ("mixtral", MIXTRAL, True),
-        ("gpt2", GPT2, False),
         ("gpt2", GPT2, True),
         ("marian", MARIAN, False),
         ("marian", MARIAN, True),
@@ -421,6 +421,20 @@ def test_what_no_module_can_hold_is_unpacked_and_it_says_so(
     same(family, model, dense)
     model.save_pretrained(tmp_path / "again")
     same(family, svdcli.load(tmp_path / "again").eval(), dense)
+
+
+def test_weights_stored_the_other_way_round_stay_packed(written: Written, tmp_path: Path) -> None:
+    packed = write(written("gpt2"), tmp_path / "out", GPT2)
+    model: Any = svdcli.load(tmp_path / "out").eval()
+    assert isinstance(model.transformer.h[0].mlp.c_fc, PackedMatrix)
+    assert isinstance(model.transformer.h[1].mlp.c_proj.svd_up, PackedMatrix)
+    dense = stock(written("gpt2"), packed, tmp_path / "dense")
+    same("gpt2", model, dense)
+    compiled = torch.compile(model, backend="eager")
+    same("gpt2", compiled, dense)
+    model.save_pretrained(tmp_path / "again")
+    assert contents(tmp_path / "again" / FILE) == contents(tmp_path / "out" / FILE)
+    same("gpt2", model.dequantize(), dense)
 
 
 def test_a_packed_head_beside_a_table_is_a_weight_of_its_own(

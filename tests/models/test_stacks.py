@@ -44,6 +44,8 @@ MISTRAL4 = SIZES | {
 MIXTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "granitemoe": ("GraniteMoeForCausalLM", SIZES | {"num_local_experts": 4}),
     "mistral4": ("Mistral4ForCausalLM", MISTRAL4),
+    # (experts, in, out), with biases
+    "gpt_oss": ("GptOssForCausalLM", SIZES | {"num_local_experts": 4, "head_dim": 16}),
     # which transformers saves one by one, and opens in either way
     "qwen3_moe": ("Qwen3MoeForCausalLM", SIZES | {"num_experts": 4, "head_dim": 16}),
 }
@@ -241,10 +243,11 @@ def test_a_damaged_record_is_one_line(entry: Any, saved: Saved, tmp_path: Path) 
 # Of classes that compute in other ways ------------------------------------------------------------
 
 
-def test_transposed_stacks_stay_and_a_note_says_so(tmp_path: Path) -> None:
+def test_stacks_that_a_class_computes_with_stay_and_a_note_says_so(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    config = transformers.GptOssConfig(**SIZES | {"num_local_experts": 4, "head_dim": 16})
-    transformers.GptOssForCausalLM(config).save_pretrained(tmp_path / "m")
+    sizes = SIZES | {"num_local_experts": 4, "head_dim": 16, "intermediate_size_mlp": 96}
+    config = transformers.Llama4TextConfig(**sizes, interleave_moe_layer_step=1)
+    transformers.Llama4ForCausalLM(config).save_pretrained(tmp_path / "m")
     outcome = svdcli.compress(tmp_path / "m", tmp_path / "o", keep=0.5)
     [note] = [note for note in outcome.report.notes if "one stack" in note]
     assert note.endswith("(4 such): its class computes with the whole stack")
@@ -255,7 +258,7 @@ def test_transposed_stacks_stay_and_a_note_says_so(tmp_path: Path) -> None:
 # Calibrated and healed ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["granitemoe", "qwen3_moe"])
+@pytest.mark.parametrize("name", ["granitemoe", "qwen3_moe", "gpt_oss"])
 def test_every_expert_is_measured_and_healed(name: str, saved: Saved, tmp_path: Path) -> None:
     how: dict[str, Any] = {"samples": 32, "seq_len": 32}
     done = svdcli.calibrate(saved(name), tmp_path / "m.safetensors", TEXT, **how)
