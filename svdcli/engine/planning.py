@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from svdcli.engine.copies import copies_in, stored_once
 from svdcli.engine.run import Run
 from svdcli.errors import NothingSelectedError, SvdcliError, UsageError
-from svdcli.files.blueprint import CompanionFile, CompressDesign
+from svdcli.files.blueprint import CompanionFile, CompressDesign, in_one_dtype
 from svdcli.files.checkpoint import STANDALONE, Checkpoint
 from svdcli.files.record import Result, make_record, record_of, source_json
 from svdcli.files.report import MISSED, Report, report_of
@@ -282,7 +282,7 @@ def _decide_ranks(
             )
 
     def complete(plan: Plan) -> Plan:
-        plan = stored_once(checkpoint, with_tables(plan, tables), equal)
+        plan = stored_once(checkpoint, with_tables(in_one_dtype(checkpoint, plan), tables), equal)
         plan = replace(plan, notes=(*plan.notes, *notes, *_mixed(plan)))
         return _with_its_text(replace(plan, ignored=_ignored(plan, kinds)), request)
 
@@ -371,7 +371,7 @@ def _rerun(checkpoint: Checkpoint, saved: Plan, name: str | None, bad: Sequence[
     A note tells where it misses the budget it was made for. Raises UsageError where those layers
     are the reason.
     """
-    plan = saved.with_dense(dict.fromkeys(bad, f"holds {UNSOUND}"))
+    plan = in_one_dtype(checkpoint, saved.with_dense(dict.fromkeys(bad, f"holds {UNSOUND}")))
     missed = missed_target(plan, design_of(checkpoint, plan, name).blueprint().total)
     if not missed:
         return plan

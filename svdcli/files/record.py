@@ -316,24 +316,26 @@ def stored_layers(checkpoint: Checkpoint, record: Mapping[str, Any]) -> list[Lay
         raise BadCheckpointError(
             f"{checkpoint.shown}: its svdcli record is damaged ({error})", "write it again"
         ) from error
+    there = {info.name: info for info in checkpoint.infos}
+    for stack in stacks_of(record, checkpoint.shown):
+        if stack.name in there:  # in one piece, also where its matrices are what was written
+            there |= {matrix.name: matrix for matrix, _ in slices_of(there[stack.name])}
     for layer in layers:
         for factor in (*layer.stored(), *layer.spans()):
-            _check_factor(checkpoint, factor)
+            _check_factor(checkpoint.shown, there.get(factor.name), factor)
     return layers
 
 
-def _check_factor(checkpoint: Checkpoint, factor: TensorInfo) -> None:
-    """Raises BadCheckpointError where the checkpoint does not hold this factor as the record has
+def _check_factor(shown: str, stored: TensorInfo | None, factor: TensorInfo) -> None:
+    """Raises BadCheckpointError where what a checkpoint holds is not this factor as the record has
     it."""
-    ref = checkpoint.tensors.get(factor.name)
-    if ref is None:
+    if stored is None:
         raise BadCheckpointError(
-            f"{checkpoint.shown} lacks {factor.name!r}, a factor", "write the output again"
+            f"{shown} lacks {factor.name!r}, a factor", "write the output again"
         )
-    stored = ref.info
     if stored != factor:
         raise BadCheckpointError(
-            f"{checkpoint.shown} has {factor.name!r} as {stored.dtype} {list(stored.shape)}, "
+            f"{shown} has {factor.name!r} as {stored.dtype} {list(stored.shape)}, "
             f"its record as {factor.dtype} {list(factor.shape)}",
             "write the output again",
         )

@@ -238,6 +238,89 @@ def test_a_damaged_record_is_one_line(entry: Any, saved: Saved, tmp_path: Path) 
         assert "record is damaged" in complaint(cli(*arguments))
 
 
+# Written as ordinary matrices ---------------------------------------------------------------------
+
+
+def opened_as_stock(folder: Path, model_class: Any) -> Any:
+    """The model that transformers makes of it, which asks nothing of svdcli's plugin."""
+    config = json.loads((folder / "config.json").read_text())
+    assert "quantization_config" not in config
+    model, told = model_class.from_pretrained(folder, output_loading_info=True)
+    assert not told["missing_keys"]
+    assert not told["unexpected_keys"]
+    assert not told["mismatched_keys"]
+    return model.eval()
+
+
+@pytest.mark.parametrize("how", [{}, {"exclude": ["*experts.1.*"]}, {"max_shard_size": 60_000}])
+@pytest.mark.parametrize("name", MIXTURES)
+def test_the_dense_layout_writes_stacks(
+    name: str, how: dict[str, Any], saved: Saved, tmp_path: Path
+) -> None:
+    source, out = saved(name), tmp_path / "o"
+    wanted: dict[str, Any] = {"rank": 8, "layout": "dense"} | how
+    predicted = svdcli.compress(source, out, dry_run=True, allow_larger=True, **wanted).report
+    report = svdcli.compress(source, out, allow_larger=True, **wanted).report
+    assert report.files == predicted.files
+    assert stacks(out).keys() == stacks(source).keys()
+    assert svdcli.verify(out, source).ok
+    stock = opened_as_stock(out, getattr(transformers, MIXTURES[name][0]))
+    assert torch.equal(answer(stock), answer(svdcli.load(out).eval()))
+    for stack, tensor in stacks(source).items():
+        for number, (before, after) in enumerate(zip(tensor, stacks(out)[stack], strict=True)):
+            if "exclude" in how and number == 1:
+                assert torch.equal(before, after)
+                continue
+            best = torch.linalg.svdvals(before.double())[8:].norm()
+            assert float((after - before).norm()) == pytest.approx(float(best), rel=1e-4)
+    svdcli.expand(out, tmp_path / "d")
+    before, after = load_all(out), load_all(tmp_path / "d")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+@pytest.mark.parametrize("exclude", [(), ("*experts.1.down*",)], ids=["all", "but one"])
+def test_a_stack_of_ordinary_matrices_has_one_dtype(
+    exclude: tuple[str, ...], saved: Saved, tmp_path: Path
+) -> None:
+    """That of the source, where not all of it is in the dtype that was asked for."""
+    source, out = saved("granitemoe"), tmp_path / "o"
+    how: dict[str, Any] = {"rank": 8, "layout": "dense", "dtype": "bfloat16"}
+    svdcli.compress(source, out, exclude=exclude, **how)
+    for name, stack in stacks(out).items():
+        kept = bool(exclude) and "output_linear" in name
+        assert stack.dtype == (torch.float32 if kept else torch.bfloat16)
+    assert svdcli.verify(out, source).ok
+    opened_as_stock(out, transformers.GraniteMoeForCausalLM)
+    svdcli.expand(out, tmp_path / "d")
+    assert {tensor.dtype for tensor in load_all(tmp_path / "d").values()} == {torch.float32}
+
+
+def test_a_stack_that_was_cut_short_is_continued(
+    saved: Saved, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import svdcli.engine.job as job
+
+    source, how = saved("granitemoe"), {"rank": 8, "layout": "dense"}
+    svdcli.compress(source, tmp_path / "whole", **how)  # type: ignore[arg-type]
+    solved: list[str] = []
+    solve = job.solve
+
+    def counting(work: Any, *arguments: Any) -> Any:
+        solved.append(work.unit.name)
+        if len(solved) == 12:
+            raise KeyboardInterrupt
+        return solve(work, *arguments)
+
+    monkeypatch.setattr(job, "solve", counting)
+    with pytest.raises(KeyboardInterrupt):
+        svdcli.compress(source, tmp_path / "o", **how)  # type: ignore[arg-type]
+    svdcli.compress(source, tmp_path / "o", **how)  # type: ignore[arg-type]
+    assert len(set(solved[:11]) & set(solved[12:])) <= 1
+    for file in (tmp_path / "whole").iterdir():
+        assert (tmp_path / "o" / file.name).read_bytes() == file.read_bytes()
+
+
 # Of classes that compute in other ways ------------------------------------------------------------
 
 
