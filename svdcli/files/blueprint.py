@@ -29,7 +29,7 @@ from svdcli.files.record import (
     usual_results,
     widest_results,
 )
-from svdcli.files.stacks import slices_of
+from svdcli.files.stacks import slices_of, stacks_by_matrix
 from svdcli.files.writer import (
     OutFile,
     Unit,
@@ -379,7 +379,7 @@ def compress_units(checkpoint: Checkpoint, plan: Plan) -> list[Unit]:
 
     In a directory that transformers would open, one factored layer of every part also gets a
     zero-size tensor under its old name, the tripwire: a loader without svdcli then fails loudly
-    instead of making weights up.
+    instead of making weights up. The old name of an expert is that of the stack that it came in.
     """
     layers = {layer.tensor.name: layer for layer in plan.factored}
     with_others = {bias.name for layer in plan.factored for bias in layer.biases}
@@ -391,6 +391,7 @@ def compress_units(checkpoint: Checkpoint, plan: Plan) -> list[Unit]:
 
     whole = _whole_stacks(checkpoint, layers)
     again = {} if plan.recipe.keeps_factors else _stacks_again(checkpoint, layers)
+    stack_of = stacks_by_matrix(ref.info for ref in checkpoint.stacks.values())
     units = []
     for name, ref in checkpoint.tensors.items():
         layer = layers.get(name)
@@ -408,7 +409,8 @@ def compress_units(checkpoint: Checkpoint, plan: Plan) -> list[Unit]:
         # Which layer has the tripwire may change when another one stays dense, so it is a unit of
         # its own.
         if layer.tensor.module in warned:
-            tripwire = TensorInfo(name, layer.stored_dtype, (0,))
+            old = stack_of.get(name, ref.info).name
+            tripwire = TensorInfo(old, layer.stored_dtype, (0,))
             units.append(Unit(f"{name} of no size", "warn", (), (tripwire,), ref.file))
         reads = tuple(tensor.name for tensor in layer.originals)
         units.append(Unit(name, "factor", reads, layer.written(), ref.file, again.get(name)))
@@ -474,8 +476,9 @@ def expand_units(
         for tensor in (*layer.stored(), *layer.spans()):
             layer_of[tensor.name] = layer
     may_be_tripwires = {layer.tensor.name for layer in layers if layer.keeps_factors}
+    may_be_tripwires |= {stack.name for stack in stacks}
 
-    stack_of = {matrix.name: stack for stack in stacks for matrix, _ in slices_of(stack)}
+    stack_of = stacks_by_matrix(stacks)
     units = []
     expanded: set[str] = set()
     for name, ref in checkpoint.tensors.items():

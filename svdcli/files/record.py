@@ -103,8 +103,14 @@ def left_out_copies(record: Mapping[str, Any], shown: str) -> list[tuple[TensorI
 def take_apart_again(checkpoint: Checkpoint, record: Mapping[str, Any]) -> None:
     """Have the stacks that were taken apart for an output stand as matrices here too: in its
     source, or in itself those of which nothing was factored."""
-    names = {stack.name for stack in stacks_of(record, checkpoint.shown)}
-    checkpoint.take_apart(names & checkpoint.tensors.keys())
+    checkpoint.take_apart({stack.name for stack in _in_one_piece(checkpoint, record)})
+
+
+def _in_one_piece(checkpoint: Checkpoint, record: Mapping[str, Any]) -> list[TensorInfo]:
+    """The stacks that the record names and the checkpoint holds as they are there; a tensor of no
+    size under such a name only warns other loaders."""
+    refs = [checkpoint.tensors.get(stack.name) for stack in stacks_of(record, checkpoint.shown)]
+    return [ref.info for ref in refs if ref is not None and ref.info.parameters]
 
 
 def source_json(
@@ -317,9 +323,8 @@ def stored_layers(checkpoint: Checkpoint, record: Mapping[str, Any]) -> list[Lay
             f"{checkpoint.shown}: its svdcli record is damaged ({error})", "write it again"
         ) from error
     there = {info.name: info for info in checkpoint.infos}
-    for stack in stacks_of(record, checkpoint.shown):
-        if stack.name in there:  # in one piece, also where its matrices are what was written
-            there |= {matrix.name: matrix for matrix, _ in slices_of(there[stack.name])}
+    for stack in _in_one_piece(checkpoint, record):
+        there |= {matrix.name: matrix for matrix, _ in slices_of(stack)}
     for layer in layers:
         for factor in (*layer.stored(), *layer.spans()):
             _check_factor(checkpoint.shown, there.get(factor.name), factor)
@@ -349,9 +354,8 @@ def check_listed(checkpoint: Checkpoint, record: Mapping[str, Any]) -> None:
         ref = checkpoint.tensors.get(source)
         if ref is not None and (ref.info.dtype, ref.info.shape) == (copy.dtype, copy.shape):
             there.add(copy.name)
-    for stack in stacks_of(record, checkpoint.shown):
-        if stack.name in there:  # in one piece, since nothing of it was factored
-            there.update(matrix.name for matrix, _ in slices_of(stack))
+    for stack in _in_one_piece(checkpoint, record):
+        there.update(matrix.name for matrix, _ in slices_of(stack))
     for name in (*(record.get("dense") or ()), *(record.get("skipped") or ())):
         if name not in there:
             raise BadCheckpointError(

@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 import zoo
-from helpers import cli, complaint, load_all
+from helpers import cli, complaint, load_all, run_code
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -20,6 +20,7 @@ import svdcli
 from svdcli.files.checkpoint import open_checkpoint
 from svdcli.files.stacks import slices_of
 from svdcli.models.experts import SeparateExperts
+from svdcli.models.hf import SvdConfig, separate_experts
 from svdcli.plan.tensors import TensorInfo
 
 SIZES: dict[str, Any] = {
@@ -236,6 +237,93 @@ def test_a_damaged_record_is_one_line(entry: Any, saved: Saved, tmp_path: Path) 
     (tmp_path / "o" / "svdcli.json").write_text(json.dumps(record))
     for arguments in (("expand", tmp_path / "o"), ("verify", tmp_path / "o")):
         assert "record is damaged" in complaint(cli(*arguments))
+
+
+# Opened by others ---------------------------------------------------------------------------------
+
+STOCK = """
+import sys, transformers
+sys.modules["svdcli"] = None
+getattr(transformers, sys.argv[1]).from_pretrained("o")
+"""
+
+
+def warnings_in(folder: Path) -> set[str]:
+    return {name for name, tensor in load_all(folder).items() if not tensor.numel()}
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_a_loader_without_svdcli_makes_no_experts_up(
+    name: str, saved: Saved, tmp_path: Path
+) -> None:
+    """Where experts alone are factored, what warns is called after their stack."""
+    source, out, model_class = saved(name), tmp_path / "o", MIXTURES[name][0]
+    report = svdcli.compress(source, out, rank=8, include=["*.experts.*"]).report
+    warned = warnings_in(out)
+    assert len(warned) == 1
+    assert warned < stacks(source).keys()
+    assert (
+        report.files
+        == svdcli.compress(
+            source, tmp_path / "p", rank=8, include=["*.experts.*"], dry_run=True
+        ).report.files
+    )
+    assert run_code(STOCK, model_class, folder=tmp_path).code
+    assert svdcli.verify(out, source).ok
+
+    # Those with it go on, and what they save again warns too
+    svdcli.expand(out, tmp_path / "d")
+    assert load_all(tmp_path / "d").keys() == load_all(source).keys()
+    dense: Any = svdcli.load(tmp_path / "d").eval()
+    model, told = getattr(transformers, model_class).from_pretrained(out, output_loading_info=True)
+    assert not told["unexpected_keys"]
+    assert not told["missing_keys"]
+    torch.testing.assert_close(answer(model.eval()), answer(dense), rtol=1e-4, atol=1e-5)
+    model.save_pretrained(tmp_path / "again")
+    assert warnings_in(tmp_path / "again") == warned
+    again = svdcli.load(tmp_path / "again").eval()
+    torch.testing.assert_close(answer(again), answer(model), rtol=1e-5, atol=1e-6)
+    (tmp_path / "o").rename(tmp_path / "first")
+    (tmp_path / "again").rename(tmp_path / "o")
+    assert run_code(STOCK, model_class, folder=tmp_path).code
+
+
+def test_what_warns_is_no_tensor_of_a_module(tmp_path: Path, saved: Saved) -> None:
+    """An own module of one expert after the other takes what is there."""
+    source = saved("mistral4")
+    svdcli.compress(source, tmp_path / "o", rank=8, include=["*.experts.*"])
+    stock: Any = svdcli.load(source)
+    separate_experts(stock, load_all(source))
+    svdcli.load(tmp_path / "o", into=stock)
+    model: Any = svdcli.load(tmp_path / "o")
+    assert torch.equal(answer(stock.eval()), answer(model.eval()))
+
+
+@pytest.mark.parametrize("how", [{}, {"exclude": ["*gate_up_proj*"]}], ids=str)
+@pytest.mark.parametrize("name", MIXTURES)
+@pytest.mark.filterwarnings("ignore:You passed `quantization_config`")
+def test_experts_are_multiplied_out_where_that_is_asked_for(
+    name: str, how: dict[str, Any], saved: Saved, tmp_path: Path
+) -> None:
+    svdcli.compress(saved(name), tmp_path / "o", rank=8, **how)
+    model: Any = svdcli.load(tmp_path / "o").eval()
+    stock_class = getattr(transformers, MIXTURES[name][0])
+    multiplied = {"quantization_config": SvdConfig(dequantize=True)}
+    dense = stock_class.from_pretrained(tmp_path / "o", **multiplied).eval()
+    assert not any(isinstance(module, SeparateExperts) for module in dense.modules())
+    torch.testing.assert_close(answer(dense), answer(model), rtol=1e-4, atol=1e-5)
+    dense.save_pretrained(tmp_path / "d")
+    plain = stock_class.from_pretrained(tmp_path / "d").eval()
+    torch.testing.assert_close(answer(plain), answer(model), rtol=1e-4, atol=1e-5)
+
+
+def test_the_model_without_its_head_has_the_experts_too(saved: Saved, tmp_path: Path) -> None:
+    svdcli.compress(saved("mistral4"), tmp_path / "o", rank=8)
+    whole: Any = svdcli.load(tmp_path / "o").eval()
+    body = transformers.AutoModel.from_pretrained(tmp_path / "o").eval()
+    with torch.inference_mode():
+        found = whole.lm_head(body(input_ids=zoo.IDS).last_hidden_state)
+    torch.testing.assert_close(found, answer(whole))
 
 
 # Written as ordinary matrices ---------------------------------------------------------------------
