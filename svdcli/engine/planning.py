@@ -458,10 +458,10 @@ def check_smaller(design: CompressDesign, allow_larger: bool) -> None:
     """Raises SvdcliError where the output would be no smaller than its source."""
     larger = not_smaller(design)
     if larger and not allow_larger:
-        raise SvdcliError(
-            larger,
-            "cut more, --exclude what hardly shrinks, or write it all the same with --allow-larger",
-        )
+        how = "--exclude what hardly shrinks"
+        if design.checkpoint.quantised:  # of which what stays as it is takes more than before
+            how = "take fewer --bits"
+        raise SvdcliError(larger, f"cut more, {how}, or write it all the same with --allow-larger")
 
 
 def not_smaller(design: CompressDesign) -> str:
@@ -472,14 +472,14 @@ def not_smaller(design: CompressDesign) -> str:
     size, source = design.blueprint().total, design.source_bytes
     if size < source:
         return ""
+    too_many = f"the output would have {size} bytes, no fewer than the {source} of its source"
+    if design.checkpoint.quantised:
+        return f"{too_many}, which is stored in 8 or 4 bits and read as numbers of more"
     saved = sum(
         layer.tensor.nbytes - sum(part.nbytes for part in layer.stored())
         for layer in design.plan.factored
     )
-    return (
-        f"the output would have {size} bytes, no fewer than the {source} of its source: "
-        f"layers save {saved}, headers and the record take more"
-    )
+    return f"{too_many}: layers save {saved}, headers and the record take more"
 
 
 def noting_a_miss(plan: Plan, missed: str) -> Plan:

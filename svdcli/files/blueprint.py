@@ -154,7 +154,10 @@ class CompressDesign:
     @property
     def source_bytes(self) -> int:
         """What the output must stay below: the source's files, or its tensors where the bytes of
-        one serve several, as pickles allow and safetensors files do not."""
+        one serve several, as pickles allow and safetensors files do not. Of quantised weights what
+        they take on disk, and not the numbers that they are read as."""
+        if self.checkpoint.quantised:
+            return self.checkpoint.nbytes
         tensors = sum(info.nbytes for info in self.checkpoint.infos)
         return max(self.checkpoint.nbytes, tensors + sum(self.checkpoint.carried.values()))
 

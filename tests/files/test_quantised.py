@@ -248,7 +248,7 @@ def test_everything_is_as_for_the_numbers(fp8: Path, twin: Path, tmp_path: Path)
     for source, out in ((fp8, "a"), (twin, "b")):
         moments = tmp_path / f"{out}.safetensors"
         svdcli.calibrate(source, moments, text, samples=16, seq_len=32)
-        svdcli.compress(source, tmp_path / out, keep=0.5, calibration=moments)
+        svdcli.compress(source, tmp_path / out, keep=0.5, calibration=moments, allow_larger=True)
         svdcli.expand(tmp_path / out, tmp_path / f"{out}-dense")
         svdcli.heal(
             *(tmp_path / out, tmp_path / f"{out}-healed"),
@@ -282,10 +282,23 @@ def test_bits_from_bits(fp8: Path, twin: Path, tmp_path: Path) -> None:
 
 
 def test_the_command_says_what_was_read(fp8: Path, tmp_path: Path) -> None:
-    done = cli("compress", fp8, "--keep", "0.6", "-o", tmp_path / "o")
+    done = cli("compress", fp8, "--keep", "0.3", "-o", tmp_path / "o")
     assert "14 weights in F8_E4M3 (fp8)" in " ".join(done.out.decode().split())
     config = json.loads((tmp_path / "o" / "config.json").read_text())
     assert config["quantization_config"]["quant_method"] == "svdcli"
+
+
+def test_an_output_that_takes_more_than_the_codes_did_is_refused(fp8: Path, tmp_path: Path) -> None:
+    """It counts what the source takes on disk, not the numbers that it is read as."""
+    with open_checkpoint(fp8) as checkpoint:
+        taken = checkpoint.nbytes
+    line = complaint(cli("compress", fp8, "--keep", "0.6", "-o", tmp_path / "o"))
+    assert f"no fewer than the {taken} of its source, which is stored in 8 or 4 bits" in line
+    assert "--bits" in line
+    assert "--allow-larger" in line
+    assert not (tmp_path / "o").exists()
+    report = svdcli.compress(fp8, tmp_path / "o", keep=0.6, allow_larger=True).report
+    assert sum(report.files.values()) > taken
 
 
 # What cannot be read ------------------------------------------------------------------------------
