@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -407,6 +408,62 @@ def test_a_stack_that_was_cut_short_is_continued(
     assert len(set(solved[:11]) & set(solved[12:])) <= 1
     for file in (tmp_path / "whole").iterdir():
         assert (tmp_path / "o" / file.name).read_bytes() == file.read_bytes()
+
+
+# Quantised ----------------------------------------------------------------------------------------
+
+FP8 = {"quant_method": "fp8", "weight_block_size": [32, 32], "activation_scheme": "dynamic"}
+
+
+def in_float8(source: Path, out: Path, *, one_scale: bool = False) -> Path:
+    """A copy whose stacks are codes and scales, and how many there are."""
+    shutil.copytree(source, out)
+    tensors = load_all(source)
+    for name, stack in stacks(source).items():
+        blocks = stack.unflatten(1, (-1, 32)).unflatten(3, (-1, 32))
+        scale = blocks.abs().amax((2, 4)) / 448
+        spread = scale.repeat_interleave(32, 1).repeat_interleave(32, 2)
+        if one_scale:
+            scale = spread = scale.max().reshape(1)
+        tensors[name] = (stack / spread).to(torch.float8_e4m3fn)
+        tensors[f"{name}_scale_inv"] = scale
+    save_file(tensors, out / "model.safetensors", {"format": "pt"})
+    config = json.loads((source / "config.json").read_text())
+    config |= {"quantization_config": FP8, "dtype": "float32"}
+    (out / "config.json").write_text(json.dumps(config))
+    return out
+
+
+@pytest.mark.parametrize("one_scale", [False, True], ids=["blocks", "one scale"])
+@pytest.mark.parametrize("name", ["granitemoe", "mistral4"])
+def test_stacks_of_codes_are_taken_apart_too(
+    name: str, one_scale: bool, saved: Saved, tmp_path: Path
+) -> None:
+    source = in_float8(saved(name), tmp_path / "m", one_scale=one_scale)
+    with open_checkpoint(source) as checkpoint:
+        whole = {stack: checkpoint.read_tensor(stack) for stack in checkpoint.whole_stacks()}
+        assert whole.keys() == stacks(saved(name)).keys()
+        fingerprint = checkpoint.fingerprint()
+        checkpoint.take_apart(whole)
+        assert checkpoint.fingerprint() == fingerprint
+        for stack, tensor in whole.items():
+            slices = list(slices_of(TensorInfo(stack, "F32", tuple(tensor.shape))))
+            for number, (matrix, _) in enumerate(slices):
+                assert torch.equal(checkpoint.read_tensor(matrix.name), tensor[number])
+    report = svdcli.compress(source, tmp_path / "o", rank=8).report
+    assert len([row for row in report.layers if ".experts." in row.name]) == 16
+    assert svdcli.verify(tmp_path / "o", source).ok
+    svdcli.expand(tmp_path / "o", tmp_path / "d")
+    for stack, tensor in stacks(tmp_path / "d").items():
+        for before, after in zip(whole[stack].double(), tensor.double(), strict=True):
+            best = torch.linalg.svdvals(before)[8:].norm()
+            assert float((after - before).norm()) == pytest.approx(float(best), rel=1e-4)
+    dense = svdcli.load(tmp_path / "d").eval()
+    model = svdcli.load(tmp_path / "o").eval()
+    torch.testing.assert_close(answer(model), answer(dense), rtol=1e-4, atol=1e-5)
+    exclude = {"exclude": ["*.experts.*"]}
+    svdcli.compress(source, tmp_path / "w", rank=8, allow_larger=True, **exclude)
+    assert all(torch.equal(stacks(tmp_path / "w")[stack], whole[stack]) for stack in whole)
 
 
 # Of classes that compute in other ways ------------------------------------------------------------
