@@ -548,7 +548,7 @@ def _read_quantised(checkpoint: Checkpoint) -> None:
     # The weights, each in the place of its codes
     stored = dict(checkpoint.tensors)
     infos = {name: ref.info for name, ref in stored.items()}
-    weights, activations = quantised_weights(
+    weights, activations, assumed = quantised_weights(
         details,
         dtype_of(config),
         infos,
@@ -574,7 +574,7 @@ def _read_quantised(checkpoint: Checkpoint) -> None:
         for part in (checkpoint.config, *(part for _, part in part_configs(checkpoint.config))):
             part.pop("quantization_config", None)
     method = details.get("quant_method")
-    checkpoint.notes.append(_note_of(weights, infos, method, activations))
+    checkpoint.notes += [*assumed, _note_of(weights, infos, method, activations)]
 
 
 def _note_of(
@@ -587,11 +587,17 @@ def _note_of(
     stored = " and ".join(sorted({infos[weight.codes].dtype for weight in weights.values()}))
     by = f" ({method})" if method else ""
     dtype = next(iter(weights.values())).info.dtype
+    many = len(weights) > 1
+    what = f"{len(weights)} weights in {stored}{by} are" if many else f"1 weight in {stored}{by} is"
+    they = "they stay" if many else "it stays"
+    stands = "they stand" if many else "it stands"
     note = (
-        f"{len(weights)} weights in {stored}{by} are read, counted and, where they stay dense, "
-        f"written as the {dtype} numbers that they stand for"
+        f"{what} read, counted and, where {they} dense, written as the {dtype} numbers that "
+        f"{stands} for"
     )
-    if activations:
+    if len(activations) == 1:
+        note += "; 1 scale of activations is left out"
+    elif activations:
         note += f"; {len(activations)} scales of activations are left out"
     return note
 

@@ -209,7 +209,7 @@ def test_rows_of_fbgemm_and_scales_of_activations(tmp_path: Path) -> None:
         assert checkpoint.tensors.keys() == {"a.weight", "b.weight"}
         expected = tensors["a.weight"].float() * scale
         assert torch.equal(checkpoint.read_tensor("a.weight"), expected.to(torch.bfloat16))
-        assert "1 scales of activations are left out" in checkpoint.notes[-1]
+        assert "1 scale of activations is left out" in checkpoint.notes[-1]
 
 
 def test_a_file_alone_is_read_by_the_names_in_it(tmp_path: Path) -> None:
@@ -226,6 +226,56 @@ def test_a_file_alone_is_read_by_the_names_in_it(tmp_path: Path) -> None:
     values = torch.linalg.svdvals(expected.double())
     error = torch.linalg.matrix_norm(approx.double() - expected.double())
     assert float(error) == pytest.approx(float(values[20:].norm()), rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("shape", "block", "said"),
+    [
+        ((96, 192), 64, None),
+        ((192, 160), 32, [128, 128]),
+        ((256, 320), 128, [0, "x"]),
+        ((64, 100), 64, None),  # one row of blocks
+        ((600, 700), 256, None),
+    ],
+)
+def test_blocks_that_nothing_says_are_those_that_fit(
+    shape: tuple[int, int], block: int, said: list[Any] | None, tmp_path: Path
+) -> None:
+    m, n = shape
+    codes = weight(m, n).to(F8)
+    scales = torch.rand(-(-m // block), -(-n // block)) + 0.5
+    file = tmp_path / "m.safetensors"
+    tensors = {"a.weight": codes, "a.weight_scale_inv": scales}
+    save_file(tensors, file)
+    path = file
+    if said is not None:
+        path = folder_of(tmp_path / "m", tensors, FP8 | {"weight_block_size": said})
+    with open_checkpoint(path) as checkpoint:
+        spread = scales.repeat_interleave(block, 0)[:m].repeat_interleave(block, 1)[:, :n]
+        expected = (codes.float() * spread).to(torch.bfloat16)
+        assert torch.equal(checkpoint.read_tensor("a.weight"), expected)
+        [note] = [note for note in checkpoint.notes if "by the shapes" in note]
+        assert f"{block} x {block} numbers of a.weight, " in note
+        assert checkpoint.notes[-1].startswith("1 weight in F8_E4M3")
+
+
+@pytest.mark.parametrize("shape", [(96, 192, 3, 3), (300, 200, 1, 2), (96, 96, 5, 2)])
+def test_blocks_that_could_be_any_are_refused(
+    shape: tuple[int, int, int, int], tmp_path: Path
+) -> None:
+    """They were guessed before, as what fills the matrix evenly."""
+    file = tmp_path / "m.safetensors"
+    codes = weight(*shape[:2]).to(F8)
+    save_file({"a.weight": codes, "a.weight_scale_inv": torch.ones(shape[2:])}, file)
+    assert "no scales of a weight" in complaint(cli("compress", file, "--rank", "8"))
+
+
+def test_what_shapes_tell_needs_no_note(tmp_path: Path) -> None:
+    for scales in (torch.ones(96, 1), torch.ones(96), torch.ones(1), torch.ones(1, 160)):
+        file = tmp_path / "m.safetensors"
+        save_file({"a.weight": weight(96, 160).to(F8), "a.weight_scale_inv": scales}, file)
+        with open_checkpoint(file) as checkpoint:
+            assert not any("by the shapes" in note for note in checkpoint.notes)
 
 
 def test_a_config_that_tells_of_no_codes_is_believed(tmp_path: Path) -> None:
