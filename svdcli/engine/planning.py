@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from svdcli.engine.copies import copies_in, stored_once
 from svdcli.engine.run import Run
 from svdcli.errors import NothingSelectedError, SvdcliError, UsageError
-from svdcli.files.blueprint import CompanionFile, CompressDesign
+from svdcli.files.blueprint import CompanionFile, CompressDesign, in_one_dtype
 from svdcli.files.checkpoint import STANDALONE, Checkpoint
 from svdcli.files.record import Result, make_record, record_of, source_json
 from svdcli.files.report import MISSED, Report, report_of
@@ -282,7 +282,7 @@ def _decide_ranks(
             )
 
     def complete(plan: Plan) -> Plan:
-        plan = stored_once(checkpoint, with_tables(plan, tables), equal)
+        plan = stored_once(checkpoint, with_tables(in_one_dtype(checkpoint, plan), tables), equal)
         plan = replace(plan, notes=(*plan.notes, *notes, *_mixed(plan)))
         return _with_its_text(replace(plan, ignored=_ignored(plan, kinds)), request)
 
@@ -371,7 +371,7 @@ def _rerun(checkpoint: Checkpoint, saved: Plan, name: str | None, bad: Sequence[
     A note tells where it misses the budget it was made for. Raises UsageError where those layers
     are the reason.
     """
-    plan = saved.with_dense(dict.fromkeys(bad, f"holds {UNSOUND}"))
+    plan = in_one_dtype(checkpoint, saved.with_dense(dict.fromkeys(bad, f"holds {UNSOUND}")))
     missed = missed_target(plan, design_of(checkpoint, plan, name).blueprint().total)
     if not missed:
         return plan
@@ -458,10 +458,10 @@ def check_smaller(design: CompressDesign, allow_larger: bool) -> None:
     """Raises SvdcliError where the output would be no smaller than its source."""
     larger = not_smaller(design)
     if larger and not allow_larger:
-        raise SvdcliError(
-            larger,
-            "cut more, --exclude what hardly shrinks, or write it all the same with --allow-larger",
-        )
+        how = "--exclude what hardly shrinks"
+        if design.checkpoint.quantised:  # of which what stays as it is takes more than before
+            how = "take fewer --bits"
+        raise SvdcliError(larger, f"cut more, {how}, or write it all the same with --allow-larger")
 
 
 def not_smaller(design: CompressDesign) -> str:
@@ -472,14 +472,14 @@ def not_smaller(design: CompressDesign) -> str:
     size, source = design.blueprint().total, design.source_bytes
     if size < source:
         return ""
+    too_many = f"the output would have {size} bytes, no fewer than the {source} of its source"
+    if design.checkpoint.quantised:
+        return f"{too_many}, which is stored in 8 or 4 bits and read as numbers of more"
     saved = sum(
         layer.tensor.nbytes - sum(part.nbytes for part in layer.stored())
         for layer in design.plan.factored
     )
-    return (
-        f"the output would have {size} bytes, no fewer than the {source} of its source: "
-        f"layers save {saved}, headers and the record take more"
-    )
+    return f"{too_many}: layers save {saved}, headers and the record take more"
 
 
 def noting_a_miss(plan: Plan, missed: str) -> Plan:

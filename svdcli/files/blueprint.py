@@ -29,7 +29,7 @@ from svdcli.files.record import (
     usual_results,
     widest_results,
 )
-from svdcli.files.stacks import slices_of
+from svdcli.files.stacks import slices_of, stacks_by_matrix
 from svdcli.files.writer import (
     OutFile,
     Unit,
@@ -40,6 +40,7 @@ from svdcli.files.writer import (
     with_header,
 )
 from svdcli.plan.layouts import WHOLE
+from svdcli.plan.packing import PLAIN
 from svdcli.plan.parts import tripwires
 from svdcli.plan.plan import LayerPlan, Plan
 from svdcli.plan.tensors import TensorInfo
@@ -153,7 +154,10 @@ class CompressDesign:
     @property
     def source_bytes(self) -> int:
         """What the output must stay below: the source's files, or its tensors where the bytes of
-        one serve several, as pickles allow and safetensors files do not."""
+        one serve several, as pickles allow and safetensors files do not. Of quantised weights what
+        they take on disk, and not the numbers that they are read as."""
+        if self.checkpoint.quantised:
+            return self.checkpoint.nbytes
         tensors = sum(info.nbytes for info in self.checkpoint.infos)
         return max(self.checkpoint.nbytes, tensors + sum(self.checkpoint.carried.values()))
 
@@ -373,11 +377,12 @@ def _check_names(names: Iterable[str]) -> None:
 
 
 def compress_units(checkpoint: Checkpoint, plan: Plan) -> list[Unit]:
-    """One unit a tensor of the source.
+    """One unit a tensor of the source. Where experts that were taken apart stay ordinary matrices,
+    they are written as the stack that they were, since no loader finds them in any other way.
 
     In a directory that transformers would open, one factored layer of every part also gets a
     zero-size tensor under its old name, the tripwire: a loader without svdcli then fails loudly
-    instead of making weights up.
+    instead of making weights up. The old name of an expert is that of the stack that it came in.
     """
     layers = {layer.tensor.name: layer for layer in plan.factored}
     with_others = {bias.name for layer in plan.factored for bias in layer.biases}
@@ -388,6 +393,8 @@ def compress_units(checkpoint: Checkpoint, plan: Plan) -> list[Unit]:
         warned.update(tripwires(layer.tensor.module for layer in factored))
 
     whole = _whole_stacks(checkpoint, layers)
+    again = {} if plan.recipe.keeps_factors else _stacks_again(checkpoint, layers)
+    stack_of = stacks_by_matrix(ref.info for ref in checkpoint.stacks.values())
     units = []
     for name, ref in checkpoint.tensors.items():
         layer = layers.get(name)
@@ -400,15 +407,16 @@ def compress_units(checkpoint: Checkpoint, plan: Plan) -> list[Unit]:
         if name in with_others or name in plan.same:
             continue  # written with its layer, or with its group, or under another name
         if layer is None:
-            units.append(Unit(name, "copy", (name,), (ref.info,), ref.file))
+            units.append(Unit(name, "copy", (name,), (ref.info,), ref.file, again.get(name)))
             continue
         # Which layer has the tripwire may change when another one stays dense, so it is a unit of
         # its own.
         if layer.tensor.module in warned:
-            tripwire = TensorInfo(name, layer.stored_dtype, (0,))
+            old = stack_of.get(name, ref.info).name
+            tripwire = TensorInfo(old, layer.stored_dtype, (0,))
             units.append(Unit(f"{name} of no size", "warn", (), (tripwire,), ref.file))
         reads = tuple(tensor.name for tensor in layer.originals)
-        units.append(Unit(name, "factor", reads, layer.written(), ref.file))
+        units.append(Unit(name, "factor", reads, layer.written(), ref.file, again.get(name)))
     return units
 
 
@@ -427,6 +435,40 @@ def _whole_stacks(
     return whole if layers.keys().isdisjoint(whole) else {}
 
 
+def _stacks_again(checkpoint: Checkpoint, layers: Mapping[str, LayerPlan]) -> dict[str, TensorInfo]:
+    """{matrix of a stack: the stack that it is written into}, of stacks whose matrices are all
+    written as such, in one dtype."""
+    again: dict[str, TensorInfo] = {}
+    for ref in checkpoint.stacks.values():
+        matrices = [matrix for matrix, _ in slices_of(ref.info)]
+        held = [layers[matrix.name] for matrix in matrices if matrix.name in layers]
+        dtypes = {layer.stored_dtype for layer in held}
+        if len(held) < len(matrices):
+            dtypes.add(ref.info.dtype)
+        if len(dtypes) == 1 and all(layer.packing == PLAIN for layer in held):
+            stack = replace(ref.info, dtype=dtypes.pop())
+            again |= dict.fromkeys((matrix.name for matrix in matrices), stack)
+    return again
+
+
+def in_one_dtype(checkpoint: Checkpoint, plan: Plan) -> Plan:
+    """The plan with the experts of a stack in the dtype of the stack, where ordinary matrices are
+    written and not all of its experts are in the dtype that was asked for."""
+    if plan.recipe.keeps_factors or plan.recipe.dtype is None:
+        return plan
+    factored = {layer.tensor.name for layer in plan.factored}
+    mixed: set[str] = set()
+    for ref in checkpoint.stacks.values():
+        names = {matrix.name for matrix, _ in slices_of(ref.info)}
+        if not names <= factored:
+            mixed |= names
+    layers = []
+    for layer in plan.layers:
+        in_its_own = layer.tensor.name in mixed
+        layers.append(replace(layer, stored_dtype=layer.tensor.dtype) if in_its_own else layer)
+    return replace(plan, layers=tuple(layers))
+
+
 def expand_units(
     checkpoint: Checkpoint, layers: Sequence[LayerPlan], stacks: Sequence[TensorInfo] = ()
 ) -> list[Unit]:
@@ -437,8 +479,9 @@ def expand_units(
         for tensor in (*layer.stored(), *layer.spans()):
             layer_of[tensor.name] = layer
     may_be_tripwires = {layer.tensor.name for layer in layers if layer.keeps_factors}
+    may_be_tripwires |= {stack.name for stack in stacks}
 
-    stack_of = {matrix.name: stack for stack in stacks for matrix, _ in slices_of(stack)}
+    stack_of = stacks_by_matrix(stacks)
     units = []
     expanded: set[str] = set()
     for name, ref in checkpoint.tensors.items():
@@ -447,7 +490,8 @@ def expand_units(
         if stack is not None:
             if stack.name not in expanded:  # it stands where the first part of its matrices does
                 reads = tuple(matrix.name for matrix, _ in slices_of(stack))
-                kind = "copy" if stack.name in checkpoint.stacks else "stack"
+                held = checkpoint.stacks.get(stack.name)
+                kind = "copy" if held is not None and held.info == stack else "stack"
                 units.append(Unit(stack.name, kind, reads, (stack,), ref.file))
             expanded.add(stack.name)
         elif owner is None:

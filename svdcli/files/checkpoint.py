@@ -14,7 +14,7 @@ import shutil
 import struct
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -64,7 +64,8 @@ class Checkpoint:
 
     quantised are weights that stand in the files as codes and scales; tensors has them as what they
     are read as, and config says nothing of them. parts are what they are made of. stacks are those
-    of experts that were taken apart: tensors has the matrices of each expert in their place.
+    of experts that were taken apart: tensors has the matrices of each expert in their place, and
+    quantised and parts have them beside the stacks.
     """
 
     path: Path
@@ -103,10 +104,20 @@ class Checkpoint:
         """The names of stacks of experts that can be taken apart."""
         stacks = []
         for name, ref in self.tensors.items():
-            plain = name not in self.quantised and ref.file not in self.pickled
-            if plain and is_split(ref.info, self.tensors):
+            lies_in_order = ref.file not in self.pickled and self._has_scales_for_each(name)
+            if lies_in_order and is_split(ref.info, self.tensors):
                 stacks.append(name)
         return stacks
+
+    def _has_scales_for_each(self, name: str) -> bool:
+        """Tell whether a stack, where it is quantised, has scales for each matrix, or one for
+        all."""
+        weight = self.quantised.get(name)
+        if weight is None:
+            return True
+        scale, shape = self.parts[weight.scale].info, weight.info.shape
+        for_each = len(scale.shape) == 3 and scale.shape[0] == shape[0]
+        return weight.zeros is None and (for_each or scale.parameters == 1)
 
     def take_apart(self, stacks: Collection[str]) -> None:
         """Have the experts' matrices stand in the place of these stacks."""
@@ -116,9 +127,22 @@ class Checkpoint:
                 tensors[name] = ref
                 continue
             self.stacks[name] = ref
+            if name in self.quantised:
+                self._take_codes_apart(self.quantised[name])
             for matrix, begin in slices_of(ref.info):
                 tensors[matrix.name] = TensorRef(matrix, ref.file, ref.offset + begin)
         self.tensors = tensors
+
+    def _take_codes_apart(self, stack: Quantised) -> None:
+        """Have stretches of the codes and scales of a stack stand for its matrices."""
+        codes, scale = self.parts[stack.codes], self.parts[stack.scale]
+        for number, (matrix, _) in enumerate(slices_of(stack.info)):
+            own = replace(stack, info=matrix, codes=matrix.name)
+            self.parts[matrix.name] = _stretch(codes, matrix.name, number)
+            if scale.info.parameters > 1:
+                own = replace(own, scale=f"{matrix.name}_scale")
+                self.parts[own.scale] = _stretch(scale, own.scale, number)
+            self.quantised[matrix.name] = own
 
     def _as_stored(self) -> dict[str, TensorRef]:
         """The tensors, stacks in one piece again."""
@@ -256,12 +280,14 @@ class Checkpoint:
     def _samples(self, ref: TensorRef) -> Iterator[bytes]:
         """The first and the last bytes of a tensor, _SAMPLE of each or all that there are; of a
         quantised one those of its parts."""
-        if ref is self.tensors.get(ref.info.name) and ref.info.name in self.quantised:
-            for part in self.quantised[ref.info.name].parts:
+        name = ref.info.name
+        is_weight = ref is self.tensors.get(name) or ref is self.stacks.get(name)
+        if is_weight and name in self.quantised:
+            for part in self.quantised[name].parts:
                 yield from self._samples(self.parts[part])
             return
         if ref.file in self.pickled:
-            data = self.pickled[ref.file].read_bytes(ref.info.name)
+            data = self.pickled[ref.file].read_bytes(name)
             yield bytes(data[:_SAMPLE])
             yield bytes(data[-_SAMPLE:])
             return
@@ -294,6 +320,12 @@ class Checkpoint:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _stretch(stack: TensorRef, name: str, number: int) -> TensorRef:
+    """One of the tensors that lie one after the other in another, under a name of its own."""
+    info = TensorInfo(name, stack.info.dtype, stack.info.shape[1:])
+    return TensorRef(info, stack.file, stack.offset + number * info.nbytes)
 
 
 @dataclass(frozen=True)
@@ -516,7 +548,7 @@ def _read_quantised(checkpoint: Checkpoint) -> None:
     # The weights, each in the place of its codes
     stored = dict(checkpoint.tensors)
     infos = {name: ref.info for name, ref in stored.items()}
-    weights, activations = quantised_weights(
+    weights, activations, assumed = quantised_weights(
         details,
         dtype_of(config),
         infos,
@@ -542,7 +574,7 @@ def _read_quantised(checkpoint: Checkpoint) -> None:
         for part in (checkpoint.config, *(part for _, part in part_configs(checkpoint.config))):
             part.pop("quantization_config", None)
     method = details.get("quant_method")
-    checkpoint.notes.append(_note_of(weights, infos, method, activations))
+    checkpoint.notes += [*assumed, _note_of(weights, infos, method, activations)]
 
 
 def _note_of(
@@ -555,11 +587,17 @@ def _note_of(
     stored = " and ".join(sorted({infos[weight.codes].dtype for weight in weights.values()}))
     by = f" ({method})" if method else ""
     dtype = next(iter(weights.values())).info.dtype
+    many = len(weights) > 1
+    what = f"{len(weights)} weights in {stored}{by} are" if many else f"1 weight in {stored}{by} is"
+    they = "they stay" if many else "it stays"
+    stands = "they stand" if many else "it stands"
     note = (
-        f"{len(weights)} weights in {stored}{by} are read, counted and, where they stay dense, "
-        f"written as the {dtype} numbers that they stand for"
+        f"{what} read, counted and, where {they} dense, written as the {dtype} numbers that "
+        f"{stands} for"
     )
-    if activations:
+    if len(activations) == 1:
+        note += "; 1 scale of activations is left out"
+    elif activations:
         note += f"; {len(activations)} scales of activations are left out"
     return note
 

@@ -8,8 +8,8 @@ tensor is read.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from svdcli.errors import BadCheckpointError
@@ -43,7 +43,9 @@ _OF_ACTIVATIONS = (
     ".q_scale",
 )
 _CODES = ("F8_E4M3", "F8_E5M2", "I8")
-_BLOCK = 128  # rows and columns that share a scale, where config.json does not say
+# Rows and columns that share a scale, where config.json does not say: any grid of more than one
+# block is that of one of these alone.
+_BLOCKS = (128, 64, 32, 16, 256, 512, 1024, 8, 4, 2)
 _BIAS = 127  # of an exponent that is stored as a byte
 _WORD = 32  # bits of a word of packed codes
 
@@ -160,8 +162,9 @@ def quantised_weights(
     infos: Mapping[str, TensorInfo],
     integers: Callable[[str], tuple[int, ...]],
     shown: str,
-) -> tuple[dict[str, Quantised], set[str]]:
-    """({name of a weight: what it is made of}, names that say something of activations alone).
+) -> tuple[dict[str, Quantised], set[str], list[str]]:
+    """({name of a weight: what it is made of}, names that say something of activations alone, notes
+    of what was assumed).
 
     details are the `quantization_config`, dtype is what weights are read in; integers gives what a
     stored tensor of integers holds, here shapes. Raises BadCheckpointError for a weight whose parts
@@ -174,7 +177,21 @@ def quantised_weights(
         if weight is not None:
             found[weight.info.name] = weight
     activations = {name for name in infos if name.endswith(_OF_ACTIVATIONS)} if found else set()
-    return found, activations
+    return found, activations, [_note_of(*blocks) for blocks in reader.assumed.items()]
+
+
+def _note_of(block: tuple[int, int], names: Sequence[str]) -> str:
+    """What is said of blocks that were assumed."""
+    others = f" and {len(names) - 1} more" if len(names) > 1 else ""
+    return (
+        f"a scale is taken to stand for {block[0]} x {block[1]} numbers of {names[0]}{others}, by "
+        f"the shapes: no config.json says what fits"
+    )
+
+
+def _grid(m: int, n: int, block: tuple[int, int]) -> tuple[int, int]:
+    """How many blocks a matrix has, in rows and columns."""
+    return math.ceil(m / block[0]), math.ceil(n / block[1])
 
 
 def dtype_of(config: Mapping[str, Any]) -> str:
@@ -185,13 +202,15 @@ def dtype_of(config: Mapping[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class _Reader:
-    """What is known of all weights."""
+    """What is known of all weights. assumed are blocks that nothing says, with the weights that are
+    taken to have them."""
 
     details: Mapping[str, Any]
     dtype: str
     infos: Mapping[str, TensorInfo]
     integers: Callable[[str], tuple[int, ...]]
     shown: str
+    assumed: dict[tuple[int, int], list[str]] = field(default_factory=dict)
 
     def weight_of(self, name: str, info: TensorInfo) -> Quantised | None:
         """The weight whose codes a tensor holds, or None."""
@@ -254,23 +273,41 @@ class _Reader:
         )
 
     def _block(self, weight: TensorInfo, scale: str) -> tuple[int, int]:
-        """How many rows and columns of a weight share a scale."""
+        """How many rows and columns of a weight share a scale. Blocks that neither config.json nor
+        the shapes tell are noted; what fits none is left to `_check`."""
         m, n = weight.shape[-2:]
         shape = self.infos[scale].shape
         rows = shape[-2] if len(shape) > 1 else (shape[0] if shape else 1)
         columns = shape[-1] if len(shape) > 1 else 1
-        said = self.details.get("weight_block_size") or self._said("block_structure")
-        by_rows, by_columns = (
-            said if isinstance(said, list) and len(said) == 2 else (_BLOCK, _BLOCK)
-        )
-        if rows == m:
-            by_rows, by_columns = 1, self._said("group_size") or by_columns
 
-        # Where that does not fit, blocks that fill the matrix evenly
-        grid = (math.ceil(m / int(by_rows)), math.ceil(n / int(by_columns)))
-        if grid != (rows, columns) and rows * columns and m % rows == n % columns == 0:
-            return m // rows, n // columns
-        return int(by_rows), int(by_columns)
+        # As config.json says, where that fits, or as there is no other way
+        said = self._said_block() if rows != m else (1, self._said_group(n))
+        if said is not None and _grid(m, n, said) == (rows, columns):
+            return said
+        if rows in (1, m) and columns in (1, n):
+            return max(1, m // max(1, rows)), max(1, n // max(1, columns))
+
+        # Square blocks, or groups in each row
+        for size in _BLOCKS:
+            block = (1 if rows == m else size, size)
+            if _grid(m, n, block) == (rows, columns):
+                self.assumed.setdefault(block, []).append(weight.name)
+                return block
+        return said or (_BLOCKS[0], _BLOCKS[0])
+
+    def _said_block(self) -> tuple[int, int] | None:
+        """The block of config.json, None where it has none, or one that is none."""
+        said = self.details.get("weight_block_size") or self._said("block_structure")
+        if not isinstance(said, list) or len(said) != 2:
+            return None
+        sizes = [size for size in said if isinstance(size, int) and size > 0]
+        return (sizes[0], sizes[1]) if len(sizes) == 2 else None
+
+    def _said_group(self, n: int) -> int:
+        """How many columns of a row share a scale by config.json; all where it does not say."""
+        block = self.details.get("weight_block_size") or self._said("block_structure")
+        said = self._said("group_size") or (block[-1] if isinstance(block, list) and block else n)
+        return said if isinstance(said, int) and said > 0 else n
 
     def _said(self, key: str) -> Any:
         """What the first scheme of config.json says of weights."""
@@ -285,7 +322,7 @@ class _Reader:
         weight."""
         shape = self.infos[weight.scale].shape
         m, n = weight.info.shape[-2:]
-        rows, columns = math.ceil(m / weight.block[0]), math.ceil(n / weight.block[1])
+        rows, columns = _grid(m, n, weight.block)
         fitting = {(m, 1), (m, columns), (rows, columns)}
         self._check_part(weight, weight.order, (n,))
         zeros = shape
@@ -297,8 +334,8 @@ class _Reader:
             return
         raise BadCheckpointError(
             f"{weight.scale} in {self.shown} is {list(shape)}, which are no scales of a weight "
-            f"{list(weight.info.shape)}",
-            "get the checkpoint again",
+            f"{list(weight.info.shape)} that is known",
+            "get the checkpoint again, with a config.json that says its blocks",
         )
 
     def _check_part(self, weight: Quantised, part: str | None, shape: tuple[int, ...]) -> None:

@@ -103,8 +103,14 @@ def left_out_copies(record: Mapping[str, Any], shown: str) -> list[tuple[TensorI
 def take_apart_again(checkpoint: Checkpoint, record: Mapping[str, Any]) -> None:
     """Have the stacks that were taken apart for an output stand as matrices here too: in its
     source, or in itself those of which nothing was factored."""
-    names = {stack.name for stack in stacks_of(record, checkpoint.shown)}
-    checkpoint.take_apart(names & checkpoint.tensors.keys())
+    checkpoint.take_apart({stack.name for stack in _in_one_piece(checkpoint, record)})
+
+
+def _in_one_piece(checkpoint: Checkpoint, record: Mapping[str, Any]) -> list[TensorInfo]:
+    """The stacks that the record names and the checkpoint holds as they are there; a tensor of no
+    size under such a name only warns other loaders."""
+    refs = [checkpoint.tensors.get(stack.name) for stack in stacks_of(record, checkpoint.shown)]
+    return [ref.info for ref in refs if ref is not None and ref.info.parameters]
 
 
 def source_json(
@@ -316,24 +322,25 @@ def stored_layers(checkpoint: Checkpoint, record: Mapping[str, Any]) -> list[Lay
         raise BadCheckpointError(
             f"{checkpoint.shown}: its svdcli record is damaged ({error})", "write it again"
         ) from error
+    there = {info.name: info for info in checkpoint.infos}
+    for stack in _in_one_piece(checkpoint, record):
+        there |= {matrix.name: matrix for matrix, _ in slices_of(stack)}
     for layer in layers:
         for factor in (*layer.stored(), *layer.spans()):
-            _check_factor(checkpoint, factor)
+            _check_factor(checkpoint.shown, there.get(factor.name), factor)
     return layers
 
 
-def _check_factor(checkpoint: Checkpoint, factor: TensorInfo) -> None:
-    """Raises BadCheckpointError where the checkpoint does not hold this factor as the record has
+def _check_factor(shown: str, stored: TensorInfo | None, factor: TensorInfo) -> None:
+    """Raises BadCheckpointError where what a checkpoint holds is not this factor as the record has
     it."""
-    ref = checkpoint.tensors.get(factor.name)
-    if ref is None:
+    if stored is None:
         raise BadCheckpointError(
-            f"{checkpoint.shown} lacks {factor.name!r}, a factor", "write the output again"
+            f"{shown} lacks {factor.name!r}, a factor", "write the output again"
         )
-    stored = ref.info
     if stored != factor:
         raise BadCheckpointError(
-            f"{checkpoint.shown} has {factor.name!r} as {stored.dtype} {list(stored.shape)}, "
+            f"{shown} has {factor.name!r} as {stored.dtype} {list(stored.shape)}, "
             f"its record as {factor.dtype} {list(factor.shape)}",
             "write the output again",
         )
@@ -347,9 +354,8 @@ def check_listed(checkpoint: Checkpoint, record: Mapping[str, Any]) -> None:
         ref = checkpoint.tensors.get(source)
         if ref is not None and (ref.info.dtype, ref.info.shape) == (copy.dtype, copy.shape):
             there.add(copy.name)
-    for stack in stacks_of(record, checkpoint.shown):
-        if stack.name in there:  # in one piece, since nothing of it was factored
-            there.update(matrix.name for matrix, _ in slices_of(stack))
+    for stack in _in_one_piece(checkpoint, record):
+        there.update(matrix.name for matrix, _ in slices_of(stack))
     for name in (*(record.get("dense") or ()), *(record.get("skipped") or ())):
         if name not in there:
             raise BadCheckpointError(

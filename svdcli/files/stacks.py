@@ -7,7 +7,7 @@ the file, and is read like any other tensor. Stdlib only.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 
 from svdcli.plan.tensors import FACTORED_DTYPES, TensorInfo
 
@@ -40,6 +40,11 @@ def _parts_of(name: str) -> tuple[str, str]:
     if found is not None:
         return f"{found['block']}.experts", _NAMES_OF_GRANITE[found["name"]]
     return "", ""
+
+
+def stacks_by_matrix(stacks: Iterable[TensorInfo]) -> dict[str, TensorInfo]:
+    """{name of a matrix: the stack that it is a slice of}."""
+    return {matrix.name: stack for stack in stacks for matrix, _ in slices_of(stack)}
 
 
 def is_split(stack: TensorInfo, names: Collection[str]) -> bool:

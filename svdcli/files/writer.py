@@ -14,6 +14,7 @@ from pathlib import Path
 
 from svdcli.errors import SvdcliError
 from svdcli.files.header import header_size, render_header
+from svdcli.files.stacks import slices_of
 from svdcli.plan.packing import PACKED, SCALE
 from svdcli.plan.tensors import DTYPE_BITS, TensorInfo
 
@@ -31,7 +32,8 @@ class Unit:
     kind is "copy", "factor", "expand", "stack" for matrices of experts that become one tensor
     again, "again" for a tensor that was left out as a copy of the one that is read, or "warn" for a
     tensor without bytes; name is the original tensor's name, or says more;
-    file is the weight file that it came from.
+    file is the weight file that it came from. within is the stack of experts of which the tensor
+    that it writes is a stretch.
     """
 
     name: str
@@ -39,6 +41,7 @@ class Unit:
     reads: tuple[str, ...]
     writes: tuple[TensorInfo, ...]
     file: str
+    within: TensorInfo | None = None
 
     @property
     def nbytes(self) -> int:
@@ -48,24 +51,28 @@ class Unit:
 @dataclass(frozen=True)
 class OutFile:
     """A weight file to be: its tensors in the order of their bytes, and the space that its header
-    gets."""
+    gets. stacks are those among the tensors that are written expert by expert."""
 
     name: str
     units: tuple[str, ...]
     tensors: tuple[TensorInfo, ...]
     header_bytes: int
+    stacks: tuple[TensorInfo, ...] = ()
 
     @property
     def size(self) -> int:
         return self.header_bytes + sum(tensor.nbytes for tensor in self.tensors)
 
     def offsets(self) -> dict[str, int]:
-        """Where each tensor begins, from the start of the file."""
+        """Where each tensor begins, from the start of the file, and each matrix of a stack."""
         offsets = {}
         position = self.header_bytes
         for tensor in self.tensors:
             offsets[tensor.name] = position
             position += tensor.nbytes
+        for stack in self.stacks:
+            for matrix, begin in slices_of(stack):
+                offsets[matrix.name] = offsets[stack.name] + begin
         return offsets
 
 
@@ -73,7 +80,8 @@ def group_units(units: Sequence[Unit], largest: int | None) -> dict[str, list[Un
     """Which units go to which file: as in the source, or packed in order into shards of at most
     `largest` bytes of tensors.
 
-    A unit is never split, so one that is larger than `largest` gets a shard of its own.
+    A unit is never split, nor is a stack, so one that is larger than `largest` gets a shard of its
+    own.
     """
     by_file: dict[str, list[Unit]] = {}
     for unit in units:
@@ -84,12 +92,13 @@ def group_units(units: Sequence[Unit], largest: int | None) -> dict[str, list[Un
     # Shards are packed file by file, each as full as the next unit lets it be.
     shards: list[list[Unit]] = [[]]
     taken = 0
-    for unit in itertools.chain.from_iterable(by_file.values()):
-        if taken and taken + unit.nbytes > largest:
+    for together in _inseparable(itertools.chain.from_iterable(by_file.values())):
+        nbytes = sum(unit.nbytes for unit in together)
+        if taken and taken + nbytes > largest:
             shards.append([])
             taken = 0
-        shards[-1].append(unit)
-        taken += unit.nbytes
+        shards[-1] += together
+        taken += nbytes
 
     # Their names are those that transformers gives to shards, behind the stem of the source's.
     stem = shard_stem(next(iter(by_file), "model.safetensors"))
@@ -99,6 +108,18 @@ def group_units(units: Sequence[Unit], largest: int | None) -> dict[str, list[Un
         f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors": shard
         for number, shard in enumerate(shards, 1)
     }
+
+
+def _inseparable(units: Iterable[Unit]) -> Iterator[list[Unit]]:
+    """Units in order, those of one stack together."""
+    together: list[Unit] = []
+    for unit in units:
+        if together and (unit.within is None or unit.within != together[-1].within):
+            yield together
+            together = []
+        together.append(unit)
+    if together:
+        yield together
 
 
 def safetensors_name(file: str) -> str:
@@ -120,7 +141,9 @@ def lay_out(name: str, units: Sequence[Unit], metadata: Mapping[str, str]) -> Ou
     integers whose size keeps what follows aligned. Raises SvdcliError where two tensors have the
     same name.
     """
-    written = itertools.chain.from_iterable(unit.writes for unit in units)
+    stacks = tuple(dict.fromkeys(unit.within for unit in units if unit.within is not None))
+    alone = (unit.writes for unit in units if unit.within is None)
+    written = itertools.chain(itertools.chain.from_iterable(alone), stacks)
     tensors = sorted(written, key=lambda tensor: -DTYPE_BITS[tensor.dtype])
     first = _aligned_integers(tensors)
     tensors.sort(key=lambda tensor: tensor.name not in first)
@@ -137,6 +160,7 @@ def lay_out(name: str, units: Sequence[Unit], metadata: Mapping[str, str]) -> Ou
         units=tuple(unit.name for unit in units),
         tensors=tuple(tensors),
         header_bytes=0,
+        stacks=stacks,
     )
     return with_header(file, header_size(tensors, metadata))
 

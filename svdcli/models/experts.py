@@ -222,6 +222,18 @@ def stacks_taken_apart(model: nn.Module) -> set[str]:
     return taken
 
 
+def stacks_as_they_are(model: nn.Module) -> set[str]:
+    """Return the names of the stacks that this model has no more, and whose slices are called after
+    them."""
+    names: set[str] = set()
+    for path, module in model.named_modules():
+        if isinstance(module, SeparateExperts):
+            for stack in (module.stacks.first, module.stacks.last):
+                if stack.layers == (stack.name,):
+                    names.add(f"{path}.{stack.name}")
+    return names
+
+
 def stack_again(model: nn.Module) -> None:
     """Put the stock modules back, for experts that are ordinary layers again."""
     for path, module in list(model.named_modules()):

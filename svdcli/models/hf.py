@@ -45,6 +45,7 @@ from svdcli.models.experts import (
     separate,
     stack_again,
     stack_of,
+    stacks_as_they_are,
     stacks_taken_apart,
 )
 from svdcli.models.modules import (
@@ -334,13 +335,14 @@ class SvdQuantizer(HfQuantizer):  # type: ignore[misc]
         # Keys that transformers need not report
         self.unspoken: set[str] = set()
         self.settled = False
-        # A basis that layers share is multiplied out after loading, as one weight for all
-        self.shares = False
+        # What can be multiplied out after loading alone: a basis that layers share, as one weight
+        # for all, and experts that are slices of a stack in the model
+        self.afterwards = False
 
     @property
     def merges(self) -> bool:
         """Is every layer multiplied out while it is read?"""
-        return bool(self.quantization_config.dequantize) and not self.shares
+        return bool(self.quantization_config.dequantize) and not self.afterwards
 
     def get_weight_conversions(self) -> list[Any]:
         """Return converters for single weights that are multiplied out."""
@@ -388,11 +390,11 @@ class SvdQuantizer(HfQuantizer):  # type: ignore[misc]
         shapes, all_stored = read_stored(files, self.quantization_config.group)
         stored = {name: layer for name, layer in all_stored.items() if not layer.members}
         shared = {name: layer for name, layer in all_stored.items() if layer.members}
-        self.shares = bool(shared)
         members = [member.name for layer in shared.values() for member in layer.members]
-        names = [*stored, *members]
-        if not self.merges and _are_of_stacks(Naming(model), names):
-            separate_experts(model, [f"{name}.weight" for name in names])
+        names = [*shapes, *(f"{name}.weight" for name in (*stored, *members))]
+        self.afterwards = bool(shared) or _has_slices(Naming(model), names)
+        if not self.merges and _are_of_stacks(Naming(model), (*stored, *members)):
+            separate_experts(model, names)
         named = Naming(model)
         homes = {name: named(f"{name}.weight") for name in stored}
         self.stacks = _stacks(named, homes, shapes, stored)
@@ -524,8 +526,8 @@ class SvdQuantizer(HfQuantizer):  # type: ignore[misc]
         for key in info.unexpected_keys:
             layer_name = _layer_of(key)
             if layer_name is not None:
-                weight = f"{layer_name}.weight"
-                wanted |= {weight, prefix + weight, weight.removeprefix(prefix)}
+                for name in (f"{layer_name}.weight", stack_of(layer_name)):
+                    wanted |= {name, prefix + name, name.removeprefix(prefix)}
         wanted |= {key for key, shape, _ in info.mismatched_keys if tuple(shape) == (0,)}
         lost = sorted(made_up & wanted) or sorted(made_up & experts)
         if lost:
@@ -569,7 +571,7 @@ class SvdQuantizer(HfQuantizer):  # type: ignore[misc]
                 self.replaced[target] = replace(layer, in_words=False)
 
         # From here on it is a model as any other
-        if self.quantization_config.dequantize and self.shares:
+        if self.quantization_config.dequantize and self.afterwards:
             self._dequantize(model, model.dtype)
         if self.quantization_config.dequantize:
             _forget_method(model.config)
@@ -580,8 +582,10 @@ class SvdQuantizer(HfQuantizer):  # type: ignore[misc]
         state = model.state_dict()
         factored = [name for name, layer in self.replaced.items() if layer.layout != WHOLE]
         loud = [name.removesuffix(f".{SHARED}") for name in factored if name not in self.tied]
+        slices = stacks_as_they_are(model)
         for name in tripwires(loud):
-            state[f"{name}.weight"] = torch.empty(0)
+            stack = stack_of(name)
+            state[stack if stack in slices else f"{name}.weight"] = torch.empty(0)
         for target in self.same_rows:
             del state[f"{target}.{ROWS}"]
         for target, part in self._shared_parts():
@@ -665,8 +669,7 @@ def separate_experts(model: Any, files: Iterable[str] = ()) -> list[str]:
     named = Naming(model)
     as_they_are: set[str] = set()
     for name in files:
-        key = named.as_it_is(name)
-        as_they_are |= {key, stack_of(key.removesuffix(".weight"))} & named.state.keys()
+        as_they_are |= {named.as_it_is(name), named.stack_of(name)} & named.state.keys()
     return separate(model, get_model_conversion_mapping(model), as_they_are)
 
 
@@ -693,6 +696,16 @@ class Naming:
     def as_it_is(self, name: str) -> str:
         """Return the key of a tensor that no converter takes."""
         return str(rename_source_key(name, self._renamings, [], self._prefix, self.state)[0])
+
+    def stack_of(self, name: str) -> str:
+        """Return the key of the stack that the weight of an expert is a slice of, "" where it is
+        none of one that the model has."""
+        stack = stack_of(self.as_it_is(name).removesuffix(".weight"))
+        before = f"{self._prefix}."
+        for key in (stack, before + stack, stack.removeprefix(before)):
+            if stack and key in self.state:
+                return key
+        return ""
 
     def plainly(self, name: str) -> str:
         """Return what a tensor is called when converters look at it: renamed, and its prefix as it
@@ -727,10 +740,16 @@ def _are_of_stacks(named: Naming, stored: Iterable[str]) -> bool:
     """Tell whether the model has one of these layers in a stack with others: by a converter, or by
     its own name without the number of an expert."""
     for name in stored:
-        stack = stack_of(named.as_it_is(f"{name}.weight").removesuffix(".weight"))
-        if stack in named.state or named(f"{name}.weight").pattern is not None:
+        weight = f"{name}.weight"
+        if named.stack_of(weight) or named(weight).pattern is not None:
             return True
     return False
+
+
+def _has_slices(named: Naming, names: Iterable[str]) -> bool:
+    """Tell whether some of these tensors are slices of stacks that no converter puts together."""
+    weights = (name for name in names if name.endswith(".weight"))
+    return any(named.stack_of(name) and named(name).pattern is None for name in weights)
 
 
 def module_names(model: Any, stored: Iterable[str]) -> dict[str, str | None]:
@@ -1023,7 +1042,11 @@ def _unspoken(
     ignores."""
     named = Naming(model)
     patterns = model._keys_to_ignore_on_load_unexpected or ()  # a set, a list or None, by version
+    stacks = {stack_of(named.plainly(name)) for name in homes} - {""}
     keys = {named(f"{name}.weight").key for name in homes if 0 in shapes.get(f"{name}.weight", ())}
+    for name, shape in shapes.items():
+        if shape == (0,) and named.plainly(name) in stacks:
+            keys.add(named(name).key)
     for name, (key, _) in homes.items():
         if any(re.search(pattern, key) for pattern in patterns):
             keys.update(named(f"{name}.{part}").key for part in stored[name].parts)

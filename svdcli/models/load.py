@@ -17,7 +17,7 @@ from svdcli.files.checkpoint import Checkpoint, open_checkpoint
 from svdcli.files.compressed_tensors import METHOD as OTHERS
 from svdcli.files.config import METHOD, method_for, method_of
 from svdcli.files.dtypes import TORCH_DTYPES
-from svdcli.files.record import check_listed, left_out_copies, record_of, stored_layers
+from svdcli.files.record import check_listed, left_out_copies, record_of, stacks_of, stored_layers
 from svdcli.models import own_code
 from svdcli.models.modules import (
     SPAN,
@@ -455,6 +455,9 @@ def _load_into(module: nn.Module, checkpoint: Checkpoint) -> nn.Module:
 
     # Which tensor goes where: names may differ by prefixes, and one of two tied ones may be missing
     tripwires = {layer.tensor.name for layer in layers if layer.layout != WHOLE}
+    for stack in stacks_of(record or {}, checkpoint.shown):
+        if stack.name in checkpoint.tensors and not checkpoint.tensors[stack.name].info.parameters:
+            tripwires.add(stack.name)
     kept = [name for name in checkpoint.tensors if name not in tripwires]
     sources = _by_plain_name(kept, checkpoint.shown)
     expected = module.state_dict()

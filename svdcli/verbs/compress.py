@@ -23,6 +23,7 @@ from svdcli.engine.planning import (
 )
 from svdcli.engine.publish import destination, disk_errors, finish, identity, out_path, write
 from svdcli.errors import SvdcliError, UsageError
+from svdcli.files.blueprint import in_one_dtype
 from svdcli.files.checkpoint import STANDARD, Checkpoint, open_checkpoint
 from svdcli.files.record import record_of
 from svdcli.files.report import SOLVERS_FAILED, read_report
@@ -301,7 +302,7 @@ def _compress_into(
     if failed:
         # A layer that stays dense moves all that lies behind it: the files are laid out anew
         reasons = {layer: f"{SOLVERS_FAILED}: {why}" for layer, why in failed.items()}
-        plan = plan.with_dense(reasons)
+        plan = in_one_dtype(checkpoint, plan.with_dense(reasons))
         size = design_of(checkpoint, plan, name).blueprint().total
         plan = noting_a_miss(plan, missed_target(plan, size))
         workspace.set_aside()

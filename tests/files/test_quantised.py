@@ -209,7 +209,7 @@ def test_rows_of_fbgemm_and_scales_of_activations(tmp_path: Path) -> None:
         assert checkpoint.tensors.keys() == {"a.weight", "b.weight"}
         expected = tensors["a.weight"].float() * scale
         assert torch.equal(checkpoint.read_tensor("a.weight"), expected.to(torch.bfloat16))
-        assert "1 scales of activations are left out" in checkpoint.notes[-1]
+        assert "1 scale of activations is left out" in checkpoint.notes[-1]
 
 
 def test_a_file_alone_is_read_by_the_names_in_it(tmp_path: Path) -> None:
@@ -226,6 +226,56 @@ def test_a_file_alone_is_read_by_the_names_in_it(tmp_path: Path) -> None:
     values = torch.linalg.svdvals(expected.double())
     error = torch.linalg.matrix_norm(approx.double() - expected.double())
     assert float(error) == pytest.approx(float(values[20:].norm()), rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("shape", "block", "said"),
+    [
+        ((96, 192), 64, None),
+        ((192, 160), 32, [128, 128]),
+        ((256, 320), 128, [0, "x"]),
+        ((64, 100), 64, None),  # one row of blocks
+        ((600, 700), 256, None),
+    ],
+)
+def test_blocks_that_nothing_says_are_those_that_fit(
+    shape: tuple[int, int], block: int, said: list[Any] | None, tmp_path: Path
+) -> None:
+    m, n = shape
+    codes = weight(m, n).to(F8)
+    scales = torch.rand(-(-m // block), -(-n // block)) + 0.5
+    file = tmp_path / "m.safetensors"
+    tensors = {"a.weight": codes, "a.weight_scale_inv": scales}
+    save_file(tensors, file)
+    path = file
+    if said is not None:
+        path = folder_of(tmp_path / "m", tensors, FP8 | {"weight_block_size": said})
+    with open_checkpoint(path) as checkpoint:
+        spread = scales.repeat_interleave(block, 0)[:m].repeat_interleave(block, 1)[:, :n]
+        expected = (codes.float() * spread).to(torch.bfloat16)
+        assert torch.equal(checkpoint.read_tensor("a.weight"), expected)
+        [note] = [note for note in checkpoint.notes if "by the shapes" in note]
+        assert f"{block} x {block} numbers of a.weight, " in note
+        assert checkpoint.notes[-1].startswith("1 weight in F8_E4M3")
+
+
+@pytest.mark.parametrize("shape", [(96, 192, 3, 3), (300, 200, 1, 2), (96, 96, 5, 2)])
+def test_blocks_that_could_be_any_are_refused(
+    shape: tuple[int, int, int, int], tmp_path: Path
+) -> None:
+    """They were guessed before, as what fills the matrix evenly."""
+    file = tmp_path / "m.safetensors"
+    codes = weight(*shape[:2]).to(F8)
+    save_file({"a.weight": codes, "a.weight_scale_inv": torch.ones(shape[2:])}, file)
+    assert "no scales of a weight" in complaint(cli("compress", file, "--rank", "8"))
+
+
+def test_what_shapes_tell_needs_no_note(tmp_path: Path) -> None:
+    for scales in (torch.ones(96, 1), torch.ones(96), torch.ones(1), torch.ones(1, 160)):
+        file = tmp_path / "m.safetensors"
+        save_file({"a.weight": weight(96, 160).to(F8), "a.weight_scale_inv": scales}, file)
+        with open_checkpoint(file) as checkpoint:
+            assert not any("by the shapes" in note for note in checkpoint.notes)
 
 
 def test_a_config_that_tells_of_no_codes_is_believed(tmp_path: Path) -> None:
@@ -248,7 +298,7 @@ def test_everything_is_as_for_the_numbers(fp8: Path, twin: Path, tmp_path: Path)
     for source, out in ((fp8, "a"), (twin, "b")):
         moments = tmp_path / f"{out}.safetensors"
         svdcli.calibrate(source, moments, text, samples=16, seq_len=32)
-        svdcli.compress(source, tmp_path / out, keep=0.5, calibration=moments)
+        svdcli.compress(source, tmp_path / out, keep=0.5, calibration=moments, allow_larger=True)
         svdcli.expand(tmp_path / out, tmp_path / f"{out}-dense")
         svdcli.heal(
             *(tmp_path / out, tmp_path / f"{out}-healed"),
@@ -282,10 +332,23 @@ def test_bits_from_bits(fp8: Path, twin: Path, tmp_path: Path) -> None:
 
 
 def test_the_command_says_what_was_read(fp8: Path, tmp_path: Path) -> None:
-    done = cli("compress", fp8, "--keep", "0.6", "-o", tmp_path / "o")
+    done = cli("compress", fp8, "--keep", "0.3", "-o", tmp_path / "o")
     assert "14 weights in F8_E4M3 (fp8)" in " ".join(done.out.decode().split())
     config = json.loads((tmp_path / "o" / "config.json").read_text())
     assert config["quantization_config"]["quant_method"] == "svdcli"
+
+
+def test_an_output_that_takes_more_than_the_codes_did_is_refused(fp8: Path, tmp_path: Path) -> None:
+    """It counts what the source takes on disk, not the numbers that it is read as."""
+    with open_checkpoint(fp8) as checkpoint:
+        taken = checkpoint.nbytes
+    line = complaint(cli("compress", fp8, "--keep", "0.6", "-o", tmp_path / "o"))
+    assert f"no fewer than the {taken} of its source, which is stored in 8 or 4 bits" in line
+    assert "--bits" in line
+    assert "--allow-larger" in line
+    assert not (tmp_path / "o").exists()
+    report = svdcli.compress(fp8, tmp_path / "o", keep=0.6, allow_larger=True).report
+    assert sum(report.files.values()) > taken
 
 
 # What cannot be read ------------------------------------------------------------------------------

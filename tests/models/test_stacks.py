@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 import torch
 import transformers
 import zoo
-from helpers import cli, complaint, load_all
+from helpers import cli, complaint, load_all, run_code
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -20,6 +21,7 @@ import svdcli
 from svdcli.files.checkpoint import open_checkpoint
 from svdcli.files.stacks import slices_of
 from svdcli.models.experts import SeparateExperts
+from svdcli.models.hf import SvdConfig, separate_experts
 from svdcli.plan.tensors import TensorInfo
 
 SIZES: dict[str, Any] = {
@@ -238,6 +240,232 @@ def test_a_damaged_record_is_one_line(entry: Any, saved: Saved, tmp_path: Path) 
     (tmp_path / "o" / "svdcli.json").write_text(json.dumps(record))
     for arguments in (("expand", tmp_path / "o"), ("verify", tmp_path / "o")):
         assert "record is damaged" in complaint(cli(*arguments))
+
+
+# Opened by others ---------------------------------------------------------------------------------
+
+STOCK = """
+import sys, transformers
+sys.modules["svdcli"] = None
+getattr(transformers, sys.argv[1]).from_pretrained("o")
+"""
+
+
+def warnings_in(folder: Path) -> set[str]:
+    return {name for name, tensor in load_all(folder).items() if not tensor.numel()}
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_a_loader_without_svdcli_makes_no_experts_up(
+    name: str, saved: Saved, tmp_path: Path
+) -> None:
+    """Where experts alone are factored, what warns is called after their stack."""
+    source, out, model_class = saved(name), tmp_path / "o", MIXTURES[name][0]
+    report = svdcli.compress(source, out, rank=8, include=["*.experts.*"]).report
+    warned = warnings_in(out)
+    assert len(warned) == 1
+    assert warned < stacks(source).keys()
+    assert (
+        report.files
+        == svdcli.compress(
+            source, tmp_path / "p", rank=8, include=["*.experts.*"], dry_run=True
+        ).report.files
+    )
+    assert run_code(STOCK, model_class, folder=tmp_path).code
+    assert svdcli.verify(out, source).ok
+
+    # Those with it go on, and what they save again warns too
+    svdcli.expand(out, tmp_path / "d")
+    assert load_all(tmp_path / "d").keys() == load_all(source).keys()
+    dense: Any = svdcli.load(tmp_path / "d").eval()
+    model, told = getattr(transformers, model_class).from_pretrained(out, output_loading_info=True)
+    assert not told["unexpected_keys"]
+    assert not told["missing_keys"]
+    torch.testing.assert_close(answer(model.eval()), answer(dense), rtol=1e-4, atol=1e-5)
+    model.save_pretrained(tmp_path / "again")
+    assert warnings_in(tmp_path / "again") == warned
+    again = svdcli.load(tmp_path / "again").eval()
+    torch.testing.assert_close(answer(again), answer(model), rtol=1e-5, atol=1e-6)
+    (tmp_path / "o").rename(tmp_path / "first")
+    (tmp_path / "again").rename(tmp_path / "o")
+    assert run_code(STOCK, model_class, folder=tmp_path).code
+
+
+def test_what_warns_is_no_tensor_of_a_module(tmp_path: Path, saved: Saved) -> None:
+    """An own module of one expert after the other takes what is there."""
+    source = saved("mistral4")
+    svdcli.compress(source, tmp_path / "o", rank=8, include=["*.experts.*"])
+    stock: Any = svdcli.load(source)
+    separate_experts(stock, load_all(source))
+    svdcli.load(tmp_path / "o", into=stock)
+    model: Any = svdcli.load(tmp_path / "o")
+    assert torch.equal(answer(stock.eval()), answer(model.eval()))
+
+
+@pytest.mark.parametrize("how", [{}, {"exclude": ["*gate_up_proj*"]}], ids=str)
+@pytest.mark.parametrize("name", MIXTURES)
+@pytest.mark.filterwarnings("ignore:You passed `quantization_config`")
+def test_experts_are_multiplied_out_where_that_is_asked_for(
+    name: str, how: dict[str, Any], saved: Saved, tmp_path: Path
+) -> None:
+    svdcli.compress(saved(name), tmp_path / "o", rank=8, **how)
+    model: Any = svdcli.load(tmp_path / "o").eval()
+    stock_class = getattr(transformers, MIXTURES[name][0])
+    multiplied = {"quantization_config": SvdConfig(dequantize=True)}
+    dense = stock_class.from_pretrained(tmp_path / "o", **multiplied).eval()
+    assert not any(isinstance(module, SeparateExperts) for module in dense.modules())
+    torch.testing.assert_close(answer(dense), answer(model), rtol=1e-4, atol=1e-5)
+    dense.save_pretrained(tmp_path / "d")
+    plain = stock_class.from_pretrained(tmp_path / "d").eval()
+    torch.testing.assert_close(answer(plain), answer(model), rtol=1e-4, atol=1e-5)
+
+
+def test_the_model_without_its_head_has_the_experts_too(saved: Saved, tmp_path: Path) -> None:
+    svdcli.compress(saved("mistral4"), tmp_path / "o", rank=8)
+    whole: Any = svdcli.load(tmp_path / "o").eval()
+    body = transformers.AutoModel.from_pretrained(tmp_path / "o").eval()
+    with torch.inference_mode():
+        found = whole.lm_head(body(input_ids=zoo.IDS).last_hidden_state)
+    torch.testing.assert_close(found, answer(whole))
+
+
+# Written as ordinary matrices ---------------------------------------------------------------------
+
+
+def opened_as_stock(folder: Path, model_class: Any) -> Any:
+    """The model that transformers makes of it, which asks nothing of svdcli's plugin."""
+    config = json.loads((folder / "config.json").read_text())
+    assert "quantization_config" not in config
+    model, told = model_class.from_pretrained(folder, output_loading_info=True)
+    assert not told["missing_keys"]
+    assert not told["unexpected_keys"]
+    assert not told["mismatched_keys"]
+    return model.eval()
+
+
+@pytest.mark.parametrize("how", [{}, {"exclude": ["*experts.1.*"]}, {"max_shard_size": 60_000}])
+@pytest.mark.parametrize("name", MIXTURES)
+def test_the_dense_layout_writes_stacks(
+    name: str, how: dict[str, Any], saved: Saved, tmp_path: Path
+) -> None:
+    source, out = saved(name), tmp_path / "o"
+    wanted: dict[str, Any] = {"rank": 8, "layout": "dense"} | how
+    predicted = svdcli.compress(source, out, dry_run=True, allow_larger=True, **wanted).report
+    report = svdcli.compress(source, out, allow_larger=True, **wanted).report
+    assert report.files == predicted.files
+    assert stacks(out).keys() == stacks(source).keys()
+    assert svdcli.verify(out, source).ok
+    stock = opened_as_stock(out, getattr(transformers, MIXTURES[name][0]))
+    assert torch.equal(answer(stock), answer(svdcli.load(out).eval()))
+    for stack, tensor in stacks(source).items():
+        for number, (before, after) in enumerate(zip(tensor, stacks(out)[stack], strict=True)):
+            if "exclude" in how and number == 1:
+                assert torch.equal(before, after)
+                continue
+            best = torch.linalg.svdvals(before.double())[8:].norm()
+            assert float((after - before).norm()) == pytest.approx(float(best), rel=1e-4)
+    svdcli.expand(out, tmp_path / "d")
+    before, after = load_all(out), load_all(tmp_path / "d")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+@pytest.mark.parametrize("exclude", [(), ("*experts.1.down*",)], ids=["all", "but one"])
+def test_a_stack_of_ordinary_matrices_has_one_dtype(
+    exclude: tuple[str, ...], saved: Saved, tmp_path: Path
+) -> None:
+    """That of the source, where not all of it is in the dtype that was asked for."""
+    source, out = saved("granitemoe"), tmp_path / "o"
+    how: dict[str, Any] = {"rank": 8, "layout": "dense", "dtype": "bfloat16"}
+    svdcli.compress(source, out, exclude=exclude, **how)
+    for name, stack in stacks(out).items():
+        kept = bool(exclude) and "output_linear" in name
+        assert stack.dtype == (torch.float32 if kept else torch.bfloat16)
+    assert svdcli.verify(out, source).ok
+    opened_as_stock(out, transformers.GraniteMoeForCausalLM)
+    svdcli.expand(out, tmp_path / "d")
+    assert {tensor.dtype for tensor in load_all(tmp_path / "d").values()} == {torch.float32}
+
+
+def test_a_stack_that_was_cut_short_is_continued(
+    saved: Saved, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import svdcli.engine.job as job
+
+    source, how = saved("granitemoe"), {"rank": 8, "layout": "dense"}
+    svdcli.compress(source, tmp_path / "whole", **how)  # type: ignore[arg-type]
+    solved: list[str] = []
+    solve = job.solve
+
+    def counting(work: Any, *arguments: Any) -> Any:
+        solved.append(work.unit.name)
+        if len(solved) == 12:
+            raise KeyboardInterrupt
+        return solve(work, *arguments)
+
+    monkeypatch.setattr(job, "solve", counting)
+    with pytest.raises(KeyboardInterrupt):
+        svdcli.compress(source, tmp_path / "o", **how)  # type: ignore[arg-type]
+    svdcli.compress(source, tmp_path / "o", **how)  # type: ignore[arg-type]
+    assert len(set(solved[:11]) & set(solved[12:])) <= 1
+    for file in (tmp_path / "whole").iterdir():
+        assert (tmp_path / "o" / file.name).read_bytes() == file.read_bytes()
+
+
+# Quantised ----------------------------------------------------------------------------------------
+
+FP8 = {"quant_method": "fp8", "weight_block_size": [32, 32], "activation_scheme": "dynamic"}
+
+
+def in_float8(source: Path, out: Path, *, one_scale: bool = False) -> Path:
+    """A copy whose stacks are codes and scales, and how many there are."""
+    shutil.copytree(source, out)
+    tensors = load_all(source)
+    for name, stack in stacks(source).items():
+        blocks = stack.unflatten(1, (-1, 32)).unflatten(3, (-1, 32))
+        scale = blocks.abs().amax((2, 4)) / 448
+        spread = scale.repeat_interleave(32, 1).repeat_interleave(32, 2)
+        if one_scale:
+            scale = spread = scale.max().reshape(1)
+        tensors[name] = (stack / spread).to(torch.float8_e4m3fn)
+        tensors[f"{name}_scale_inv"] = scale
+    save_file(tensors, out / "model.safetensors", {"format": "pt"})
+    config = json.loads((source / "config.json").read_text())
+    config |= {"quantization_config": FP8, "dtype": "float32"}
+    (out / "config.json").write_text(json.dumps(config))
+    return out
+
+
+@pytest.mark.parametrize("one_scale", [False, True], ids=["blocks", "one scale"])
+@pytest.mark.parametrize("name", ["granitemoe", "mistral4"])
+def test_stacks_of_codes_are_taken_apart_too(
+    name: str, one_scale: bool, saved: Saved, tmp_path: Path
+) -> None:
+    source = in_float8(saved(name), tmp_path / "m", one_scale=one_scale)
+    with open_checkpoint(source) as checkpoint:
+        whole = {stack: checkpoint.read_tensor(stack) for stack in checkpoint.whole_stacks()}
+        assert whole.keys() == stacks(saved(name)).keys()
+        fingerprint = checkpoint.fingerprint()
+        checkpoint.take_apart(whole)
+        assert checkpoint.fingerprint() == fingerprint
+        for stack, tensor in whole.items():
+            slices = list(slices_of(TensorInfo(stack, "F32", tuple(tensor.shape))))
+            for number, (matrix, _) in enumerate(slices):
+                assert torch.equal(checkpoint.read_tensor(matrix.name), tensor[number])
+    report = svdcli.compress(source, tmp_path / "o", rank=8).report
+    assert len([row for row in report.layers if ".experts." in row.name]) == 16
+    assert svdcli.verify(tmp_path / "o", source).ok
+    svdcli.expand(tmp_path / "o", tmp_path / "d")
+    for stack, tensor in stacks(tmp_path / "d").items():
+        for before, after in zip(whole[stack].double(), tensor.double(), strict=True):
+            best = torch.linalg.svdvals(before)[8:].norm()
+            assert float((after - before).norm()) == pytest.approx(float(best), rel=1e-4)
+    dense = svdcli.load(tmp_path / "d").eval()
+    model = svdcli.load(tmp_path / "o").eval()
+    torch.testing.assert_close(answer(model), answer(dense), rtol=1e-4, atol=1e-5)
+    exclude = {"exclude": ["*.experts.*"]}
+    svdcli.compress(source, tmp_path / "w", rank=8, allow_larger=True, **exclude)
+    assert all(torch.equal(stacks(tmp_path / "w")[stack], whole[stack]) for stack in whole)
 
 
 # Of classes that compute in other ways ------------------------------------------------------------
