@@ -19,8 +19,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 # The methods of transformers' `quantization_config` that are read: DeepSeek's blocks, FBGEMM's
-# rows, and, of what NVIDIA and compressed-tensors have, what these formats and algorithms store.
-_METHODS = ("fp8", "fbgemm_fp8", "modelopt", "compressed-tensors")
+# rows, GPT-OSS' four bits, and, of what NVIDIA and compressed-tensors have, what these formats and
+# algorithms store.
+_METHODS = ("fp8", "fbgemm_fp8", "mxfp4", "modelopt", "compressed-tensors")
 _FORMATS = {"float-quantized", "int-quantized", "naive-quantized", "pack-quantized", "dense"}
 _MIXED = "mixed-precision"  # then each group has its own
 _ALGORITHMS = {"FP8"}
@@ -28,6 +29,7 @@ _ALGORITHMS = {"FP8"}
 # How codes and what belongs to them are called behind the name of a weight.
 _INVERSE, _SCALE, _ZEROS = "_scale_inv", "_scale", "_zero_point"
 _PACKED, _SHAPE, _ORDER = "_packed", "_shape", "_g_idx"
+_MX_BLOCKS, _MX_SCALES = "_blocks", "_scales"  # of a stack of experts, in float4
 
 # Of the activations, which this project leaves in full precision.
 _OF_ACTIVATIONS = (
@@ -49,6 +51,11 @@ _BLOCKS = (128, 64, 32, 16, 256, 512, 1024, 8, 4, 2)
 _BIAS = 127  # of an exponent that is stored as a byte
 _WORD = 32  # bits of a word of packed codes
 
+# Float4 of one sign, two bits of exponent and one of mantissa, by its code; a block of them shares
+# an exponent (Open Compute Project, Microscaling Formats 1.0, 2023, section 5.3.3).
+_FLOAT4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+_MX_BLOCK = 32
+
 
 @dataclass(frozen=True)
 class Quantised:
@@ -56,7 +63,8 @@ class Quantised:
     together.
 
     info is what the weight is read as. block is how many rows and columns share a scale; bits are
-    those of a packed code, 0 for codes that are stored one by one.
+    those of a packed code, 0 for codes that are stored one by one. float4 says that codes are MX
+    blocks of float4, of a weight that is read as their transpose.
     """
 
     info: TensorInfo
@@ -66,6 +74,7 @@ class Quantised:
     bits: int = 0
     zeros: str | None = None
     order: str | None = None
+    float4: bool = False
 
     @property
     def parts(self) -> Iterator[str]:
@@ -81,6 +90,8 @@ class Quantised:
         from svdcli.files.dtypes import TORCH_DTYPES
 
         codes, scale = read(self.codes), read(self.scale)
+        if self.float4:
+            return _of_float4(codes, scale).to(TORCH_DTYPES[self.info.dtype])
         if self.bits:
             codes = _unpacked(codes, self.bits, self.info.shape[1], dim=1)
         values = codes.to(torch.float32)
@@ -122,6 +133,18 @@ class Quantised:
         if scale.shape[-1] > 1:
             scale = scale.repeat_interleave(self.block[1], -1)[..., :n]
         return scale
+
+
+def _of_float4(blocks: Tensor, exponents: Tensor) -> Tensor:
+    """Numbers (..., n, m) of float4 codes (..., m, n / 32, 16), two to a byte, the first in the
+    lower bits, and the exponents (..., m, n / 32) of their blocks."""
+    import torch
+
+    values = torch.tensor([*_FLOAT4, *(-value for value in _FLOAT4)])
+    codes = torch.stack((blocks & 15, blocks >> 4), -1).flatten(-2)
+    numbers = values[codes.int()]
+    numbers *= (exponents.to(torch.float32) - _BIAS).exp2()[..., None]
+    return numbers.flatten(-2).transpose(-1, -2).contiguous()
 
 
 def _unpacked(words: Tensor, bits: int, count: int, dim: int) -> Tensor:
@@ -216,6 +239,8 @@ class _Reader:
         """The weight whose codes a tensor holds, or None."""
         if name.endswith(_PACKED) and info.dtype == "I32":
             return self._packed(name.removesuffix(_PACKED), info)
+        if name.endswith(_MX_BLOCKS) and info.dtype == "U8" and len(info.shape) == 4:
+            return self._in_float4(name.removesuffix(_MX_BLOCKS), info)
         if info.dtype not in _CODES or len(info.shape) < 2:
             return None
         scale = next((name + end for end in (_INVERSE, _SCALE) if name + end in self.infos), None)
@@ -260,6 +285,19 @@ class _Reader:
         )
         self._check(found)
         return found
+
+    def _in_float4(self, name: str, info: TensorInfo) -> Quantised:
+        """A stack of experts (experts, in, out) whose transposes are stored in blocks of float4."""
+        scale = name + _MX_SCALES
+        experts, m, blocks, octets = info.shape
+        fits = scale in self.infos and self.infos[scale].shape == (experts, m, blocks)
+        if not fits or octets != _MX_BLOCK // 2:
+            raise BadCheckpointError(
+                f"{self.shown} holds {info.name} without {scale} of its shape",
+                "get the checkpoint again, with all its files",
+            )
+        weight = TensorInfo(name, self.dtype, (experts, blocks * _MX_BLOCK, m))
+        return Quantised(weight, info.name, scale, (1, _MX_BLOCK), float4=True)
 
     def _bits(self, info: TensorInfo, shape: tuple[int, ...]) -> int:
         """Of a packed code."""

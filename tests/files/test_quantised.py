@@ -351,6 +351,108 @@ def test_an_output_that_takes_more_than_the_codes_did_is_refused(fp8: Path, tmp_
     assert sum(report.files.values()) > taken
 
 
+# GPT-OSS ------------------------------------------------------------------------------------------
+
+
+def in_float4(w: Tensor) -> tuple[Tensor, Tensor]:
+    """(blocks, scales) of stacks (experts, in, out), as GPT-OSS is published."""
+    blocks = w.float().transpose(1, 2).unflatten(-1, (-1, 32))
+    exponents = blocks.abs().amax(-1).clamp(min=1e-30).log2().floor() - 2
+    values = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
+    values = torch.cat((values, -values))
+    scaled = blocks / exponents.exp2()[..., None]
+    codes = (scaled[..., None] - values).abs().argmin(-1).to(torch.uint8)
+    return codes[..., ::2] | codes[..., 1::2] << 4, (exponents + 127).to(torch.uint8)
+
+
+@pytest.fixture(scope="module")
+def gpt_oss(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny one whose experts are in float4."""
+    torch.manual_seed(0)
+    config = transformers.GptOssConfig(
+        vocab_size=96,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        dtype="bfloat16",
+    )
+    folder = tmp_path_factory.mktemp("gpt-oss") / "m"
+    transformers.GptOssForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    tensors: dict[str, Tensor] = {}
+    for name, w in load_file(folder / "model.safetensors").items():
+        if w.ndim == 3:
+            tensors[f"{name}_blocks"], tensors[f"{name}_scales"] = in_float4(w)
+        else:
+            tensors[name] = w
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    found = json.loads((folder / "config.json").read_text())
+    details = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn"]}
+    (folder / "config.json").write_text(json.dumps(found | {"quantization_config": details}))
+    return folder
+
+
+def test_float4_is_what_transformers_reads(gpt_oss: Path) -> None:
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    stored = load_file(gpt_oss / "model.safetensors")
+    with open_checkpoint(gpt_oss) as checkpoint:
+        assert len(checkpoint.quantised) == 4
+        for name in checkpoint.quantised:
+            blocks, scales = stored[f"{name}_blocks"], stored[f"{name}_scales"]
+            expected = convert_moe_packed_tensors(blocks, scales)
+            assert expected.isfinite().all()
+            assert torch.equal(checkpoint.read_tensor(name), expected)
+        # Each expert is a stretch of both
+        whole = {name: checkpoint.read_tensor(name) for name in checkpoint.quantised}
+        checkpoint.take_apart(checkpoint.whole_stacks())
+        for name, stack in whole.items():
+            experts, _, layer = name.rpartition(".")
+            for number, matrix in enumerate(stack):
+                found = checkpoint.read_tensor(f"{experts}.{number}.{layer}.weight")
+                assert torch.equal(found, matrix)
+
+
+def test_experts_in_float4_are_factored(gpt_oss: Path, tmp_path: Path) -> None:
+    out = tmp_path / "o"
+    outcome = svdcli.compress(gpt_oss, out, rank=8, bits=8, allow_larger=True)
+    layers = [row for row in outcome.report.layers if ".experts." in row.name]
+    assert len(layers) == 16
+    assert all(row.rank is not None for row in layers)
+    assert svdcli.verify(out, gpt_oss).ok
+    svdcli.expand(out, tmp_path / "d")
+    dense: Any = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "d", dtype="float32")
+    model: Any = svdcli.load(out, dtype=torch.float32)
+    with torch.no_grad():
+        found, expected = model(zoo.IDS).logits, dense(zoo.IDS).logits
+    assert (found - expected).norm() < 0.02 * expected.norm()
+
+    # The original opens as numbers
+    original: Any = svdcli.load(gpt_oss)
+    stack = original.model.layers[0].mlp.experts.down_proj
+    with open_checkpoint(gpt_oss) as checkpoint:
+        assert torch.equal(stack, checkpoint.read_tensor("model.layers.0.mlp.experts.down_proj"))
+
+
+@pytest.mark.parametrize("wrong", ["lacking", "shape"])
+def test_float4_without_its_exponents_is_refused(wrong: str, gpt_oss: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(gpt_oss, tmp_path / "m")
+    tensors = load_file(folder / "model.safetensors")
+    name = "model.layers.0.mlp.experts.down_proj_scales"
+    if wrong == "lacking":
+        del tensors[name]
+    else:
+        tensors[name] = tensors[name][:, :-1].contiguous()
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    assert "without model.layers.0.mlp.experts.down_proj_scales" in complaint(
+        cli("compress", folder, "--rank", "8")
+    )
+
+
 # What cannot be read ------------------------------------------------------------------------------
 
 
@@ -360,7 +462,6 @@ def test_an_output_that_takes_more_than_the_codes_did_is_refused(fp8: Path, tmp_
         {"quant_method": "gptq", "bits": 4},
         {"quant_method": "awq"},
         {"quant_method": "bitsandbytes"},
-        {"quant_method": "mxfp4"},
         {"quant_method": "modelopt", "quant_algo": "NVFP4"},
         {"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized"},
     ],
