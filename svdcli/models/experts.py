@@ -4,17 +4,22 @@ transformers keeps the weights of all experts of a block in stacks, one paramete
 of their own they are layers like any other: what they read can be measured, and they can hold
 factors or integers.
 
-Torch only, and nothing of svdcli: `compress --self-contained` ships this file beside the weights.
+Torch only, and of svdcli the file beside it: `compress --self-contained` ships both with the
+weights.
 """
 
 from __future__ import annotations
 
+import itertools
 import re
+import weakref
 from collections.abc import Iterable, Iterator, Sequence, Set
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+
+from svdcli.models.kernels import router_operator
 
 _GATE_UP, _UP, _DOWN = "gate_up_proj", "up_proj", "down_proj"  # transformers' names of the stacks
 _BIAS = "_bias"
@@ -88,19 +93,38 @@ class SeparateExperts(nn.Module):
                 for name, weight in zip(stack.layers, weights, strict=True):
                     expert.add_module(name, layer_of(weight, parameter.requires_grad))
             self.add_module(str(number), expert)
+        self._handle = _new_handle(self)
         self.train(stock.training)
 
     def forward(self, hidden: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         """Return (tokens, width) for hidden states of that shape, the numbers of the experts that
         each token was sent to (tokens, k), and their weights."""
+        if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+            needs_way_back = torch.is_grad_enabled() and hidden.requires_grad
+            if not needs_way_back:
+                found: Tensor = _EXPERTS(hidden, chosen, weights, self._handle)
+                return found
+        return self.summed(hidden, chosen, weights)
+
+    def summed(self, hidden: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+        """Return what `forward` does, expert by expert: which are chosen is known only then."""
         summed = torch.zeros_like(hidden)
-        for number in chosen.unique().tolist():
+        alone = len(hidden) == 1  # as while a text is written
+        for number in sorted(chosen[0].tolist()) if alone else chosen.unique().tolist():
             if number >= self.count:  # of another process
                 continue
             token, place = torch.where(chosen == number)
-            y = self._expert(number, hidden[token]) * weights[token, place, None]
-            summed.index_add_(0, token, y.to(summed.dtype))
+            x = hidden if alone else hidden[token]
+            y = self._expert(number, x) * weights[token, place, None]
+            if alone:
+                summed += y.to(summed.dtype)
+            else:
+                summed.index_add_(0, token, y.to(summed.dtype))
         return summed
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._handle = _new_handle(self)
 
     def _expert(self, number: int, x: Tensor) -> Tensor:
         """Return what one expert makes of its tokens."""
@@ -135,6 +159,25 @@ class SeparateExperts(nn.Module):
                 weights.append(torch.cat([layer.detach() for layer in layers]))
             stock._parameters[stack.name] = nn.Parameter(torch.stack(weights), trains)
         return stock.train(self.training)
+
+
+# Mixtures by number, for the operator that stands for them in compiled graphs.
+_BY_NUMBER: weakref.WeakValueDictionary[int, SeparateExperts] = weakref.WeakValueDictionary()
+_COUNT = itertools.count()
+
+
+def _new_handle(experts: SeparateExperts) -> Tensor:
+    """Return a number for a mixture, as a tensor."""
+    number = next(_COUNT)
+    _BY_NUMBER[number] = experts
+    return torch.tensor(number, device="cpu")
+
+
+def _summed(hidden: Tensor, chosen: Tensor, weights: Tensor, number: int) -> Tensor:
+    return _BY_NUMBER[number].summed(hidden, chosen, weights)
+
+
+_EXPERTS = router_operator("experts", _summed)
 
 
 def _linear(weight: Tensor, trains: bool) -> nn.Linear:

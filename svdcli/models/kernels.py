@@ -334,11 +334,6 @@ def operator(name: str, compute: Callable[[Tensor, int], Tensor]) -> Any:
     A number for a layer, and not its tensors: these may change their form between two calls. A
     tensor, since compilers make code of its own for each integer.
     """
-    # This file may be loaded twice: installed, and shipped with a model
-    copies = 0
-    while hasattr(torch.ops.svdcli, f"{name}_{copies}"):
-        copies += 1
-    name = f"{name}_{copies}"
 
     def on_cpu(x: Tensor, handle: Tensor, columns: int) -> Tensor:
         return compute(x, int(handle))
@@ -346,8 +341,39 @@ def operator(name: str, compute: Callable[[Tensor, int], Tensor]) -> Any:
     def shape_alone(x: Tensor, handle: Tensor, columns: int) -> Tensor:
         return x.new_empty((*x.shape[:-1], columns))
 
-    _LIBRARY.define(f"{name}(Tensor x, Tensor handle, SymInt columns) -> Tensor")
-    _LIBRARY.impl(name, on_cpu, "CPU")
+    arguments = "Tensor x, Tensor handle, SymInt columns"
+    return _registered(name, arguments, on_cpu, shape_alone, "CPU")
+
+
+def router_operator(name: str, compute: Callable[[Tensor, Tensor, Tensor, int], Tensor]) -> Any:
+    """Return an operator (x, chosen, weights, handle) that compilers leave alone, on any device:
+    compute(x, chosen, weights, number), of the shape of x."""
+
+    def anywhere(x: Tensor, chosen: Tensor, weights: Tensor, handle: Tensor) -> Tensor:
+        return compute(x, chosen, weights, int(handle))
+
+    def shape_alone(x: Tensor, chosen: Tensor, weights: Tensor, handle: Tensor) -> Tensor:
+        return torch.empty_like(x)
+
+    arguments = "Tensor x, Tensor chosen, Tensor weights, Tensor handle"
+    return _registered(name, arguments, anywhere, shape_alone, "CompositeExplicitAutograd")
+
+
+def _registered(
+    name: str,
+    arguments: str,
+    compute: Callable[..., Tensor],
+    shape_alone: Callable[..., Tensor],
+    devices: str,
+) -> Any:
+    """Return a new operator that answers with one tensor."""
+    # This file may be loaded twice: installed, and shipped with a model
+    copies = 0
+    while hasattr(torch.ops.svdcli, f"{name}_{copies}"):
+        copies += 1
+    name = f"{name}_{copies}"
+    _LIBRARY.define(f"{name}({arguments}) -> Tensor")
+    _LIBRARY.impl(name, compute, devices)
     torch.library.register_fake(f"svdcli::{name}", shape_alone, lib=_LIBRARY)
     return getattr(torch.ops.svdcli, name).default
 
