@@ -278,6 +278,32 @@ def test_experts_are_packed_alike_or_not_at_all(written: Written, tmp_path: Path
 
 
 @pytest.mark.parametrize(
+    ("inner", "what"),
+    [(96, "give --group-size 32,"), (48, "give --bits 8,"), (66, "select all of them")],
+)
+def test_experts_whose_columns_do_not_fit_get_what_does(
+    inner: int, what: str, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    config = transformers.MixtralConfig(
+        vocab_size=96,
+        hidden_size=64,
+        intermediate_size=inner,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=2,
+    )
+    transformers.MixtralForCausalLM(config).save_pretrained(tmp_path / "m")
+    arguments = ("compress", tmp_path / "m", "--layout", "dense", "-o", tmp_path / "o")
+    line = complaint(cli(*arguments, "--bits", "4"))
+    assert f"{what}" in line.partition("); ")[2]
+    if what.startswith("give"):
+        option, value = what.removeprefix("give ").removesuffix(",").split()
+        works(*arguments, *(("--bits", "4") if option != "--bits" else ()), option, value)
+
+
+@pytest.mark.parametrize(
     ("target", "says"),
     [
         ({"rank": 8}, "--rank changes nothing in the dense layout at 4 bits"),
