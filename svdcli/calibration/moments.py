@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from svdcli.errors import BadCheckpointError, SvdcliError
-from svdcli.files.checkpoint import Checkpoint, open_checkpoint
+from svdcli.files.checkpoint import Checkpoint, open_output
 from svdcli.files.dtypes import bytes_of
 from svdcli.files.writer import Unit, WeightWriter, lay_out
 from svdcli.linalg.damping import Moment, each
@@ -199,7 +199,7 @@ class Moments:
 def open_moments(path: str | Path) -> Moments:
     """Open a file of `svdcli calibrate`. Raises BadCheckpointError where it is none, or damaged."""
     # The metadata of the one file that it is
-    checkpoint = open_checkpoint(path)
+    checkpoint = open_output(path)
     text = next(iter(checkpoint.metadata.values()), {}).get(METADATA)
     if text is None:
         raise BadCheckpointError(

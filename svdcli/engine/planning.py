@@ -30,6 +30,7 @@ from svdcli.plan.decide import (
 )
 from svdcli.plan.groups import Group, groups_of
 from svdcli.plan.layers import choose_layers, nothing_selected
+from svdcli.plan.packing import Packing
 from svdcli.plan.parts import part_configs
 from svdcli.plan.plan import Plan, Skipped, TextRead
 from svdcli.plan.recipe import Recipe
@@ -316,11 +317,25 @@ def _check_experts(plan: Plan, kinds: Kinds) -> None:
         reasons = {layer.tensor.name: layer.reason for layer in plan.layers if layer.reason}
         first = (dense or apart)[0]
         why = reasons.get(first, "not selected" if dense else "other bits than the first")
+        what = _packing_for_all(plan, kinds.stacked) or "select all of them with the same bits"
         raise SvdcliError(
             f"transformers stacks the experts, and opens them packed alike alone: {first} is not "
             f"({why})",
-            "select all of them with the same bits, or leave out --layout dense",
+            f"{what}, or leave out --layout dense",
         )
+
+
+def _packing_for_all(plan: Plan, names: Sequence[str]) -> str:
+    """The option that packs all of these layers, where their columns are why some are not packed;
+    empty where there is none."""
+    columns = {tensor.shape[1] for tensor in plan.originals if tensor.name in names}
+    if not any(packing.misfit(n) for packing in plan.recipe.packings for n in columns):
+        return ""
+    for other in (Packing(4, 64), Packing(4, 32), Packing(8)):
+        if not any(other.misfit(n) for n in columns):
+            option = "--bits 8" if other.bits == 8 else f"--group-size {other.group}"
+            return f"give {option}, which fits all of them"
+    return ""
 
 
 def _kinds_of(checkpoint: Checkpoint, request: Request) -> Kinds:

@@ -373,6 +373,13 @@ def open_checkpoint(
     return checkpoint
 
 
+def open_output(path: str | Path) -> Checkpoint:
+    """Open what svdcli wrote, which is on this disk or nowhere. Raises as `open_checkpoint`."""
+    if str(path) != STANDARD and not Path(path).exists():
+        raise BadCheckpointError(f"{path} does not exist", "check the path")
+    return open_checkpoint(path)
+
+
 def _download_hint(asked: str) -> str:
     if _HUB_NAME.fullmatch(asked):
         return (

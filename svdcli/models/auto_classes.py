@@ -7,6 +7,7 @@ weights.
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import transformers
@@ -43,11 +44,25 @@ class Opener:
     @classmethod
     def from_pretrained(cls, path: Any, *arguments: Any, **options: Any) -> Any:
         stock = getattr(transformers, cls.__name__)
+        _withdraw(stock)
+        config = options.get("config")
+        if hasattr(config, "auto_map"):  # else transformers asks for trust in this class
+            options["config"] = copy.copy(config)
+            del options["config"].auto_map
         opened = stock.from_pretrained(path, *arguments, **(options | {"trust_remote_code": False}))
         model = opened[0] if isinstance(opened, tuple) else opened  # with output_loading_info
         if hasattr(model.config, "auto_map"):
             del model.config.auto_map
         return opened
+
+
+def _withdraw(stock: Any) -> None:
+    """Undo that transformers registered an opener as the class of a config that `stock` has none
+    for: it would open itself again and again, where there is an error to be told."""
+    registered = getattr(stock._model_mapping, "_extra_content", {})
+    for config_class, model_class in list(registered.items()):
+        if isinstance(model_class, type) and issubclass(model_class, Opener):
+            del registered[config_class]
 
 
 for _name in AUTO_CLASSES:

@@ -33,6 +33,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import (
     HfQuantizer,
     auto,
+    base,
     register_quantization_config,
     register_quantizer,
 )
@@ -762,6 +763,17 @@ def module_names(model: Any, stored: Iterable[str]) -> dict[str, str | None]:
         key, pattern = named(f"{name}.weight")
         places[name] = None if pattern is not None else key.removesuffix(".weight")
     return places
+
+
+def replaced_for(model: Any, method: str) -> str:
+    """Return the name of a class that transformers replaces by another one in models of this
+    `quant_method`, so that weights do not fit any more; "" where the model has none."""
+    table = getattr(base, "MODULES_TO_PATCH_FOR_QUANTIZATION", {})
+    for module in model.modules():
+        name = type(module).__name__
+        if method in table.get(name, {}).get("quantization_methods", ()):
+            return name
+    return ""
 
 
 def unfilled(

@@ -10,9 +10,11 @@ from torch import nn
 
 from svdcli.errors import SvdcliError
 from svdcli.files.checkpoint import Checkpoint
+from svdcli.files.compressed_tensors import METHOD
 from svdcli.models.load import empty_model
 from svdcli.models.modules import is_linear
 
+_OWN_LAYOUTS = "leave out --layout dense: svdcli's own plugin opens factors and packed weights"
 _EXPERTS = "experts"  # transformers unpacks and stacks the weights of these
 
 
@@ -121,8 +123,18 @@ def _held_apart(model: Any, checkpoint: Checkpoint, stacks: Sequence[str]) -> se
 
 
 def _check_opens(model: Any, packed: Sequence[str]) -> None:
-    """Raises SvdcliError where transformers cannot open the class with these modules packed. It has
-    each class initialise its modules, and some look at weights that are not there then."""
+    """Raises SvdcliError where transformers cannot open the class with these modules packed. It
+    puts others in the place of some, which lack their weights, and has each class initialise its
+    modules, and some look at weights that are not there then."""
+    from svdcli.models.hf import replaced_for
+
+    replaced = replaced_for(model, METHOD)
+    if replaced:
+        raise SvdcliError(
+            f"transformers replaces the {replaced} of a {type(model).__name__} of packed weights, "
+            f"and has no place for what this checkpoint holds of them",
+            _OWN_LAYOUTS,
+        )
     for path in packed:
         del model.get_submodule(path).weight
     try:
@@ -130,7 +142,7 @@ def _check_opens(model: Any, packed: Sequence[str]) -> None:
     except AttributeError as error:
         raise SvdcliError(
             f"transformers does not open a {type(model).__name__} of packed weights ({error})",
-            "leave out --layout dense: svdcli's own plugin opens factors and packed weights",
+            _OWN_LAYOUTS,
         ) from error
 
 

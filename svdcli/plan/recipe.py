@@ -204,11 +204,8 @@ class Recipe:
                 f"a matrix that is rounded has no low rank",
                 "leave out --keep, or --layout",
             )
-        if self.bits == "auto" and self.target not in ("size", "keep_bytes"):
-            raise UsageError(
-                f"--bits auto needs a budget in bytes, and {option_of(self.target)} is none",
-                "use --keep-bytes or --size, or give --bits 8 or 4",
-            )
+        if self.bits == "auto":
+            _check_budget(self.target)
         if self.bits == "auto" and self.allocate != "global":
             raise UsageError(
                 "--bits auto chooses for all layers together", "leave out --allocate uniform"
@@ -322,6 +319,7 @@ def recipe_for(wanted: Mapping[str, object], *, calibrated: bool) -> Recipe:
         bits = "16"
     fields = best_defaults(target, calibrated=calibrated, bits=bits) | asked
     if fields.get("bits") == "auto" and not calibrated:
+        _check_budget(target)  # which a calibration would not mend
         raise UsageError(
             "--bits auto weighs what layers lose, which takes a calibration",
             "give --text or --calibration too, or --bits 8 or 4",
@@ -334,6 +332,15 @@ def recipe_for(wanted: Mapping[str, object], *, calibrated: bool) -> Recipe:
     if "floor" in asked and recipe.allocate != "global":
         raise UsageError("--floor is for --allocate global", "leave it out, or allocate globally")
     return recipe
+
+
+def _check_budget(target: Target) -> None:
+    """Raises UsageError for a target that is no budget for both ranks and bits."""
+    if target not in ("size", "keep_bytes"):
+        raise UsageError(
+            f"--bits auto needs a budget in bytes, and {option_of(target)} is none",
+            "use --keep-bytes or --size, or give --bits 8 or 4",
+        )
 
 
 def _is_about_ranks(asked: Mapping[str, object]) -> bool:

@@ -10,7 +10,7 @@ from svdcli.engine.publish import destination, disk_errors, finish, identity, wr
 from svdcli.engine.run import Run
 from svdcli.errors import BadCheckpointError, SvdcliError
 from svdcli.files.blueprint import ExpandDesign
-from svdcli.files.checkpoint import STANDARD, Checkpoint, open_checkpoint, sha256_of
+from svdcli.files.checkpoint import STANDARD, Checkpoint, open_output, sha256_of
 from svdcli.files.record import check_listed, record_of, stored_layers, take_apart_again
 from svdcli.files.workspace import Workspace
 from svdcli.plan.plan import LayerPlan
@@ -32,7 +32,7 @@ def expand(
     """
     import torch
 
-    with open_checkpoint(output) as checkpoint:
+    with open_output(output) as checkpoint:
         # Factors that transformers saved have no record, but a way back all the same
         record = record_of(checkpoint)
         if record is None:

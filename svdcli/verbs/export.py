@@ -24,6 +24,7 @@ from svdcli.files.checkpoint import STANDARD, open_checkpoint
 from svdcli.files.report import JSON_VERSION
 from svdcli.files.workspace import Workspace
 from svdcli.files.writer import sync
+from svdcli.models.experts import SeparateExperts
 from svdcli.models.load import load_quietly
 from svdcli.plan.words import STORED_AS
 from svdcli.progress import Progress, silent
@@ -202,6 +203,12 @@ def _call_for(model: Any) -> _Call:
         raise SvdcliError(
             f"{name} is neither a text encoder, a decoder nor a vision model",
             "export knows only those",
+        )
+
+    if any(isinstance(module, SeparateExperts) for module in model.modules()):
+        raise SvdcliError(
+            f"{name} has experts one by one, and which of them compute depends on the text",
+            "mixtures of experts do not export",
         )
 
     # What it is called with, besides the tensors

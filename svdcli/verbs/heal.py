@@ -32,7 +32,7 @@ from svdcli.engine.run import Run
 from svdcli.engine.solve import Ready
 from svdcli.errors import SvdcliError, UsageError
 from svdcli.files.blueprint import CompressDesign
-from svdcli.files.checkpoint import Checkpoint, open_checkpoint
+from svdcli.files.checkpoint import Checkpoint, open_checkpoint, open_output
 from svdcli.files.record import Result, record_of, stored_layers, take_apart_again
 from svdcli.files.report import read_report
 from svdcli.files.workspace import BLOCKS, Workspace
@@ -108,7 +108,7 @@ def heal(
     if hard_labels is not None and not 0 <= hard_labels <= 1:
         raise UsageError(f"--hard-labels {hard_labels:g} is not a share", "give 0 to 1")
     request = _Request(effort, samples, seq_len, hard_labels, seed, trust_remote_code)
-    with open_checkpoint(output) as compressed, open_checkpoint(teacher) as original:
+    with open_output(output) as compressed, open_checkpoint(teacher) as original:
         for checkpoint in (compressed, original):
             take_apart_again(checkpoint, record_of(compressed) or {})
         pair = _Pair(compressed, original, _plan_of(compressed, original))

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from svdcli.errors import BadCheckpointError, SvdcliError
-from svdcli.files.checkpoint import RECORD, Checkpoint, open_checkpoint, sha256_of
+from svdcli.files.checkpoint import RECORD, Checkpoint, open_checkpoint, open_output, sha256_of
 from svdcli.files.config import METHOD, method_for, method_of
 from svdcli.files.formats import PICKLE_ENDINGS, format_of
 from svdcli.files.record import (
@@ -88,7 +88,7 @@ def verify(
     that changed, came or went are checks that pass, named `BESIDE`, whose detail says so. Raises
     SvdcliError where `output` cannot be opened at all; everything else is a failed check.
     """
-    with open_checkpoint(output) as checkpoint:
+    with open_output(output) as checkpoint:
         record = record_of(checkpoint)
         if record is None or "recipe" not in record:
             raise SvdcliError(

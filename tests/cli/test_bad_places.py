@@ -33,6 +33,24 @@ def test_missing_path(folder: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize(
+    "arguments",
+    [
+        ("verify", "mine/out"),
+        ("expand", "mine/out"),
+        ("report", "mine/out"),
+        ("heal", "mine/out", "--teacher", "m.safetensors", "--text", "t.txt"),
+        ("compress", "m.safetensors", "--rank", "4", "--calibration", "mine/out"),
+    ],
+    ids=lambda arguments: arguments[0],
+)
+def test_what_svdcli_writes_is_on_no_hub(small: Path, arguments: tuple[str, ...]) -> None:
+    Path("t.txt").write_text("words " * 99)
+    line = refused(*arguments)
+    assert "mine/out does not exist" in line
+    assert "hf download" not in line
+
+
+@pytest.mark.parametrize(
     "out", ["nowhere/out.safetensors", "m.safetensors/out.safetensors", "a/b/c/out.safetensors"]
 )
 @pytest.mark.parametrize("name", ["compress", "expand"])

@@ -13,7 +13,7 @@ import pytest
 import torch
 import transformers
 import zoo
-from helpers import contents, load_all, refused, run_code, weight, works
+from helpers import cli, complaint, contents, load_all, refused, run_code, weight, works
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -278,6 +278,32 @@ def test_experts_are_packed_alike_or_not_at_all(written: Written, tmp_path: Path
 
 
 @pytest.mark.parametrize(
+    ("inner", "what"),
+    [(96, "give --group-size 32,"), (48, "give --bits 8,"), (66, "select all of them")],
+)
+def test_experts_whose_columns_do_not_fit_get_what_does(
+    inner: int, what: str, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    config = transformers.MixtralConfig(
+        vocab_size=96,
+        hidden_size=64,
+        intermediate_size=inner,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=2,
+    )
+    transformers.MixtralForCausalLM(config).save_pretrained(tmp_path / "m")
+    arguments = ("compress", tmp_path / "m", "--layout", "dense", "-o", tmp_path / "o")
+    line = complaint(cli(*arguments, "--bits", "4"))
+    assert f"{what}" in line.partition("); ")[2]
+    if what.startswith("give"):
+        option, value = what.removeprefix("give ").removesuffix(",").split()
+        works(*arguments, *(("--bits", "4") if option != "--bits" else ()), option, value)
+
+
+@pytest.mark.parametrize(
     ("target", "says"),
     [
         ({"rank": 8}, "--rank changes nothing in the dense layout at 4 bits"),
@@ -326,6 +352,28 @@ def test_layers_of_different_bits_are_named_in_groups(written: Written, tmp_path
     model: Any = svdcli.load(tmp_path / "o").eval()
     torch.testing.assert_close(zoo.answer("llama", model), zoo.answer("llama", dense))
     assert svdcli.verify(tmp_path / "o", against=written("llama")).ok
+
+
+def test_a_class_whose_experts_transformers_replaces_is_refused(tmp_path: Path) -> None:
+    """It would open with experts that are made up."""
+    torch.manual_seed(0)
+    config = transformers.Llama4TextConfig(
+        vocab_size=96,
+        hidden_size=64,
+        intermediate_size=64,
+        intermediate_size_mlp=96,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        num_local_experts=2,
+    )
+    transformers.Llama4ForCausalLM(config).save_pretrained(tmp_path / "m")
+    arguments = ("compress", tmp_path / "m", "--bits", "8", "-o", tmp_path / "o")
+    line = complaint(cli(*arguments, "--layout", "dense"))
+    assert "transformers replaces the Llama4TextExperts of a Llama4ForCausalLM" in line
+    assert "leave out --layout dense" in line
+    assert not (tmp_path / "o").exists()
 
 
 def test_where_the_class_is_not_known_a_note_says_so(

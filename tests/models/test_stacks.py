@@ -291,6 +291,30 @@ def test_a_loader_without_svdcli_makes_no_experts_up(
     assert run_code(STOCK, model_class, folder=tmp_path).code
 
 
+SELF_CONTAINED = """
+import sys, transformers
+sys.modules["svdcli"] = None
+for folder, trust in (("o", True), ("o", True), (sys.argv[1], False)):
+    try:
+        transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=trust)
+    except ValueError as error:
+        print(str(error).partition(" <")[0])
+opened = transformers.AutoModelForImageTextToText.from_pretrained("o", trust_remote_code=True)
+print(type(opened).__name__, hasattr(opened.config, "auto_map"))
+"""
+
+
+def test_an_auto_class_that_the_config_is_not_mapped_to_says_so(
+    saved: Saved, tmp_path: Path
+) -> None:
+    """As it does of the source, though the output's config names a class for it."""
+    svdcli.compress(saved("mistral4"), tmp_path / "o", rank=8, self_contained=True)
+    done = run_code(SELF_CONTAINED, saved("mistral4"), folder=tmp_path)
+    assert done.code == 0, done.err
+    told = ["Unrecognized configuration class"] * 3
+    assert done.out.decode().splitlines() == [*told, "Mistral4ForCausalLM False"]
+
+
 def test_what_warns_is_no_tensor_of_a_module(tmp_path: Path, saved: Saved) -> None:
     """An own module of one expert after the other takes what is there."""
     source = saved("mistral4")

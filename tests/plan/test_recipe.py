@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from svdcli.errors import UsageError
 from svdcli.plan.plan import LayerPlan, Plan, Skipped
-from svdcli.plan.recipe import Recipe, recipe_from_json, recipe_to_json
+from svdcli.plan.recipe import Recipe, recipe_for, recipe_from_json, recipe_to_json
 from svdcli.plan.tensors import TensorInfo
 
 BAD = [
@@ -34,6 +34,11 @@ BAD = [
     {"target": "error", "value": 0.5, "allocate": "global"},
     {"target": "size", "value": 100, "layout": "dense"},
 ]
+
+
+def test_of_two_complaints_the_one_that_no_text_mends_comes_first() -> None:
+    with pytest.raises(UsageError, match="needs a budget in bytes, and --rank is none"):
+        recipe_for({"rank": 12, "bits": "auto"}, calibrated=False)
 
 
 @pytest.mark.parametrize("values", BAD, ids=str)

@@ -438,6 +438,16 @@ def test_refusals(vision: Path, written: Written, tmp_path: Path) -> None:
     assert not file.exists()
 
 
+def test_experts_one_by_one_are_refused_before_they_are_traced(
+    written: Written, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    svdcli.compress(written("mixtral"), tmp_path / "o", rank=8)
+    monkeypatch.setattr(torch.onnx, "export", None)
+    told = complaint(cli("export", tmp_path / "o", "--onnx", tmp_path / "model.onnx"))
+    assert "MixtralForCausalLM has experts one by one" in told
+    assert not (tmp_path / "model.onnx").exists()
+
+
 def test_a_model_that_needs_more_than_it_is_given(
     vision: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
