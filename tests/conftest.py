@@ -22,6 +22,15 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     return 0 if any(".py" in argument for argument in config.args) else min(4, os.cpu_count() or 1)
 
 
+@pytest.fixture(autouse=True)
+def _compiled_anew() -> Iterator[None]:
+    """What one test compiled does not count against the recompilations of the next."""
+    yield
+    dynamo = sys.modules.get("torch._dynamo")
+    if dynamo is not None:
+        dynamo.reset()
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _few_threads() -> None:
     """Tiny matrices gain nothing from threads, and results stay the same on every machine."""

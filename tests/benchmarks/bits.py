@@ -12,6 +12,7 @@ on text that it never saw, by the excess of its loss over the original's. Bytes 
 block linears, as a share of bfloat16. Round to nearest and GPTQ (Frantar et al., 2022: columns in
 order of falling diagonal, damped by 1 %) store the matrices themselves, symmetric, 8 bits with a
 scale a row, fewer in groups of 64; both are this project's own rounding, without coupling of rows.
+No two layers share a basis here: sharing.py has what that gains.
 """
 
 from __future__ import annotations
@@ -117,7 +118,7 @@ class Bench:
         shutil.rmtree(out, ignore_errors=True)
         try:
             outcome = svdcli.compress(
-                SAMPLE, out, calibration=self.moments, keep_bytes=share, **wanted
+                SAMPLE, out, calibration=self.moments, keep_bytes=share, share="never", **wanted
             )
         except svdcli.SvdcliError:
             return None

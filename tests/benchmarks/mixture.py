@@ -19,6 +19,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ import transformers
 from bits import SAMPLE
 from common import building_in, parser, say, table, write_json
 from safetensors.torch import load_file, save_file
+from sharing import with_common_inputs
 
 import svdcli
 from svdcli.calibration.moments import open_moments
@@ -111,6 +113,16 @@ class Mixture:
             svdcli.calibrate(self.model, self.moments, text, samples=256, seq_len=LENGTH)
         self.held_out = read_texts(None, stdlib=True, held_out=True)
 
+    @cached_property
+    def common(self) -> Path:
+        """The calibration where gate and up of all experts of a layer read one input."""
+
+        def layer_of(name: str) -> str | None:
+            mlp, experts, expert = name.partition(".experts.")
+            return f"{mlp} experts" if experts and "down_proj" not in expert else None
+
+        return with_common_inputs(self.moments, self.folder / "common.safetensors", layer_of)
+
     def excess(self, model: Path) -> tuple[float, float]:
         """Excess loss in nats a token, and its standard error over windows."""
         found = svdcli.evaluate(
@@ -173,7 +185,8 @@ def _of_blocks(tensors: dict[str, torch.Tensor]) -> int:
 
 def rows(mixture: Mixture) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
     """The name of each row, and what measures it."""
-    by_loss = {"allocate": "global", "floor": 0.0, "layout": "pivoted"}
+    apart = {"share": "never"}
+    by_loss = {"allocate": "global", "floor": 0.0, "layout": "pivoted"} | apart
 
     def dropped(kept: int, **wanted: Any) -> dict[str, Any]:
         source, share = mixture.without_experts(kept)
@@ -190,7 +203,16 @@ def rows(mixture: Mixture) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]
     four = {"bits": 4, "group_size": 64}
     yield "even ranks, 4 bits", lambda: mixture.compressed(keep=0.73, allocate="uniform", **four)
     yield "6 of 8 experts, 4 bits", lambda: dropped(6, layout="dense", **four)
-    yield "ranks and bits by what each counts", lambda: mixture.compressed(keep_bytes=0.2)
+    yield "ranks and bits by what each counts", lambda: mixture.compressed(keep_bytes=0.2, **apart)
+
+    # Bases that layers share: gate and up of an expert, or the first layers of all experts
+    for keep in (0.4, 0.25):
+        how = {"keep": keep} | by_loss
+        yield f"keep {keep}, all apart", partial(mixture.compressed, **how)
+        choice = how | {"share": "auto"}
+        yield f"keep {keep}, gate and up share by choice", partial(mixture.compressed, **choice)
+        common = choice | {"share": "always", "calibration": mixture.common}
+        yield f"keep {keep}, all experts share a basis", partial(mixture.compressed, **common)
 
 
 def speed(folder: Path) -> dict[str, Any]:

@@ -58,8 +58,9 @@ ROWS = {
     "pivoted": "svdcli, pivoted",
     "sensitivity": "svdcli, ranks by measured sensitivity",
     "fisher": "svdcli, Fisher metric and ranks by it",
-    "soft": "svdcli, the same healed, --hard-labels 0",
-    "heal": "svdcli, the same healed",
+    "shared": "svdcli, the same with bases shared by choice",
+    "soft": "svdcli, Fisher, healed, --hard-labels 0",
+    "heal": "svdcli, Fisher, healed",
 }
 MEASURES = {"excess": "excess loss", "kl": "KL divergence"}
 OURS, HEALED, RIVAL = "fisher", "heal", "svd-llm"
@@ -83,7 +84,8 @@ class Step:
 STEPS = {
     "pivoted": Step("gradients", {"metric": "inputs"}),
     "sensitivity": Step("sensitivity", {"metric": "inputs", "allocate": "global"}),
-    "fisher": Step("gradients", {"allocate": "global", "floor": 0.0}),
+    "fisher": Step("gradients", {"allocate": "global", "floor": 0.0, "share": "never"}),
+    "shared": Step("gradients", {"allocate": "global", "floor": 0.0}),
 }
 CALIBRATIONS = {
     "gradients": {"gradients": True},

@@ -25,6 +25,7 @@ import argparse
 import json
 import re
 import shutil
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -70,29 +71,14 @@ class Bench:
     @cached_property
     def across(self) -> Path:
         """The same where layers of one name in two neighbouring blocks read one input: both."""
-        tensors = load_file(self.moments)
-        with safe_open(self.moments, "pt") as opened:
-            data = json.loads(opened.metadata()[METADATA])
-        layers = data["layers"]
-        given = dict(tensors)
-        for name, keys in layers.items():
+
+        def pair_of(name: str) -> str | None:
             found = _BLOCK.search(name)
             if found is None or any(leaf in name for leaf in _LEAVE):
-                continue
-            # the first block of the pair has what both read, in the mean
-            block = int(found[1])
-            pair = [name.replace(found[0], f".layers.{block // 2 * 2 + i}.") for i in (0, 1)]
-            inputs = [layers[other]["input"] for other in pair if other in layers]
-            if name == pair[0]:
-                for kind in ("input", "mean"):
-                    both = [given[f"{kind}.{key}"] for key in inputs]
-                    tensors[f"{kind}.{name} and next"] = torch.stack(both).mean(0)
-            keys["read"] = f"{pair[0]} and next"
-        for keys in layers.values():
-            keys["input"] = keys.pop("read", keys["input"])
-        path = self.folder / "across.safetensors"
-        save_file(tensors, path, {METADATA: json.dumps(data)})
-        return path
+                return None
+            return name.replace(found[0], f".layers.{int(found[1]) // 2} and next.")
+
+        return with_common_inputs(self.moments, self.folder / "across.safetensors", pair_of)
 
     def measured(self, row: str, budget: tuple[str, float]) -> dict[str, Any] | None:
         """Excess loss in nats a token, its standard error over windows, and what was predicted;
@@ -118,6 +104,29 @@ class Bench:
             "predicted": outcome.report.predicted_loss,
             "shared": shared,
         }
+
+
+def with_common_inputs(moments: Path, out: Path, group_of: Callable[[str], str | None]) -> Path:
+    """A calibration in which all layers of a group read one input, the mean of what they read;
+    group_of names the group of a weight, None for one that keeps its own."""
+    tensors = load_file(moments)
+    with safe_open(moments, "pt") as opened:
+        data = json.loads(opened.metadata()[METADATA])
+    groups: dict[str, list[str]] = {}
+    for name in data["layers"]:
+        group = group_of(name)
+        if group is not None:
+            groups.setdefault(group, []).append(name)
+    common: dict[str, torch.Tensor] = {}
+    for group, names in groups.items():
+        for kind in ("input", "mean"):
+            read = [tensors[f"{kind}.{data['layers'][name]['input']}"] for name in names]
+            common[f"{kind}.{group}"] = torch.stack(read).mean(0)
+    for group, names in groups.items():
+        for name in names:
+            data["layers"][name]["input"] = group
+    save_file(tensors | common, out, {METADATA: json.dumps(data)})
+    return out
 
 
 def measure(bench: Bench) -> dict[str, Any]:

@@ -47,8 +47,8 @@ SHORT = re.compile(r"(?<=<!-- quality in short -->\n).*?(?=<!-- /quality in shor
 SHORT_ROWS = {
     "plain": "plain SVD",
     "svd-llm": "SVD-LLM(W)",
-    "fisher": "svdcli compress --text",
-    "heal": "svdcli compress --text, heal",
+    "shared": "svdcli compress --text",
+    "heal": "the same with --share never, heal",
 }
 ABOUT_COMMANDS = """# Commands: every option of each
 
