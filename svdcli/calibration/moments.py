@@ -31,10 +31,10 @@ from svdcli.linalg.whitening import Metric
 from svdcli.plan.tensors import TensorInfo
 
 METADATA = "svdcli_moments"
-# Inputs of which less than the first part varies: what does is little more than the rounding of
-# sums in float32, up to the second part, and a covariance of it may be indefinite.
-_HARDLY_VARIES = 1e-4
-_ROUNDING = 4e-6
+# Moments are sums in float32. Where inputs hardly vary, the rounding of these, as a part of their
+# norm, is a noticeable part of a covariance, and may make it indefinite.
+_ROUNDING = 1e-7
+_NOTICEABLE = 2.5e-3
 FORMAT = 1
 
 
@@ -75,10 +75,10 @@ def metric_of(moments: LayerMoments, device: torch.device, *, centred: bool) -> 
     inputs = moments.inputs.to(device, torch.float64)
     if centred:
         mean = moments.mean.to(device, torch.float64)
-        power = inputs.diagonal().mean()
+        rounding = _ROUNDING * torch.linalg.matrix_norm(inputs)
         inputs = inputs - torch.outer(mean, mean)
-        if inputs.diagonal().mean() < _HARDLY_VARIES * power:
-            inputs.diagonal().add_(_ROUNDING * power)
+        if inputs.diagonal().mean() * _NOTICEABLE < rounding:
+            inputs.diagonal().add_(rounding)
     outputs = moments.outputs
     if outputs is not None:
         outputs = each(outputs, lambda block: block.to(device))

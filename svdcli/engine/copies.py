@@ -11,7 +11,9 @@ from svdcli.files.stacks import slices_of
 from svdcli.plan.plan import Plan
 from svdcli.plan.tensors import module_of
 
-_ONCE = "is stored once with it"  # in the note that says so
+# In the notes that say so.
+_ONCE = "is stored once with it"
+_APART = "weights of their own now"
 
 
 def copies_in(checkpoint: Checkpoint, selected: Set[str], *, factors: bool) -> Mapping[str, str]:
@@ -37,7 +39,7 @@ def copies_in(checkpoint: Checkpoint, selected: Set[str], *, factors: bool) -> M
 
 def stored_once(checkpoint: Checkpoint, plan: Plan, equal: Mapping[str, str]) -> Plan:
     """The plan without the copies of tensors that are written as they are, and a note of them."""
-    notes = tuple(note for note in plan.notes if _ONCE not in note)
+    notes = tuple(note for note in plan.notes if _ONCE not in note and _APART not in note)
     plan = replace(plan, same={}, notes=notes)
     selected = {tensor.name for tensor in plan.originals}
     same = {
@@ -45,6 +47,7 @@ def stored_once(checkpoint: Checkpoint, plan: Plan, equal: Mapping[str, str]) ->
         for name, source in equal.items()
         if name not in selected and source not in selected
     }
+    plan = replace(plan, notes=(*plan.notes, *_no_longer_one(plan, equal)))
     if not same:
         return plan
     name, source = next(iter(same.items()))
@@ -53,5 +56,22 @@ def stored_once(checkpoint: Checkpoint, plan: Plan, equal: Mapping[str, str]) ->
         f"{module_of(name)} has the bytes of {module_of(source)}, and {_ONCE} ({nbytes} bytes less)"
     )
     if len(same) > 1:
-        note = f"{len(same)} tensors have the bytes of others: {note}"
+        note = (
+            f"{len(same)} tensors have the bytes of others ({nbytes} bytes less): such as "
+            f"{module_of(name)}, which has those of {module_of(source)}, and {_ONCE}"
+        )
     return replace(plan, same=same, notes=(*plan.notes, note))
+
+
+def _no_longer_one(plan: Plan, equal: Mapping[str, str]) -> tuple[str, ...]:
+    """A note of pairs with the same bytes of which a table is packed, by itself."""
+    packed = {layer.tensor.name for layer in plan.factored if layer.role}
+    apart = [pair for pair in equal.items() if not packed.isdisjoint(pair)]
+    if not apart:
+        return ()
+    name, source = apart[0]
+    others = f" ({len(apart)} such pairs)" if len(apart) > 1 else ""
+    return (
+        f"{module_of(name)} and {module_of(source)} hold the same numbers{others}: tables are "
+        f"packed one by one, so that they are {_APART}",
+    )

@@ -638,17 +638,20 @@ class _Product(NamedTuple):
     the layers that have had them."""
 
     x: Tensor
-    state: tuple[int, bool, bool]
+    state: tuple[int, bool, torch.dtype | None]
     y: Tensor
     taken: frozenset[int]
 
 
-def _state_of(x: Tensor) -> tuple[int, bool, bool]:
+def _state_of(x: Tensor) -> tuple[int, bool, torch.dtype | None]:
     """Return what tells that a tensor was changed in place, or is to be computed with in another
     way. A compiler knows no versions; layers whose input a model changes between their calls are in
     no group."""
     version = 0 if torch.compiler.is_compiling() or x.is_inference() else x._version
-    return version, torch.is_grad_enabled(), torch.is_autocast_enabled(x.device.type)
+    cast = None
+    if torch.is_autocast_enabled(x.device.type):
+        cast = torch.get_autocast_dtype(x.device.type)
+    return version, torch.is_grad_enabled(), cast
 
 
 class StackedLinear(nn.Module):

@@ -231,9 +231,11 @@ class Recipe:
             raise UsageError(
                 f"--multiple-of {self.multiple_of} is not a whole number above 0", "give at least 1"
             )
-        if self.max_shard_size is not None and self.max_shard_size < 1:
+        size = self.max_shard_size
+        if size is not None and (not isinstance(size, int) or size < 1):
             raise UsageError(
-                f"--max-shard-size {self.max_shard_size} is not a size", "give bytes such as 5GB"
+                f"--max-shard-size {size} is not a size",
+                "give bytes: on the command line such as 5GB, in Python as a number",
             )
 
 

@@ -53,7 +53,7 @@ class Texts:
         return digest.hexdigest()
 
 
-def read_texts(path: str | None, *, stdlib: bool = False, held_out: bool = False) -> Texts:
+def read_texts(path: str | Path | None, *, stdlib: bool = False, held_out: bool = False) -> Texts:
     """Return the text of `--text PATH` (a file, a folder of files, `-`) or of `--stdlib`, its
     held-out half or the other.
 
@@ -64,7 +64,7 @@ def read_texts(path: str | None, *, stdlib: bool = False, held_out: bool = False
         raise UsageError(
             "give --text FILE or --stdlib, one of them", "--text takes a file, a folder or -"
         )
-    texts = _stdlib_texts(held_out=held_out) if path is None else _texts_at(path)
+    texts = _stdlib_texts(held_out=held_out) if path is None else _texts_at(str(path))
     if not any(document.strip() for document in texts.documents):
         raise SvdcliError(f"{texts.name} holds no text", "give another --text")
     return texts

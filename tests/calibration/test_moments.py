@@ -27,6 +27,8 @@ from svdcli.calibration.moments import (
     write_moments,
 )
 from svdcli.errors import BadCheckpointError, SvdcliError
+from svdcli.linalg.damping import damp
+from svdcli.linalg.rounding import DAMPING_COLUMNS
 
 PROVENANCE = Provenance("f" * 64, "a text", "a" * 64, 4096, 8, 512, 3, True, True, "nats")
 LAYERS = {
@@ -321,3 +323,20 @@ def test_other_files_are_no_moments(tmp_path: Path) -> None:
             open_moments(tmp_path / f"{name}.safetensors")
     with pytest.raises(SvdcliError, match="does not exist"):
         open_moments(tmp_path / "none.safetensors")
+
+
+@pytest.mark.parametrize("spread", [1e-7, 1e-5, 1e-4, 1e-3, 1e-2, 1.0])
+@pytest.mark.parametrize("n", [16, 64, 256])
+def test_a_covariance_of_inputs_that_hardly_vary_has_a_root(n: int, spread: float) -> None:
+    """Sums in float32 leave a remainder of either sign where the mean is taken out."""
+    generator = torch.Generator().manual_seed(n)
+    mean = torch.randn(n, generator=generator, dtype=torch.float64)
+    x = mean + spread * torch.randn(2000, n, generator=generator, dtype=torch.float64)
+    moments = LayerMoments((x.T @ x / 2000).float(), x.mean(0).float(), None, transposed=False)
+    inputs = metric_of(moments, torch.device("cpu"), centred=True).inputs
+    torch.linalg.cholesky(damp(inputs, DAMPING_COLUMNS))
+
+    # Where they do vary it is what it was
+    if spread == 1.0:
+        centred = moments.inputs.double() - torch.outer(moments.mean, moments.mean).double()
+        torch.testing.assert_close(inputs, centred, rtol=1e-4, atol=1e-6)

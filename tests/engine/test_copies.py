@@ -125,6 +125,17 @@ def test_a_head_that_is_factored_with_its_table_is_not_touched(
     assert svdcli.verify(tmp_path / "o", source).ok
 
 
+def test_a_table_that_is_packed_is_a_weight_of_its_own_and_a_note_says_so(
+    written: Written, tmp_path: Path
+) -> None:
+    source = with_both(written("llama"), tmp_path / "m")
+    outcome = svdcli.compress(source, tmp_path / "o", rank=16, bits=8, embedding_bits=8)
+    assert outcome.plan.same == {}
+    [note] = [note for note in outcome.report.notes if "weights of their own" in note]
+    assert note.startswith("lm_head and model.embed_tokens hold the same numbers: ")
+    assert svdcli.verify(tmp_path / "o", source).ok
+
+
 class Tied(nn.Module):
     def __init__(self, *, tied: bool) -> None:
         super().__init__()

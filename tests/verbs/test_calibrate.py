@@ -730,3 +730,17 @@ def test_nothing_is_overwritten_unasked(readable: Readable, tmp_path: Path) -> N
     assert there.read_text() == "mine"
     _, done = run(model, there, force=True)
     assert done.bytes == there.stat().st_size
+
+
+def test_an_output_is_refused_since_no_command_takes_its_moments(
+    readable: Callable[..., Path], tmp_path: Path
+) -> None:
+    svdcli.compress(readable("llama"), tmp_path / "o", keep=0.5)
+    with pytest.raises(SvdcliError, match="compressed already"):
+        svdcli.calibrate(tmp_path / "o", tmp_path / "m.safetensors", svdcli.Texts("t", ("w2 w3",)))
+    assert not (tmp_path / "m.safetensors").exists()
+
+
+def test_a_text_may_be_a_path(tmp_path: Path) -> None:
+    (tmp_path / "t.txt").write_text("w2 w3")
+    assert svdcli.read_texts(tmp_path / "t.txt").name == str(tmp_path / "t.txt")
