@@ -8,8 +8,8 @@ from collections.abc import Iterable
 from svdcli.files.checkpoint import Checkpoint
 from svdcli.plan.tensors import TensorInfo
 
-# Smaller ones are not looked at: a name in a header and in the record takes bytes, too.
-_WORTHWHILE = 2**14
+# Smaller ones are not looked at: what is saved must be worth a tensor that readers miss.
+_WORTHWHILE = 2**16
 
 
 def equal_tensors(checkpoint: Checkpoint, names: Iterable[str]) -> dict[str, list[str]]:

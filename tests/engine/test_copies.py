@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +18,10 @@ from svdcli.files.checkpoint import open_checkpoint
 from svdcli.files.duplicates import equal_tensors
 from svdcli.files.report import read_report
 
-Written = Callable[[str], Path]
 
-
-def with_both(source: Path, folder: Path, *, tied: bool = True) -> Path:
+def with_both(folder: Path, *, tied: bool = True) -> Path:
     """A llama with head and embedding in its file, as many are published."""
-    folder.mkdir()
-    for file in source.iterdir():
-        (folder / file.name).write_bytes(file.read_bytes())
+    large("llama").save_pretrained(folder)
     tensors = load_file(folder / "model.safetensors")
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
@@ -35,11 +30,18 @@ def with_both(source: Path, folder: Path, *, tied: bool = True) -> Path:
     return folder
 
 
-def pickled(family: str, source: Path, folder: Path) -> Path:
-    """The same model as a pickle, in which tied tensors share their storage."""
-    folder.mkdir()
+def large(family: str) -> Any:
+    """A tiny model with tables that are worth looking at."""
     model = zoo.FAMILIES[family].build()
-    (folder / "config.json").write_bytes((source / "config.json").read_bytes())
+    model.resize_token_embeddings(320, mean_resizing=False)
+    return model
+
+
+def pickled(family: str, folder: Path) -> Path:
+    """A model as a pickle, in which tied tensors share their storage."""
+    model = large(family)
+    model.save_pretrained(folder)
+    (folder / "model.safetensors").unlink()
     torch.save(model.state_dict(), folder / "pytorch_model.bin")
     return folder
 
@@ -51,8 +53,8 @@ def equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
 
 
 @pytest.mark.parametrize("family", ["t5", "llama-tied", "marian", "gpt2"])
-def test_tied_pairs_of_a_pickle(family: str, written: Written, tmp_path: Path) -> None:
-    source, out = pickled(family, written(family), tmp_path / "m"), tmp_path / "o"
+def test_tied_pairs_of_a_pickle(family: str, tmp_path: Path) -> None:
+    source, out = pickled(family, tmp_path / "m"), tmp_path / "o"
     predicted = svdcli.compress(source, out, keep=0.5, dry_run=True).report
     outcome = svdcli.compress(source, out, keep=0.5)
     assert outcome.report.files == predicted.files
@@ -92,11 +94,9 @@ def test_tied_pairs_of_a_pickle(family: str, written: Written, tmp_path: Path) -
     assert equal(load_all(tmp_path / "again"), stored)
 
 
-def test_a_head_that_is_equal_is_stored_once_where_the_class_ties_it(
-    written: Written, tmp_path: Path
-) -> None:
-    tied = with_both(written("llama"), tmp_path / "tied")
-    apart = with_both(written("llama"), tmp_path / "apart", tied=False)
+def test_a_head_that_is_equal_is_stored_once_where_the_class_ties_it(tmp_path: Path) -> None:
+    tied = with_both(tmp_path / "tied")
+    apart = with_both(tmp_path / "apart", tied=False)
     svdcli.compress(tied, tmp_path / "o", keep=0.5)
     svdcli.compress(apart, tmp_path / "p", keep=0.5)
     assert "lm_head.weight" not in load_all(tmp_path / "o")
@@ -116,19 +116,15 @@ def test_a_head_that_is_equal_is_stored_once_where_the_class_ties_it(
     assert stock.lm_head.weight is stock.model.embed_tokens.weight
 
 
-def test_a_head_that_is_factored_with_its_table_is_not_touched(
-    written: Written, tmp_path: Path
-) -> None:
-    source = with_both(written("llama"), tmp_path / "m")
+def test_a_head_that_is_factored_with_its_table_is_not_touched(tmp_path: Path) -> None:
+    source = with_both(tmp_path / "m")
     outcome = svdcli.compress(source, tmp_path / "o", keep=0.5, include=["lm_head", "*layers*"])
     assert outcome.plan.same == {}
     assert svdcli.verify(tmp_path / "o", source).ok
 
 
-def test_a_table_that_is_packed_is_a_weight_of_its_own_and_a_note_says_so(
-    written: Written, tmp_path: Path
-) -> None:
-    source = with_both(written("llama"), tmp_path / "m")
+def test_a_table_that_is_packed_is_a_weight_of_its_own_and_a_note_says_so(tmp_path: Path) -> None:
+    source = with_both(tmp_path / "m")
     outcome = svdcli.compress(source, tmp_path / "o", rank=16, bits=8, embedding_bits=8)
     assert outcome.plan.same == {}
     [note] = [note for note in outcome.report.notes if "weights of their own" in note]
@@ -140,8 +136,8 @@ class Tied(nn.Module):
     def __init__(self, *, tied: bool) -> None:
         super().__init__()
         self.layer = nn.Linear(64, 64)
-        self.table = nn.Embedding(128, 64)
-        self.head = nn.Linear(64, 128, bias=False)
+        self.table = nn.Embedding(320, 64)
+        self.head = nn.Linear(64, 320, bias=False)
         if tied:
             self.head.weight = self.table.weight
 
@@ -176,10 +172,10 @@ def test_a_lone_file(tied: bool, tmp_path: Path) -> None:
 
 def test_equal_is_every_byte(tmp_path: Path) -> None:
     """Tensors that begin and end alike are read in full."""
-    a = torch.randn(128, 128)
+    a = torch.randn(160, 128)
     b, c = a.clone(), a.clone()
     c[64, 64] += 1
-    tensors = {"a": a, "b": b, "c": c, "d": a.view(64, 256).clone(), "tiny": torch.ones(8)}
+    tensors = {"a": a, "b": b, "c": c, "d": a.view(80, 256).clone(), "tiny": torch.ones(8)}
     tensors["small"] = tensors["tiny"].clone()
     save_file(tensors, tmp_path / "m.safetensors")
     with open_checkpoint(tmp_path / "m.safetensors") as checkpoint:
@@ -187,8 +183,8 @@ def test_equal_is_every_byte(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("entry", [7, {"x": "y"}, ["a"], {"lm_head.weight": "nowhere"}])
-def test_a_damaged_record_is_one_line(entry: Any, written: Written, tmp_path: Path) -> None:
-    source = with_both(written("llama"), tmp_path / "m")
+def test_a_damaged_record_is_one_line(entry: Any, tmp_path: Path) -> None:
+    source = with_both(tmp_path / "m")
     svdcli.compress(source, tmp_path / "o", keep=0.5)
     record = json.loads((tmp_path / "o" / "svdcli.json").read_text()) | {"same": entry}
     (tmp_path / "o" / "svdcli.json").write_text(json.dumps(record))
