@@ -7,7 +7,6 @@ from dataclasses import replace
 
 from svdcli.files.checkpoint import Checkpoint
 from svdcli.files.duplicates import equal_tensors
-from svdcli.files.stacks import slices_of
 from svdcli.plan.plan import Plan
 from svdcli.plan.tensors import module_of
 
@@ -21,10 +20,8 @@ def copies_in(checkpoint: Checkpoint, selected: Set[str], *, factors: bool) -> M
     that the class makes of each other; from a lone file the pair comes back by the record, which
     loaders without svdcli do not know: only where these cannot open it anyway, since it holds
     factors. selected are tensors that are not copied."""
-    in_stacks = {
-        matrix.name for ref in checkpoint.stacks.values() for matrix, _ in slices_of(ref.info)
-    }
-    copied = [name for name in checkpoint.tensors if name not in selected | in_stacks]
+    written_otherwise = selected | checkpoint.in_stacks
+    copied = [name for name in checkpoint.tensors if name not in written_otherwise]
     equal = equal_tensors(checkpoint, copied)
     if not equal:
         return {}

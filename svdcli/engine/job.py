@@ -105,7 +105,7 @@ def load(job: Job, opened: Opened) -> Loaded | None:
     if job.unit.kind != "factor" or job.layer is None:
         return None
     moments = None if opened.calibration is None else opened.calibration.of(job.layer)
-    return Loaded(read_weight(opened.source, job.layer), moments)
+    return Loaded(read_weight(opened.source, job.layer.originals), moments)
 
 
 def solve(job: Job, loaded: Loaded | None, opened: Opened) -> Solved:

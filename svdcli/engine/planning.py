@@ -16,7 +16,6 @@ from svdcli.files.blueprint import CompanionFile, CompressDesign, in_one_dtype
 from svdcli.files.checkpoint import STANDALONE, Checkpoint
 from svdcli.files.record import Result, make_record, record_of, source_json
 from svdcli.files.report import MISSED, Report, report_of
-from svdcli.files.stacks import slices_of
 from svdcli.files.workspace import Workspace
 from svdcli.models import self_contained as standalone
 from svdcli.plan.adapters import adapter_kind
@@ -240,8 +239,7 @@ def _groups(checkpoint: Checkpoint, request: Request) -> tuple[Group, ...]:
     by_gradients = calibration.moments.provenance.gradients and recipe.metric != "inputs"
     if not by_gradients or not recipe.keeps_factors:
         return ()
-    matrices = [matrix for ref in checkpoint.stacks.values() for matrix, _ in slices_of(ref.info)]
-    apart = {matrix.name for matrix in matrices} | checkpoint.tied.keys()
+    apart = checkpoint.in_stacks | checkpoint.tied.keys()
     single = [tensor for tensor in request.selected if tensor.name not in apart]
     return groups_of(single, calibration.inputs())
 

@@ -4,7 +4,7 @@ robust solver."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,7 +15,7 @@ from svdcli.engine.packing import parts_of, solve_packed
 from svdcli.files.dtypes import TORCH_DTYPES
 from svdcli.files.record import Result
 from svdcli.files.source import Source
-from svdcli.linalg.damping import of_blocks
+from svdcli.linalg.damping import rows_of_blocks
 from svdcli.linalg.layouts import CODECS
 from svdcli.linalg.machine import converted, squared_norm
 from svdcli.linalg.solvers import SOLVERS, Factors, transposed
@@ -187,7 +187,7 @@ def refitted(
         return biases
     approx = _dense(stored, layer, moments, torch.device("cpu"))
     upright = w.T if moments.transposed else w
-    places = of_blocks(biases)
+    places = rows_of_blocks(biases)
     return tuple(
         refit_bias(upright[at], approx[at], moments.mean, bias)
         for at, bias in zip(places, biases, strict=True)
@@ -199,9 +199,9 @@ def span_values(layer: LayerPlan) -> tuple[Tensor, ...]:
     return tuple(torch.tensor(span) for span in spans_of(layer.members))
 
 
-def read_weight(source: Source, layer: LayerPlan) -> Tensor:
+def read_weight(source: Source, originals: Sequence[TensorInfo]) -> Tensor:
     """The weight of a layer, or those of a group, one below the other."""
-    weights = [source.read_tensor(tensor.name) for tensor in layer.originals]
+    weights = [source.read_tensor(tensor.name) for tensor in originals]
     return weights[0] if len(weights) == 1 else torch.cat(weights)
 
 
@@ -216,7 +216,7 @@ def stored_error(original: Source, compressed: Source, layer: LayerPlan) -> floa
     """The relative Frobenius error of one stored layer against the original weight, from the
     files."""
     stored = tuple(compressed.read_tensor(tensor.name) for tensor in layer.stored())
-    return _relative_error(read_weight(original, layer), stored, layer)
+    return _relative_error(read_weight(original, layer.originals), stored, layer)
 
 
 def _relative_error(weight: Tensor, stored: tuple[Tensor, ...], layer: LayerPlan) -> float:

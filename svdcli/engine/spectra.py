@@ -16,7 +16,7 @@ from svdcli.engine.inputs import Inputs, Opened, shared
 from svdcli.engine.job import Line, guess_seconds
 from svdcli.engine.packing import expected_roundings
 from svdcli.engine.run import Run
-from svdcli.engine.solve import bias_of, work_dtype
+from svdcli.engine.solve import bias_of, read_weight, work_dtype
 from svdcli.errors import SvdcliError
 from svdcli.files.dtypes import TORCH_DTYPES
 from svdcli.files.source import Source
@@ -134,8 +134,7 @@ def run_spectrum_job(job: SpectrumJob) -> Line:
     metric, moments, loss = _metric_of(opened.calibration, names)
     biases = [bias_of(opened.source, tensor, moments) for tensor in job.originals]
     refits = None not in biases
-    weights = [opened.source.read_tensor(name) for name in names]
-    weight = weights[0] if len(weights) == 1 else torch.cat(weights)
+    weight = read_weight(opened.source, job.originals)
 
     spectrum = measure_spectrum(
         weight,

@@ -144,11 +144,14 @@ class Checkpoint:
                 self.parts[own.scale] = _stretch(scale, own.scale, number)
             self.quantised[matrix.name] = own
 
+    @property
+    def in_stacks(self) -> set[str]:
+        """The names of the matrices of stacks that were taken apart."""
+        return {matrix.name for ref in self.stacks.values() for matrix, _ in slices_of(ref.info)}
+
     def _as_stored(self) -> dict[str, TensorRef]:
         """The tensors, stacks in one piece again."""
-        matrices = {
-            matrix.name for ref in self.stacks.values() for matrix, _ in slices_of(ref.info)
-        }
+        matrices = self.in_stacks
         kept = {name: ref for name, ref in self.tensors.items() if name not in matrices}
         return kept | self.stacks
 

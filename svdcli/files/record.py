@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
-from svdcli.errors import BadCheckpointError, UsageError
+from svdcli.errors import BadCheckpointError, SvdcliError, UsageError
 from svdcli.files.checkpoint import METADATA_KEY, RECORD, Checkpoint, read_file_header
 from svdcli.files.folder import read_json
 from svdcli.files.stacks import slices_of
@@ -308,6 +308,12 @@ def record_of(checkpoint: Checkpoint) -> dict[str, Any] | None:
         if record is not None:
             return record
     return None
+
+
+def check_not_compressed(checkpoint: Checkpoint, hint: str) -> None:
+    """Raises SvdcliError for what svdcli wrote."""
+    if record_of(checkpoint) is not None:
+        raise SvdcliError(f"{checkpoint.shown} is compressed already", hint)
 
 
 def stored_layers(checkpoint: Checkpoint, record: Mapping[str, Any]) -> list[LayerPlan]:

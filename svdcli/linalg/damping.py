@@ -29,7 +29,7 @@ def height(moment: Moment) -> int:
     return len(moment)
 
 
-def of_blocks(moment: tuple[Tensor, ...]) -> list[slice]:
+def rows_of_blocks(moment: tuple[Tensor, ...]) -> list[slice]:
     """The rows of each block."""
     places = []
     start = 0
@@ -61,7 +61,7 @@ def is_any(moment: Moment) -> bool:
 def times_moment(moment: Moment, x: Tensor) -> Tensor:
     """H x for x (m, n)."""
     if isinstance(moment, tuple):
-        parts = zip(moment, of_blocks(moment), strict=True)
+        parts = zip(moment, rows_of_blocks(moment), strict=True)
         return torch.cat([times_moment(block, x[at]) for block, at in parts])
     return moment @ x if moment.ndim == 2 else moment[:, None] * x
 
@@ -113,7 +113,7 @@ class Root:
             return Root()
         if isinstance(h, tuple):
             roots = [Root.of(block, damping) for block in h]
-            return Root(blocks=tuple(zip(of_blocks(h), roots, strict=True)))
+            return Root(blocks=tuple(zip(rows_of_blocks(h), roots, strict=True)))
         if h.ndim == 1:
             return Root(scale=h.sqrt())
         if damping >= CHOLESKY_DAMPING:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from svdcli.linalg.damping import Moment, damp, is_any, of_blocks
+from svdcli.linalg.damping import Moment, damp, is_any, rows_of_blocks
 
 # Largest magnitudes that are tried for a group, as a share of its own: clipping a few numbers makes
 # the steps of all others finer.
@@ -125,7 +125,7 @@ def rounded(
     """
     if isinstance(rows, tuple):
         parts = []
-        for block, at in zip(rows, of_blocks(rows), strict=True):
+        for block, at in zip(rows, rows_of_blocks(rows), strict=True):
             parts.append(rounded(w[at], grid, dtype, columns, block))
         codes = torch.cat([part.codes for part in parts])
         return Rounded(codes, torch.cat([part.scales for part in parts]), grid)

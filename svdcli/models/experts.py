@@ -10,16 +10,14 @@ weights.
 
 from __future__ import annotations
 
-import itertools
 import re
-import weakref
 from collections.abc import Iterable, Iterator, Sequence, Set
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
-from svdcli.models.kernels import router_operator
+from svdcli.models.kernels import Numbered, router_operator
 
 _GATE_UP, _UP, _DOWN = "gate_up_proj", "up_proj", "down_proj"  # transformers' names of the stacks
 _BIAS = "_bias"
@@ -93,7 +91,7 @@ class SeparateExperts(nn.Module):
                 for name, weight in zip(stack.layers, weights, strict=True):
                     expert.add_module(name, layer_of(weight, parameter.requires_grad))
             self.add_module(str(number), expert)
-        self._handle = _new_handle(self)
+        self._handle = _MIXTURES.handle(self)
         self.train(stock.training)
 
     def forward(self, hidden: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
@@ -109,22 +107,18 @@ class SeparateExperts(nn.Module):
     def summed(self, hidden: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         """Return what `forward` does, expert by expert: which are chosen is known only then."""
         summed = torch.zeros_like(hidden)
-        alone = len(hidden) == 1  # as while a text is written
-        for number in sorted(chosen[0].tolist()) if alone else chosen.unique().tolist():
+        for number in chosen.unique().tolist():
             if number >= self.count:  # of another process
                 continue
             token, place = torch.where(chosen == number)
-            x = hidden if alone else hidden[token]
+            x = hidden if len(hidden) == 1 else hidden[token]
             y = self._expert(number, x) * weights[token, place, None]
-            if alone:
-                summed += y.to(summed.dtype)
-            else:
-                summed.index_add_(0, token, y.to(summed.dtype))
+            summed.index_add_(0, token, y.to(summed.dtype))
         return summed
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self._handle = _new_handle(self)
+        self._handle = _MIXTURES.handle(self)
 
     def _expert(self, number: int, x: Tensor) -> Tensor:
         """Return what one expert makes of its tokens."""
@@ -161,20 +155,12 @@ class SeparateExperts(nn.Module):
         return stock.train(self.training)
 
 
-# Mixtures by number, for the operator that stands for them in compiled graphs.
-_BY_NUMBER: weakref.WeakValueDictionary[int, SeparateExperts] = weakref.WeakValueDictionary()
-_COUNT = itertools.count()
-
-
-def _new_handle(experts: SeparateExperts) -> Tensor:
-    """Return a number for a mixture, as a tensor."""
-    number = next(_COUNT)
-    _BY_NUMBER[number] = experts
-    return torch.tensor(number, device="cpu")
+_MIXTURES = Numbered()
 
 
 def _summed(hidden: Tensor, chosen: Tensor, weights: Tensor, number: int) -> Tensor:
-    return _BY_NUMBER[number].summed(hidden, chosen, weights)
+    y: Tensor = _MIXTURES[number].summed(hidden, chosen, weights)
+    return y
 
 
 _EXPERTS = router_operator("experts", _summed)

@@ -136,7 +136,7 @@ class Stored:
         return ROWS in self.parts
 
 
-class Integers(NamedTuple):
+class Declared(NamedTuple):
     """What shapes do not say of stored layers: how many columns share a scale at four bits, None
     where nothing is packed; {matrix: its shape} as files declare it at four bits; the names of
     matrices of int8; the layers that share a basis with others."""
@@ -147,7 +147,7 @@ class Integers(NamedTuple):
     members: tuple[Member, ...] = ()
 
 
-_NOTHING_PACKED = Integers()
+_NOTHING_DECLARED = Declared()
 
 
 @register_quantization_config(METHOD)
@@ -777,7 +777,7 @@ def replaced_for(model: Any, method: str) -> str:
 
 
 def unfilled(
-    model: Any, shapes: dict[str, tuple[int, ...]], integers: Integers = _NOTHING_PACKED
+    model: Any, shapes: dict[str, tuple[int, ...]], integers: Declared = _NOTHING_DECLARED
 ) -> tuple[int, int]:
     """Return (how many tensors of `model` a checkpoint of these shapes lacks, how many of the
     checkpoint's it does not take), by transformers' own account. Compressed layers count as their
@@ -850,7 +850,7 @@ def read_stored(
             recorded[name] = shared | entry
 
     # Every layer that is recorded as factored or packed must be there, as it is recorded
-    stored = stored_in(shapes, Integers(group, declared, int8, tuple(members)))
+    stored = stored_in(shapes, Declared(group, declared, int8, tuple(members)))
     for name, entry in recorded.items():
         if entry["layout"] != "dense" or "bits" in entry:
             layer_name = name.removesuffix(".weight") + (f".{SHARED}" if "members" in entry else "")
@@ -883,7 +883,7 @@ def _check_recorded(
 
 
 def stored_in(
-    shapes: Mapping[str, tuple[int, ...]], integers: Integers = _NOTHING_PACKED
+    shapes: Mapping[str, tuple[int, ...]], integers: Declared = _NOTHING_DECLARED
 ) -> dict[str, Stored]:
     """Return the factored and packed layers among tensors of these shapes. Raises ValueError as
     `read_stored`."""
@@ -955,14 +955,14 @@ def _layer_of(name: str) -> str | None:
     return None
 
 
-def _is_packed(name: str, shapes: Mapping[str, tuple[int, ...]], integers: Integers) -> bool:
+def _is_packed(name: str, shapes: Mapping[str, tuple[int, ...]], integers: Declared) -> bool:
     """Tell whether a weight is stored as integers: others, too, may have scales."""
     if name in shapes:
         return name in integers.int8 and (integers.group is not None or name + SCALE in shapes)
     return name + PACKED in shapes or name + SHAPE in shapes or integers.group is not None
 
 
-def _stored(layer: str, shapes: Mapping[str, tuple[int, ...]], integers: Integers) -> Stored:
+def _stored(layer: str, shapes: Mapping[str, tuple[int, ...]], integers: Declared) -> Stored:
     # Both factors, and an order of all rows where there is one
     up, bits = _stored_matrix(f"{layer}.{UP}", shapes, integers)
     down, down_bits = _stored_matrix(f"{layer}.{DOWN}", shapes, integers)
@@ -981,7 +981,7 @@ def _stored(layer: str, shapes: Mapping[str, tuple[int, ...]], integers: Integer
 
 
 def _stored_matrix(
-    name: str, shapes: Mapping[str, tuple[int, ...]], integers: Integers
+    name: str, shapes: Mapping[str, tuple[int, ...]], integers: Declared
 ) -> tuple[tuple[int, ...], int]:
     """Return the shape of one matrix, and the bits of its numbers."""
     bits = UNPACKED
@@ -1022,7 +1022,7 @@ def _bits_of_words(packed: tuple[int, ...], declared: tuple[int, ...]) -> int:
     return 8 if packed[1] == -(-declared[1] // 4) else 4
 
 
-def _group(bits: int, integers: Integers) -> int | None:
+def _group(bits: int, integers: Declared) -> int | None:
     """Return how many columns share a scale, which is not told of eight bits."""
     return integers.group if bits == 4 else None
 

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import itertools
 import sys
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import Any, NamedTuple
@@ -325,6 +327,23 @@ def _is_mapped(address: int) -> bool:
 # For compilers ------------------------------------------------------------------------------------
 
 _LIBRARY = torch.library.Library("svdcli", "FRAGMENT")
+
+
+class Numbered:
+    """Modules by number, for operators that stand for them in compiled graphs."""
+
+    def __init__(self) -> None:
+        self._modules: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+        self._numbers = itertools.count()
+
+    def handle(self, module: Any) -> Tensor:
+        """Return a new number for a module, as a tensor."""
+        number = next(self._numbers)
+        self._modules[number] = module
+        return torch.tensor(number, device="cpu")
+
+    def __getitem__(self, number: int) -> Any:
+        return self._modules[number]
 
 
 def operator(name: str, compute: Callable[[Tensor, int], Tensor]) -> Any:

@@ -341,7 +341,7 @@ def _best_class(checkpoint: Checkpoint) -> Any:
     from svdcli.models.hf import unfilled
 
     shapes = {name: ref.info.shape for name, ref in checkpoint.tensors.items()}
-    integers = _integers(checkpoint)
+    integers = _declared(checkpoint)
     scores: dict[Any, tuple[int, int]] = {}
 
     # Trying a class prints nothing
@@ -367,9 +367,9 @@ def _best_class(checkpoint: Checkpoint) -> Any:
     return min(scores, key=lambda candidate: scores[candidate], default=transformers.AutoModel)
 
 
-def _integers(checkpoint: Checkpoint) -> Any:
+def _declared(checkpoint: Checkpoint) -> Any:
     """Return what tells the packed layers of a checkpoint, for the plugin."""
-    from svdcli.models.hf import Integers, Member
+    from svdcli.models.hf import Declared, Member
 
     members: list[Member] = []
     for name, ref in checkpoint.tensors.items():
@@ -383,7 +383,7 @@ def _integers(checkpoint: Checkpoint) -> Any:
     if method_of(config) == OTHERS and record is not None:
         group = stored_layers(checkpoint, record)[0].packing.group
     if group is None:
-        return Integers(members=tuple(members))
+        return Declared(members=tuple(members))
     declared: dict[str, tuple[int, ...]] = {}
     int8: set[str] = set()
     for name, ref in checkpoint.tensors.items():
@@ -391,7 +391,7 @@ def _integers(checkpoint: Checkpoint) -> Any:
             int8.add(name)
         if name.endswith(f".weight{SHAPE}") and ref.info.shape == (2,):
             declared[name.removesuffix(SHAPE)] = tuple(checkpoint.read_tensor(name).tolist())
-    return Integers(group, declared, int8, tuple(members))
+    return Declared(group, declared, int8, tuple(members))
 
 
 def _classes_of(config: Any) -> list[Any]:

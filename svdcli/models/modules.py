@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import itertools
 import sys
-import weakref
 from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
 
@@ -24,6 +23,7 @@ from svdcli.models.kernels import (
     NUMBERS_AT_ONCE,
     KernelCodes,
     Lazy,
+    Numbered,
     can_be_ordered,
     few_rows,
     four_bits,
@@ -140,7 +140,7 @@ class PackedLinear(_WithDenseWeight):
         for part, (shape, dtype) in shapes.items():
             kind = factory.get("dtype") if dtype is None else dtype
             self._buffers[WEIGHT + part] = torch.empty(shape, dtype=kind, device=device)
-        self._handle = _new_handle(self)
+        self._handle = _LAYERS.handle(self)
         self.bias = nn.Parameter(torch.empty(out_features, **factory)) if bias else None
 
     def expect_words(self) -> None:
@@ -356,7 +356,7 @@ class PackedLinear(_WithDenseWeight):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self._handle = _new_handle(self)
+        self._handle = _LAYERS.handle(self)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bits={self.bits}"
@@ -441,24 +441,17 @@ def _is_aligned(tensor: Tensor) -> bool:
     return tensor.is_contiguous() and tensor.data_ptr() % ALIGNMENT == 0
 
 
-# Packed layers by number, for the operator that stands for them in compiled graphs.
-_LAYERS: weakref.WeakValueDictionary[int, PackedLinear] = weakref.WeakValueDictionary()
-_NUMBERS = itertools.count()
-
-
-def _new_handle(layer: PackedLinear) -> Tensor:
-    """Return a number for a layer, as a tensor."""
-    number = next(_NUMBERS)
-    _LAYERS[number] = layer
-    return torch.tensor(number, device="cpu")
+_LAYERS = Numbered()
 
 
 def _product(x: Tensor, number: int) -> Tensor:
-    return _LAYERS[number].product(x)
+    y: Tensor = _LAYERS[number].product(x)
+    return y
 
 
 def _product_back(y: Tensor, number: int) -> Tensor:
-    return _LAYERS[number].product_back(y)
+    x: Tensor = _LAYERS[number].product_back(y)
+    return x
 
 
 # Calls of an operator with a way back take longer

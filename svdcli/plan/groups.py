@@ -34,7 +34,7 @@ class Group:
         return {member.name for member in self.members}
 
     @property
-    def beside(self) -> int:
+    def extra_bytes(self) -> int:
         """Bytes of what is stored besides its matrices."""
         return sum(tensor.nbytes for tensor in span_tensors(self.members))
 

@@ -58,11 +58,11 @@ def packed_menu(
     recipe: Recipe,
     losses: Sequence[float],
     roundings: Sequence[Rounding],
-    beside: int = 0,
+    extra_bytes: int = 0,
 ) -> Menu:
     """Every choice for a layer, with its bytes and what it loses: at its rank (losses[r]), and by
-    rounding. losses[0] is that of the layer's whole energy; beside are the bytes of what is stored
-    besides its matrices."""
+    rounding. losses[0] is that of the layer's whole energy; extra_bytes are those of what is
+    stored besides its matrices."""
     dtype = recipe.dtype or tensor.dtype
     points = []
     for packing in recipe.packings:
@@ -81,7 +81,7 @@ def packed_menu(
         # factors that take fewer bytes than that
         step = rank_step(recipe, packing)
         for rank in range(step, min(tensor.shape) + 1, step) if factored else ():
-            nbytes = beside + LAYOUTS[FACTORED].nbytes(tensor, rank, dtype, packing)
+            nbytes = extra_bytes + LAYOUTS[FACTORED].nbytes(tensor, rank, dtype, packing)
             if nbytes >= most:
                 break
             loss = losses[rank] + losses[0] * _interpolated(factored, rank)

@@ -67,9 +67,9 @@ class Choice:
     packing: Packing = PLAIN
 
 
-def options_of(tensor: TensorInfo, recipe: Recipe, *, unit: str, beside: int = 0) -> Options:
+def options_of(tensor: TensorInfo, recipe: Recipe, *, unit: str, extra_bytes: int = 0) -> Options:
     """Every rank of this layer that saves, with its cost in `unit` ("parameters" or "bytes").
-    beside are the bytes of what is stored besides its matrices."""
+    extra_bytes are the bytes of what is stored besides its matrices."""
     dtype = recipe.dtype or tensor.dtype
     layout = LAYOUTS[recipe.layout]
     packing = recipe.packings[0] if recipe.packings else PLAIN
@@ -77,7 +77,7 @@ def options_of(tensor: TensorInfo, recipe: Recipe, *, unit: str, beside: int = 0
     step = rank_step(recipe, packing)
     ranks = range(step, largest + 1, step)
     if unit == "bytes":
-        sizes = [beside + layout.nbytes(tensor, rank, dtype, packing) for rank in ranks]
+        sizes = [extra_bytes + layout.nbytes(tensor, rank, dtype, packing) for rank in ranks]
         return Options(tensor, ranks, sizes, tensor.nbytes, largest)
     costs = [layout.parameters(tensor.shape, rank) for rank in ranks]
     return Options(tensor, ranks, costs, tensor.parameters, largest)
@@ -181,7 +181,7 @@ def tails_of(energies: Sequence[float], total: float) -> list[float]:
     descending order."""
     if total <= 0:
         return [0.0] * (len(energies) + 1)
-    # Summed from the smallest value on, so that none is lost beside a large one.
+    # Summed from the smallest value on, so that none is lost extra_bytes a large one.
     from_the_end = itertools.accumulate(reversed(energies), initial=0.0)
     tails = [min(1.0, max(0.0, tail / total)) for tail in from_the_end]
     return tails[::-1]

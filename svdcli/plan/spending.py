@@ -30,15 +30,15 @@ def budgets_of(
 ) -> Budgets:
     """What the layers and groups may become, with costs in what the budget is given in."""
     candidates = [*layers, *(group.stack for group in groups)]
-    beside = {group.stack.name: group.beside for group in groups}
+    extra_bytes = {group.stack.name: group.extra_bytes for group in groups}
     if chooses_packings(recipe):
-        menus = _packed_menus(recipe, candidates, losses, roundings, beside)
+        menus = _packed_menus(recipe, candidates, losses, roundings, extra_bytes)
         return PackedBudgets(recipe, layers, groups, menus)
     unit = "bytes" if recipe.target in ("size", "keep_bytes") else "parameters"
     options = {}
     for tensor in candidates:
-        more = beside.get(tensor.name, 0)
-        options[tensor.name] = options_of(tensor, recipe, unit=unit, beside=more)
+        more = extra_bytes.get(tensor.name, 0)
+        options[tensor.name] = options_of(tensor, recipe, unit=unit, extra_bytes=more)
     return RankBudgets(recipe, layers, groups, options, losses)
 
 
@@ -47,12 +47,12 @@ def _packed_menus(
     layers: Sequence[TensorInfo],
     losses: Mapping[str, Sequence[float]],
     roundings: Mapping[str, Sequence[Rounding]],
-    beside: Mapping[str, int],
+    extra_bytes: Mapping[str, int],
 ) -> dict[str, Menu]:
     menus = {}
     for tensor in layers:
         name = tensor.name
-        more = beside.get(name, 0)
+        more = extra_bytes.get(name, 0)
         menus[name] = packed_menu(tensor, recipe, losses[name], roundings[name], more)
     return menus
 

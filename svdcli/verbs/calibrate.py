@@ -26,9 +26,8 @@ from svdcli.calibration.stream import Stream
 from svdcli.calibration.text_side import text_side
 from svdcli.engine.compute import Compute
 from svdcli.engine.publish import check_place
-from svdcli.errors import SvdcliError
 from svdcli.files.checkpoint import Checkpoint, open_checkpoint
-from svdcli.files.record import record_of
+from svdcli.files.record import check_not_compressed
 from svdcli.files.report import JSON_VERSION
 from svdcli.models.kinds import take_apart_stacks
 from svdcli.models.load import load_stored
@@ -128,7 +127,7 @@ def calibrate(
     out = Path(out)
     device = (compute or Compute()).start()
     with open_checkpoint(model) as checkpoint:
-        _check_is_original(checkpoint)
+        check_not_compressed(checkpoint, "calibrate the original, which compress takes")
         take_apart_stacks(checkpoint)
         check_place(out, ".safetensors", source=checkpoint.path, force=force)
 
@@ -227,15 +226,6 @@ def _calibrated(
         side=forecast.side,
         saw_few=tuple(few),
     )
-
-
-def _check_is_original(checkpoint: Checkpoint) -> None:
-    """Raises SvdcliError for what svdcli wrote: no command takes its moments."""
-    if record_of(checkpoint) is not None:
-        raise SvdcliError(
-            f"{checkpoint.shown} is compressed already",
-            "calibrate the original, which compress takes",
-        )
 
 
 def _modules_of(

@@ -8,9 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from svdcli.errors import SvdcliError
 from svdcli.files.checkpoint import open_checkpoint
-from svdcli.files.record import record_of
+from svdcli.files.record import check_not_compressed
 from svdcli.files.report import JSON_VERSION
 from svdcli.plan.layers import break_even, choose_layers, nothing_selected
 from svdcli.plan.tensors import TensorInfo
@@ -76,11 +75,7 @@ def spectrum(
     from svdcli.models.kinds import take_apart_stacks
 
     with open_checkpoint(model, state_dict=state_dict) as checkpoint:
-        if record_of(checkpoint) is not None:
-            raise SvdcliError(
-                f"{checkpoint.shown} is compressed already",
-                "look at the original, or expand it first",
-            )
+        check_not_compressed(checkpoint, "look at the original, or expand it first")
 
         # The same layers as compress
         take_apart_stacks(checkpoint)

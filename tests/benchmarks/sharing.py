@@ -30,17 +30,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import bits
 import torch
-from common import HERE, building_in, parser, say, table, write_json
+from bits import SAMPLE
+from common import building_in, parser, say, table, write_json
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import svdcli
 from svdcli.calibration.moments import METADATA
-from svdcli.text.texts import read_texts
 
-SAMPLE = HERE.parents[1] / "sample_models" / "tiny-llama"
-SAMPLES = 128
 BUDGETS = (("keep", 0.8), ("keep", 0.6), ("keep", 0.4), ("keep", 0.3))
 BUDGETS += (("keep_bytes", 0.2), ("keep_bytes", 0.13))
 ROWS = {"separate": "never", "by choice": "auto", "always": "always", "across blocks": "always"}
@@ -49,24 +48,13 @@ _BLOCK = re.compile(r"\.layers\.(\d+)\.")
 _LEAVE = ("o_proj", "down_proj")
 
 
-class Bench:
+class Bench(bits.Bench):
     """The sample model, its calibration, and the text that everything is judged on."""
 
     def __init__(self, folder: Path, options: argparse.Namespace) -> None:
-        self.folder = folder
+        super().__init__(folder, options)
         self.windows = 16 if options.quick else 256
         self.budgets = BUDGETS[1::3] if options.quick else BUDGETS
-        self.samples = 32 if options.quick else SAMPLES
-        self.held_out = read_texts(None, stdlib=True, held_out=True)
-
-    @cached_property
-    def moments(self) -> Path:
-        """The calibration, measured where it is not there yet."""
-        path = self.folder / "moments.safetensors"
-        if not path.exists():
-            say("calibrating")
-            svdcli.calibrate(SAMPLE, path, read_texts(None, stdlib=True), samples=self.samples)
-        return path
 
     @cached_property
     def across(self) -> Path:
@@ -91,16 +79,12 @@ class Bench:
             outcome = svdcli.compress(SAMPLE, out, calibration=calibration, **how)
         except svdcli.SvdcliError:
             return None
-        found = svdcli.evaluate(
-            out, self.held_out, against=SAMPLE, seq_len=256, samples=self.windows
-        )
-        assert found.drift is not None
-        excess = found.drift.excess_loss
+        value, error = self.excess(out)
         shared = sum(layer.layers for layer in outcome.report.layers if layer.members)
         return {
             "budget": list(budget),
-            "excess": excess.value,
-            "error": excess.error or 0.0,
+            "excess": value,
+            "error": error,
             "predicted": outcome.report.predicted_loss,
             "shared": shared,
         }
@@ -159,6 +143,7 @@ def markdown(results: dict[str, Any]) -> str:
 def main() -> None:
     options = parser(__doc__)
     options.add_argument("--quick", action="store_true", help="few windows, two budgets")
+    options.set_defaults(shares=None)  # of bits.py, which has budgets in bytes alone
     given = options.parse_args()
     with building_in(given.folder) as folder:
         results = measure(Bench(folder, given))

@@ -471,7 +471,7 @@ def test_one_file_opens_it_without_svdcli(family: str, shared: Shared, tmp_path:
     assert torch.allclose(torch.load(tmp_path / "logits.pt"), expected, atol=1e-5)
 
 
-def test_loaders_without_svdcli_fail(shared: Shared, tmp_path: Path) -> None:
+def test_tensors_that_warn_other_loaders_have_the_old_names(shared: Shared, tmp_path: Path) -> None:
     tripwires = [name for name, t in load_all(shared("llama")).items() if t.numel() == 0]
     assert tripwires
     assert all(name.endswith(".weight") and "svd_" not in name for name in tripwires)
@@ -581,7 +581,7 @@ def test_a_record_of_no_group_is_told(members: Any, shared: Shared, tmp_path: Pa
         )
 
 
-def test_the_order_of_layers_in_the_file_is_kept(shared: Shared) -> None:
+def test_every_layer_of_a_group_has_a_span(shared: Shared) -> None:
     with open_checkpoint(shared("llama")) as checkpoint:
         spans = [name for name in checkpoint.tensors if name.endswith(".svd_span")]
     assert len(spans) == 10
