@@ -1,0 +1,239 @@
+"""The processes that torchrun, or another launcher, started together for one command.
+
+Each of them is a rank, with the same arguments. Rank 0 leads: it decides, keeps the journal and
+publishes. They meet at a store of small values (`torch.distributed.TCPStore`), which the elastic
+agent keeps, and which outlives a restart of the ranks. Nothing here waits in a collective, so that
+a rank that dies holds up nobody.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from svdcli.errors import SvdcliError
+
+if TYPE_CHECKING:
+    from torch.distributed import Store
+
+# Seconds; by the clock that never jumps.
+BEAT = 1.0  # between two signs of life
+PATIENCE = 30.0  # without a sign of life, until a rank counts as lost
+TO_ASSEMBLE = 300.0  # for all ranks to start, import torch and meet
+_POLL = 0.02
+
+_NEEDED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+class LostRankError(SvdcliError):
+    """A rank that was waited for shows no sign of life, or the store is gone."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Which rank this process is: `rank` of `size`, the `local`-th on its machine; restarts is how
+    often the agent here has started its ranks again."""
+
+    rank: int
+    size: int
+    local: int
+    address: str
+    port: int
+    restarts: int = 0
+    agents_store: bool = False
+
+    @property
+    def leads(self) -> bool:
+        """Does this rank decide and publish."""
+        return self.rank == 0
+
+
+def place_here() -> Place | None:
+    """The place that a launcher gave to this process; None where it was started alone."""
+    environment = os.environ
+    if any(name not in environment for name in _NEEDED):
+        return None
+    return Place(
+        rank=int(environment["RANK"]),
+        size=int(environment["WORLD_SIZE"]),
+        local=int(environment.get("LOCAL_RANK", "0")),
+        address=environment["MASTER_ADDR"],
+        port=int(environment["MASTER_PORT"]),
+        restarts=int(environment.get("TORCHELASTIC_RESTART_COUNT", "0")),
+        agents_store=environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
+    )
+
+
+def leads_here() -> bool:
+    """Does this process speak for all: it was started alone, or is rank 0."""
+    place = place_here()
+    return place is None or place.leads
+
+
+class Team:
+    """The ranks of one round, between two restarts; what they put into the store is of this round.
+
+    store is torch's own, for what wants one. Raises LostRankError where it is gone.
+    """
+
+    def __init__(self, place: Place, store: Store, round_: int) -> None:
+        from torch.distributed import PrefixStore
+
+        self.place = place
+        self.round = round_
+        self.store = PrefixStore(f"svdcli/round/{round_}", store)
+        self._all_rounds = store
+        self._seen: dict[int, tuple[int, float]] = {}
+        self._ended = threading.Event()
+
+    @property
+    def leads(self) -> bool:
+        """Is this rank 0."""
+        return self.place.leads
+
+    # Small values
+
+    def put(self, key: str, value: bytes) -> None:
+        """Put a value where every rank can peek at it."""
+        with _one_line():
+            self.store.set(key, value)
+
+    def peek(self, key: str) -> bytes | None:
+        """The value under this key, None where nobody has put one yet. Never waits."""
+        with _one_line():
+            return bytes(self.store.get(key)) if self.store.check([key]) else None
+
+    def count(self, key: str, step: int = 1) -> int:
+        """Add to a number that starts from 0, and return it: no two ranks get the same."""
+        with _one_line():
+            return int(self.store.add(key, step))
+
+    def wait(self, key: str, rank: int) -> bytes:
+        """The value that this rank will put. Raises LostRankError where that rank is lost."""
+        while True:
+            value = self.peek(key)
+            if value is not None:
+                return value
+            self.check_alive(rank)
+            time.sleep(_POLL)
+
+    # Signs of life
+
+    def check_alive(self, rank: int) -> None:
+        """Raise LostRankError where that rank has shown no sign of life for `PATIENCE` seconds."""
+        if not self.alive(rank):
+            raise LostRankError(
+                f"rank {rank} is gone", "run the same command again, it continues where it was"
+            )
+
+    def alive(self, rank: int) -> bool:
+        """Has that rank shown a sign of life in the last `PATIENCE` seconds that this one watched
+        it."""
+        beats, now = self.count(f"beats/{rank}", 0), time.monotonic()
+        before, since = self._seen.get(rank, (-1, now))
+        if beats != before:
+            before, since = beats, now
+        self._seen[rank] = (before, since)
+        return now - since < PATIENCE
+
+    @contextmanager
+    def beating(self) -> Iterator[None]:
+        """Show signs of life from a thread of its own."""
+        thread = threading.Thread(target=self._beat, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            self._ended.set()
+            thread.join()
+
+    def _beat(self) -> None:
+        while not self._ended.wait(BEAT):
+            try:
+                self.count(f"beats/{self.place.rank}")
+            except SvdcliError:
+                return  # the thread that works will meet it, too
+
+    def newer(self) -> bool:
+        """Has a later round begun: this one is over then."""
+        with _one_line():
+            return int(self._all_rounds.add("svdcli/rounds", 0)) > self.round
+
+
+@contextmanager
+def assembled(place: Place) -> Iterator[Team]:
+    """All ranks of a round, once each has met rank 0. Raises LostRankError where they do not all
+    come."""
+    with _one_line():
+        store = _store_of(place)
+        team = _lead(place, store) if place.leads else _follow(place, store)
+    with team.beating():
+        yield team
+
+
+def _store_of(place: Place) -> Store:
+    from datetime import timedelta
+
+    from torch.distributed import TCPStore
+
+    # Where no agent keeps a store, rank 0 does
+    keeps_it = place.leads and not place.agents_store
+    patience = timedelta(seconds=TO_ASSEMBLE)
+    return TCPStore(
+        place.address, place.port, None, keeps_it, patience, wait_for_workers=False
+    )
+
+
+def _lead(place: Place, store: Store) -> Team:
+    """Begin a round and welcome every other rank to it."""
+    team = Team(place, store, int(store.add("svdcli/rounds", 1)))
+    missing = set(range(1, place.size))
+    deadline = time.monotonic() + TO_ASSEMBLE
+    while missing:
+        for rank in sorted(missing):
+            token = team.peek(f"here/{rank}")
+            if token is not None:
+                team.put(f"welcome/{rank}", token)
+                missing.remove(rank)
+        if missing and time.monotonic() > deadline:
+            shown = ", ".join(map(str, sorted(missing)[:3]))
+            raise LostRankError(f"rank {shown} did not come", "see what its own process says")
+        time.sleep(_POLL)
+    return team
+
+
+def _follow(place: Place, store: Store) -> Team:
+    """Wait for a round whose rank 0 answers: the newest may be one that is over."""
+    token = f"{socket.gethostname()} {uuid.uuid4().hex}".encode()
+    deadline = time.monotonic() + TO_ASSEMBLE
+    team: Team | None = None
+    while time.monotonic() < deadline:
+        newest = int(store.add("svdcli/rounds", 0))
+        if newest and (team is None or newest > team.round):
+            team = Team(place, store, newest)
+            team.put(f"here/{place.rank}", token)
+        if team is not None and team.peek(f"welcome/{place.rank}") == token:
+            return team
+        time.sleep(_POLL)
+    raise LostRankError("rank 0 did not come", "see what its own process says")
+
+
+@contextmanager
+def _one_line() -> Iterator[None]:
+    """What torch says of a store that is gone, in one line."""
+    from torch.distributed import DistError
+
+    try:
+        yield
+    except DistError as error:
+        raise LostRankError(
+            "the store at which the ranks meet is gone, with the agent that kept it",
+            "run the same command again, it continues where it was",
+        ) from error
