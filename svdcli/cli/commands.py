@@ -39,6 +39,7 @@ from svdcli.cli.options import (
     Group,
     GroupSize,
     Include,
+    Jobs,
     Json,
     JsonBesidePipe,
     Keep,
@@ -96,12 +97,14 @@ from svdcli.cli.panels import PanelledCommand
 from svdcli.cli.process import (
     interruptible,
     one_line_errors,
+    one_rank_writes,
     open_closed_streams,
     outlive_readers,
     print_note,
 )
 from svdcli.errors import INTERRUPTED, SvdcliError, UsageError, printable
 from svdcli.plan import words
+from svdcli.ranks import leads_here
 from svdcli.version import __version__
 
 if TYPE_CHECKING:
@@ -184,6 +187,7 @@ def compress(
     device: Device = "auto",
     seed: SeedOfSolver = 0,
     threads: Threads = None,
+    jobs: Jobs = None,
     max_shard_size: MaxShardSize = None,
     self_contained: SelfContained = False,
     nonfinite: Nonfinite = "error",
@@ -230,7 +234,7 @@ def compress(
             reading=reading,
             state_dict=state_dict,
             carry=carry or (),
-            compute=compute_from(device, threads),
+            compute=compute_from(device, threads, jobs),
             force=force,
             allow_larger=allow_larger,
             dry_run=dry_run,
@@ -938,6 +942,7 @@ def _working(quiet: bool) -> Iterator[Progress]:
         "torch.utils._pytree",
     ):  # what they say when transformers imports them is nobody's business here
         logging.getLogger(library).setLevel(logging.ERROR)
+    quiet = quiet or not leads_here()
     with bars.progress_on(sys.stderr, quiet=quiet) as progress:
         yield progress
 
@@ -946,6 +951,7 @@ def main() -> None:
     """The `svdcli` command."""
     open_closed_streams()
     outlive_readers()
+    one_rank_writes()
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")

@@ -20,8 +20,11 @@ from svdcli.files.writer import sync
 SUFFIX = ".partial"
 MOMENTS = "moments.safetensors"
 BLOCKS = "blocks"
+SHARED = "shared"  # a file by which ranks see that they share the folder
 # What may be in the folder of a workspace.
-_OWN = frozenset({"lock", "journal.jsonl", "data", "before", "replaced", "other", MOMENTS, BLOCKS})
+_OWN = frozenset(
+    {"lock", "journal.jsonl", "data", "before", "replaced", "other", MOMENTS, BLOCKS, SHARED}
+)
 
 
 class Workspace:
@@ -42,6 +45,7 @@ class Workspace:
         self.measured: dict[str, dict[str, Any]] = {}
         self.done: dict[str, dict[str, Any]] = {}
         self.healed: dict[str, dict[str, Any]] = {}
+        self.ranks: list[int] = []  # with how many each run on this output was started
         self.started_over = False  # the journal was another command's
         self.before = self.folder / "before"
         self._other = self.folder / "other"
@@ -136,6 +140,7 @@ class Workspace:
             self.measured = {line["measured"]: line for line in lines if "measured" in line}
             self.done = {line["unit"]: line for line in lines if "unit" in line}
             self.healed = {line["block"]: line for line in lines if "block" in line}
+            self.ranks = [line["ranks"] for line in lines if "ranks" in line]
             return True
         self.started_over = any("identity" in line for line in lines)
         if self.started_over:
@@ -169,6 +174,18 @@ class Workspace:
     def drop_other(self) -> None:
         """Forget the other command's work: this one is not refused any more."""
         shutil.rmtree(self._other, ignore_errors=True)
+
+    def started_by(self, ranks: int) -> None:
+        """Note that a run begins or goes on with so many ranks."""
+        self.ranks.append(ranks)
+        self.note({"ranks": ranks})
+
+    def restarts(self) -> list[str]:
+        """Tell, in a line, how often ranks were started on the same output; nothing for once."""
+        if len(self.ranks) < 2 or max(self.ranks) < 2:
+            return []
+        shown = ", then ".join(map(str, self.ranks))
+        return [f"ranks were started {len(self.ranks)} times: {shown}; each went on from before"]
 
     def set_aside(self) -> None:
         """Keep what was written under an older layout, for `salvage`."""
