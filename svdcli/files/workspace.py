@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +21,7 @@ from svdcli.files.writer import sync
 SUFFIX = ".partial"
 MOMENTS = "moments.safetensors"
 BLOCKS = "blocks"
+_POLL = 0.1  # seconds between two tries to take the lock
 SHARED = "shared"  # a file by which ranks see that they share the folder
 # What may be in the folder of a workspace.
 _OWN = frozenset(
@@ -55,18 +57,24 @@ class Workspace:
         self._had_journal = self._journal.exists()
 
     @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Hold the lock of this output. Raises SvdcliError where another run has it. SIGKILL frees
-        it too."""
-        descriptor = self._lock()
+    def locked(self, patience: float = 0.0) -> Iterator[None]:
+        """Hold the lock of this output. Raises SvdcliError where another run has it, and still has
+        it so many seconds later. SIGKILL frees it too."""
+        deadline = time.monotonic() + patience
+        while (descriptor := self._lock()) is None:
+            if time.monotonic() >= deadline:
+                raise SvdcliError(
+                    f"another svdcli run is writing {self.out}", "wait for it, or choose another -o"
+                )
+            time.sleep(_POLL)
         try:
             yield
         finally:
             os.close(descriptor)
 
-    def _lock(self) -> int:
-        """Make the folder where it is not there, and take its lock: an open descriptor. Raises
-        SvdcliError where another run has it, or where the folder is not svdcli's."""
+    def _lock(self) -> int | None:
+        """Make the folder where it is not there, and take its lock: an open descriptor, None where
+        another run has it. Raises SvdcliError where the folder is not svdcli's."""
         path = self.folder / "lock"
         while True:
             self.folder.mkdir(mode=0o700, exist_ok=True)  # what is written here may be private
@@ -81,9 +89,7 @@ class Workspace:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 os.close(descriptor)
-                raise SvdcliError(
-                    f"another svdcli run is writing {self.out}", "wait for it, or choose another -o"
-                ) from None
+                return None
 
             # Between the two the other run may have removed this file, and a third made it anew.
             if path.exists() and os.fstat(descriptor).st_ino == path.stat().st_ino:

@@ -32,6 +32,7 @@ from svdcli.plan.budget import missed_target
 from svdcli.plan.plan import Plan
 from svdcli.plan.recipe import WANTED, Recipe, Wanted, recipe_for, recipe_to_json
 from svdcli.progress import Progress, silent
+from svdcli.ranks import PATIENCE, place_here
 from svdcli.verbs.outcome import Outcome
 
 if TYPE_CHECKING:
@@ -95,6 +96,12 @@ def compress(
 
     if calibration is not None and reading is not None:
         raise UsageError("give a calibration or a text, not both", "leave out one of them")
+    place = place_here()
+    if reading is not None and place is not None and place.size > 1:
+        raise UsageError(
+            "several ranks do not read text and compress in one run",
+            "calibrate first, then compress with --calibration",
+        )
     calibrated = calibration is not None or reading is not None
     recipe = _the_recipe(recipe, plan, wanted, calibrated)
     compute = compute or Compute()
@@ -141,7 +148,9 @@ def _compress(checkpoint: Checkpoint, asked: _Asked, crew: Workers) -> Outcome:
         request = request_of(checkpoint, recipe, plan, source.path)
     with destination(checkpoint, asked.out, ".svd", "-svd", asked.force) as target:
         workspace = Workspace(target, is_file=not checkpoint.is_directory)
-        with disk_errors(target), workspace.locked():
+        # A rank that led before may still be ending
+        patience = PATIENCE if crew.ranks > 1 else 0.0
+        with disk_errors(target), workspace.locked(patience):
             # Reading takes long: its moments are kept in the workspace, for the next try too
             crew.check_shared(workspace.folder, checkpoint)
             if request is None:
