@@ -149,7 +149,7 @@ def _compress(checkpoint: Checkpoint, asked: _Asked, crew: Workers) -> Outcome:
     with destination(checkpoint, asked.out, ".svd", "-svd", asked.force) as target:
         workspace = Workspace(target, is_file=not checkpoint.is_directory)
         # A rank that led before may still be ending
-        patience = PATIENCE if crew.ranks > 1 else 0.0
+        patience = PATIENCE if place_here() is not None else 0.0
         with disk_errors(target), workspace.locked(patience):
             # Reading takes long: its moments are kept in the workspace, for the next try too
             crew.check_shared(workspace.folder, checkpoint)
