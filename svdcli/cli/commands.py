@@ -102,7 +102,7 @@ from svdcli.cli.process import (
     outlive_readers,
     print_note,
 )
-from svdcli.errors import INTERRUPTED, SvdcliError, UsageError, printable
+from svdcli.errors import INTERRUPTED, OK, SvdcliError, UsageError, printable
 from svdcli.plan import words
 from svdcli.ranks import leads_here
 from svdcli.version import __version__
@@ -958,6 +958,9 @@ def main() -> None:
     # torch works without NumPy, and says at every start that it does
     warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
     keep_commands(sys.argv[1:])
+    # What ranks do not share, the one that leads does alone
+    if not leads_here() and not _TOGETHER.intersection(sys.argv[1:2]):
+        sys.exit(OK)
     with one_line_errors(), interruptible():
         code = app(prog_name="svdcli", standalone_mode=False) or 0
         if code == INTERRUPTED:  # which is all that typer makes of the interrupt
@@ -965,6 +968,8 @@ def main() -> None:
         sys.stdout.flush()
         sys.exit(code)
 
+
+_TOGETHER = {"compress", "calibrate", "heal"}
 
 _COMMANDS = {
     command.name or getattr(command.callback, "__name__", ""): command

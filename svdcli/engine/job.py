@@ -107,7 +107,10 @@ def load(job: Job, opened: Opened) -> Loaded | None:
     if job.unit.kind != "factor" or job.layer is None:
         return None
     moments = None if opened.calibration is None else opened.calibration.of(job.layer)
-    return Loaded(read_weight(opened.source, job.layer.originals), moments)
+    weight = read_weight(opened.source, job.layer.originals)
+    if job.device.startswith("cuda"):
+        weight = weight.pin_memory()  # from where it is copied to the card without a detour
+    return Loaded(weight, moments)
 
 
 def solve(job: Job, loaded: Loaded | None, opened: Opened) -> Solved:
