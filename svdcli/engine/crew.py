@@ -116,7 +116,7 @@ class Crew:
         self.team = team
         self.local = local
         self.processes = processes or {}
-        self.device = local.device
+        self.device = torch.device(local.device.type)  # every rank has a card of its own
         self.threads = local.threads
         self.ranks = team.place.size
         self.told: list[str] = []
