@@ -151,8 +151,11 @@ def _compress(checkpoint: Checkpoint, asked: _Asked, crew: Workers) -> Outcome:
         # A rank that led before may still be ending
         patience = PATIENCE if place_here() is not None else 0.0
         with disk_errors(target), workspace.locked(patience):
+            if crew.ranks > 1:
+                with workspace.beginning():
+                    crew.check_shared(workspace.folder, checkpoint)
+
             # Reading takes long: its moments are kept in the workspace, for the next try too
-            crew.check_shared(workspace.folder, checkpoint)
             if request is None:
                 with workspace.beginning():
                     moments = source.file(checkpoint, workspace.folder, recipe, asked.progress)
