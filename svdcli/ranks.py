@@ -38,8 +38,8 @@ class LostRankError(SvdcliError):
 
 @dataclass(frozen=True)
 class Place:
-    """Which rank this process is: `rank` of `size`, the `local`-th on its machine; restarts is how
-    often the agent here has started its ranks again."""
+    """Which rank this process is: `rank` of `size`, the `local`-th of `local_size` on its
+    machine; restarts is how often the agent here has started its ranks again."""
 
     rank: int
     size: int
@@ -48,6 +48,7 @@ class Place:
     port: int
     restarts: int = 0
     agents_store: bool = False
+    local_size: int = 1
 
     @property
     def leads(self) -> bool:
@@ -68,6 +69,7 @@ def place_here() -> Place | None:
         port=int(environment["MASTER_PORT"]),
         restarts=int(environment.get("TORCHELASTIC_RESTART_COUNT", "0")),
         agents_store=environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
+        local_size=int(environment.get("LOCAL_WORLD_SIZE", "1")),
     )
 
 
@@ -186,9 +188,7 @@ def _store_of(place: Place) -> Store:
     # Where no agent keeps a store, rank 0 does
     keeps_it = place.leads and not place.agents_store
     patience = timedelta(seconds=TO_ASSEMBLE)
-    return TCPStore(
-        place.address, place.port, None, keeps_it, patience, wait_for_workers=False
-    )
+    return TCPStore(place.address, place.port, None, keeps_it, patience, wait_for_workers=False)
 
 
 def _lead(place: Place, store: Store) -> Team:

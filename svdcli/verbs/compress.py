@@ -38,9 +38,9 @@ if TYPE_CHECKING:
     import torch
     from typing_extensions import Unpack
 
+    from svdcli.calibration.work import Forecast
     from svdcli.engine.compute import Compute
     from svdcli.text.texts import Texts
-    from svdcli.verbs.calibrate import Forecast
     from svdcli.verbs.evaluate import Evaluation
 
 
@@ -267,6 +267,7 @@ class _Source:
                 gradients=gradients,
                 compute=self.compute,
                 trust_remote_code=reading.trust_remote_code,
+                alone=True,
                 announce=reading.announce,
                 progress=progress,
             )

@@ -18,6 +18,7 @@ from transformers import CLIPTextModel
 from zoo import Sums, close, words_tokenizer
 
 import svdcli
+from svdcli.calibration.loss import drawing
 from svdcli.calibration.moments import open_moments
 from svdcli.calibration.text_side import TextSide, text_side
 from svdcli.errors import SvdcliError
@@ -290,11 +291,11 @@ def by_hooks(
     """Sums over ordinary passes of one sentence each, with the gradients of e . z for normalised
     answers e."""
     sums, tokenizer, events = Sums(model), load_tokenizer(path), 0
-    torch.manual_seed(0)
-    for group in grouped(sentences_of(tokenizer, LINES, 64, Amount(40)), padded=padded):
+    groups = grouped(sentences_of(tokenizer, LINES, 64, Amount(40)), padded=padded)
+    for index, group in enumerate(groups):
         answers = [answer(**tokenizer(sentence.text, return_tensors="pt")) for sentence in group]
         rows = nn.functional.normalize(torch.cat(answers), dim=-1)
-        (rows * torch.randn(rows.shape)).sum().backward()
+        (rows * torch.randn(rows.shape, generator=drawing(0, index))).sum().backward()
         events += len(group)
     return sums, events
 
