@@ -48,7 +48,7 @@ class Part:
             batches = "one batch" if count == 1 else f"{count} batches"
             raise UsageError(
                 f"the text has {batches}, too few for {self.of} parts",
-                f"give more --samples, or take {count} parts at most",
+                "give more --samples, or take fewer parts",
             )
         return range(self.number - 1, count, self.of)
 
@@ -201,9 +201,10 @@ def in_order(files: Sequence[PartFile]) -> list[PartFile]:
     for file in files:
         other = by_number.setdefault(file.part.number, file)
         if other is not file:
-            raise UsageError(
-                f"{other.shown} and {file.shown} are both part {file.part}", "leave one of them out"
-            )
+            both = f"{other.shown} and {file.shown} are both part {file.part}"
+            if other.shown == file.shown:
+                both = f"{file.shown} is given twice"
+            raise UsageError(both, "give every part once")
     for number in range(1, first.part.of + 1):
         if number not in by_number:
             missing = Part(number, first.part.of)

@@ -30,6 +30,7 @@ from svdcli.plan.layers import choose_layers
 from svdcli.progress import Progress
 from svdcli.text.texts import Texts
 from svdcli.text.tokens import Amount, Batch, load_tokenizer
+from svdcli.version import __version__
 
 # Share of the speed of one large product at which a whole model is taken to be read.
 _SPEED_IN_PRACTICE = 0.4
@@ -208,6 +209,7 @@ class Work:
         """Return what tells this calibration from others: 64 hexadecimal digits."""
         settings, read = self.settings, self.read
         asked = (
+            __version__,
             self.checkpoint.fingerprint(),
             settings.texts.digest,
             (read.tokens, read.samples, read.seq_len, len(read.batches)),

@@ -140,10 +140,17 @@ def calibrate(
         force=force,
         announce=announce,
     )
+    place = None if alone else place_here()
+    if place is not None and place.size == 1:
+        place = None
     if part is not None:
+        if place is not None:
+            raise UsageError(
+                "a part is for a process by itself, and ranks have a part each already",
+                "leave out --part, or start it without a launcher",
+            )
         return _of_one_part(request, Part(*part))
-    place = place_here()
-    if alone or place is None or place.size == 1:
+    if place is None:
         return _of_the_whole(request)
     with assembled(place) as team:
         return calibrate_together(request, team)
