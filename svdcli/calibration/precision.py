@@ -4,6 +4,7 @@ multiplies."""
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 
 import torch
 
@@ -13,16 +14,29 @@ from svdcli.plan.words import Precision
 _WORTH_IT = 1.5
 
 
-def chosen(precision: Precision, device: torch.device) -> torch.dtype:
-    """Return the dtype of the passes: as asked, and with auto bfloat16 where the device multiplies
-    it at least 1.5 times as fast as float32."""
-    if precision == "bfloat16":
-        return torch.bfloat16
-    if precision == "float32":
-        return torch.float32
+@dataclass(frozen=True)
+class Passes:
+    """How a model is run: the name of the dtype, and why it is not a faster one that was left to
+    choose."""
+
+    precision: str
+    why_not: str = ""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype itself."""
+        dtype: torch.dtype = getattr(torch, self.precision)
+        return dtype
+
+
+def chosen(precision: Precision, device: torch.device) -> str:
+    """Return the name of the dtype: as asked, and with auto bfloat16 where the device multiplies it
+    at least 1.5 times as fast as float32."""
+    if precision != "auto":
+        return precision
     fast = operations_a_second(device, torch.bfloat16)
     slow = operations_a_second(device, torch.float32)
-    return torch.bfloat16 if fast >= _WORTH_IT * slow else torch.float32
+    return "bfloat16" if fast >= _WORTH_IT * slow else "float32"
 
 
 def operations_a_second(device: torch.device, dtype: torch.dtype) -> float:

@@ -17,16 +17,18 @@ from svdcli.calibration.loss import ModelLoss
 from svdcli.calibration.memory import SHARE_OF_MEMORY, free_memory, state_bytes, widest, width_of
 from svdcli.calibration.moments import Provenance, Spool
 from svdcli.calibration.parts import Whole
-from svdcli.calibration.precision import operations_a_second
+from svdcli.calibration.precision import Passes, chosen, operations_a_second
 from svdcli.calibration.reading import ALONE, Read, read_batches
 from svdcli.calibration.sensitivity import add_sensitivities
 from svdcli.calibration.stream import Stream
 from svdcli.calibration.sums import Sums
 from svdcli.calibration.text_side import text_side
+from svdcli.errors import SvdcliError
 from svdcli.files.checkpoint import Checkpoint
 from svdcli.models.load import load_stored
 from svdcli.models.modules import is_linear
 from svdcli.plan.layers import choose_layers
+from svdcli.plan.words import Precision
 from svdcli.progress import Progress
 from svdcli.text.texts import Texts
 from svdcli.text.tokens import Amount, Batch, load_tokenizer
@@ -43,7 +45,8 @@ class Forecast:
 
     samples are windows of seq_len tokens, or sentences of at most as many. Where gradients were
     left to choose and are not measured, reason says why. side names the part of the model that
-    reads the text, where it is not the whole. precision is the dtype in which the model runs. part
+    reads the text, where it is not the whole. precision is the dtype in which the model runs;
+    no_bfloat16 says why not in this, which the machine has faster and was left to choose. part
     says, as "2/8", that a part of the text alone is meant; ranks is how many processes share the
     text, and rounds, state_bytes and seconds are then of each.
     """
@@ -60,6 +63,7 @@ class Forecast:
     precision: str = "float32"
     part: str = ""
     ranks: int = 1
+    no_bfloat16: str = ""
 
 
 @dataclass(frozen=True)
@@ -128,13 +132,34 @@ class Work:
         """Return the model as a stream of blocks."""
         return Stream(self.network, self.device, dtype, call=self.read.side.of(self.network))
 
-    def forecast(self, dtype: torch.dtype, indices: range) -> Forecast:
+    def passes(self, precision: Precision) -> Passes:
+        """Return in which dtype the model runs. Raises SvdcliError where it does not run in the one
+        that is asked for."""
+        name = chosen(precision, self.device)
+        why_not = "" if name == "float32" else self._failure(Passes(name))
+        if not why_not:
+            return Passes(name)
+        if precision == "auto":
+            return Passes("float32", why_not)
+        raise SvdcliError(f"the model does not run in {name}: {why_not}", "use --precision float32")
+
+    def _failure(self, passes: Passes) -> str:
+        """Say why one row of the text does not pass the model; "" where it does. A model may raise
+        anything where it mixes dtypes."""
+        row = {key: value[:1] for key, value in self.read.batches[0].items()}
+        try:
+            self.stream(passes.dtype).run([row])
+        except Exception as error:
+            return " ".join(str(error).split())[:160] or type(error).__name__
+        return ""
+
+    def forecast(self, passes: Passes, indices: range) -> Forecast:
         """Return in how many rounds these batches are read, and whether with gradients: hidden
         states of a round must fit into the memory."""
         batches = [self.read.batches[index] for index in indices]
         width = width_of(self.read.side.config(self.network))
         part = self.read.side.module(self.network)
-        asked, memory = self.settings.gradients, self.memory
+        asked, memory, dtype = self.settings.gradients, self.memory, passes.dtype
 
         def each(gradients: bool) -> int:
             return state_bytes(part, width, batches, gradients=gradients, itemsize=dtype.itemsize)
@@ -160,19 +185,18 @@ class Work:
             reason=reason,
             samples=sum(len(batch["input_ids"]) for batch in batches),
             side=self.read.side.shown,
-            precision=name_of(dtype),
+            precision=passes.precision,
+            no_bfloat16=passes.why_not,
         )
 
-    def added_up(
-        self, indices: range, forecast: Forecast, dtype: torch.dtype, spool: Spool
-    ) -> Sums:
+    def added_up(self, indices: range, forecast: Forecast, spool: Spool) -> Sums:
         """Return the sums over these batches, round by round, kept in the spool."""
         sums = Sums(spool, self.transposed)
         loss = ModelLoss(self.settings.seed)
         size = -(-len(indices) // forecast.rounds)
         rounds = [indices[start : start + size] for start in range(0, len(indices), size)]
         gather = Gather(self.network, self.layers, sums, loss, self.settings.progress, len(rounds))
-        stream = self.stream(dtype)
+        stream = self.stream(Passes(forecast.precision).dtype)
         for number, group in enumerate(rounds):
             batches = [self.read.batches[index] for index in group]
             cotangent = loss.cotangents(batches, group) if forecast.gradients else None
@@ -232,11 +256,6 @@ class Work:
             self.memory,
             self.settings.progress,
         )
-
-
-def name_of(dtype: torch.dtype) -> str:
-    """Return what people call a dtype: float32."""
-    return str(dtype).removeprefix("torch.")
 
 
 def _tokens_of(batch: Batch) -> int:

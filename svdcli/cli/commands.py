@@ -950,6 +950,9 @@ def _announce(quiet: bool) -> Callable[[Forecast], None]:
         )
         if forecast.reason:
             print_note(f"no gradients: {forecast.reason}")
+        if forecast.no_bfloat16:
+            reason = printable(forecast.no_bfloat16)
+            print_note(f"bfloat16 is faster here, but the model does not run in it: {reason}")
 
     return (lambda forecast: None) if quiet else tell
 

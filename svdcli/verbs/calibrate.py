@@ -20,10 +20,10 @@ import torch
 
 from svdcli.calibration.moments import Provenance, Spool
 from svdcli.calibration.parts import Part, PartFile, added, in_order, open_part, write_part
-from svdcli.calibration.precision import chosen
+from svdcli.calibration.precision import Passes
 from svdcli.calibration.sums import Sums
 from svdcli.calibration.together import Together
-from svdcli.calibration.work import Forecast, Settings, Work, name_of
+from svdcli.calibration.work import Forecast, Settings, Work
 from svdcli.engine.compute import Compute
 from svdcli.engine.publish import check_place
 from svdcli.errors import BadCheckpointError, UsageError
@@ -203,10 +203,9 @@ def _spool_beside(path: Path) -> Iterator[Spool]:
 def _of_the_whole(request: Request) -> Calibrated:
     """Read all of the text in this process."""
     with request.opened() as work, _spool_beside(request.out) as spool:
-        dtype = chosen(request.precision, work.device)
-        forecast = work.forecast(dtype, work.every_batch)
+        forecast = work.forecast(work.passes(request.precision), work.every_batch)
         request.announce(forecast)
-        sums = work.added_up(work.every_batch, forecast, dtype, spool)
+        sums = work.added_up(work.every_batch, forecast, spool)
         whole = work.whole(forecast, sums)
         measure = work.measure_cuts if request.sensitivity else None
         return _finished(request.out, sums, whole.provenance, measure, forecast.rounds, whole.side)
@@ -224,11 +223,10 @@ def _of_one_part(request: Request, part: Part) -> Calibrated:
     precision: Precision = "float32" if request.precision == "auto" else request.precision
     request = request.as_on_any_machine()
     with request.opened() as work, _spool_beside(request.out) as spool:
-        dtype = chosen(precision, work.device)
         batches = part.indices(len(work.read.batches))
-        forecast = replace(work.forecast(dtype, batches), part=str(part))
+        forecast = replace(work.forecast(work.passes(precision), batches), part=str(part))
         request.announce(forecast)
-        sums = work.added_up(batches, forecast, dtype, spool)
+        sums = work.added_up(batches, forecast, spool)
         whole = work.whole(forecast, sums)
         write_part(request.out, part, whole, sums, forecast.rounds)
         return replace(
@@ -306,7 +304,7 @@ def calibrate_together(request: Request, team: Team) -> Calibrated:
     )
     request = replace(request, settings=settings)
     with together.sharing_errors(), request.opened(checks=team.leads) as work:
-        dtype, folder = _agreed(request, work, together)
+        passes, folder = _agreed(request, work, together)
         ranks = min(team.place.size, len(work.read.batches))
         paths = [folder / f"{number}.safetensors" for number in range(1, ranks + 1)]
 
@@ -314,7 +312,7 @@ def calibrate_together(request: Request, team: Team) -> Calibrated:
         if team.place.rank < ranks:
             part = Part(team.place.rank + 1, ranks)
             announce = request.announce if team.leads else lambda forecast: None
-            _leave_part(work, part, dtype, paths[team.place.rank], announce)
+            _leave_part(work, part, passes, paths[team.place.rank], announce)
             together.tell(f"part/{team.place.rank}", "")
         if not team.leads:
             return Calibrated.from_json(json.loads(together.result()))
@@ -329,12 +327,13 @@ def calibrate_together(request: Request, team: Team) -> Calibrated:
         return done
 
 
-def _agreed(request: Request, work: Work, together: Together) -> tuple[torch.dtype, Path]:
-    """Return the dtype of all ranks, and the folder of their parts. Raises UsageError where this
-    rank was asked for something else than rank 0."""
+def _agreed(request: Request, work: Work, together: Together) -> tuple[Passes, Path]:
+    """Return how all ranks run the model, and the folder of their parts. Raises UsageError where
+    this rank was asked for something else than rank 0."""
     place = together.team.place
-    precision = together.agree("precision", lambda: name_of(chosen(request.precision, work.device)))
-    asked = work.digest(precision, place.size)
+    told = together.agree("passes", lambda: json.dumps(asdict(work.passes(request.precision))))
+    passes = Passes(**json.loads(told))
+    asked = work.digest(passes.precision, place.size)
     if together.agree("asked", lambda: asked) != asked:
         raise UsageError(
             "this rank was asked for something else than rank 0, or sees another model or text",
@@ -342,24 +341,24 @@ def _agreed(request: Request, work: Work, together: Together) -> tuple[torch.dty
         )
     # Threads change the order of sums
     threads = together.agree("threads", lambda: f"{work.device.type}{torch.get_num_threads()}")
-    return getattr(torch, precision), together.folder(f"{asked[:16]}-{threads}")
+    return passes, together.folder(f"{asked[:16]}-{threads}")
 
 
 def _leave_part(
     work: Work,
     part: Part,
-    dtype: torch.dtype,
+    passes: Passes,
     path: Path,
     announce: Callable[[Forecast], None],
 ) -> None:
     """Read a part and write its sums to `path`, unless an earlier round has done so."""
     batches = part.indices(len(work.read.batches))
-    forecast = work.forecast(dtype, batches)
+    forecast = work.forecast(passes, batches)
     read = work.read
     announce(replace(forecast, tokens=read.tokens, samples=read.samples, ranks=part.of))
     try:
         open_part(path)  # the name of its folder says of which calibration it is
     except BadCheckpointError:
         with _spool_beside(path) as spool:
-            sums = work.added_up(batches, forecast, dtype, spool)
+            sums = work.added_up(batches, forecast, spool)
             write_part(path, part, work.whole(forecast, sums), sums, forecast.rounds)

@@ -342,6 +342,24 @@ def test_where_padding_would_be_read_sentences_of_one_length_come_together(
         close(found.inputs, sums.inputs[layer] / sums.rows[layer])
 
 
+def test_what_does_not_run_in_bfloat16_is_told_and_runs_in_float32(
+    saved: Saved, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """FNet is made of Fourier transforms, which torch has none of in bfloat16."""
+    path, told = saved("fnet"), []
+    with pytest.raises(SvdcliError, match=r"does not run in bfloat16: .*; use --precision float32"):
+        calibrate(path, tmp_path / "c.safetensors", LINES, samples=40, precision="bfloat16")
+
+    def speed(device: torch.device, dtype: torch.dtype) -> float:
+        return 2.0 if dtype == torch.bfloat16 else 1.0
+
+    monkeypatch.setattr("svdcli.calibration.precision.operations_a_second", speed)
+    how = {"samples": 40, "precision": "auto", "announce": told.append}
+    done = calibrate(path, tmp_path / "c.safetensors", LINES, **how)
+    assert done.precision == told[0].precision == "float32"
+    assert "BFloat16" in told[0].no_bfloat16
+
+
 @pytest.mark.parametrize("name", BUILT)
 def test_all_of_it_is_calibrated_and_judged(name: str, saved: Saved, tmp_path: Path) -> None:
     """Compressed by what its text sees, it opens and is compared with its original; to itself it is
