@@ -385,7 +385,7 @@ def inspect(
     json_: Json = False,
     csv_: Csv = False,
 ) -> None:
-    """List what is in MODEL and which layers compress would select.
+    """List what is in MODEL and what compress would select.
 
     Each layer with the rank up to which it gains.
     """

@@ -104,12 +104,14 @@ def test_the_order_of_arguments_does_not_matter(readable: Readable, tmp_path: Pa
 def test_rounds_change_nothing_to_the_bit(family: str, readable: Readable, tmp_path: Path) -> None:
     """Neither the labels of a batch nor the order of sums depends on the memory there is."""
     told: list[Forecast] = []
-    for memory in (10**9, 1):
-        path = tmp_path / f"{memory}.safetensors"
+    paths = [tmp_path / f"{number}.safetensors" for number in range(3)]
+    whole(readable(family), paths[0], family, memory=10**9, announce=told.append)
+    for path, share in zip(paths[1:], (0.5, 0.0), strict=True):
+        memory = int(share * told[0].state_bytes)
         whole(readable(family), path, family, memory=memory, announce=told.append)
-    assert told[0].rounds == 1 < 8 < told[1].rounds
-    names = [tmp_path / f"{memory}.safetensors" for memory in (10**9, 1)]
-    assert furthest(*names) == 0
+    rounds = [forecast.rounds for forecast in told]
+    assert rounds[0] == 1 < rounds[1] < 5 < 8 < rounds[2]
+    assert furthest(paths[0], paths[1]) == furthest(paths[0], paths[2]) == 0
 
 
 def test_parts_are_shares_of_the_text(readable: Readable, tmp_path: Path) -> None:
