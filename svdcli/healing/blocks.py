@@ -565,7 +565,7 @@ def heal_whole(
 
         # Coordinates in which all steps cost alike, learned from a few batches
         sample = [_moved(batch, device) for batch in batches.fewer(_MOMENT_BATCHES).train]
-        whitened = whitened_layers(teacher, student, tensors, sample, call(teacher))
+        whitened = whitened_layers(teacher, student, tensors, sample, call(teacher), seed)
         roundings = _learned_roundings(student, scale_dtypes)
         layers = StandIns(student, {**whitened, **roundings})
 

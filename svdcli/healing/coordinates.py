@@ -107,10 +107,11 @@ def whitened_layers(
     tensors: Mapping[str, Tensor],
     batches: Sequence[Batch],
     call: Callable[..., Any] | None = None,
+    seed: int = 0,
 ) -> dict[str, WhitenedLinear]:
     """Return a stand-in for every low-rank linear layer of the student whose factors are in
     `tensors`, by the layer's name. batches are what the teacher reads to learn the coordinates;
-    call is what is called with each, if not the whole teacher."""
+    call is what is called with each, if not the whole teacher; seed draws the labels."""
     # The layers to train, where the original has a linear layer
     dense: dict[str, nn.Module] = {}
     for name, module in student.named_modules():
@@ -123,7 +124,7 @@ def whitened_layers(
         return {}
 
     # Each in coordinates that its moments scale; a moment that was not met scales nothing
-    inputs, outputs = moments_of(teacher, dense, batches, call)
+    inputs, outputs = moments_of(teacher, dense, batches, call, seed)
     layers: dict[str, WhitenedLinear] = {}
     for name, original in dense.items():
         conv = is_conv(original)
@@ -145,10 +146,11 @@ def moments_of(
     names: Collection[str],
     batches: Sequence[Batch],
     call: Callable[..., Any] | None = None,
+    seed: int = 0,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Return the second moments of the inputs and of the loss gradients at the outputs of the named
     layers, summed over the batches, from ordinary passes of a model in memory; diagonals beyond
-    `FULL`. Padding counts as zeros in gradients only."""
+    `FULL`. Padding counts as zeros in gradients only; seed draws the labels."""
     input_sums = MomentSums(FULL)
     gradient_sums = MomentSums(FULL)
     ends: list[tuple[str, Tensor]] = []
@@ -163,14 +165,14 @@ def moments_of(
 
         return hook
 
-    loss = ModelLoss()
+    loss = ModelLoss(seed)
     handles = [model.get_submodule(name).register_forward_hook(watch(name)) for name in names]
     try:
-        for batch in batches:
+        for index, batch in enumerate(batches):
             # Forwards, noting every output that a gradient is wanted at
             ends.clear()
             with torch.enable_grad():
-                tensor, cotangent = loss.cotangent(batch, (call or model)(**batch))
+                tensor, cotangent = loss.cotangent(index, batch, (call or model)(**batch))
 
             # Backwards; an output that the loss does not depend on has no gradient
             outputs = [output for _, output in ends]

@@ -38,10 +38,10 @@ from svdcli.verbs.outcome import Outcome
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
+    from svdcli.calibration.work import Forecast
     from svdcli.engine.compute import Compute
     from svdcli.engine.executor import Workers
     from svdcli.text.texts import Texts
-    from svdcli.verbs.calibrate import Forecast
     from svdcli.verbs.evaluate import Evaluation
 
 
@@ -305,6 +305,7 @@ class _Source:
                 gradients=gradients,
                 compute=self.compute,
                 trust_remote_code=reading.trust_remote_code,
+                alone=True,
                 announce=reading.announce,
                 progress=progress,
             )

@@ -415,7 +415,6 @@ def _moments(material: _Material, seed: int, run: Run) -> tuple[dict[str, Tensor
     batches spread over the text."""
     # The same few batches for every seed; the seed draws the labels
     run.progress("moments", "", 0, 1)
-    torch.manual_seed(seed)
     teacher, side, batches = material.teacher, material.side, material.for_blocks.train
     count = min(len(batches), _MOMENT_BATCHES)
     few = [batches[len(batches) * i // count] for i in range(count)]
@@ -429,7 +428,7 @@ def _moments(material: _Material, seed: int, run: Run) -> tuple[dict[str, Tensor
     ran: set[int] = set()
     with watched(teacher, lambda part, inputs: ran.add(id(part))):
         moments = block_moments(
-            teacher, few, blocks_of(teacher), at_a_time, run.device, side.of(teacher)
+            teacher, few, blocks_of(teacher), at_a_time, run.device, side.of(teacher), seed
         )
     run.progress("moments", "", 1, 1)
     return moments, {name for name, part in teacher.named_modules() if id(part) in ran}
