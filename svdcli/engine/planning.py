@@ -194,21 +194,25 @@ def _check_needs_none(recipe: Recipe) -> None:
 def make_plan(run: Run, checkpoint: Checkpoint, request: Request, name: str | None) -> Plan:
     """Measure the weights, then fix every rank. Nothing is written but lines of the journal.
 
-    Raises SvdcliError for weights that are not finite, unless such layers are to stay dense, and
-    NothingSelectedError where no layer would shrink.
+    A run without a workspace reads no weights where the plan does not go by them. Raises
+    SvdcliError for weights that are found not to be finite, unless such layers are to stay dense,
+    and NothingSelectedError where no layer would shrink.
     """
     from svdcli.engine.spectra import check_finite, measure_spectra
 
     # A plan has its ranks: of the weights it only needs to know that they are finite.
     recipe = request.recipe
-    spectra = request.plan is None and needs_spectra(recipe)
+    spectra = measures_spectra(request)
     packed_for = None
     if request.plan is None and chooses_packings(recipe):
         packed_for = recipe
     groups = _groups(checkpoint, request) if spectra else ()
-    measured = measure_spectra(
-        run, request.selected, spectra=spectra, recipe=packed_for, groups=groups
-    )
+    if run.workspace is None and not goes_by_weights(request):
+        measured = {tensor.name: LayerSpectrum(finite=True) for tensor in request.selected}
+    else:
+        measured = measure_spectra(
+            run, request.selected, spectra=spectra, recipe=packed_for, groups=groups
+        )
     kinds = _kinds_of(checkpoint, request)
     for name in measured.keys() & kinds.misfits.keys():
         measured[name] = replace(measured[name], misfit=kinds.misfits[name])
@@ -228,6 +232,17 @@ def make_plan(run: Run, checkpoint: Checkpoint, request: Request, name: str | No
     if not plan.factored:
         raise _nothing_shrinks(checkpoint, plan)
     return plan
+
+
+def measures_spectra(request: Request) -> bool:
+    """Do the ranks go by singular values that are still to be measured."""
+    return request.plan is None and needs_spectra(request.recipe)
+
+
+def goes_by_weights(request: Request) -> bool:
+    """Does the plan depend on the numbers in the weights, and not on shapes alone."""
+    calibrated = request.calibration is not None
+    return measures_spectra(request) or calibrated or request.recipe.nonfinite == "skip"
 
 
 def _groups(checkpoint: Checkpoint, request: Request) -> tuple[Group, ...]:

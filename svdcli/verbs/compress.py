@@ -14,7 +14,9 @@ from svdcli.engine.planning import (
     check_smaller,
     check_source,
     design_of,
+    goes_by_weights,
     make_plan,
+    measures_spectra,
     not_smaller,
     noting_a_miss,
     predicted_report,
@@ -209,7 +211,9 @@ def _predict(
     progress: Progress,
     allow_larger: bool,
 ) -> Outcome:
-    """Decide as a run would, and predict its report, without writing an output."""
+    """Decide as a run would, and predict its report and its time, without writing an output."""
+    from svdcli.engine.costs import costs_of, speeds_here
+
     with tempfile.TemporaryDirectory(prefix="svdcli-") as folder:
         moments = source.file(checkpoint, Path(folder), recipe, progress)
         request = request_of(checkpoint, recipe, plan, moments)
@@ -220,10 +224,24 @@ def _predict(
             name = out_path(checkpoint, out, ".svd", "-svd").name
         run = request.run(checkpoint, device, progress)
         decided = make_plan(run, checkpoint, request, name)
-        refused = ""
-        if not allow_larger:
-            refused = not_smaller(design_of(checkpoint, decided, name))
-        return Outcome(predicted_report(checkpoint, decided, name), decided, None, refused=refused)
+        design = design_of(checkpoint, decided, name)
+        return Outcome(
+            predicted_report(checkpoint, decided, name),
+            decided,
+            None,
+            refused="" if allow_larger else not_smaller(design),
+            costs=costs_of(
+                design,
+                request.selected,
+                speeds_here(device),
+                spectra=measures_spectra(request),
+                calibrated=request.calibration is not None,
+            ),
+            unchecked="" if goes_by_weights(request) else _UNCHECKED,
+        )
+
+
+_UNCHECKED = "that all weights are finite: none was read, and a run stops at one that is not"
 
 
 # Deciding -----------------------------------------------------------------------------------------
