@@ -460,9 +460,10 @@ def model_code() -> CompanionFile:
     return CompanionFile(STANDALONE, standalone.standalone_source(), standalone.auto_map())
 
 
-def predicted_report(checkpoint: Checkpoint, plan: Plan, name: str | None) -> Report:
+def predicted_report(design: CompressDesign) -> Report:
     """The report of an output that was not written, without measured errors."""
-    sizes = design_of(checkpoint, plan, name).blueprint().sizes()
+    checkpoint, plan = design.checkpoint, design.plan
+    sizes = design.blueprint().sizes()
     planned = {layer.tensor.name: Result(0.0, layer.solver) for layer in plan.factored}
     source = source_json(checkpoint, plan.fingerprint)
     record = make_record(plan, source, checkpoint.left_out, checkpoint.left_out_bytes, planned)

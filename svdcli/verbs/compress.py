@@ -226,7 +226,7 @@ def _predict(
         decided = make_plan(run, checkpoint, request, name)
         design = design_of(checkpoint, decided, name)
         return Outcome(
-            predicted_report(checkpoint, decided, name),
+            predicted_report(design),
             decided,
             None,
             refused="" if allow_larger else not_smaller(design),
