@@ -1,15 +1,16 @@
 """What a run will take, before it begins: the operations and bytes of every job, at speeds that
 are measured in a blink on this machine.
 
-A guess, good to a factor of 1.5 for layers of 1024 to 4096 by the solver `gram`; coarser for
-others. The order of jobs is no business of it (`job.guess_seconds`): that must not change with the
-speed of a moment.
+A guess, meant to hold within a factor of 1.5 for layers of 1024 to 4096 by the solver `gram` on a
+machine with nothing else to do; coarser for others. The order of jobs is no business of it
+(`job.guess_seconds`): that must not change with the speed of a moment.
 """
 
 from __future__ import annotations
 
+import hashlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -30,9 +31,13 @@ if TYPE_CHECKING:
 _BYTES = 1e9
 
 # How much longer than an eigenproblem an SVD of the same side takes, and mathematics in float64
-# than in float32; measured on two processors.
+# than in float32.
 _SVD_TO_EIGEN = 5.0
 _EIGEN_IN_DOUBLE, _PRODUCT_IN_DOUBLE = 2.0, 4.0
+
+# Operations of the randomised solver for every number of the weight and every direction: products
+# and, as long again and more, orthonormal bases.
+_RANDOMIZED = 48.0
 
 # What of an eigenproblem the eigenvalues alone are.
 _VALUES_ALONE = 0.3
@@ -41,17 +46,18 @@ _VALUES_ALONE = 0.3
 _ROUNDING = 2.0
 
 # Sides of the small problems whose time is measured: the smallest at which speed has settled.
-_EIGEN_SIDE, _PRODUCT_SIDE, _TIMES = 768, 512, 3
+_EIGEN_SIDE, _PRODUCT_SIDE, _DIGESTED, _TIMES = 768, 512, 2**20, 4
 
 
 @dataclass(frozen=True)
 class Speeds:
     """Of one worker, while the others work: operations a second in products, and cubes of the side
-    a second in eigenproblems, both in float32."""
+    a second in eigenproblems, both in float32; bytes a second of a digest."""
 
     workers: int
     product: float
     eigen: float
+    digest: float
 
 
 @dataclass(frozen=True)
@@ -125,7 +131,8 @@ def costs_of(
     # every file is read back for its digest
     blueprint = design.blueprint()
     files = list(blueprint.sizes().values()) if blueprint.record_bytes else []
-    phases = {"measure": measure, "write": write, "check": [size / _BYTES for size in files]}
+    digests = [size / speeds.digest for size in files]
+    phases = {"measure": measure, "write": write, "check": digests}
     return Costs(phases, speeds.workers, bytes_read + sum(files), blueprint.total)
 
 
@@ -175,7 +182,7 @@ class _Operations:
             self.products += 4 * small * small * large
             self.cubes += _SVD_TO_EIGEN * small**3
         elif layer.solver == "randomized":
-            self.products += 16 * m * n * (rank + 16)
+            self.products += _RANDOMIZED * m * n * (rank + 16)
         else:
             self.add_eigenproblem(m, n)
             self.products += 2 * rank * m * n
@@ -216,28 +223,36 @@ def _measured(device: torch.device, threads: int) -> Speeds:
     executor, workers = executor_for(device)
     with executor:
         found = list(executor.map(_measure, [device] * workers))
-    product, eigen = (sum(speeds) / len(speeds) for speeds in zip(*found, strict=True))
-    return Speeds(workers, product, eigen)
+    product, eigen, digest = (sum(speeds) / len(speeds) for speeds in zip(*found, strict=True))
+    return Speeds(workers, product, eigen, digest)
 
 
-def _measure(device: torch.device) -> tuple[float, float]:
-    """(operations a second of a product, cubes a second of an eigenproblem)."""
+def _measure(device: torch.device) -> tuple[float, float, float]:
+    """(operations a second of a product, cubes a second of an eigenproblem, bytes a second of a
+    digest)."""
     import torch
 
-    from svdcli.linalg.machine import gram_eigenvalues, gram_eigh, product
+    from svdcli.linalg.machine import gram_eigh, product
 
     square = torch.randn(_EIGEN_SIDE, _EIGEN_SIDE).to(device)
     part = square[:_PRODUCT_SIDE, :_PRODUCT_SIDE].contiguous()
+    data = bytes(_DIGESTED)
 
-    def seconds(work: str) -> float:
+    # an accelerator has done it when a number is here
+    of_product = _fastest(lambda: float(product(part, part)[0, 0]))
+    of_eigen = _fastest(lambda: float(gram_eigh(square)[0][0]))
+    of_digest = _fastest(lambda: hashlib.sha256(data).digest())
+
+    operations = 2 * _PRODUCT_SIDE**3 / of_product
+    alone = of_eigen - _EIGEN_SIDE**3 / operations  # without the Gram matrix
+    return operations, _EIGEN_SIDE**3 / max(alone, of_eigen / 2), _DIGESTED / of_digest
+
+
+def _fastest(work: Callable[[], object]) -> float:
+    """Seconds of the best of a few times, of which the first warms up."""
+    seconds = []
+    for _ in range(_TIMES):
         begin = time.perf_counter()
-        found = product(part, part) if work == "product" else gram_eigh(square)[0]
-        float(found[0].sum())  # an accelerator has done it when a number is here
-        return time.perf_counter() - begin
-
-    gram_eigenvalues(part)  # to warm up
-    product(part, part)
-    fastest = {work: min(seconds(work) for _ in range(_TIMES)) for work in ("product", "eigen")}
-    operations = 2 * _PRODUCT_SIDE**3 / fastest["product"]
-    eigen = fastest["eigen"] - _EIGEN_SIDE**3 / operations  # without the Gram matrix
-    return operations, _EIGEN_SIDE**3 / max(eigen, fastest["eigen"] / 2)
+        work()
+        seconds.append(time.perf_counter() - begin)
+    return min(seconds)

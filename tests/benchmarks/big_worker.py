@@ -95,7 +95,7 @@ def run(model: Path, out: Path, wanted: dict[str, Any], threads: int) -> dict[st
     return {
         "seconds": end - begin,
         "phases": clock.phases(begin, end),
-        "jobs": clock.jobs,
+        "jobs": clock.jobs["write"],
         "workers": len(clock.workers) if threads != 1 else 1,
         "moved": {name: after[name] - before[name] for name in before},
         "bytes_before": outcome.report.total.bytes_before,
