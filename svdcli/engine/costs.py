@@ -1,8 +1,8 @@
 """What a run will take, before it begins: the operations and bytes of every job, at speeds that
 are measured in a blink on this machine.
 
-A guess, meant to hold within a factor of 1.5 for layers of 1024 to 4096 by the solver `gram` on a
-machine with nothing else to do; coarser for others. The order of jobs is no business of it
+A guess, meant to hold within a factor of 1.5 for layers of 1024 to 4096 by the solver `gram`, on a
+CPU with nothing else to do; coarser for others. The order of jobs is no business of it
 (`job.guess_seconds`): that must not change with the speed of a moment.
 """
 
@@ -211,7 +211,9 @@ def speeds_here(device: torch.device) -> Speeds:
     """Of the workers that a run would have now; measured once in a process."""
     import torch
 
-    return _measured(device, torch.get_num_threads())
+    # torch solves the eigenproblems of mps on the CPU
+    capable = torch.device("cpu") if device.type == "mps" else device
+    return _measured(capable, torch.get_num_threads())
 
 
 @cache
