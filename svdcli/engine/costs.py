@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from svdcli.plan.plan import LayerPlan
     from svdcli.plan.tensors import TensorInfo
 
-# How much longer a job takes than its operations at the speed of small ones: layers leave the caches.
+# How much longer a job takes than its operations at the speed of small ones: large matrices leave
+# the caches.
 _IN_PRACTICE = 1.2
 
 # Bytes a second that one worker reads, checks, converts, sums up and writes.
