@@ -901,12 +901,17 @@ def _show_outcome(
     report, evaluation = outcome.report, outcome.evaluation
     measured = None if evaluation is None else evaluation.to_json()
     data = report.to_json() | {"measured": measured}
+    estimate = None if outcome.costs is None else outcome.costs.estimate()
+    if estimate is not None:
+        data |= {"estimate": estimate.to_json(), "unchecked": outcome.unchecked}
     rows = [asdict(row) for row in report.layers]
     wants_table = _print_for_programs(data, rows, json_, csv_, stream)
     if wants_table and not quiet:
         tables.print_report(report, stream, grouped=grouped)
         if evaluation is not None:
             tables.print_measured(evaluation, stream)
+        if estimate is not None:
+            tables.print_estimate(estimate, outcome.unchecked, stream)
     # The output is whole without it
     if outcome.not_evaluated and not quiet:
         print_note(f"the loss was not measured: {outcome.not_evaluated}; see `svdcli eval`")

@@ -458,7 +458,9 @@ SavePlan = Annotated[
 ]
 
 
-DryRun = Annotated[bool, _run("--dry-run", help="Only print the plan and its exact size.")]
+DryRun = Annotated[
+    bool, _run("--dry-run", help="Only print the plan, its exact size and the time of a run.")
+]
 
 
 # Output -------------------------------------------------------------------------------------------

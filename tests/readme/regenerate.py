@@ -43,6 +43,7 @@ BITS = re.compile(r"(?<=<!-- bits -->\n).*?(?=<!-- /bits -->)", re.DOTALL)
 PACKED = re.compile(r"(?<=<!-- packed -->\n).*?(?=<!-- /packed -->)", re.DOTALL)
 SHARING = re.compile(r"(?<=<!-- sharing -->\n).*?(?=<!-- /sharing -->)", re.DOTALL)
 MIXTURE = re.compile(r"(?<=<!-- mixture -->\n).*?(?=<!-- /mixture -->)", re.DOTALL)
+BIG = re.compile(r"(?<=<!-- big -->\n).*?(?=<!-- /big -->)", re.DOTALL)
 SHORT = re.compile(r"(?<=<!-- quality in short -->\n).*?(?=<!-- /quality in short -->)", re.DOTALL)
 SHORT_ROWS = {
     "plain": "plain SVD",
@@ -98,6 +99,7 @@ def render(page: Path) -> str:
     text = BITS.sub(lambda _: bits_table(), text)
     text = PACKED.sub(lambda _: packed_table(), text)
     text = MIXTURE.sub(lambda _: mixture_table(), text)
+    text = BIG.sub(lambda _: big_tables(), text)
     text = SHARING.sub(lambda _: sharing_table(), text)
     return BLOCK.sub(lambda block: block[1] + session(block["command"]), text)
 
@@ -149,6 +151,12 @@ def sharing_table() -> str:
     """The recorded losses with shared bases, as sharing.py renders them."""
     results = json.loads((BENCHMARKS / "sharing.json").read_text())
     return benchmark("sharing").markdown(results) + "\n\n"
+
+
+def big_tables() -> str:
+    """The recorded run and plans of large models, as big.py renders them."""
+    results = json.loads((BENCHMARKS / "big.json").read_text())
+    return benchmark("big").markdown(results) + "\n\n"
 
 
 def quality_in_short() -> str:
