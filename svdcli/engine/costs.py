@@ -114,9 +114,9 @@ def costs_of(
     spectra: bool,
     calibrated: bool,
 ) -> Costs:
-    """Of a run that measures these layers, in the metric of a calibration where there is one,
+    """Of a run that measures these layers first, in the metric of a calibration where there is one,
     writes this design and sums its files up."""
-    # every selected layer is read once to see that it is finite, or what its spectrum is
+    # each of them is read once more, to see whether it is finite, or what its spectrum is
     measure = []
     for tensor in layers:
         operations = _Operations()

@@ -270,7 +270,7 @@ def _predict(checkpoint: Checkpoint, asked: _Asked, crew: Workers) -> Outcome:
             refused="" if asked.allow_larger else not_smaller(design),
             costs=costs_of(
                 design,
-                request.selected,
+                request.selected if goes_by_weights(request) else (),
                 speeds_here(crew),
                 spectra=measures_spectra(request),
                 calibrated=request.calibration is not None,
