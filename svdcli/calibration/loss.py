@@ -9,7 +9,7 @@ tokens, and not evenly over the layers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -136,7 +136,25 @@ def block_moments(
     call: Callable[..., Any] | None = None,
 ) -> dict[str, Tensor]:
     """Return the second moments (width, width) of the loss gradient at the output of every block,
-    averaged over predictions; a block that no gradient reaches has none.
+    averaged over predictions; a block that no gradient reaches has none. All else is as for
+    `block_sums`."""
+    return averaged(*block_sums(model, batches, blocks, at_a_time, device, call))
+
+
+def averaged(sums: Mapping[str, Tensor], events: int) -> dict[str, Tensor]:
+    """Return sums over predictions as averages."""
+    return {unit: total / max(1, events) for unit, total in sums.items()}
+
+
+def block_sums(
+    model: nn.Module,
+    batches: Sequence[Batch],
+    blocks: Collection[str],
+    at_a_time: int,
+    device: torch.device,
+    call: Callable[..., Any] | None = None,
+) -> tuple[dict[str, Tensor], int]:
+    """Return (what `block_moments` averages, summed over predictions; how many these were).
 
     at_a_time bounds how many batches are under way together; call is what is called with each, if
     not the whole model.
@@ -152,4 +170,4 @@ def block_moments(
     for start in range(0, len(batches), at_a_time):
         group = batches[start : start + at_a_time]
         stream.run(group, loss.cotangents(group))
-    return {unit: total / max(1, loss.events) for unit, total in sums.take().items()}
+    return sums.take(), loss.events

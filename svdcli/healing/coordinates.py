@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from svdcli.calibration.loss import ModelLoss
 from svdcli.calibration.rows import MomentSums, without_padding
 from svdcli.healing.refit import put_factors
+from svdcli.healing.replicas import ALONE, Replicas
 from svdcli.linalg.balance import balanced
 from svdcli.linalg.damping import damped_root
 from svdcli.linalg.solvers import Factors, transposed
@@ -107,10 +108,11 @@ def whitened_layers(
     tensors: Mapping[str, Tensor],
     batches: Sequence[Batch],
     call: Callable[..., Any] | None = None,
+    replicas: Replicas = ALONE,
 ) -> dict[str, WhitenedLinear]:
     """Return a stand-in for every low-rank linear layer of the student whose factors are in
-    `tensors`, by the layer's name. batches are what the teacher reads to learn the coordinates;
-    call is what is called with each, if not the whole teacher."""
+    `tensors`, by the layer's name. batches are what the teacher reads to learn the coordinates, of
+    every rank its own; call is what is called with each, if not the whole teacher."""
     # The layers to train, where the original has a linear layer
     dense: dict[str, nn.Module] = {}
     for name, module in student.named_modules():
@@ -123,7 +125,7 @@ def whitened_layers(
         return {}
 
     # Each in coordinates that its moments scale; a moment that was not met scales nothing
-    inputs, outputs = moments_of(teacher, dense, batches, call)
+    inputs, outputs = map(replicas.summed, moments_of(teacher, dense, batches, call))
     layers: dict[str, WhitenedLinear] = {}
     for name, original in dense.items():
         conv = is_conv(original)
@@ -137,7 +139,19 @@ def whitened_layers(
             inputs=inputs.get(name, unknown[:n]),
             outputs=outputs.get(name, unknown[:m]),
         )
+        _put(layers[name], replicas.same(_own(layers[name])))
     return layers
+
+
+def _own(layer: WhitenedLinear) -> dict[str, Tensor]:
+    """Return what a stand-in made from moments, by name."""
+    return {name: getattr(layer, name).data for name in ("a", "b", "outputs", "inputs")}
+
+
+def _put(layer: WhitenedLinear, tensors: Mapping[str, Tensor]) -> None:
+    """Set what a stand-in made from moments to what the first rank has made."""
+    for name, tensor in tensors.items():
+        getattr(layer, name).data = tensor
 
 
 def moments_of(
