@@ -36,7 +36,8 @@ _POLL = 0.02  # seconds
 
 # How gradients travel: as they are, in half the bytes, or as the factors of torch's PowerSGD hook
 PLAIN, BFLOAT16, POWER_SGD = "plain", "bfloat16", "PowerSGD"
-POWER_RANK = 2
+# From rank 3 on the hook makes its bases by QR, which takes gradients that are zero or of lower rank
+POWER_RANK = 4
 POWER_START = 10  # steps before it; gradients change most in the first ones
 
 
