@@ -13,15 +13,16 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TYPE_CHECKING
 
-from svdcli.errors import SvdcliError
+from svdcli.errors import FAILED, SvdcliError
 
 if TYPE_CHECKING:
-    from torch.distributed import Store
+    from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]
 
 # Seconds; by the clock that never jumps.
 BEAT = 1.0  # between two signs of life
@@ -34,6 +35,14 @@ _NEEDED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 class LostRankError(SvdcliError):
     """A rank that was waited for shows no sign of life, or the store is gone."""
+
+
+class FollowedError(SvdcliError):
+    """What ended rank 0, on another rank. Rank 0 has told it already."""
+
+    def __init__(self, message: str, exit_code: int = FAILED) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
 
 
 @dataclass(frozen=True)
@@ -84,7 +93,7 @@ class Team:
     """
 
     def __init__(self, place: Place, store: Store, round_: int) -> None:
-        from torch.distributed import PrefixStore
+        from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 
         self.place = place
         self.round = round_
@@ -103,7 +112,7 @@ class Team:
     def put(self, key: str, value: bytes) -> None:
         """Put a value where every rank can peek at it."""
         with _one_line():
-            self.store.set(key, value)
+            self.store.set(key, value)  # type: ignore[arg-type]  # bytes as they are
 
     def peek(self, key: str) -> bytes | None:
         """The value under this key, None where nobody has put one yet. Never waits."""
@@ -114,6 +123,11 @@ class Team:
         """Add to a number that starts from 0, and return it: no two ranks get the same."""
         with _one_line():
             return int(self.store.add(key, step))
+
+    def remove(self, key: str) -> None:
+        """Remove a value, if it is there."""
+        with _one_line():
+            self.store.delete_key(key)
 
     def wait(self, key: str, rank: int) -> bytes:
         """The value that this rank will put. Raises LostRankError where that rank is lost."""
@@ -161,37 +175,50 @@ class Team:
             except SvdcliError:
                 return  # the thread that works will meet it, too
 
-    def newer(self) -> bool:
-        """Has a later round begun: this one is over then."""
+    # What outlives a round
+
+    def put_for_later_rounds(self, key: str, value: bytes) -> None:
+        """Put a value where the ranks find it when they were started again."""
         with _one_line():
-            return int(self._all_rounds.add("svdcli/rounds", 0)) > self.round
+            self._all_rounds.set(f"svdcli/all/{key}", value)  # type: ignore[arg-type]
+
+    def from_earlier_rounds(self, key: str) -> bytes | None:
+        """What a round before this one left there, None for nothing."""
+        name = f"svdcli/all/{key}"
+        with _one_line():
+            return bytes(self._all_rounds.get(name)) if self._all_rounds.check([name]) else None
 
 
 @contextmanager
-def assembled(place: Place) -> Iterator[Team]:
-    """All ranks of a round, once each has met rank 0. Raises LostRankError where they do not all
-    come."""
+def assembled(
+    place: Place,
+    started: Callable[[int], None] = lambda port: None,
+    comes: Callable[[int], bool] = lambda rank: True,
+) -> Iterator[Team]:
+    """All ranks of a round, once each has met rank 0.
+
+    started is told the port of the store, which is found where the place has 0; comes tells whether
+    a rank may still come: rank 0 begins without one that does not. Raises LostRankError where one
+    that may does not.
+    """
     with _one_line():
         store = _store_of(place)
-        team = _lead(place, store) if place.leads else _follow(place, store)
+        started(store.port)
+        team = _lead(place, store, comes) if place.leads else _follow(place, store)
     with team.beating():
         yield team
 
 
-def _store_of(place: Place) -> Store:
-    from datetime import timedelta
-
-    from torch.distributed import TCPStore
+def _store_of(place: Place) -> TCPStore:
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
     # Where no agent keeps a store, rank 0 does
     keeps_it = place.leads and not place.agents_store
     patience = timedelta(seconds=TO_ASSEMBLE)
-    return TCPStore(
-        place.address, place.port, None, keeps_it, patience, wait_for_workers=False
-    )
+    return TCPStore(place.address, place.port, None, keeps_it, patience, wait_for_workers=False)
 
 
-def _lead(place: Place, store: Store) -> Team:
+def _lead(place: Place, store: Store, comes: Callable[[int], bool]) -> Team:
     """Begin a round and welcome every other rank to it."""
     team = Team(place, store, int(store.add("svdcli/rounds", 1)))
     missing = set(range(1, place.size))
@@ -201,6 +228,7 @@ def _lead(place: Place, store: Store) -> Team:
             token = team.peek(f"here/{rank}")
             if token is not None:
                 team.put(f"welcome/{rank}", token)
+            if token is not None or not comes(rank):
                 missing.remove(rank)
         if missing and time.monotonic() > deadline:
             shown = ", ".join(map(str, sorted(missing)[:3]))

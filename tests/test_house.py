@@ -278,3 +278,9 @@ def test_the_top_level_stays_small() -> None:
     top = {line.split("/")[0] for line in listed.stdout.splitlines()}
     visible = {name for name in top if not name.startswith(".")}
     assert visible <= {"LICENSE", "README.md", "pyproject.toml", "svdcli", "tests", "sample_models"}
+
+
+def test_nothing_goes_by_a_clock_that_may_jump() -> None:
+    for path in MODULES:
+        assert "time.time()" not in path.read_text(), path
+        assert "datetime.now" not in path.read_text(), path

@@ -39,6 +39,7 @@ from svdcli.cli.options import (
     Group,
     GroupSize,
     Include,
+    Jobs,
     Json,
     JsonBesidePipe,
     Keep,
@@ -96,12 +97,14 @@ from svdcli.cli.panels import PanelledCommand
 from svdcli.cli.process import (
     interruptible,
     one_line_errors,
+    one_rank_writes,
     open_closed_streams,
     outlive_readers,
     print_note,
 )
-from svdcli.errors import INTERRUPTED, SvdcliError, UsageError, printable
+from svdcli.errors import INTERRUPTED, OK, SvdcliError, UsageError, printable
 from svdcli.plan import words
+from svdcli.ranks import leads_here
 from svdcli.version import __version__
 
 if TYPE_CHECKING:
@@ -184,6 +187,7 @@ def compress(
     device: Device = "auto",
     seed: SeedOfSolver = 0,
     threads: Threads = None,
+    jobs: Jobs = None,
     max_shard_size: MaxShardSize = None,
     self_contained: SelfContained = False,
     nonfinite: Nonfinite = "error",
@@ -230,7 +234,7 @@ def compress(
             reading=reading,
             state_dict=state_dict,
             carry=carry or (),
-            compute=compute_from(device, threads),
+            compute=compute_from(device, threads, jobs),
             force=force,
             allow_larger=allow_larger,
             dry_run=dry_run,
@@ -946,6 +950,7 @@ def _working(quiet: bool) -> Iterator[Progress]:
         "torch.utils._pytree",
     ):  # what they say when transformers imports them is nobody's business here
         logging.getLogger(library).setLevel(logging.ERROR)
+    quiet = quiet or not leads_here()
     with bars.progress_on(sys.stderr, quiet=quiet) as progress:
         yield progress
 
@@ -954,12 +959,16 @@ def main() -> None:
     """The `svdcli` command."""
     open_closed_streams()
     outlive_readers()
+    one_rank_writes()
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     # torch works without NumPy, and says at every start that it does
     warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
     keep_commands(sys.argv[1:])
+    # What ranks do not share, the one that leads does alone
+    if not leads_here() and not _TOGETHER.intersection(sys.argv[1:2]):
+        sys.exit(OK)
     with one_line_errors(), interruptible():
         code = app(prog_name="svdcli", standalone_mode=False) or 0
         if code == INTERRUPTED:  # which is all that typer makes of the interrupt
@@ -967,6 +976,8 @@ def main() -> None:
         sys.stdout.flush()
         sys.exit(code)
 
+
+_TOGETHER = {"compress", "calibrate", "heal"}
 
 _COMMANDS = {
     command.name or getattr(command.callback, "__name__", ""): command

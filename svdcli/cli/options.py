@@ -422,6 +422,12 @@ Device = Annotated[words.Device, _run("--device", help="Where the mathematics ru
 Threads = Annotated[int | None, _run("--threads", help="Threads for the mathematics.")]
 
 
+Jobs = Annotated[
+    int | None,
+    _run("--jobs", help="Processes that share the layers, and the threads.", metavar="N"),
+]
+
+
 TrustCode = Annotated[
     bool,
     _run(
@@ -541,10 +547,10 @@ def read_layers(path: str | None) -> tuple[str, ...] | None:
     return names
 
 
-def compute_from(device: words.Device, threads: int | None) -> Compute:
+def compute_from(device: words.Device, threads: int | None, jobs: int | None = None) -> Compute:
     from svdcli.engine.compute import Compute
 
-    return Compute(device, threads)
+    return Compute(device, threads, jobs)
 
 
 def read_plan(path: str) -> Plan:

@@ -12,13 +12,26 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from svdcli.errors import FAILED, INTERRUPTED, SvdcliError, printable
+from svdcli.ranks import FollowedError, leads_here
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 
 def print_note(text: str) -> None:
+    """Tell something on standard error; of several ranks only the one that leads does."""
+    if leads_here():
+        _print_line(text)
+
+
+def _print_line(text: str) -> None:
     print(f"svdcli: {text}", file=sys.stderr)
+
+
+def one_rank_writes() -> None:
+    """Of several ranks with the same arguments only the one that leads has a standard output."""
+    if not leads_here():
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
 
 @contextmanager
@@ -37,7 +50,9 @@ def one_line_errors() -> Iterator[None]:
         if os.environ.get("SVDCLI_DEBUG") == "1":
             raise
         text, code = explain(error)
-        print_note(f"error: {printable(text)}")
+        # What ended the rank that leads has been told there
+        if not isinstance(error, FollowedError):
+            _print_line(f"error: {printable(text)}")
         sys.exit(code)
 
 

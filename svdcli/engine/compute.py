@@ -15,16 +15,22 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Compute:
     """Where and how fast the mathematics runs. device is cpu, cuda, mps or auto; threads None
-    leaves torch's choice. Raises UsageError for a number of threads that is none."""
+    leaves torch's choice; jobs is how many processes share the layers, None for this one. Raises
+    UsageError for a number that is none."""
 
     device: Device = "auto"
     threads: int | None = None
+    jobs: int | None = None
 
     def __post_init__(self) -> None:
         if self.threads is not None and not 1 <= self.threads <= 4096:
             raise UsageError(
                 f"--threads {self.threads} is outside [1, 4096]",
                 "leave it out for torch's own choice",
+            )
+        if self.jobs is not None and not 1 <= self.jobs <= 256:
+            raise UsageError(
+                f"--jobs {self.jobs} is outside [1, 256]", "give a number of processes"
             )
 
     def start(self) -> torch.device:

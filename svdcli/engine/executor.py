@@ -1,28 +1,67 @@
-"""How jobs are handed to workers, behind the interface of `concurrent.futures`."""
+"""Who does the jobs of a run, in this process: threads, behind the interface that ranks have,
+too."""
 
 from __future__ import annotations
 
+import errno
 import itertools
+import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExecutor, wait
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
 
 import torch
 
+from svdcli.files.source import Source
 from svdcli.linalg.machine import keep_temporaries, keeping_temporaries, return_freed_memory
 
 Item = TypeVar("Item")
-
-
 Answer = TypeVar("Answer")
 
-
 _WORKERS = 2
+# On an accelerator one layer is read and another is written while a third one is solved.
+_STAGES = 3
+
+# What a file system on the network says when it is late, or a disk once: it may pass.
+_PASSING = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EREMOTEIO)
+_PAUSES = (0.2, 1.0, 3.0)  # seconds before it is tried again
+
+
+class Workers(Protocol):
+    """Those that do the jobs of a run. device is where each computes, threads with how many, 0
+    where an accelerator does; ranks is in how many processes they are; told says, in a line each,
+    what went wrong and was done again."""
+
+    device: torch.device
+    threads: int
+    ranks: int
+    told: list[str]
+
+    def map_unordered(
+        self,
+        work: Callable[[Item], Answer],
+        items: Iterable[Item],
+        done: Callable[[Answer], None] | None = None,
+    ) -> Iterator[Answer]:
+        """Do `work` on every item and yield the answers as they come.
+
+        done is told each answer even where nobody takes it any more: an error, or an interrupt,
+        lets the work under way in this process end first.
+        """
+
+    def check_shared(self, folder: Path | None, source: Source) -> None:
+        """Raise SvdcliError where one of them does not see this folder, or another source."""
+
+    def end(self, outcome: Any) -> None:
+        """Tell all of them what came of it, and let them end."""
 
 
 class Inline(Executor):
-    """Does what is submitted at once, in this thread: for accelerators, and for one thread."""
+    """Does what is submitted at once, in this thread."""
 
     def __init__(self) -> None:
         self._memory = keeping_temporaries()
@@ -40,54 +79,113 @@ class Inline(Executor):
         self._memory.__exit__(None, None, None)
 
 
-def executor_for(device: torch.device) -> tuple[Executor, int]:
-    """(who does the jobs, how many at a time): two workers on a CPU with two threads or more.
+class Local:
+    """Threads of this process: two on a CPU with two threads or more, each with its share of them,
+    so that reading and writing one layer hides behind the mathematics of the other. Two, so that
+    memory still follows the largest layer."""
 
-    Each gets its share of the threads: reading and writing one layer then hides behind the
-    mathematics of the other. Two, so that memory still follows the largest layer.
+    def __init__(self, device: torch.device, threads: int | None = None) -> None:
+        self.device = device
+        self.threads = threads_each(device) if threads is None else threads
+        self.ranks = 1
+        self.told: list[str] = []
+
+    def executor(self) -> tuple[Executor, int]:
+        """Return (who does the jobs, how many at a time)."""
+        return_freed_memory()
+        if self.device.type == "cpu" and torch.get_num_threads() < 2:
+            return Inline(), 1
+        return self.pool()
+
+    def pool(self) -> tuple[ThreadPoolExecutor, int]:
+        """Return (threads that do the jobs, how many)."""
+        count = _STAGES
+        if self.device.type == "cpu":
+            count = min(_WORKERS, max(1, torch.get_num_threads() // self.threads))
+        how = (self.threads, self.device)
+        return ThreadPoolExecutor(count, initializer=_start_worker, initargs=how), count
+
+    def map_unordered(
+        self,
+        work: Callable[[Item], Answer],
+        items: Iterable[Item],
+        done: Callable[[Answer], None] | None = None,
+    ) -> Iterator[Answer]:
+        """Do `work` on every item and yield the answers as they come (`Workers`)."""
+        executor, at_once = self.executor()
+        queue, running = iter(items), set[Future[tuple[Answer, str]]]()
+
+        def submit(count: int) -> set[Future[tuple[Answer, str]]]:
+            futures = set()
+            for item in itertools.islice(queue, count):
+                future = executor.submit(attempted, work, item)
+                if done is not None:
+                    future.add_done_callback(partial(_tell, done))
+                futures.add(future)
+            return futures
+
+        try:
+            running = submit(at_once)
+            while running:
+                ended, running = wait(running, return_when=FIRST_COMPLETED)
+                running |= submit(len(ended))
+                for future in ended:
+                    answer, trouble = future.result()
+                    if trouble:
+                        self.told.append(trouble)
+                    yield answer
+        finally:
+            executor.shutdown(wait=True, cancel_futures=True)
+
+    def check_shared(self, folder: Path | None, source: Source) -> None:
+        """Nothing: this process sees what it sees."""
+
+    def end(self, outcome: Any) -> None:
+        """Nothing: nobody else waits for it."""
+
+
+def attempted(
+    work: Callable[[Item], Answer], item: Item, *, late: float = 0.0
+) -> tuple[Answer, str]:
+    """Do the work, and once more where an error of the file system may pass: (the answer, what went
+    wrong before it).
+
+    late is for how many seconds a file may be missing that another machine has made. Raises what
+    the work raises, and MemoryError for every way of saying that.
     """
-    return_freed_memory()
-    if device.type != "cpu" or torch.get_num_threads() < 2:
-        return Inline(), 1
-    share = (threads_each(device),)
-    return ThreadPoolExecutor(_WORKERS, initializer=_start_worker, initargs=share), _WORKERS
+    trouble = ""
+    missing_since = time.monotonic()
+    pauses = iter(_PAUSES)
+    while True:
+        try:
+            return work(item), trouble
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise MemoryError from error
+            if not isinstance(error, OSError):
+                raise
+            if error.errno == errno.ENOENT and time.monotonic() - missing_since < late:
+                time.sleep(_PAUSES[0])
+                continue
+            pause = next(pauses, None)
+            if error.errno not in _PASSING or pause is None:
+                raise
+            where = f"{error.filename}: " if error.filename else ""
+            trouble = f"{where}{error.strerror}, once; it passed when tried again"
+        time.sleep(pause)
 
 
-def map_unordered(
-    work: Callable[[Item], Answer],
-    items: Iterable[Item],
-    device: torch.device,
-    done: Callable[[Answer], None] | None = None,
-) -> Iterator[Answer]:
-    """Do `work` on every item and yield the answers as they come.
-
-    done is told each answer even where nobody takes it any more: an error, or an interrupt, lets
-    the work under way end first.
-    """
-    executor, at_once = executor_for(device)
-    queue, running = iter(items), set[Future[Answer]]()
-
-    def submit(count: int) -> set[Future[Answer]]:
-        futures = {executor.submit(work, item) for item in itertools.islice(queue, count)}
-        if done is not None:
-            for future in futures:
-                future.add_done_callback(partial(_tell, done))
-        return futures
-
-    try:
-        running = submit(at_once)
-        while running:
-            ended, running = wait(running, return_when=FIRST_COMPLETED)
-            running |= submit(len(ended))
-            for future in ended:
-                yield future.result()
-    finally:
-        executor.shutdown(wait=True, cancel_futures=True)
+def is_out_of_memory(error: Exception) -> bool:
+    """Tell whether an error says that memory was too little: torch has no class for that on a
+    CPU."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
 
 
-def _tell(done: Callable[[Answer], None], future: Future[Answer]) -> None:
+def _tell(done: Callable[[Answer], None], future: Future[tuple[Answer, str]]) -> None:
     if not future.cancelled() and future.exception() is None:
-        done(future.result())
+        done(future.result()[0])
 
 
 def threads_each(device: torch.device) -> int:
@@ -95,6 +193,18 @@ def threads_each(device: torch.device) -> int:
     return max(1, torch.get_num_threads() // _WORKERS) if device.type == "cpu" else 0
 
 
-def _start_worker(threads: int) -> None:
-    torch.set_num_threads(threads)
+def _start_worker(threads: int, device: torch.device) -> None:
+    if device.type == "cpu":
+        torch.set_num_threads(threads)
+    elif device.index is not None and device.type == "cuda":
+        torch.cuda.set_device(device)  # which each thread has for itself
     keep_temporaries()
+
+
+# An accelerator has memory for one layer at a time.
+_SOLVING = threading.Lock()
+
+
+def solving(device: str) -> AbstractContextManager[Any]:
+    """Surround the mathematics of a job: on an accelerator one job at a time."""
+    return nullcontext() if device == "cpu" else _SOLVING

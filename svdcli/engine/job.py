@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from svdcli.calibration.moments import LayerMoments
-from svdcli.engine.executor import map_unordered
+from svdcli.engine.executor import Local, solving
 from svdcli.engine.inputs import Inputs, Opened, shared
 from svdcli.engine.packing import parts_of
 from svdcli.engine.run import Run
@@ -94,7 +94,9 @@ def run_job(job: Job) -> Line:
         return job.earlier
     opened = job.inputs.open()
     try:
-        solved = solve(job, load(job, opened), opened)
+        loaded = load(job, opened)
+        with solving(job.device):
+            solved = solve(job, loaded, opened)
     except LayerFailedError as error:
         return {"unit": job.unit.name, "failed": str(error)}
     return store(job, solved)
@@ -105,7 +107,10 @@ def load(job: Job, opened: Opened) -> Loaded | None:
     if job.unit.kind != "factor" or job.layer is None:
         return None
     moments = None if opened.calibration is None else opened.calibration.of(job.layer)
-    return Loaded(read_weight(opened.source, job.layer.originals), moments)
+    weight = read_weight(opened.source, job.layer.originals)
+    if job.device.startswith("cuda"):
+        weight = weight.pin_memory()  # from where it is copied to the card without a detour
+    return Loaded(weight, moments)
 
 
 def solve(job: Job, loaded: Loaded | None, opened: Opened) -> Solved:
@@ -216,7 +221,7 @@ def run_units(
     workspace = run.kept
     _salvage(units, writer, workspace)
 
-    # the longest first, so that both workers end together
+    # the longest first, so that all workers end together
     costs = {unit.name: _seconds(unit, layers.get(unit.name)) for unit in units}
     ordered = sorted(units, key=lambda unit: costs[unit.name], reverse=True)
     total, done = math.fsum(costs.values()), 0.0
@@ -228,7 +233,9 @@ def run_units(
 
     with shared(Opened(run.source, run.calibration, ready)) as inputs:
         jobs = [_job(run, unit, layers, inputs, writer) for unit in ordered]
-        for line in map_unordered(run_job, jobs, run.device, note):
+        # layers that are solved already are in the memory of this process alone
+        crew = run.crew if ready is None else Local(run.device)
+        for line in crew.map_unordered(run_job, jobs, note):
             name = line["unit"]
             if "failed" in line:
                 failed[name] = line["failed"]

@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     import torch
 
     from svdcli.engine.calibrated import Calibration
+    from svdcli.engine.executor import Workers
     from svdcli.models.kinds import Kinds
 
 
@@ -64,9 +65,11 @@ class Request:
         device: torch.device,
         progress: Progress,
         workspace: Workspace | None = None,
+        workers: Workers | None = None,
     ) -> Run:
         """The run that decides about it, and writes it where there is a workspace."""
-        return Run(checkpoint, device, progress, workspace, self.calibration, self.recipe.seed)
+        seed = self.recipe.seed
+        return Run(checkpoint, device, progress, workspace, self.calibration, seed, workers)
 
 
 def check_source(checkpoint: Checkpoint, recipe: Recipe) -> None:

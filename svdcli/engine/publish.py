@@ -11,6 +11,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -24,7 +25,6 @@ from svdcli.files.modes import modes_of
 from svdcli.files.record import Result
 from svdcli.files.workspace import Workspace
 from svdcli.plan.plan import LayerPlan
-from svdcli.progress import Progress
 from svdcli.version import __version__
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ def finish(run: Run, design: Design, results: Mapping[str, Result]) -> None:
     # the record names the digest of every other file, so it comes last
     if blueprint.record_bytes:
         others = {name: size for name, size in blueprint.sizes().items() if name != RECORD}
-        digests = _digests(workspace.data, others, run.progress)
+        digests = _digests(run, others)
         files = {name: (size, digests[name]) for name, size in others.items()}
         write_file(workspace.data / RECORD, [design.record(results, files, blueprint.record_bytes)])
 
@@ -105,22 +105,19 @@ def finish(run: Run, design: Design, results: Mapping[str, Result]) -> None:
     workspace.publish(modes_of(design.checkpoint, blueprint))
 
 
-def _digests(folder: Path, sizes: Mapping[str, int], progress: Progress) -> dict[str, str]:
+def _digests(run: Run, sizes: Mapping[str, int]) -> dict[str, str]:
     """SHA-256 of every file, by name; sizes are their bytes."""
-    import torch
-
-    from svdcli.engine.executor import map_unordered
-
-    def digest(name: str) -> tuple[str, str]:
-        return name, sha256_of(folder / name)
-
     digests: dict[str, str] = {}
     hashed, total = 0, sum(sizes.values())
-    for name, value in map_unordered(digest, sizes, torch.device("cpu")):
+    for name, value in run.crew.map_unordered(partial(_digest, run.kept.data), sizes):
         digests[name] = value
         hashed += sizes[name]
-        progress("check", name, hashed / 1e9, total / 1e9)
+        run.progress("check", name, hashed / 1e9, total / 1e9)
     return digests
+
+
+def _digest(folder: Path, name: str) -> tuple[str, str]:
+    return name, sha256_of(folder / name)
 
 
 def _open_with_safetensors(path: Path) -> None:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     import torch
 
     from svdcli.engine.calibrated import Calibration
+    from svdcli.engine.executor import Workers
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,8 @@ class Run:
     """One run of a verb: what it reads, what computes, who is told, and where its work is kept.
 
     workspace is None where nothing is kept, as in a dry run. calibration is how errors count, None
-    for all alike; seed that of randomised solvers.
+    for all alike; seed that of randomised solvers; workers are those that do the jobs, where these
+    are not threads of this process.
     """
 
     source: Source
@@ -29,6 +31,16 @@ class Run:
     workspace: Workspace | None = None
     calibration: Calibration | None = None
     seed: int = 0
+    workers: Workers | None = None
+
+    @property
+    def crew(self) -> Workers:
+        """Those that do the jobs."""
+        if self.workers is not None:
+            return self.workers
+        from svdcli.engine.executor import Local
+
+        return Local(self.device)
 
     @property
     def kept(self) -> Workspace:

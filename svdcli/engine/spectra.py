@@ -11,7 +11,7 @@ from torch import Tensor
 
 from svdcli.calibration.moments import LayerMoments, metric_of
 from svdcli.engine.calibrated import Calibration
-from svdcli.engine.executor import map_unordered
+from svdcli.engine.executor import solving
 from svdcli.engine.inputs import Inputs, Opened, shared
 from svdcli.engine.job import Line, guess_seconds
 from svdcli.engine.packing import expected_roundings
@@ -136,15 +136,16 @@ def run_spectrum_job(job: SpectrumJob) -> Line:
     refits = None not in biases
     weight = read_weight(opened.source, job.originals)
 
-    spectrum = measure_spectrum(
-        weight,
-        spectra=job.spectra,
-        device=torch.device(job.device),
-        moments=moments,
-        centred=refits,
-        trials=job.trials,
-        dtype=job.dtype,
-    )
+    with solving(job.device):
+        spectrum = measure_spectrum(
+            weight,
+            spectra=job.spectra,
+            device=torch.device(job.device),
+            moments=moments,
+            centred=refits,
+            trials=job.trials,
+            dtype=job.dtype,
+        )
     line: Line = {
         "measured": name,
         "finite": spectrum.finite,
@@ -206,7 +207,7 @@ def measure_spectra(
             of_group = members.get(tensor.name, ())
             jobs.append(_job(run, tensor, inputs, spectra, recipe, of_group))
         trials = {job.tensor.name: job.trials for job in jobs}
-        for line in map_unordered(run_spectrum_job, jobs, run.device, note):
+        for line in run.crew.map_unordered(run_spectrum_job, jobs, note):
             name = line["measured"]
             parts = [tensor.name for tensor in members.get(name, ())] or [name]
             spectrum_of[name] = _spectrum_of(run.source, line, trials[name], parts)

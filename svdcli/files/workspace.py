@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,8 +21,12 @@ from svdcli.files.writer import sync
 SUFFIX = ".partial"
 MOMENTS = "moments.safetensors"
 BLOCKS = "blocks"
+_POLL = 0.1  # seconds between two tries to take the lock
+SHARED = "shared"  # a file by which ranks see that they share the folder
 # What may be in the folder of a workspace.
-_OWN = frozenset({"lock", "journal.jsonl", "data", "before", "replaced", "other", MOMENTS, BLOCKS})
+_OWN = frozenset(
+    {"lock", "journal.jsonl", "data", "before", "replaced", "other", MOMENTS, BLOCKS, SHARED}
+)
 
 
 class Workspace:
@@ -42,6 +47,7 @@ class Workspace:
         self.measured: dict[str, dict[str, Any]] = {}
         self.done: dict[str, dict[str, Any]] = {}
         self.healed: dict[str, dict[str, Any]] = {}
+        self.ranks: list[int] = []  # with how many each run on this output was started
         self.started_over = False  # the journal was another command's
         self.before = self.folder / "before"
         self._other = self.folder / "other"
@@ -51,18 +57,24 @@ class Workspace:
         self._had_journal = self._journal.exists()
 
     @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Hold the lock of this output. Raises SvdcliError where another run has it. SIGKILL frees
-        it too."""
-        descriptor = self._lock()
+    def locked(self, patience: float = 0.0) -> Iterator[None]:
+        """Hold the lock of this output. Raises SvdcliError where another run has it, and still has
+        it so many seconds later. SIGKILL frees it too."""
+        deadline = time.monotonic() + patience
+        while (descriptor := self._lock()) is None:
+            if time.monotonic() >= deadline:
+                raise SvdcliError(
+                    f"another svdcli run is writing {self.out}", "wait for it, or choose another -o"
+                )
+            time.sleep(_POLL)
         try:
             yield
         finally:
             os.close(descriptor)
 
-    def _lock(self) -> int:
-        """Make the folder where it is not there, and take its lock: an open descriptor. Raises
-        SvdcliError where another run has it, or where the folder is not svdcli's."""
+    def _lock(self) -> int | None:
+        """Make the folder where it is not there, and take its lock: an open descriptor, None where
+        another run has it. Raises SvdcliError where the folder is not svdcli's."""
         path = self.folder / "lock"
         while True:
             self.folder.mkdir(mode=0o700, exist_ok=True)  # what is written here may be private
@@ -77,9 +89,7 @@ class Workspace:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 os.close(descriptor)
-                raise SvdcliError(
-                    f"another svdcli run is writing {self.out}", "wait for it, or choose another -o"
-                ) from None
+                return None
 
             # Between the two the other run may have removed this file, and a third made it anew.
             if path.exists() and os.fstat(descriptor).st_ino == path.stat().st_ino:
@@ -136,6 +146,7 @@ class Workspace:
             self.measured = {line["measured"]: line for line in lines if "measured" in line}
             self.done = {line["unit"]: line for line in lines if "unit" in line}
             self.healed = {line["block"]: line for line in lines if "block" in line}
+            self.ranks = [line["ranks"] for line in lines if "ranks" in line]
             return True
         self.started_over = any("identity" in line for line in lines)
         if self.started_over:
@@ -169,6 +180,18 @@ class Workspace:
     def drop_other(self) -> None:
         """Forget the other command's work: this one is not refused any more."""
         shutil.rmtree(self._other, ignore_errors=True)
+
+    def started_by(self, ranks: int) -> None:
+        """Note that a run begins or goes on with so many ranks."""
+        self.ranks.append(ranks)
+        self.note({"ranks": ranks})
+
+    def restarts(self) -> list[str]:
+        """Tell, in a line, how often ranks were started on the same output; nothing for once."""
+        if len(self.ranks) < 2 or max(self.ranks) < 2:
+            return []
+        shown = ", then ".join(map(str, self.ranks))
+        return [f"ranks were started {len(self.ranks)} times: {shown}; each went on from before"]
 
     def set_aside(self) -> None:
         """Keep what was written under an older layout, for `salvage`."""

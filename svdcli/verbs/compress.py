@@ -32,13 +32,14 @@ from svdcli.plan.budget import missed_target
 from svdcli.plan.plan import Plan
 from svdcli.plan.recipe import WANTED, Recipe, Wanted, recipe_for, recipe_to_json
 from svdcli.progress import Progress, silent
+from svdcli.ranks import PATIENCE, place_here
 from svdcli.verbs.outcome import Outcome
 
 if TYPE_CHECKING:
-    import torch
     from typing_extensions import Unpack
 
     from svdcli.engine.compute import Compute
+    from svdcli.engine.executor import Workers
     from svdcli.text.texts import Texts
     from svdcli.verbs.calibrate import Forecast
     from svdcli.verbs.evaluate import Evaluation
@@ -91,56 +92,100 @@ def compress(
     allow_larger. Raises SvdcliError or a child of it, and OSError where the file system refuses.
     """
     from svdcli.engine.compute import Compute
-    from svdcli.engine.executor import threads_each
-    from svdcli.models.kinds import take_apart_stacks
+    from svdcli.engine.crew import Follower, crew_of
 
     if calibration is not None and reading is not None:
         raise UsageError("give a calibration or a text, not both", "leave out one of them")
+    place = place_here()
+    if reading is not None and place is not None and place.size > 1:
+        raise UsageError(
+            "several ranks do not read text and compress in one run",
+            "calibrate first, then compress with --calibration",
+        )
     calibrated = calibration is not None or reading is not None
     recipe = _the_recipe(recipe, plan, wanted, calibrated)
-    with open_checkpoint(model, state_dict=state_dict, carry=carry) as checkpoint:
-        check_source(checkpoint, recipe)
-        take_apart_stacks(checkpoint)
-        compute = compute or Compute()
-        device = compute.start()
-        source = _Source(calibration, reading, compute)
-        if dry_run:
-            return _predict(checkpoint, out, recipe, plan, source, device, progress, allow_larger)
-
-        # Where no text is to be read, most refusals come before a workspace is made
-        request = None
-        if reading is None:
-            request = request_of(checkpoint, recipe, plan, calibration)
-        with destination(checkpoint, out, ".svd", "-svd", force) as target:
-            workspace = Workspace(target, is_file=not checkpoint.is_directory)
-            with disk_errors(target), workspace.locked():
-                # Reading takes long: its moments are kept in the workspace, for the next try too
-                if request is None:
-                    with workspace.beginning():
-                        moments = source.file(checkpoint, workspace.folder, recipe, progress)
-                        request = request_of(checkpoint, recipe, plan, moments)
-
-                # A journal counts for the same work only: threads change the order of sums
-                asked = (recipe_to_json(request.recipe), plan and plan.to_json())
-                command = identity(checkpoint, "compress", *asked, threads_each(device))
-                if workspace.resume(command, force=force):
-                    _compress_into(workspace, checkpoint, request, device, progress, allow_larger)
-
-            outcome = _outcome(target, out, started_over=workspace.started_over)
-            if reading is None:
-                return outcome
-            evaluation, why_not = _evaluate_output(checkpoint, target, reading, compute, progress)
-            return replace(outcome, evaluation=evaluation, not_evaluated=why_not)
+    compute = compute or Compute()
+    source = _Source(calibration, reading, compute)
+    asked = _Asked(recipe, plan, source, out, force, allow_larger, dry_run, progress)
+    with crew_of(compute) as crew:
+        # Of several ranks one leads; the others do jobs, and give back what it does
+        if isinstance(crew, Follower):
+            followed: Outcome = crew.follow()
+            return followed
+        with open_checkpoint(model, state_dict=state_dict, carry=carry) as checkpoint:
+            outcome = _compress(checkpoint, asked, crew)
+        crew.end(outcome)
+        return outcome
 
 
-def _outcome(target: Path, out: str | Path | None, *, started_over: bool) -> Outcome:
-    """What the record of the written output says, under the path that was asked for."""
+@dataclass(frozen=True)
+class _Asked:
+    """What was asked of `compress`."""
+
+    recipe: Recipe
+    plan: Plan | None
+    source: _Source
+    out: str | Path | None
+    force: bool
+    allow_larger: bool
+    dry_run: bool
+    progress: Progress
+
+
+def _compress(checkpoint: Checkpoint, asked: _Asked, crew: Workers) -> Outcome:
+    """Compress an open checkpoint with these workers."""
+    from svdcli.models.kinds import take_apart_stacks
+
+    recipe, plan, source = asked.recipe, asked.plan, asked.source
+    check_source(checkpoint, recipe)
+    take_apart_stacks(checkpoint)
+    if asked.dry_run:
+        return _predict(checkpoint, asked, crew)
+
+    # Where no text is to be read, most refusals come before a workspace is made
+    request = None
+    if source.reading is None:
+        request = request_of(checkpoint, recipe, plan, source.path)
+    with destination(checkpoint, asked.out, ".svd", "-svd", asked.force) as target:
+        workspace = Workspace(target, is_file=not checkpoint.is_directory)
+        # A rank that led before may still be ending
+        patience = PATIENCE if place_here() is not None else 0.0
+        with disk_errors(target), workspace.locked(patience):
+            if crew.ranks > 1:
+                with workspace.beginning():
+                    crew.check_shared(workspace.folder, checkpoint)
+
+            # Reading takes long: its moments are kept in the workspace, for the next try too
+            if request is None:
+                with workspace.beginning():
+                    moments = source.file(checkpoint, workspace.folder, recipe, asked.progress)
+                    request = request_of(checkpoint, recipe, plan, moments)
+
+            # A journal counts for the same work only: threads change the order of sums
+            work = (recipe_to_json(request.recipe), plan and plan.to_json())
+            command = identity(checkpoint, "compress", *work, crew.threads)
+            if workspace.resume(command, force=asked.force):
+                workspace.started_by(crew.ranks)
+                _compress_into(workspace, checkpoint, request, asked, crew)
+
+        outcome = _outcome(target, asked.out, workspace, crew)
+        if source.reading is None:
+            return outcome
+        evaluation, why_not = _evaluate_output(checkpoint, target, source, asked.progress)
+        return replace(outcome, evaluation=evaluation, not_evaluated=why_not)
+
+
+def _outcome(target: Path, out: str | Path | None, workspace: Workspace, crew: Workers) -> Outcome:
+    """What the record of the written output says, under the path that was asked for, and what
+    happened on the way."""
     report = read_report(target)
+    happened = (*workspace.restarts(), *dict.fromkeys(crew.told))
+    report = replace(report, notes=(*report.notes, *happened))
     if out is not None:
         report = replace(report, path=str(out))
     plan = Plan.from_json(record_of(open_checkpoint(target)))
     path = None if out == STANDARD else target
-    return Outcome(report, plan, path, started_over)
+    return Outcome(report, plan, path, workspace.started_over)
 
 
 def _the_recipe(
@@ -163,7 +208,7 @@ def _the_recipe(
 
 
 def _evaluate_output(
-    checkpoint: Checkpoint, target: Path, reading: Reading, compute: Compute, progress: Progress
+    checkpoint: Checkpoint, target: Path, source: _Source, progress: Progress
 ) -> tuple[Evaluation | None, str]:
     """(how far the output is from the original on the held-out text, why that could not be
     evaluated)."""
@@ -175,7 +220,8 @@ def _evaluate_output(
     both = 2 * (checkpoint.nbytes + stored)
     if both > _SHARE_TO_EVALUATE * free_memory():
         return None, f"both models at once may need {both / 1e9:.1f} GB"
-    if reading.held_out is None:
+    reading = source.reading
+    if reading is None or reading.held_out is None:
         return None, "no text was held out"
 
     # The output is written by now: what fails here is told, and is no failure of compress
@@ -186,7 +232,7 @@ def _evaluate_output(
             against=checkpoint.path,
             seq_len=reading.seq_len,
             samples=_WINDOWS_TO_EVALUATE,
-            compute=compute,
+            compute=source.compute,
             trust_remote_code=reading.trust_remote_code,
             progress=progress,
         )
@@ -199,29 +245,21 @@ _SHARE_TO_EVALUATE = 0.8  # of free memory
 _WINDOWS_TO_EVALUATE = 32  # of the held-out text; `eval` reads 128
 
 
-def _predict(
-    checkpoint: Checkpoint,
-    out: str | Path | None,
-    recipe: Recipe,
-    plan: Plan | None,
-    source: _Source,
-    device: torch.device,
-    progress: Progress,
-    allow_larger: bool,
-) -> Outcome:
+def _predict(checkpoint: Checkpoint, asked: _Asked, crew: Workers) -> Outcome:
     """Decide as a run would, and predict its report, without writing an output."""
+    crew.check_shared(None, checkpoint)
     with tempfile.TemporaryDirectory(prefix="svdcli-") as folder:
-        moments = source.file(checkpoint, Path(folder), recipe, progress)
-        request = request_of(checkpoint, recipe, plan, moments)
+        moments = asked.source.file(checkpoint, Path(folder), asked.recipe, asked.progress)
+        request = request_of(checkpoint, asked.recipe, asked.plan, moments)
 
         # A file is planned under the name that it will have, a directory under none
         name = None
         if not checkpoint.is_directory:
-            name = out_path(checkpoint, out, ".svd", "-svd").name
-        run = request.run(checkpoint, device, progress)
+            name = out_path(checkpoint, asked.out, ".svd", "-svd").name
+        run = request.run(checkpoint, crew.device, asked.progress, workers=crew)
         decided = make_plan(run, checkpoint, request, name)
         refused = ""
-        if not allow_larger:
+        if not asked.allow_larger:
             refused = not_smaller(design_of(checkpoint, decided, name))
         return Outcome(predicted_report(checkpoint, decided, name), decided, None, refused=refused)
 
@@ -284,19 +322,18 @@ def _compress_into(
     workspace: Workspace,
     checkpoint: Checkpoint,
     request: Request,
-    device: torch.device,
-    progress: Progress,
-    allow_larger: bool,
+    asked: _Asked,
+    crew: Workers,
 ) -> None:
     """Decide, then write all layers; once more with those dense on which every solver failed."""
     name = workspace.out.name if workspace.is_file else None
-    run = request.run(checkpoint, device, progress, workspace)
+    run = request.run(checkpoint, crew.device, asked.progress, workspace, crew)
 
     # Everything is decided, and a refusal leaves nothing behind
     with refusing(workspace):
         plan = make_plan(run, checkpoint, request, name)
         design = design_of(checkpoint, plan, name)
-        check_smaller(design, allow_larger)
+        check_smaller(design, asked.allow_larger)
     written, results, failed = write(run, design, plan.factored)
 
     if failed:
@@ -310,5 +347,5 @@ def _compress_into(
     else:
         # Checked again, since a longer record of fall-backs may have taken more room
         with refusing(workspace):
-            check_smaller(written, allow_larger)
+            check_smaller(written, asked.allow_larger)
     finish(run, written, results)

@@ -15,13 +15,14 @@ from helpers import tree, write_model
 
 import svdcli
 from svdcli.engine import job as module
+from svdcli.engine.executor import Local
 from svdcli.engine.job import Job, Line, run_job
 
 
 def in_another_process(
-    work: Callable[[Job], Line], jobs: Iterable[Job], _: torch.device, done: Callable[[Line], None]
-) -> Iterator[Line]:
-    """`executor.map_unordered`, with a process that shares nothing but the files."""
+    _: Local, work: Callable[[Any], Any], jobs: Iterable[Any], done: Callable[[Any], None] = print
+) -> Iterator[Any]:
+    """`Local.map_unordered`, with a process that shares nothing but the files."""
     pool = ProcessPoolExecutor(
         1, mp_context=get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)
     )
@@ -43,7 +44,7 @@ def test_another_process_writes_the_same_bytes(
         how["calibration"] = tmp_path / "m.safetensors"
     svdcli.compress(model, tmp_path / "here", recipe, **how)
     svdcli.expand(tmp_path / "here", tmp_path / "here-dense")
-    monkeypatch.setattr(module, "map_unordered", in_another_process)
+    monkeypatch.setattr(Local, "map_unordered", in_another_process)
     svdcli.compress(model, tmp_path / "there", recipe, **how)
     svdcli.expand(tmp_path / "there", tmp_path / "there-dense")
     for name in ("", "-dense"):

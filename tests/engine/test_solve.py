@@ -11,7 +11,7 @@ import torch
 from helpers import weight
 
 from svdcli.engine.compute import Compute
-from svdcli.engine.executor import map_unordered
+from svdcli.engine.executor import Local
 from svdcli.engine.solve import solve_layer
 from svdcli.errors import UsageError
 from svdcli.linalg.layouts import CODECS
@@ -44,7 +44,7 @@ def test_every_answer_comes_and_at_most_two_are_under_way(threads: int) -> None:
             under_way -= 1
         return item * item
 
-    assert sorted(map_unordered(work, range(20), CPU)) == [item * item for item in range(20)]
+    assert sorted(Local(CPU).map_unordered(work, range(20))) == [item * item for item in range(20)]
     assert most == min(2, threads)
 
 
@@ -58,7 +58,7 @@ def test_an_error_ends_the_work_and_is_told(threads: int) -> None:
         return item
 
     with pytest.raises(ValueError, match="three"):
-        list(map_unordered(work, range(100), CPU))
+        list(Local(CPU).map_unordered(work, range(100)))
     assert len(started) < 10
 
 

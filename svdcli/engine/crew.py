@@ -1,0 +1,475 @@
+"""Jobs done by several processes that see the same files: the ranks of a launch, or processes that
+`--jobs` starts here.
+
+Rank 0 leads. It puts the jobs of a phase into the store, longest first; every rank, itself among
+them, takes the next one from a counter, does it, and puts its answer there. Nobody waits for
+anybody but rank 0 for answers, and it does what a rank had taken that is gone. Rank 0 alone writes
+the journal.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import socket
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from svdcli.engine.compute import Compute
+from svdcli.engine.executor import Local, Workers, attempted
+from svdcli.errors import SvdcliError
+from svdcli.files.source import Source
+from svdcli.files.workspace import SHARED
+from svdcli.ranks import PATIENCE, FollowedError, LostRankError, Place, Team, assembled, place_here
+
+Item = TypeVar("Item")
+Answer = TypeVar("Answer")
+
+_POLL = 0.01  # seconds between two looks into the store
+_IDLE_POLL = 0.05  # of a rank that has nothing to do
+_END = "end"  # where rank 0 puts what came of it, for the others
+_OUTCOME = "outcome"  # the same, for rounds to come
+
+
+@dataclass(frozen=True)
+class _Answered:
+    """What came of a job: its answer, or the error that it raised. trouble is what went wrong
+    before it went well; memory says that there was too little of it."""
+
+    answer: Any = None
+    error: Exception | None = None
+    trouble: str = ""
+    memory: bool = False
+
+
+@contextmanager
+def crew_of(compute: Compute) -> Iterator[Workers | Follower]:
+    """The workers of a run, on the process that leads it; on every other one what has only to
+    `follow`. An error of the first ends all of them."""
+    place = place_here()
+    device = compute.start()
+    if place is not None and place.size > 1:
+        with assembled(place) as team:
+            device = _own_device(device, place)
+            earlier = team.from_earlier_rounds(_OUTCOME)
+            if not team.leads:
+                yield Follower(team, device)
+            elif earlier is not None:
+                # the ranks were started again when all was done
+                team.put(_END, earlier)
+                yield Follower(team, device)
+            else:
+                with _leading(team):
+                    yield Crew(team, Local(device))
+    elif compute.jobs is not None and compute.jobs > 1:
+        with _local_ranks(compute.jobs, device) as crew, _leading(crew.team):
+            yield crew
+    else:
+        yield Local(device)
+
+
+def _own_device(device: torch.device, place: Place) -> torch.device:
+    """The accelerator of this rank, of those of its machine."""
+    if device.type != "cuda":
+        return device
+    return torch.device("cuda", place.local % torch.cuda.device_count())
+
+
+@contextmanager
+def _leading(team: Team) -> Iterator[None]:
+    """Tell all others how it ended, where it ended in an error."""
+    try:
+        yield
+    except BaseException as error:
+        message, code = "interrupted", 130
+        if isinstance(error, Exception):
+            message, code = str(error), getattr(error, "exit_code", 1)
+        with suppress(LostRankError):  # they lose the same store
+            team.put(_END, pickle.dumps(FollowedError(message, code)))
+        raise
+
+
+# The rank that leads ------------------------------------------------------------------------------
+
+
+class Crew:
+    """The workers of all ranks, on the rank that leads them.
+
+    processes are those that `--jobs` started, by rank: of them it is known at once when one ends.
+    """
+
+    def __init__(
+        self, team: Team, local: Local, processes: dict[int, subprocess.Popen[bytes]] | None = None
+    ) -> None:
+        self.team = team
+        self.local = local
+        self.processes = processes or {}
+        self.device = torch.device(local.device.type)  # every rank has a card of its own
+        self.threads = local.threads
+        self.ranks = team.place.size
+        self.told: list[str] = []
+        self._phase = 0
+        self._asked = 0
+        self._gone: set[int] = set()
+        team.put("threads", str(self.threads).encode())
+
+    def map_unordered(
+        self,
+        work: Callable[[Item], Answer],
+        items: Iterable[Item],
+        done: Callable[[Answer], None] | None = None,
+    ) -> Iterator[Answer]:
+        """Do `work` on every item and yield the answers as they come (`Workers`)."""
+        # The jobs go into the store; their number, which begins the phase, comes last
+        phase = _Phase(self.team, self._phase)
+        self._phase += 1
+        count = phase.begin(work, items)
+        waiting = set(range(count))
+        alone: list[int] = []  # for which memory was too little beside others
+        tried_alone: set[int] = set()
+
+        pool, threads = self.local.pool()
+        here = [pool.submit(phase.take_jobs, 0.0) for _ in range(threads)]
+        try:
+            while waiting:
+                idle = all(future.done() for future in here)
+                answered = phase.answered(waiting)
+                for index, answer in answered:
+                    if answer.memory and index not in tried_alone:
+                        phase.forget(index)
+                        tried_alone.add(index)
+                        alone.append(index)
+                        continue
+                    waiting.remove(index)
+                    yield self._passed_on(answer, done)
+                if answered:
+                    continue
+                # When all is taken: what was lost, and then what needs the memory for itself
+                if idle:
+                    _raise_first(here)
+                    left = self._left_over(phase, waiting, alone)
+                    here = [] if left is None else [pool.submit(phase.do, left, 0.0)]
+                time.sleep(_POLL)
+        finally:
+            # What this process has under way ends first, and is noted
+            phase.stop()
+            pool.shutdown(wait=True, cancel_futures=True)
+            for _, answer in phase.answered(waiting):
+                if done is not None and answer.error is None:
+                    done(answer.answer)
+
+    def _passed_on(self, answered: _Answered, done: Callable[[Any], None] | None) -> Any:
+        """The answer, noted. Raises what the job raised."""
+        if answered.trouble:
+            self.told.append(answered.trouble)
+        if answered.error is not None:
+            raise answered.error
+        if done is not None:
+            done(answered.answer)
+        return answered.answer
+
+    def _left_over(self, phase: _Phase, waiting: set[int], alone: list[int]) -> int | None:
+        """The next job to be done here again: one that a rank had taken which is gone; when nothing
+        else is left, one that had too little memory."""
+        for index in sorted(waiting.difference(alone)):
+            rank = phase.taker(index)
+            nobody = rank is None and phase.taken_long_ago(index)
+            if nobody or (rank is not None and rank != 0 and self._is_gone(rank)):
+                return index
+        if alone and waiting.issubset(alone):
+            self.told.append("a layer ran out of memory, and was done again with nothing beside it")
+            return alone.pop(0)
+        return None
+
+    def _is_gone(self, rank: int) -> bool:
+        process = self.processes.get(rank)
+        if process is None:
+            gone = not self.team.alive(rank)
+            how = "shows no sign of life"
+        else:
+            gone = process.poll() is not None
+            how = "was killed, by the system if memory was short"
+        if gone and rank not in self._gone:
+            self._gone.add(rank)
+            self.told.append(f"rank {rank} {how}; what it had begun was done again")
+        return gone
+
+    def check_shared(self, folder: Path | None, source: Source) -> None:
+        """Raise SvdcliError where a rank does not see this folder, or another source."""
+        if self.processes:
+            return  # on the same machine
+        # A file in the folder by which the others see that it is the same one
+        self._asked += 1
+        token = f"{socket.gethostname()} {uuid.uuid4().hex}"
+        if folder is not None:
+            (folder / SHARED).write_text(token)
+        asked = _Seen(folder, token, source.opener, source.fingerprint())
+        self.team.put(f"see/{self._asked}", pickle.dumps(asked))
+
+        # Those that are gone see nothing, and are not waited for
+        for rank in range(1, self.team.place.size):
+            try:
+                why_not = self.team.wait(f"seen/{self._asked}/{rank}", rank).decode()
+            except LostRankError:
+                self._is_gone(rank)
+                continue
+            if why_not:
+                raise SvdcliError(why_not, "put both on a file system that all machines share")
+        if folder is not None:
+            (folder / SHARED).unlink(missing_ok=True)
+
+    def end(self, outcome: Any) -> None:
+        """Tell all ranks what came of it, and let them end."""
+        value = pickle.dumps(outcome)
+        self.team.put(_END, value)
+        self.team.put_for_later_rounds(_OUTCOME, value)
+        if self.processes or self.team.place.agents_store:
+            return
+        # The store goes with this process: they have to read that first
+        for rank in range(1, self.team.place.size):
+            try:
+                self.team.wait(f"left/{rank}", rank)
+            except LostRankError:
+                continue
+
+
+def _raise_first(futures: Sequence[Future[None]]) -> None:
+    """Raise what stopped a thread that takes jobs: their own errors are answers."""
+    for future in futures:
+        if future.done() and future.exception() is not None:
+            future.result()
+
+
+# One phase ----------------------------------------------------------------------------------------
+
+
+class _Phase:
+    """The jobs of one phase in the store, as every rank sees them."""
+
+    def __init__(self, team: Team, number: int) -> None:
+        self.team = team
+        self.name = f"phase/{number}"
+        self._stopped = threading.Event()
+        self._taken_since: dict[int, float] = {}
+
+    def begin(self, work: Callable[[Item], Answer], items: Iterable[Item]) -> int:
+        """Put all jobs there and return how many there are."""
+        count = 0
+        for item in items:
+            self.team.put(f"{self.name}/job/{count}", pickle.dumps((work, item)))
+            count += 1
+        self.team.put(f"{self.name}/count", str(count).encode())
+        return count
+
+    def count(self) -> int | None:
+        """How many jobs there are; None where the phase has not begun."""
+        value = self.team.peek(f"{self.name}/count")
+        return None if value is None else int(value)
+
+    def take_jobs(self, late: float) -> None:
+        """Take the next job, and do it, until there is none; late is as for `attempted`."""
+        count = self.count() or 0
+        while not self._stopped.is_set():
+            index = self.team.count(f"{self.name}/next") - 1
+            if index >= count:
+                return
+            self.team.put(f"{self.name}/taker/{index}", str(self.team.place.rank).encode())
+            self.do(index, late)
+
+    def do(self, index: int, late: float) -> None:
+        """Do one job and put its answer there."""
+        work, item = pickle.loads(self.team.peek(f"{self.name}/job/{index}") or b"")
+        answer = _answer_of(work, item, late)
+        try:
+            value = pickle.dumps(answer)
+        except Exception:
+            message = f"{type(answer.error).__name__}: {answer.error}"
+            value = pickle.dumps(_Answered(error=SvdcliError(message)))
+        self.team.put(f"{self.name}/answer/{index}", value)
+
+    def answered(self, waiting: set[int]) -> list[tuple[int, _Answered]]:
+        """Of those that are waited for: what has been answered."""
+        found = []
+        taken = self.team.count(f"{self.name}/next", 0)
+        for index in sorted(waiting):
+            if index >= taken:
+                break
+            value = self.team.peek(f"{self.name}/answer/{index}")
+            if value is not None:
+                found.append((index, pickle.loads(value)))
+        return found
+
+    def forget(self, index: int) -> None:
+        """Remove an answer, for a job that will be done again."""
+        self.team.remove(f"{self.name}/answer/{index}")
+
+    def taker(self, index: int) -> int | None:
+        """The rank that took a job; None where it did not come to say so."""
+        value = self.team.peek(f"{self.name}/taker/{index}")
+        return None if value is None else int(value)
+
+    def taken_long_ago(self, index: int) -> bool:
+        """Is it longer than `PATIENCE` that this was first asked."""
+        now = time.monotonic()
+        return now - self._taken_since.setdefault(index, now) > PATIENCE
+
+    def stop(self) -> None:
+        """Have the threads of this process take no more."""
+        self._stopped.set()
+
+
+def _answer_of(work: Callable[[Any], Any], item: Any, late: float) -> _Answered:
+    try:
+        answer, trouble = attempted(work, item, late=late)
+    except Exception as error:
+        return _Answered(error=error, memory=isinstance(error, MemoryError))
+    return _Answered(answer=answer, trouble=trouble)
+
+
+# The other ranks ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What every rank must see: a folder with a file that holds this token, and the source."""
+
+    folder: Path | None
+    token: str
+    opener: Callable[[], Source]
+    fingerprint: str
+
+    def why_not(self) -> str:
+        """What this process does not see of it; empty where it sees all."""
+        host = socket.gethostname()
+        if self.folder is not None and not self._sees_token(self.folder):
+            return f"{host} does not see {self.folder}, which another rank has just made"
+        try:
+            if self.opener().fingerprint() == self.fingerprint:
+                return ""
+        except (OSError, SvdcliError) as error:
+            return f"{host} cannot read the source ({error})"
+        return f"{host} reads another model than rank 0 under the same path"
+
+    def _sees_token(self, folder: Path) -> bool:
+        # A file system on the network may show it late
+        deadline = time.monotonic() + PATIENCE
+        while time.monotonic() < deadline:
+            try:
+                if (folder / SHARED).read_text() == self.token:
+                    return True
+            except OSError:
+                pass
+            time.sleep(_POLL)
+        return False
+
+
+class Follower:
+    """This process, where it does not lead."""
+
+    def __init__(self, team: Team, device: torch.device) -> None:
+        self.team = team
+        self.device = device
+
+    def follow(self) -> Any:
+        """Do jobs until the rank that leads has ended; return what came of it. Raises FollowedError
+        where that was an error, LostRankError where it is gone."""
+        local: Local | None = None
+        number, asked = 0, 1
+        while True:
+            # It has ended
+            end = self.team.peek(_END)
+            if end is not None:
+                self.team.put(f"left/{self.team.place.rank}", b"1")
+                outcome = pickle.loads(end)
+                if isinstance(outcome, FollowedError):
+                    raise outcome
+                return outcome
+
+            # Do all machines see the same files
+            see = self.team.peek(f"see/{asked}")
+            if see is not None:
+                why_not = pickle.loads(see).why_not()
+                self.team.put(f"seen/{asked}/{self.team.place.rank}", why_not.encode())
+                asked += 1
+
+            # The jobs of the next phase, if it has begun
+            phase = _Phase(self.team, number)
+            if phase.count() is not None:
+                local = local or Local(self.device, int(self.team.wait("threads", 0)))
+                _work(phase, local)
+                number += 1
+            else:
+                self.team.check_alive(0)
+                time.sleep(_IDLE_POLL)
+
+
+def _work(phase: _Phase, local: Local) -> None:
+    """Take jobs with all threads until none is left."""
+    pool, threads = local.pool()
+    try:
+        for future in [pool.submit(phase.take_jobs, PATIENCE) for _ in range(threads)]:
+            future.result()
+    finally:
+        phase.stop()
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+# Processes on this machine ------------------------------------------------------------------------
+
+
+@contextmanager
+def _local_ranks(count: int, device: torch.device) -> Iterator[Crew]:
+    """Start the other processes of `--jobs`, each with its share of the threads."""
+    threads = max(1, torch.get_num_threads() // count)
+    if device.type == "cpu":
+        torch.set_num_threads(threads)
+    place = Place(rank=0, size=count, local=0, address="127.0.0.1", port=0)
+    processes: dict[int, subprocess.Popen[bytes]] = {}
+    stderr = None if os.environ.get("SVDCLI_DEBUG") == "1" else subprocess.DEVNULL
+
+    def start(port: int) -> None:
+        for rank in range(1, count):
+            other = replace(place, rank=rank, local=rank, port=port)
+            asked = json.dumps([other.rank, count, port, threads, str(device)])
+            begin = f"from {__name__} import serve; serve({asked!r})"
+            # of a session of its own: an interrupt of the terminal is for the one that leads
+            processes[rank] = subprocess.Popen(
+                [sys.executable, "-c", begin],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=stderr,
+                start_new_session=True,
+            )
+
+    try:
+        with assembled(place, start, lambda rank: processes[rank].poll() is None) as team:
+            yield Crew(team, Local(device), processes)
+    finally:
+        for process in processes.values():
+            process.kill()
+            process.wait()
+
+
+def serve(asked: str) -> None:
+    """Be one of those processes."""
+    rank, size, port, threads, name = json.loads(asked)
+    device = torch.device(name)
+    torch.set_num_threads(threads)
+    place = Place(rank=rank, size=size, local=rank, address="127.0.0.1", port=port)
+    try:
+        with assembled(place) as team:
+            Follower(team, _own_device(device, place)).follow()
+    except SvdcliError:
+        os._exit(1)  # the process that started this one tells why

@@ -1,0 +1,300 @@
+"""Jobs of several ranks: every one is done, whatever happens to those that had taken it. The ranks
+are threads here, with a store of their own."""
+
+from __future__ import annotations
+
+import errno
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from svdcli import ranks
+from svdcli.engine import crew as module
+from svdcli.engine import executor
+from svdcli.engine.crew import Crew, Follower
+from svdcli.engine.executor import Local, attempted
+from svdcli.errors import SvdcliError
+from svdcli.ranks import FollowedError, LostRankError, Place, assembled
+
+CPU = torch.device("cpu")
+_tries: dict[Any, int] = {}
+_taken = threading.Event()
+
+
+def tries(item: Any) -> int:
+    """How often this was called with the same item."""
+    _tries[item] = _tries.get(item, 0) + 1
+    return _tries[item]
+
+
+@pytest.fixture(autouse=True)
+def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second is long for threads of one process."""
+    _tries.clear()
+    _taken.clear()
+    monkeypatch.setattr(ranks, "BEAT", 0.05)
+    monkeypatch.setattr(ranks, "PATIENCE", 1.0)
+    monkeypatch.setattr(module, "PATIENCE", 1.0)
+    monkeypatch.setattr(executor, "_PAUSES", (0.01, 0.01, 0.01))
+
+
+class EndsError(Exception):
+    """A rank that is killed: it says nothing any more."""
+
+
+class Rank:
+    """A rank that follows, in a thread; what it gave back, or raised."""
+
+    def __init__(self, place: Place, follow: Callable[[Follower], Any]) -> None:
+        self.place = place
+        self.follow = follow
+        self.answer: Any = None
+        self.error: Exception | None = None
+        self.thread = threading.Thread(target=self._run)
+        self.thread.start()
+
+    def _run(self) -> None:
+        try:
+            with assembled(self.place) as team:
+                self.answer = self.follow(Follower(team, CPU))
+        except Exception as error:
+            self.error = error
+
+
+@contextmanager
+def crew_of(*follows: Callable[[Follower], Any]) -> Iterator[tuple[Crew, list[Rank]]]:
+    """A crew whose other ranks follow as they are told to."""
+    others: list[Rank] = []
+
+    def start(port: int) -> None:
+        for rank, follow in enumerate(follows, 1):
+            others.append(Rank(Place(rank, len(follows) + 1, rank, "127.0.0.1", port), follow))
+
+    with assembled(Place(0, len(follows) + 1, 0, "127.0.0.1", 0), start) as team:
+        yield Crew(team, Local(CPU)), others
+        for other in others:
+            other.thread.join(20)
+            assert not other.thread.is_alive()
+
+
+def square(item: int) -> int:
+    return item * item
+
+
+def slow_square(item: int) -> int:
+    time.sleep(0.01)
+    return item * item
+
+
+def where(item: int) -> str:
+    time.sleep(0.01)
+    return threading.current_thread().name
+
+
+def test_every_job_is_done_once_and_by_all_ranks() -> None:
+    with crew_of(Follower.follow, Follower.follow) as (crew, others):
+        noted: list[int] = []
+        answers = list(crew.map_unordered(slow_square, range(60), noted.append))
+        assert sorted(answers) == sorted(noted) == [item * item for item in range(60)]
+        names = set(crew.map_unordered(where, range(60)))
+        crew.end("the outcome")
+    assert len({name.rsplit("-", 1)[0].rsplit("_", 1)[0] for name in names}) >= 1
+    assert len(names) >= 3  # threads of three pools
+    assert [other.answer for other in others] == ["the outcome"] * 2
+    assert crew.told == []
+
+
+def test_an_error_of_a_job_ends_all_ranks_with_the_same_words() -> None:
+    with crew_of(Follower.follow) as (crew, others):
+        with pytest.raises(SvdcliError, match="no room") as raised, module._leading(crew.team):
+            list(crew.map_unordered(partial(_fails, SvdcliError("no room", "free some")), range(9)))
+        assert str(raised.value) == "no room; free some"
+    assert isinstance(others[0].error, FollowedError)
+    assert others[0].error.exit_code == 1
+
+
+def test_a_full_disk_on_another_rank_is_a_full_disk_here() -> None:
+    with crew_of(Follower.follow) as (crew, _):
+        error = OSError(errno.ENOSPC, "no space", "out")
+        with pytest.raises(OSError, match="space") as raised, module._leading(crew.team):
+            list(crew.map_unordered(partial(_fails, error), range(3)))
+        assert raised.value.errno == errno.ENOSPC
+
+
+def _fails(error: Exception, item: int) -> None:
+    raise error
+
+
+def test_what_a_lost_rank_had_taken_is_done_again() -> None:
+    def takes_and_ends(follower: Follower) -> None:
+        phase = module._Phase(follower.team, 0)
+        while not phase.count():
+            time.sleep(0.001)
+        index = follower.team.count("phase/0/next") - 1
+        follower.team.put(f"phase/0/taker/{index}", b"1")
+        _taken.set()
+        raise EndsError
+
+    with crew_of(takes_and_ends) as (crew, _):
+        answers = sorted(crew.map_unordered(_after, range(5)))
+        assert answers == [0, 1, 4, 9, 16]
+        assert any("rank 1" in line and "done again" in line for line in crew.told)
+
+
+def test_a_rank_that_is_lost_before_it_says_what_it_took() -> None:
+    def takes_and_ends(follower: Follower) -> None:
+        while not module._Phase(follower.team, 0).count():
+            time.sleep(0.001)
+        follower.team.count("phase/0/next")
+        _taken.set()
+        raise EndsError
+
+    with crew_of(takes_and_ends) as (crew, _):
+        assert sorted(crew.map_unordered(_after, range(5))) == [0, 1, 4, 9, 16]
+
+
+def _after(item: int) -> int:
+    _taken.wait(10)
+    return item * item
+
+
+def test_a_job_that_ran_out_of_memory_is_done_again_alone() -> None:
+    with crew_of(Follower.follow) as (crew, _):
+        assert sorted(crew.map_unordered(_needs_memory, range(6))) == list(range(6))
+        assert any("memory" in line for line in crew.told)
+        crew.end(None)
+
+
+def test_a_job_for_which_memory_never_suffices_is_an_error() -> None:
+    with (
+        crew_of(Follower.follow) as (crew, _),
+        pytest.raises(MemoryError),
+        module._leading(crew.team),
+    ):
+        list(crew.map_unordered(partial(_fails, MemoryError()), range(2)))
+
+
+def _needs_memory(item: int) -> int:
+    if item in (1, 4) and tries(item) == 1:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate")
+    return item
+
+
+def test_an_error_of_the_disk_that_comes_once_is_told_and_passes() -> None:
+    answer, trouble = attempted(_fails_once, 7)
+    assert answer == 7
+    assert "model.safetensors" in trouble
+    with crew_of(Follower.follow) as (crew, _):
+        assert sorted(crew.map_unordered(_fails_once, range(4))) == [0, 1, 2, 3]
+        assert any("once" in line for line in crew.told)
+        crew.end(None)
+    local = Local(CPU)
+    assert list(local.map_unordered(_fails_once, [99])) == [99]
+    assert len(local.told) == 1
+
+
+def test_an_error_of_the_disk_that_stays_is_raised() -> None:
+    with pytest.raises(OSError, match="broken"):
+        attempted(partial(_fails, OSError(errno.EIO, "broken")), 0)
+    with pytest.raises(FileNotFoundError):
+        attempted(_read, "nowhere")
+
+
+def _fails_once(item: int) -> int:
+    if tries(item) == 1:
+        raise OSError(errno.EIO, "Input/output error", "model.safetensors")
+    return item
+
+
+def _read(path: str) -> str:
+    return Path(path).read_text()
+
+
+def test_a_file_that_another_machine_made_may_appear_late(tmp_path: Path) -> None:
+    path = tmp_path / "late"
+    threading.Timer(0.3, path.write_text, ["here"]).start()
+    assert attempted(_read, str(path), late=5.0) == ("here", "")
+
+
+class Folder:
+    """A source of nothing, with a fingerprint."""
+
+    def __init__(self, fingerprint: str) -> None:
+        self._fingerprint = fingerprint
+
+    def fingerprint(self) -> str:
+        return self._fingerprint
+
+    @property
+    def opener(self) -> Callable[[], Folder]:
+        return partial(Folder, self._fingerprint)
+
+
+def test_ranks_that_see_the_same_files_begin(tmp_path: Path) -> None:
+    source: Any = Folder("a")
+    with crew_of(Follower.follow) as (crew, _):
+        crew.check_shared(tmp_path, source)
+        crew.check_shared(None, source)
+        crew.end(None)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_another_rank_does_not_see_is_found_before_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module._Seen, "_sees_token", lambda *_: False)
+    source: Any = Folder("a")
+    with (
+        crew_of(Follower.follow) as (crew, _),
+        pytest.raises(SvdcliError, match=r"does not see .* share"),
+        module._leading(crew.team),
+    ):
+        crew.check_shared(tmp_path, source)
+
+
+def test_a_rank_that_reads_another_model_is_found_before_work(tmp_path: Path) -> None:
+    other: Any = Folder("b")
+    seen = module._Seen(None, "", other.opener, "a")
+    assert "another model" in seen.why_not()
+
+
+def test_a_rank_whose_leader_is_gone_ends_with_one_line() -> None:
+    port: list[int] = []
+    other: list[Rank] = []
+
+    def start(found: int) -> None:
+        port.append(found)
+        other.append(Rank(Place(1, 2, 1, "127.0.0.1", found), Follower.follow))
+
+    with assembled(Place(0, 2, 0, "127.0.0.1", 0), start) as team:
+        team._ended.set()  # no sign of life any more
+        other[0].thread.join(20)
+    assert isinstance(other[0].error, LostRankError)
+    assert "rank 0 is gone" in str(other[0].error)
+
+
+def test_a_round_begins_anew_and_keeps_what_all_rounds_share() -> None:
+    with assembled(Place(0, 1, 0, "127.0.0.1", 0)) as first:
+        first.put("key", b"1")
+        first.put_for_later_rounds("outcome", b"2")
+        second = ranks._lead(first.place, first._all_rounds, lambda rank: True)
+        assert second.peek("key") is None
+        assert second.from_earlier_rounds("outcome") == b"2"
+        assert second.round == first.round + 1
+
+
+def test_a_place_is_what_the_launcher_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert ranks.place_here() is None
+    assert ranks.leads_here()
+    values = {"RANK": "3", "WORLD_SIZE": "4", "MASTER_ADDR": "a", "MASTER_PORT": "5"}
+    for name, value in values.items():
+        monkeypatch.setenv(name, value)
+    assert ranks.place_here() == Place(3, 4, 0, "a", 5)
+    assert not ranks.leads_here()

@@ -1,0 +1,137 @@
+"""Several ranks write what one process writes, and go on from the journal when some are killed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from agents import two_agents, until
+from helpers import tree, weight
+from safetensors.torch import save_file
+
+import svdcli
+from svdcli.engine.compute import Compute
+from svdcli.engine.crew import Crew
+from svdcli.errors import SvdcliError, UsageError
+
+LAYERS, SIZE = 60, 512
+Asked = tuple[Path, list[str], Path]
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory: pytest.TempPathFactory) -> Asked:
+    """(a file of many layers, how it is compressed, the output of one process with one thread)."""
+    folder = tmp_path_factory.mktemp("many")
+    tensors = {
+        f"layers.{i}.weight": weight(SIZE, SIZE, seed=i).to(torch.bfloat16) for i in range(LAYERS)
+    }
+    save_file(tensors, folder / "m.safetensors")
+    one = folder / "one.safetensors"
+    svdcli.compress(folder / "m.safetensors", one, keep=0.5, compute=Compute(threads=1))
+    return folder / "m.safetensors", ["--keep", "0.5"], one
+
+
+def begun(out: Path, count: int) -> Callable[[], bool]:
+    """Are so many units in the journal."""
+    journal = out.with_name(f"{out.name}.partial") / "journal.jsonl"
+    return lambda: journal.exists() and journal.read_bytes().count(b'"unit"') >= count
+
+
+def finished(out: Path) -> Callable[[], bool]:
+    return lambda: out.exists() and not out.with_name(f"{out.name}.partial").exists()
+
+
+@pytest.mark.parametrize("killed", ["a worker", "the machine that leads"])
+def test_ranks_that_are_killed_cost_nothing_but_time(
+    killed: str, many: Asked, tmp_path: Path
+) -> None:
+    model, how, one = many
+    out = tmp_path / "o.safetensors"
+    with two_agents(["compress", str(model), "-o", str(out), *how], tmp_path) as (first, second):
+        until(begun(out, 3), "work has begun")
+        if killed == "a worker":
+            os.kill(second.ranks()[1], signal.SIGKILL)
+        else:
+            first.kill()
+        until(finished(out), "the output is there")
+        until(lambda: "started 2 times" in first.said() + second.said(), "the report says so")
+    assert out.read_bytes() == one.read_bytes()
+
+
+def test_local_processes_write_the_same_bytes_with_one_of_them_killed(
+    many: Asked, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, _, one = many
+    crews: list[Crew] = []
+    answered = 0
+    plain = Crew.__init__
+
+    def keep(crew: Crew, *args: Any) -> None:
+        crews.append(crew)
+        plain(crew, *args)
+
+    def kill_one(stage: str, *_: object) -> None:
+        nonlocal answered
+        answered += stage == "write"
+        if answered == 3:
+            crews[0].processes[1].kill()
+
+    monkeypatch.setattr(Crew, "__init__", keep)
+    out = tmp_path / "o.safetensors"
+    compute = Compute(threads=2, jobs=2)
+    outcome = svdcli.compress(model, out, keep=0.5, compute=compute, progress=kill_one)
+    assert out.read_bytes() == one.read_bytes()
+    assert any("was killed" in note and "done again" in note for note in outcome.report.notes)
+
+
+def test_spectra_and_calibrated_layers_come_from_all_ranks(
+    readable: Callable[[str], Path], tmp_path: Path
+) -> None:
+    model = readable("llama")
+    text = svdcli.Texts("words", (" ".join(f"w{i % 90 + 2}" for i in range(2000)),))
+    svdcli.calibrate(model, tmp_path / "m.safetensors", text, samples=8, seq_len=32)
+    how: dict[str, Any] = {"keep": 0.5, "calibration": tmp_path / "m.safetensors"}
+    svdcli.compress(model, tmp_path / "one", compute=Compute(threads=1), **how)
+    svdcli.compress(model, tmp_path / "two", compute=Compute(threads=2, jobs=2), **how)
+    assert tree(tmp_path / "one") == tree(tmp_path / "two")
+
+
+def torchrun(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """Two ranks on this machine."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    return subprocess.run(
+        [*command, "-m", "svdcli", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        check=False,
+    )
+
+
+def test_one_rank_speaks_and_an_error_is_told_once(many: Asked, tmp_path: Path) -> None:
+    model, how, _ = many
+    (tmp_path / "o.safetensors").write_bytes(b"")
+    done = torchrun("compress", model, "-o", tmp_path / "o.safetensors", *how)
+    said = [line for line in done.stderr.splitlines() if line.startswith("svdcli: ")]
+    assert done.returncode == 1
+    assert len(said) == 1
+    assert "exists; use --force" in said[0]
+    assert done.stdout == ""
+
+
+def test_numbers_of_processes_are_checked(many: Asked, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UsageError, match="--jobs 0"):
+        Compute(jobs=0)
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "2")
+    reading: Any = object()
+    with pytest.raises(SvdcliError, match="calibrate first"):
+        svdcli.compress(many[0], keep=0.5, reading=reading)
