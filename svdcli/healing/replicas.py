@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from svdcli.errors import SvdcliError, UsageError
-from svdcli.ranks import BEAT, LostRankError, Team, assembled, place_here
+from svdcli.ranks import BEAT, FollowedError, LostRankError, Team, assembled, place_here
 
 T = TypeVar("T")
 
@@ -33,10 +33,11 @@ TIMEOUT = 600.0  # seconds until the last rank must have come to an exchange
 GOES_ON = "run the same command again, it continues with the block it had reached"
 _BUCKET = 25 * 2**20  # bytes that travel together
 _POLL = 0.02  # seconds
+_SOME_RANK = "another rank"
 
 # How gradients travel: as they are, in half the bytes, or as the factors of torch's PowerSGD hook
 PLAIN, BFLOAT16, POWER_SGD = "plain", "bfloat16", "PowerSGD"
-# From rank 3 on the hook makes its bases by QR, which takes gradients that are zero or of lower rank
+# From rank 3 on the hook makes bases by QR, which takes gradients that are zero or of lower rank
 POWER_RANK = 4
 POWER_START = 10  # steps before it; gradients change most in the first ones
 
@@ -130,7 +131,8 @@ def replicas_here(device: torch.device, *, compress: bool = False) -> Iterator[R
     """The ranks that a launcher started together with this one, or this process alone.
 
     compress sends gradients through torch's PowerSGD hook. Raises UsageError for that where nothing
-    travels, and LostRankError where a rank does not come. An error of one rank ends them all.
+    travels, and LostRankError where a rank does not come. An error of one rank ends them all, and
+    rank 0 tells it: the others raise FollowedError.
     """
     place = place_here()
     if place is None or place.size == 1:
@@ -149,13 +151,16 @@ def replicas_here(device: torch.device, *, compress: bool = False) -> Iterator[R
         except KeyboardInterrupt:
             # A launcher interrupts the others where one fails: that one has the reason
             replicas.raise_failure_of_others()
-            replicas.tell_failure(f"rank {place.rank} was interrupted", GOES_ON)
+            replicas.tell_failure(SvdcliError(f"rank {place.rank} was interrupted", GOES_ON))
             raise
         except SvdcliError as error:
-            replicas.tell_failure(error.message, error.hint)
-            raise
+            replicas.tell_failure(error)
+            if replicas.first or isinstance(error, LostRankError):
+                raise
+            raise FollowedError(str(error), error.exit_code) from error
         except BaseException as error:
-            replicas.tell_failure(f"rank {place.rank}: {type(error).__name__}: {error}", "")
+            told = SvdcliError(f"rank {place.rank}: {type(error).__name__}: {error}")
+            replicas.tell_failure(told)
             raise
         finally:
             replicas.close()
@@ -293,17 +298,21 @@ class Ranks(Replicas):
 
     # Ends
 
-    def tell_failure(self, message: str, hint: str) -> None:
+    def tell_failure(self, error: SvdcliError) -> None:
         """Tell the other ranks why this one ends, as far as the store is still there."""
+        told = json.dumps([error.message, error.hint, error.exit_code])
         with suppress(SvdcliError):
-            self._team.put(f"failed/{self.rank}", json.dumps([message, hint]).encode())
+            self._team.put(f"failed/{self.rank}", told.encode())
 
     def raise_failure_of_others(self) -> None:
-        """Raise SvdcliError with what another rank said before it ended, where one did."""
+        """Raise SvdcliError with what another rank said before it ended, where one did; of a rank
+        that does not lead it is a FollowedError."""
         for rank in range(self.size):
             told = self._team.peek(f"failed/{rank}") if rank != self.rank else None
             if told is not None:
-                raise SvdcliError(*json.loads(told))
+                message, hint, code = json.loads(told)
+                error = SvdcliError(message, hint)
+                raise error if self.first else FollowedError(str(error), code)
 
     @contextmanager
     def _together(self) -> Iterator[None]:
@@ -315,7 +324,10 @@ class Ranks(Replicas):
             if "timed out" in str(error).lower() and self._others_alive():
                 message = f"a rank did not answer for {TIMEOUT / 60:.0f} minutes"
                 raise LostRankError(message, GOES_ON) from error
-            raise LostRankError(f"{self._who_is_gone()} is gone", GOES_ON) from error
+            gone = self._who_is_gone()
+            if not self.first and gone not in ("rank 0", _SOME_RANK):
+                raise FollowedError(f"{gone} is gone") from error  # which rank 0 meets, too
+            raise LostRankError(f"{gone} is gone", GOES_ON) from error
 
     def _who_is_gone(self) -> str:
         """Name the rank that shows no sign of life, as far as a short look can tell."""
@@ -325,7 +337,7 @@ class Ranks(Replicas):
         before = {rank: self._team.count(f"beats/{rank}", 0) for rank in others}
         time.sleep(3 * BEAT)
         still = [r for r in others if self._team.count(f"beats/{r}", 0) == before[r]]
-        return f"rank {still[0]}" if still else "another rank"
+        return f"rank {still[0]}" if still else _SOME_RANK
 
 
 # Gradients ----------------------------------------------------------------------------------------

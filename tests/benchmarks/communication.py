@@ -15,10 +15,10 @@ is trained differs:
     scales    of the same factors at 4 bits, scales and the model's norms alone
 
 Steps are as large as `heal` has them; scales are trained with larger ones, too, and the better of
-both counts, by the windows that choose the best step. Excess loss is that over the original's on other windows of text
-that nothing was trained on, in nats a token. Bytes are those of the tensors that a worker hands to
-the exchange of gradients; a ring of n workers sends 2 (n - 1) / n times as many of each: as many,
-of 2.
+both counts, by the windows that choose the best step. Excess loss is that over the original's on
+other windows of text that nothing was trained on, in nats a token. Bytes are those of the tensors
+that a worker hands to the exchange of gradients; a ring of n workers sends 2 (n - 1) / n times as
+many of each: as many, of 2. PowerSGD begins at the eleventh step.
 """
 
 from __future__ import annotations
@@ -57,6 +57,7 @@ BLOCK = {  # of Llama 7B: (outputs, inputs), and whether its input lies split ov
     "down": (4096, 11008, True),
 }
 KEEPS = (0.8, 0.6, 0.4, 0.3, 0.2)
+POWER_START = 10  # steps before PowerSGD: `healing.replicas`
 SPLIT_OVER = 4  # ranks of tensor parallel inference
 
 
@@ -299,19 +300,24 @@ def measured(folder: Path, steps: int, windows: int) -> list[dict[str, Any]]:
 
 
 def markdown(found: list[dict[str, Any]]) -> str:
-    lines = [("trained", "gradients travel", "bytes a step", "of dense", "excess loss")]
-    most = max(row["bytes"] for row in found)
-    lines.append(("nothing", "-", "-", "-", _excesses(found, "before")))
+    lines = [("trained", "gradients travel", "sent in all", "a late step", "before", "after")]
+    plain = {row["trained"]: row["bytes"] for row in found if row["travels"] == "plain"}
     for row in found:
-        size = f"{row['bytes'] / row['steps'] / 1e3:.0f} KB"
-        share = f"{row['bytes'] / most:.4f}"
-        lines.append((row["trained"], row["travels"], size, share, f"{row['after']:.4f}"))
+        # The first steps of PowerSGD are plain ones
+        early = POWER_START if row["travels"] == "PowerSGD" else 0
+        late = row["bytes"] - early * plain[row["trained"]] / row["steps"]
+        late /= row["steps"] - early
+        lines.append(
+            (
+                row["trained"],
+                row["travels"],
+                f"{row['bytes'] / 1e6:.1f} MB",
+                f"{late / 1e3:.0f} KB",
+                f"{row['before']:.4f}",
+                f"{row['after']:.4f}",
+            )
+        )
     return table(lines)
-
-
-def _excesses(found: list[dict[str, Any]], key: str) -> str:
-    """Of what is stored at 16 bits, and at 4."""
-    return " and ".join(f"{found[place][key]:.4f}" for place in (0, -1))
 
 
 def main() -> None:
