@@ -18,13 +18,13 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from svdcli.errors import SvdcliError, UsageError
+from svdcli.errors import INTERRUPTED, SvdcliError, UsageError
 from svdcli.ranks import BEAT, FollowedError, LostRankError, Team, assembled, place_here
 
 T = TypeVar("T")
@@ -149,9 +149,10 @@ def replicas_here(device: torch.device, *, compress: bool = False) -> Iterator[R
         try:
             yield replicas
         except KeyboardInterrupt:
-            # A launcher interrupts the others where one fails: that one has the reason
-            replicas.raise_failure_of_others()
-            replicas.tell_failure(SvdcliError(f"rank {place.rank} was interrupted", GOES_ON))
+            told = SvdcliError(f"rank {place.rank} was interrupted", GOES_ON)
+            told.exit_code = INTERRUPTED
+            replicas.tell_failure(told)
+            replicas.raise_reason_of_interrupt()
             raise
         except SvdcliError as error:
             replicas.tell_failure(error)
@@ -294,7 +295,7 @@ class Ranks(Replicas):
         return result
 
     def _others_alive(self) -> bool:
-        return all(self._team.alive(rank) for rank in range(self.size) if rank != self.rank)
+        return all(map(self._team.alive, self._others()))
 
     # Ends
 
@@ -307,12 +308,46 @@ class Ranks(Replicas):
     def raise_failure_of_others(self) -> None:
         """Raise SvdcliError with what another rank said before it ended, where one did; of a rank
         that does not lead it is a FollowedError."""
-        for rank in range(self.size):
-            told = self._team.peek(f"failed/{rank}") if rank != self.rank else None
+        for rank in self._others():
+            told = self._told_by(rank)
             if told is not None:
-                message, hint, code = json.loads(told)
-                error = SvdcliError(message, hint)
-                raise error if self.first else FollowedError(str(error), code)
+                raise told if self.first else FollowedError(str(told), told.exit_code)
+
+    def _others(self) -> list[int]:
+        return [rank for rank in range(self.size) if rank != self.rank]
+
+    def _told_by(self, rank: int) -> SvdcliError | None:
+        """Return why a rank has ended, as far as it could tell."""
+        told = self._team.peek(f"failed/{rank}")
+        if told is None:
+            return None
+        message, hint, code = json.loads(told)
+        error = SvdcliError(message, hint)
+        error.exit_code = code
+        return error
+
+    def raise_reason_of_interrupt(self) -> None:
+        """Raise why the launcher interrupted this rank, where another one has failed, or is gone
+        without a word; one that was interrupted itself is no reason."""
+        before = {rank: self._beats(rank) for rank in self._others()}
+        deadline = time.monotonic() + 3 * BEAT
+        while time.monotonic() < deadline and not all(map(self._told_by, self._others())):
+            time.sleep(_POLL)
+        for rank in self._others():
+            told = self._told_by(rank)
+            if told is not None and told.exit_code != INTERRUPTED:
+                raise told if self.first else FollowedError(str(told), told.exit_code)
+            if told is None and self._beats(rank) == before[rank]:
+                self._raise_lost(f"rank {rank}")
+
+    def _beats(self, rank: int) -> int:
+        return self._team.count(f"beats/{rank}", 0)
+
+    def _raise_lost(self, gone: str) -> NoReturn:
+        """Raise LostRankError, or FollowedError where rank 0 meets the same."""
+        if not self.first and gone not in ("rank 0", _SOME_RANK):
+            raise FollowedError(f"{gone} is gone")
+        raise LostRankError(f"{gone} is gone", GOES_ON)
 
     @contextmanager
     def _together(self) -> Iterator[None]:
@@ -324,19 +359,16 @@ class Ranks(Replicas):
             if "timed out" in str(error).lower() and self._others_alive():
                 message = f"a rank did not answer for {TIMEOUT / 60:.0f} minutes"
                 raise LostRankError(message, GOES_ON) from error
-            gone = self._who_is_gone()
-            if not self.first and gone not in ("rank 0", _SOME_RANK):
-                raise FollowedError(f"{gone} is gone") from error  # which rank 0 meets, too
-            raise LostRankError(f"{gone} is gone", GOES_ON) from error
+            self._raise_lost(self._who_is_gone())
 
     def _who_is_gone(self) -> str:
         """Name the rank that shows no sign of life, as far as a short look can tell."""
-        others = [rank for rank in range(self.size) if rank != self.rank]
+        others = self._others()
         if len(others) == 1:
             return f"rank {others[0]}"
-        before = {rank: self._team.count(f"beats/{rank}", 0) for rank in others}
+        before = {rank: self._beats(rank) for rank in others}
         time.sleep(3 * BEAT)
-        still = [r for r in others if self._team.count(f"beats/{r}", 0) == before[r]]
+        still = [rank for rank in others if self._beats(rank) == before[rank]]
         return f"rank {still[0]}" if still else _SOME_RANK
 
 

@@ -119,14 +119,16 @@ def main(arguments: Sequence[str]) -> None:
         rank = replicas.rank
         replicas.ends_with("done" if replicas.first else None)
 
-    # Another round, which rank 0 ends before anything is exchanged
-    try:
-        with replicas_here(torch.device("cpu")) as replicas:
-            if replicas.first:
-                raise SvdcliError("rank 0 refuses", "do not")
-            replicas.says(None)
-    except SvdcliError as error:
-        exchanged["refusal"] = str(error)
+    # More rounds, which one rank ends before anything is exchanged
+    exchanged["refusals"] = []
+    for refuses in range(2):
+        try:
+            with replicas_here(torch.device("cpu")) as replicas:
+                if rank == refuses:
+                    raise SvdcliError(f"rank {rank} refuses", "do not")
+                replicas.gather(None)
+        except SvdcliError as error:
+            exchanged["refusals"].append((type(error), str(error)))
     torch.save((found, exchanged), folder / f"{rank}.pt")
 
 

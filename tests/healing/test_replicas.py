@@ -26,6 +26,7 @@ import svdcli
 from svdcli.errors import SvdcliError
 from svdcli.healing.blocks import WHOLE, Batches
 from svdcli.healing.replicas import BFLOAT16, PLAIN, POWER_SGD, Replicas
+from svdcli.ranks import FollowedError
 
 ROOT = Path(__file__).parents[2]
 
@@ -153,8 +154,12 @@ def test_gradients_are_averaged_however_they_travel(found: list[Any]) -> None:
     }
 
 
-def test_what_one_rank_refuses_ends_all_with_its_line(found: list[Any]) -> None:
-    assert [exchanged["refusal"] for _, exchanged in found] == ["rank 0 refuses; do not"] * 2
+def test_what_one_rank_refuses_ends_all_and_rank_0_tells_it(found: list[Any]) -> None:
+    for kind, (_, exchanged) in zip((SvdcliError, FollowedError), found, strict=True):
+        assert exchanged["refusals"] == [
+            (kind, "rank 0 refuses; do not"),
+            (kind, "rank 1 refuses; do not"),
+        ]
 
 
 def test_a_killed_rank_ends_the_run_and_the_journal_goes_on(
@@ -163,13 +168,13 @@ def test_a_killed_rank_ends_the_run_and_the_journal_goes_on(
     line = command(models, tmp_path, 20)
     journal = tmp_path / "healed.partial" / "journal.jsonl"
     with two_ranks(line) as ranks:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 300
         while not (journal.exists() and '"block"' in journal.read_text()):
             assert time.monotonic() < deadline
             assert ranks[0].poll() is None, ranks[0].communicate()
             time.sleep(0.02)
         ranks[1].send_signal(signal.SIGKILL)
-        _, told = ranks[0].communicate(timeout=60)
+        _, told = ranks[0].communicate(timeout=120)
     assert ranks[0].returncode == 1, told
     said = [row for row in told.splitlines() if row.startswith("svdcli:")]
     assert said == [
@@ -181,7 +186,7 @@ def test_a_killed_rank_ends_the_run_and_the_journal_goes_on(
     done = [json.loads(row) for row in journal.read_text().splitlines() if '"block"' in row]
     assert done
     with two_ranks(line) as ranks:
-        outputs = [process.communicate(timeout=120) for process in ranks]
+        outputs = [process.communicate(timeout=300) for process in ranks]
     assert [process.returncode for process in ranks] == [0, 0], outputs
     blocks = json.loads(outputs[0][0])["healing"]["blocks"]
     assert list(blocks) == ["model.layers.0", "model.layers.1", WHOLE]
