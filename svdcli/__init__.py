@@ -6,6 +6,7 @@ from svdcli.version import __version__
 # milliseconds.
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from svdcli.calibration.work import Forecast
     from svdcli.engine.compute import Compute
     from svdcli.errors import SvdcliError
     from svdcli.files.report import Report
@@ -15,13 +16,14 @@ if TYPE_CHECKING:
     from svdcli.plan.recipe import Recipe
     from svdcli.text.texts import Texts, read_texts
     from svdcli.verbs.bench import Bench, bench
-    from svdcli.verbs.calibrate import Calibrated, Forecast, calibrate
+    from svdcli.verbs.calibrate import Calibrated, calibrate
     from svdcli.verbs.compress import Reading, compress
     from svdcli.verbs.evaluate import Evaluation, evaluate
     from svdcli.verbs.expand import expand
     from svdcli.verbs.export import Exported, export_onnx
     from svdcli.verbs.heal import heal
     from svdcli.verbs.inspect import Inspection, inspect
+    from svdcli.verbs.merge_moments import merge_moments
     from svdcli.verbs.outcome import Outcome
     from svdcli.verbs.report import report
     from svdcli.verbs.spectrum import Spectrum, spectrum
@@ -55,6 +57,7 @@ __all__ = [
     "heal",
     "inspect",
     "load",
+    "merge_moments",
     "read_texts",
     "report",
     "spectrum",
@@ -62,6 +65,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "svdcli.calibration.work": ("Forecast",),
     "svdcli.engine.compute": ("Compute",),
     "svdcli.errors": ("SvdcliError",),
     "svdcli.files.report": ("Report",),
@@ -71,13 +75,14 @@ _HOMES = {
     "svdcli.plan.recipe": ("Recipe",),
     "svdcli.text.texts": ("Texts", "read_texts"),
     "svdcli.verbs.bench": ("Bench", "bench"),
-    "svdcli.verbs.calibrate": ("Calibrated", "Forecast", "calibrate"),
+    "svdcli.verbs.calibrate": ("Calibrated", "calibrate"),
     "svdcli.verbs.compress": ("Reading", "compress"),
     "svdcli.verbs.evaluate": ("Evaluation", "evaluate"),
     "svdcli.verbs.expand": ("expand",),
     "svdcli.verbs.export": ("Exported", "export_onnx"),
     "svdcli.verbs.heal": ("heal",),
     "svdcli.verbs.inspect": ("Inspection", "inspect"),
+    "svdcli.verbs.merge_moments": ("merge_moments",),
     "svdcli.verbs.outcome": ("Outcome",),
     "svdcli.verbs.report": ("report",),
     "svdcli.verbs.spectrum": ("Spectrum", "spectrum"),

@@ -47,8 +47,8 @@ class FollowedError(SvdcliError):
 
 @dataclass(frozen=True)
 class Place:
-    """Which rank this process is: `rank` of `size`, the `local`-th on its machine; restarts is how
-    often the agent here has started its ranks again."""
+    """Which rank this process is: `rank` of `size`, the `local`-th of `local_size` on its
+    machine; restarts is how often the agent here has started its ranks again."""
 
     rank: int
     size: int
@@ -57,6 +57,7 @@ class Place:
     port: int
     restarts: int = 0
     agents_store: bool = False
+    local_size: int = 1
 
     @property
     def leads(self) -> bool:
@@ -77,6 +78,7 @@ def place_here() -> Place | None:
         port=int(environment["MASTER_PORT"]),
         restarts=int(environment.get("TORCHELASTIC_RESTART_COUNT", "0")),
         agents_store=environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
+        local_size=int(environment.get("LOCAL_WORLD_SIZE", "1")),
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,12 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from svdcli.calibration.loss import ModelLoss
-from svdcli.calibration.memory import state_bytes
-from svdcli.calibration.moments import LayerMoments, Spool
 from svdcli.calibration.rows import MomentSums, padding_mask, without_padding
-from svdcli.calibration.sensitivity import sensitivities
-from svdcli.calibration.siblings import lend
-from svdcli.calibration.stream import Stream, Visit
+from svdcli.calibration.stream import Visit
+from svdcli.calibration.sums import Sums
 from svdcli.errors import SvdcliError
 from svdcli.progress import Progress
 from svdcli.text.tokens import Batch
@@ -24,40 +21,32 @@ from svdcli.text.tokens import Batch
 # would dwarf the rest.
 FULL_OUTPUTS = 4096
 
-# Sensitivities compare whole distributions, which says much with little text.
-SENSITIVITY_BATCHES = 4
-
 # What a unit costs: backwards its block is computed again and differentiated twice.
 _STEPS_FORWARD = 1
 _STEPS_BACKWARD = 3
 
 
 class Gather:
-    """The sums of all rounds: moments of the selected layers, in the spool.
+    """Adds up, in rounds, what the selected layers of a model meet.
 
-    layers maps names of weights to names of modules; width is that of the hidden states. rows
-    counts what each layer read. leaders names, for each layer, the first layer that reads the same
-    input: the moments of a shared input are summed once.
+    layers maps names of weights to names of modules; loss is where gradients begin.
     """
 
     def __init__(
         self,
         model: Any,
-        width: int,
-        layers: dict[str, str],
-        spool: Spool,
+        layers: Mapping[str, str],
+        sums: Sums,
+        loss: ModelLoss,
         progress: Progress,
         rounds: int,
     ) -> None:
         self.model = model
-        self.width = width
         self.layers = layers
-        self.spool = spool
+        self.sums = sums
+        self.loss = loss
         self.progress = progress
         self.rounds = rounds
-        self.loss = ModelLoss()
-        self.rows: dict[str, int] = {}
-        self.leaders: dict[str, str] = {}
 
     @contextmanager
     def round(
@@ -79,72 +68,7 @@ class Gather:
         finally:
             for handle in handles:
                 handle.remove()
-
-    def share_among_experts(self) -> list[str]:
-        """Have the experts of each layer lend each other what they saw; return the names of weights
-        that read fewer tokens than they have inputs."""
-        return lend(self.layers, self.leaders, self.rows, self.spool)
-
-    def add_sensitivities(self, stream: Stream, batches: Sequence[Batch], memory: int) -> None:
-        """Measure the sensitivities on batches spread over the text, and put them beside the
-        moments. memory is what hidden states may take, in bytes."""
-        count = min(SENSITIVITY_BATCHES, len(batches))
-        sample = [batches[len(batches) * i // SENSITIVITY_BATCHES] for i in range(count)]
-
-        # As many copies of them at a time as their hidden states fit into the memory
-        copy_bytes = 0
-        for batch in sample:
-            copy_bytes += state_bytes(self.model, self.width, [batch], gradients=False)
-        at_a_time = max(1, memory // copy_bytes)
-        reached = {name: self.layers[name] for name in self.leaders}
-        results = sensitivities(stream, sample, reached, self._moments_of, at_a_time, self.progress)
-        for name, values in results.items():
-            self.spool.add(f"sensitivity.{name}", torch.tensor(values))
-
-    def _moments_of(self, name: str) -> LayerMoments:
-        """Return a layer's moments as they will be in the file."""
-        keys = self.keys()[name]
-        scales = self.scales()
-
-        def scaled(key: str) -> Tensor:
-            return self.spool.get(key) * scales[key]
-
-        outputs = None if keys["output"] is None else scaled(keys["output"])
-        return LayerMoments(
-            inputs=scaled(f"input.{keys['input']}"),
-            mean=scaled(f"mean.{keys['input']}"),
-            outputs=outputs,
-            transposed=keys["transposed"],
-        )
-
-    def keys(self) -> dict[str, dict[str, Any]]:
-        """Return the keys of the moments of every layer that was reached, as they are in the
-        file."""
-        keys = {}
-        for name, leader in self.leaders.items():
-            output = f"output.{name}"
-            module = self.model.get_submodule(self.layers[name])
-            keys[name] = {
-                "input": leader,
-                "output": output if output in self.spool.shapes else None,
-                "transposed": not isinstance(module, nn.Linear),
-            }
-        return keys
-
-    def scales(self) -> dict[str, float]:
-        """Return the factor of every sum: inputs are averaged over rows, gradients summed over the
-        losses, so that an error counts for every row that a loss reads."""
-        scales = {}
-        for key in self.spool.shapes:
-            quantity, name = key.split(".", 1)
-            if quantity == "output":
-                count = self.loss.events or self.rows[name]
-            elif quantity == "sensitivity":
-                count = 1
-            else:
-                count = self.rows[name]
-            scales[key] = 1 / max(1, count)
-        return scales
+        self.sums.events, self.sums.nats = self.loss.events, self.loss.nats
 
 
 class _Round:
@@ -159,8 +83,8 @@ class _Round:
         self.phase = ""
         self.mask: Tensor | None = None
         self.steps_done = 0
-        # Sums over the unit's inputs and outputs
-        self.sums = MomentSums(FULL_OUTPUTS)
+        # Sums over the unit's inputs and outputs, which go on from those of the rounds before
+        self.sums = MomentSums(FULL_OUTPUTS, begin=gather.sums.spool.find)
         # What its layers read so far of this batch, unchanged since, with the first that read it
         self.inputs_read: list[tuple[Tensor, int, str]] = []
 
@@ -173,7 +97,7 @@ class _Round:
             self.mask = padding_mask(self.batches[batch])
             return
         for key, value in self.sums.take().items():
-            self.gather.spool.add(key, value)
+            self.gather.sums.spool.put(key, value)
         self._report(unit)
 
     def _report(self, unit: str) -> None:
@@ -190,11 +114,7 @@ class _Round:
                 return
             x = inputs[0]
             leader = self._leader(x, name)
-            if self.gather.leaders.setdefault(name, leader) != leader:
-                raise SvdcliError(
-                    f"{name} shares its input only sometimes",
-                    "calibrate it alone with --include",
-                )
+            self.gather.sums.lead(name, leader)
             if leader == name:
                 self.inputs_read.append((x, x._version, name))
                 self._add_inputs(name, self._rows(x.detach(), name))
@@ -210,7 +130,7 @@ class _Round:
         return name
 
     def _add_inputs(self, name: str, rows: Tensor) -> None:
-        self.gather.rows[name] = self.gather.rows.get(name, 0) + rows.shape[0]
+        self.gather.sums.count(name, rows.shape[0])
         self.sums.add(f"input.{name}", rows, always_full=True)
         self.sums.add_mean(f"mean.{name}", rows)
 

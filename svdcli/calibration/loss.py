@@ -9,6 +9,7 @@ tokens, and not evenly over the layers.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
@@ -22,11 +23,20 @@ from svdcli.errors import SvdcliError
 from svdcli.text.tokens import Batch
 
 
-class ModelLoss:
-    """The loss that a backward pass through `Stream` starts from. events counts predictions or
-    embeddings; nats says that it was predictions."""
+def drawing(seed: int, index: int) -> torch.Generator:
+    """Return what draws the labels of one batch of a text, on the CPU. It depends on the seed and
+    on the batch's index in the whole text alone, not on what was drawn before it: a batch has the
+    same labels in whichever part or round it is read."""
+    digest = hashlib.sha256(f"{seed} {index}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
 
-    def __init__(self) -> None:
+
+class ModelLoss:
+    """The loss that a backward pass through `Stream` starts from, with labels of this seed. events
+    counts predictions or embeddings; nats says that it was predictions."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
         self.events = 0
         self.nats = True
 
@@ -34,30 +44,36 @@ class ModelLoss:
         """Note what the model answers with: one without logits is judged by its embeddings."""
         self.nats = getattr(output, "logits", None) is not None
 
-    def cotangents(self, batches: Sequence[Batch]) -> Callable[[int, Any], tuple[Tensor, Tensor]]:
-        """Return a function of the index of one of these batches, and of the model's output: its
-        `cotangent`."""
-        return lambda index, output: self.cotangent(batches[index], output)
+    def cotangents(
+        self, batches: Sequence[Batch], indices: Sequence[int]
+    ) -> Callable[[int, Any], tuple[Tensor, Tensor]]:
+        """Return a function of the place of one of these batches, and of the model's output: its
+        `cotangent`. indices are those of the batches in the whole text."""
+        return lambda place, output: self.cotangent(indices[place], batches[place], output)
 
-    def cotangent(self, batch: Batch, output: Any) -> tuple[Tensor, Tensor]:
-        """Return the tensor to differentiate for one batch, and its gradient."""
+    def cotangent(self, index: int, batch: Batch, output: Any) -> tuple[Tensor, Tensor]:
+        """Return the tensor to differentiate for the batch with this index in the whole text, and
+        its gradient."""
         self.note_kind(0, output)
         mask = batch.get("attention_mask")
+        generator = drawing(self.seed, index)
         if self.nats:
-            return output.logits, self._gradient_at(output.logits, mask)
+            return output.logits, self._gradient_at(output.logits, mask, generator)
 
         # The gradient of e . z at the encoder's rows, with z drawn on the CPU on every device
         rows = rows_of(output)
         leaf = rows.detach().requires_grad_()
         with torch.enable_grad():
             embedding = embedding_of(leaf, mask)
-            z = torch.randn(embedding.shape).to(embedding)
+            z = torch.randn(embedding.shape, generator=generator).to(embedding)
             (embedding * z).sum().backward()
         self.events += leaf.shape[0]
         assert leaf.grad is not None
         return rows, leaf.grad
 
-    def _gradient_at(self, logits: Tensor, mask: Tensor | None) -> Tensor:
+    def _gradient_at(
+        self, logits: Tensor, mask: Tensor | None, generator: torch.Generator
+    ) -> Tensor:
         """Return the gradient of the summed loss at logits (..., classes) for labels drawn from the
         predictions themselves. Raises SvdcliError where these are not finite."""
         # The gradient of a cross entropy at its logits: the predictions, less 1 at the label
@@ -68,7 +84,7 @@ class ModelLoss:
                 "it does so on this text; check it with `svdcli eval`",
             )
         flat = gradient.view(-1, gradient.shape[-1])
-        labels = torch.multinomial(flat.cpu(), 1).to(flat.device)
+        labels = torch.multinomial(flat.cpu(), 1, generator=generator).to(flat.device)
         flat.scatter_add_(1, labels, torch.full_like(labels, -1, dtype=flat.dtype))
 
         # Padding predicts nothing
@@ -134,11 +150,12 @@ def block_moments(
     at_a_time: int,
     device: torch.device,
     call: Callable[..., Any] | None = None,
+    seed: int = 0,
 ) -> dict[str, Tensor]:
     """Return the second moments (width, width) of the loss gradient at the output of every block,
     averaged over predictions; a block that no gradient reaches has none. All else is as for
     `block_sums`."""
-    return averaged(*block_sums(model, batches, blocks, at_a_time, device, call))
+    return averaged(*block_sums(model, batches, blocks, at_a_time, device, call, seed))
 
 
 def averaged(sums: Mapping[str, Tensor], events: int) -> dict[str, Tensor]:
@@ -153,13 +170,15 @@ def block_sums(
     at_a_time: int,
     device: torch.device,
     call: Callable[..., Any] | None = None,
+    seed: int = 0,
+    first: int = 0,
 ) -> tuple[dict[str, Tensor], int]:
     """Return (what `block_moments` averages, summed over predictions; how many these were).
 
     at_a_time bounds how many batches are under way together; call is what is called with each, if
-    not the whole model.
+    not the whole model; seed draws the labels, of batches that are numbered from `first` on.
     """
-    loss = ModelLoss()
+    loss = ModelLoss(seed)
     sums = MomentSums()
 
     def add(unit: str, batch: int, gradient: Tensor) -> None:
@@ -169,5 +188,6 @@ def block_sums(
     stream = Stream(model, device, torch.float32, call=call, gradients=add)
     for start in range(0, len(batches), at_a_time):
         group = batches[start : start + at_a_time]
-        stream.run(group, loss.cotangents(group))
+        indices = range(first + start, first + start + len(group))
+        stream.run(group, loss.cotangents(group, indices))
     return sums.take(), loss.events

@@ -33,9 +33,11 @@ def _inputs_of(module: Any) -> int:
     return int(module.weight.shape[0])
 
 
-def state_bytes(model: Any, width: int, batches: Sequence[Batch], *, gradients: bool) -> int:
-    """Return the bytes for the float32 hidden states of the largest batch: what goes into a block,
-    and, with gradients, into every block at once."""
+def state_bytes(
+    model: Any, width: int, batches: Sequence[Batch], *, gradients: bool, itemsize: int = 4
+) -> int:
+    """Return the bytes for the hidden states of the largest batch, of so many bytes a number: what
+    goes into a block, and, with gradients, into every block at once."""
     depth = 0
     for module in model.modules():
         if isinstance(module, nn.ModuleList):
@@ -44,7 +46,7 @@ def state_bytes(model: Any, width: int, batches: Sequence[Batch], *, gradients: 
 
     # A few copies on the way; for the way back also an input and an output of every block
     states = 2 * depth + 4 if gradients else 4
-    return largest * width * 4 * states
+    return largest * width * itemsize * states
 
 
 def whole_bytes(teacher: Any, student: Any, vocabulary: int, batches: Sequence[Batch]) -> int:

@@ -14,8 +14,8 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from svdcli.linalg.whitening import Metric
 from svdcli.plan.tensors import TensorInfo
 
 METADATA = "svdcli_moments"
+METADATA_OF_PART = "svdcli_moments_part"  # of what `parts` writes
 # Moments are sums in float32. Where inputs hardly vary, the rounding of these, as a part of their
 # norm, is a noticeable part of a covariance, and may make it indefinite.
 _ROUNDING = 1e-7
@@ -41,7 +42,7 @@ FORMAT = 1
 @dataclass(frozen=True)
 class Provenance:
     """The model that was measured, and the text that it read. unit is that of the predicted loss:
-    nats, or 1 - cosine."""
+    nats, or 1 - cosine; precision the dtype in which the model ran."""
 
     fingerprint: str
     text: str
@@ -53,6 +54,17 @@ class Provenance:
     gradients: bool
     sensitivity: bool
     unit: str
+    precision: str = "float32"
+
+    @staticmethod
+    def of(data: Mapping[str, Any]) -> Provenance:
+        """Return what a file's metadata says; what older files do not have is as it was then.
+        Raises KeyError for anything else that is missing."""
+        known = {}
+        for item in fields(Provenance):
+            if item.name in data or item.default is MISSING:
+                known[item.name] = data[item.name]
+        return Provenance(**known)
 
 
 @dataclass(frozen=True)
@@ -94,11 +106,18 @@ class Spool:
 
     def add(self, key: str, value: Tensor) -> None:
         """Add to the sum under this key, which starts from zero."""
-        path = self._path(key)
         if key in self.shapes:
-            value = value + torch.load(path, weights_only=True)
+            value = self.get(key) + value
+        self.put(key, value)
+
+    def put(self, key: str, value: Tensor) -> None:
+        """Have this be the sum under this key."""
         self.shapes[key] = tuple(value.shape)
-        torch.save(value.to("cpu", torch.float32).contiguous(), path)
+        torch.save(value.to("cpu", torch.float32).contiguous(), self._path(key))
+
+    def find(self, key: str) -> Tensor | None:
+        """Return the sum so far, None where there is none."""
+        return self.get(key) if key in self.shapes else None
 
     def get(self, key: str) -> Tensor:
         """Return the sum so far, float32, on the CPU."""
@@ -123,6 +142,17 @@ def write_moments(
     "transposed": bool}.
     """
     metadata = {METADATA: json.dumps({"format": FORMAT} | asdict(provenance) | {"layers": layers})}
+    write_sums(path, spool, metadata, lambda key, value: value * scales[key])
+
+
+def write_sums(
+    path: Path,
+    spool: Spool,
+    metadata: Mapping[str, str],
+    change: Callable[[str, Tensor], Tensor] = lambda key, value: value,
+) -> None:
+    """Write every spooled sum, as `change` makes it, into one file that appears whole or not at
+    all; one sum at a time is in memory."""
     infos = tuple(TensorInfo(key, "F32", shape) for key, shape in spool.shapes.items())
 
     # Written beside the path and moved there when it is complete
@@ -130,7 +160,7 @@ def write_moments(
         file = lay_out(path.name, [Unit("moments", "copy", (), infos, path.name)], metadata)
         writer = WeightWriter(Path(folder), [file])
         for info in infos:
-            writer.write(info.name, [bytes_of(spool.get(info.name) * scales[info.name])])
+            writer.write(info.name, [bytes_of(change(info.name, spool.get(info.name)))])
         writer.finish(path.name, metadata)
         os.replace(Path(folder) / path.name, path)
 
@@ -140,8 +170,7 @@ class Moments:
 
     def __init__(self, checkpoint: Checkpoint, data: Mapping[str, Any]) -> None:
         self._checkpoint = checkpoint
-        fields = {name: data[name] for name in Provenance.__dataclass_fields__}
-        self.provenance = Provenance(**fields)
+        self.provenance = Provenance.of(data)
         self.layers: Mapping[str, Mapping[str, Any]] = data["layers"]
 
     @property
@@ -200,7 +229,12 @@ def open_moments(path: str | Path) -> Moments:
     """Open a file of `svdcli calibrate`. Raises BadCheckpointError where it is none, or damaged."""
     # The metadata of the one file that it is
     checkpoint = open_output(path)
-    text = next(iter(checkpoint.metadata.values()), {}).get(METADATA)
+    metadata: Mapping[str, str] = next(iter(checkpoint.metadata.values()), {})
+    text = metadata.get(METADATA)
+    if text is None and METADATA_OF_PART in metadata:
+        raise BadCheckpointError(
+            f"{path} is a part of a calibration", "run `svdcli merge-moments` on all parts first"
+        )
     if text is None:
         raise BadCheckpointError(
             f"{path} was not written by svdcli calibrate", "run `svdcli calibrate` first"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -29,12 +31,20 @@ class MomentSums:
     """Sums over rows (count, width) by key: first moments, second moments and cross moments.
 
     Second moments of rows wider than `full` are summed as diagonals. Sums have the rows' dtype, or
-    `dtype` where it is given: products are computed in the rows' dtype all the same.
+    `dtype` where it is given: products are computed in the rows' dtype all the same. begin(key) is
+    what a sum starts from, None for zero: sums that go on from each other are, to the bit, the one
+    that nothing interrupted.
     """
 
-    def __init__(self, full: int | None = None, dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self,
+        full: int | None = None,
+        dtype: torch.dtype | None = None,
+        begin: Callable[[str], Tensor | None] = lambda key: None,
+    ) -> None:
         self._full = full
         self._dtype = dtype
+        self._begin = begin
         self._sums: dict[str, Tensor] = {}
         # Keys of sums of which only the lower triangle is up to date
         self._lower: set[str] = set()
@@ -70,5 +80,9 @@ class MomentSums:
 
     def _sum_of(self, key: str, rows: Tensor, shape: tuple[int, ...]) -> Tensor:
         if key not in self._sums:
-            self._sums[key] = rows.new_zeros(shape, dtype=self._dtype)
+            begun = self._begin(key)
+            if begun is None:
+                self._sums[key] = rows.new_zeros(shape, dtype=self._dtype)
+            else:
+                self._sums[key] = begun.to(rows.device, self._dtype or rows.dtype)
         return self._sums[key]

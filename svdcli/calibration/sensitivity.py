@@ -11,17 +11,51 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from svdcli.calibration.loss import answer_of
+from svdcli.calibration.memory import state_bytes
 from svdcli.calibration.moments import LayerMoments, metric_of
 from svdcli.calibration.stream import Stream
+from svdcli.calibration.sums import Sums
 from svdcli.linalg.solvers import transposed
 from svdcli.linalg.whitening import weighted
 from svdcli.progress import Progress
 from svdcli.text.tokens import Batch
 
 CUT = 0.25  # of min(m, n)
+
+# Sensitivities compare whole distributions, which says much with little text.
+SENSITIVITY_BATCHES = 4
+
+
+def add_sensitivities(
+    sums: Sums,
+    stream: Stream,
+    layers: Mapping[str, str],
+    width: int,
+    batches: Sequence[Batch],
+    memory: int,
+    progress: Progress,
+) -> None:
+    """Measure the sensitivities on batches spread over the text, and put them beside the moments.
+
+    layers maps names of weights to names of modules; width is that of the hidden states, and memory
+    what these may take, in bytes.
+    """
+    count = min(SENSITIVITY_BATCHES, len(batches))
+    sample = [batches[len(batches) * i // SENSITIVITY_BATCHES] for i in range(count)]
+
+    # As many copies of them at a time as their hidden states fit into the memory
+    copy_bytes = 0
+    for batch in sample:
+        copy_bytes += state_bytes(stream.model, width, [batch], gradients=False)
+    at_a_time = max(1, memory // copy_bytes)
+    reached = {name: target for name, target in layers.items() if name in sums.leaders}
+    results = sensitivities(stream, sample, reached, sums.moments_of, at_a_time, progress)
+    for name, values in results.items():
+        sums.spool.put(f"sensitivity.{name}", torch.tensor(values))
 
 
 def sensitivities(

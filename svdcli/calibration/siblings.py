@@ -11,7 +11,7 @@ router sends tokens to the expert, at least once: none is free of charge because
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -32,13 +32,14 @@ def sibling_groups(names: Iterable[str]) -> list[list[str]]:
 
 
 def lend(
-    layers: Mapping[str, str], leaders: dict[str, str], rows: dict[str, int], spool: Spool
+    layers: Iterable[str], leaders: dict[str, str], rows: dict[str, int], spool: Spool
 ) -> list[str]:
     """Add to the sums of every expert what its siblings know, and return the names of the weights
     that read fewer tokens than they have inputs.
 
-    leaders maps each weight that was reached to the one whose input it shares, rows those to how
-    many rows they read; both are filled in for experts that no token was sent to.
+    layers are the names of all weights that were to be measured. leaders maps each weight that was
+    reached to the one whose input it shares, rows those to how many rows they read; both are filled
+    in for experts that no token was sent to.
     """
     few: list[str] = []
     read = dict(rows)

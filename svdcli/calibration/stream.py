@@ -479,14 +479,18 @@ class Stream:
         """Keep the unit's parameters and buffers on the device in the compute dtype, for as long as
         its turn lasts."""
         unit = self.units[name]
-        with self._on_device([*unit.parameters(), *unit.buffers()]):
+        with self._on_device([*unit.parameters(), *unit.buffers()], _computed_once(unit)):
             yield
 
     @contextmanager
-    def _on_device(self, tensors: Sequence[Tensor]) -> Iterator[None]:
+    def _on_device(self, tensors: Sequence[Tensor], exact: Collection[int] = ()) -> Iterator[None]:
+        """Keep tensors on the device, floating ones in the compute dtype; those whose identities
+        are in `exact` lose no digits."""
         stored = [(tensor, tensor.data) for tensor in tensors]
         for tensor, data in stored:
             dtype = self.dtype if data.is_floating_point() else data.dtype
+            if id(tensor) in exact and data.is_floating_point():
+                dtype = torch.promote_types(dtype, data.dtype)
             tensor.data = data.to(self.device, dtype)
         try:
             yield
@@ -506,6 +510,16 @@ class Stream:
                     stack.enter_context(_buffer_moved(module, name, buffer, self.device))
             with self._on_device(parameters):
                 yield
+
+
+def _computed_once(unit: nn.Module) -> set[int]:
+    """Return the identities of buffers that a model computes when it is built and does not store:
+    rotary frequencies lose their meaning in 16 bits."""
+    found: set[int] = set()
+    for module in unit.modules():
+        for name in module._non_persistent_buffers_set:
+            found.add(id(module._buffers.get(name)))
+    return found
 
 
 @contextmanager

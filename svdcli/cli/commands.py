@@ -61,7 +61,9 @@ from svdcli.cli.options import (
     OutputOrNewest,
     OutputOrPipe,
     OutputWithFactors,
+    Parts,
     PlanFile,
+    Precision,
     Quiet,
     Rank,
     Samples,
@@ -89,6 +91,7 @@ from svdcli.cli.options import (
     check_samples,
     compute_from,
     read_layers,
+    read_part,
     read_plan,
     read_wanted,
     write_plan,
@@ -110,11 +113,12 @@ from svdcli.version import __version__
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
+    from svdcli.calibration.work import Forecast
     from svdcli.files.report import Report
     from svdcli.plan.recipe import Wanted
     from svdcli.progress import Progress
     from svdcli.text.texts import Texts
-    from svdcli.verbs.calibrate import Forecast
+    from svdcli.verbs.calibrate import Calibrated
     from svdcli.verbs.compress import Reading
     from svdcli.verbs.outcome import Outcome
 
@@ -384,7 +388,7 @@ def inspect(
     json_: Json = False,
     csv_: Csv = False,
 ) -> None:
-    """List what is in MODEL and which layers compress would select.
+    """List what is in MODEL and what compress would select.
 
     Each layer with the rank up to which it gains.
     """
@@ -579,6 +583,15 @@ def calibrate(
             "--sensitivity", help="Also measure what the output loses when each layer alone is cut."
         ),
     ] = False,
+    precision: Precision = words.PRECISION,
+    part: Annotated[
+        str | None,
+        typer.Option(
+            "--part",
+            help="Read one part of the text alone, such as 2/8; merge-moments adds the parts up.",
+            metavar="K/N",
+        ),
+    ] = None,
     include: Include = None,
     exclude: Exclude = None,
     seed: SeedOfLabels = 0,
@@ -591,12 +604,11 @@ def calibrate(
     """Read text with MODEL and write what its layers see.
 
     And how much their outputs matter: what compress --calibration takes. The model is in memory a
-    block at a time.
+    block at a time. Under torchrun each rank reads its share of the text.
     """
-    from svdcli.render import machine, words
-
     # What was asked
     check_samples(samples)
+    numbers = None if part is None else read_part(part)
     texts = _read_text(text, stdlib=stdlib, held_out=False)
     _tell_code(trust_remote_code, model)
     with _working(quiet) as progress:
@@ -608,6 +620,8 @@ def calibrate(
             seq_len=seq_len,
             gradients=gradients,
             sensitivity=sensitivity,
+            precision=precision,
+            part=numbers,
             include=include or (),
             exclude=exclude or (),
             seed=seed,
@@ -617,8 +631,34 @@ def calibrate(
             announce=_announce(quiet),
             progress=progress,
         )
+    _tell_calibrated(calibrated, json_, quiet)
 
-    # What was measured, and which layers saw nothing
+
+@app.command(
+    name="merge-moments",
+    epilog="Example: svdcli merge-moments part-*.safetensors -o stats.safetensors",
+)
+def merge_moments(
+    parts: Parts,
+    output: OutOfCalibrate,
+    force: Force = False,
+    json_: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Add up parts of a calibration to the file of moments.
+
+    Parts are what calibrate --part wrote on several machines; every part of the text is needed,
+    once, in whichever order.
+    """
+    with _working(quiet):
+        calibrated = svdcli.merge_moments(parts, output, force=force)
+    _tell_calibrated(calibrated, json_, quiet)
+
+
+def _tell_calibrated(calibrated: Calibrated, json_: bool, quiet: bool) -> None:
+    """Tell what was measured, and which layers saw nothing."""
+    from svdcli.render import machine, words
+
     if not quiet:
         print_note(
             f"wrote {calibrated.path}: {calibrated.layers} layers, {calibrated.inputs} distinct "
@@ -869,12 +909,17 @@ def _show_outcome(
     report, evaluation = outcome.report, outcome.evaluation
     measured = None if evaluation is None else evaluation.to_json()
     data = report.to_json() | {"measured": measured}
+    estimate = None if outcome.costs is None else outcome.costs.estimate()
+    if estimate is not None:
+        data |= {"estimate": estimate.to_json(), "unchecked": outcome.unchecked}
     rows = [asdict(row) for row in report.layers]
     wants_table = _print_for_programs(data, rows, json_, csv_, stream)
     if wants_table and not quiet:
         tables.print_report(report, stream, grouped=grouped)
         if evaluation is not None:
             tables.print_measured(evaluation, stream)
+        if estimate is not None:
+            tables.print_estimate(estimate, outcome.unchecked, stream)
     # The output is whole without it
     if outcome.not_evaluated and not quiet:
         print_note(f"the loss was not measured: {outcome.not_evaluated}; see `svdcli eval`")
@@ -904,8 +949,11 @@ def _announce(quiet: bool) -> Callable[[Forecast], None]:
         rounds = "" if forecast.rounds == 1 else f" in {forecast.rounds} rounds"
         measured = "inputs and loss gradients" if forecast.gradients else "inputs"
         portions = words.portions(forecast.samples, forecast.tokens, forecast.seq_len)
+        part = f", part {forecast.part} of the text" if forecast.part else ""
+        ranks = f", on {forecast.ranks} ranks" if forecast.ranks > 1 else ""
         print_note(
-            f"calibrating on {forecast.tokens:,} tokens, {portions}{rounds}: moments of {measured}"
+            f"calibrating on {forecast.tokens:,} tokens, {portions}{part}{ranks}{rounds}: moments "
+            f"of {measured}, model in {forecast.precision}"
         )
         if forecast.side:
             print_note(f"only {forecast.side} of the model reads text alone, and is run")
@@ -916,6 +964,9 @@ def _announce(quiet: bool) -> Callable[[Forecast], None]:
         )
         if forecast.reason:
             print_note(f"no gradients: {forecast.reason}")
+        if forecast.no_bfloat16:
+            reason = printable(forecast.no_bfloat16)
+            print_note(f"bfloat16 is faster here, but the model does not run in it: {reason}")
 
     return (lambda forecast: None) if quiet else tell
 

@@ -91,6 +91,12 @@ Model = Annotated[
 Output = Annotated[str, _out("What compress wrote.")]
 
 
+Parts = Annotated[
+    list[str],
+    typer.Argument(help="What calibrate --part wrote, every part once.", metavar="PART..."),
+]
+
+
 OutputOrPipe = Annotated[str, _out("What compress wrote, or - for standard input.")]
 
 
@@ -238,6 +244,16 @@ CalibrationFile = Annotated[
 
 Metric = Annotated[
     words.MetricName, _calibration("--metric", help="How much of a calibration counts.")
+]
+
+
+Precision = Annotated[
+    words.Precision,
+    _calibration(
+        "--precision",
+        help="Run the model in this; auto: bfloat16 where it multiplies faster. Sums are in "
+        "float32.",
+    ),
 ]
 
 
@@ -442,7 +458,9 @@ SavePlan = Annotated[
 ]
 
 
-DryRun = Annotated[bool, _run("--dry-run", help="Only print the plan and its exact size.")]
+DryRun = Annotated[
+    bool, _run("--dry-run", help="Only print the plan, its exact size and the time of a run.")
+]
 
 
 # Output -------------------------------------------------------------------------------------------
@@ -463,7 +481,7 @@ def _csv(row: str) -> Any:
 Out = Annotated[str | None, _written("Where to write; - for standard output.")]
 
 
-OutOfCalibrate = Annotated[str, _written("The file of moments to write.", "FILE")]
+OutOfCalibrate = Annotated[str, _written("The file to write.", "FILE")]
 
 
 OutOfHeal = Annotated[str | None, _written("Where to write; by default OUT with -healed.")]
@@ -519,6 +537,14 @@ def check_samples(samples: int | None) -> None:
     """Raises UsageError for an amount of text that is none; None leaves it to the model."""
     if samples is not None:
         at_least_one("--samples", samples)
+
+
+def read_part(text: str) -> tuple[int, int]:
+    """2/8 -> (2, 8). Raises UsageError for anything else."""
+    found = re.fullmatch(r"(\d+)/(\d+)", text)
+    if found is None:
+        raise UsageError(f"--part {text} is no part", "give K/N, such as --part 2/8")
+    return int(found[1]), int(found[2])
 
 
 def at_least_one(option: str, value: int) -> None:

@@ -24,6 +24,8 @@ from svdcli.engine.run import Run
 from svdcli.engine.solve import (
     LayerFailedError,
     Ready,
+    check_finite,
+    largest_of,
     read_weight,
     refitted,
     solve_layer,
@@ -103,11 +105,14 @@ def run_job(job: Job) -> Line:
 
 
 def load(job: Job, opened: Opened) -> Loaded | None:
-    """The weight of a layer that is to be factored, and its moments; None for what is streamed."""
+    """The weight of a layer that is to be factored, and its moments; None for what is streamed.
+    Raises UnsoundError for a weight that no solver takes."""
     if job.unit.kind != "factor" or job.layer is None:
         return None
     moments = None if opened.calibration is None else opened.calibration.of(job.layer)
     weight = read_weight(opened.source, job.layer.originals)
+    if largest_of(weight) is None:
+        check_finite([tensor.name for tensor in job.layer.originals])
     if job.device.startswith("cuda"):
         weight = weight.pin_memory()  # from where it is copied to the card without a detour
     return Loaded(weight, moments)

@@ -39,6 +39,7 @@ from svdcli.plan.tables import tables_of, with_tables
 from svdcli.plan.tensors import TensorInfo
 from svdcli.plan.words import option_of
 from svdcli.progress import Progress
+from svdcli.ranks import LostRankError
 
 if TYPE_CHECKING:
     import torch
@@ -197,21 +198,26 @@ def _check_needs_none(recipe: Recipe) -> None:
 def make_plan(run: Run, checkpoint: Checkpoint, request: Request, name: str | None) -> Plan:
     """Measure the weights, then fix every rank. Nothing is written but lines of the journal.
 
-    Raises SvdcliError for weights that are not finite, unless such layers are to stay dense, and
-    NothingSelectedError where no layer would shrink.
+    No weights are read where the plan does not go by them: whether they are finite is then found
+    by the jobs. Raises UnsoundError for weights that are found not to be, unless such layers are to
+    stay dense, and NothingSelectedError where no layer would shrink.
     """
-    from svdcli.engine.spectra import check_finite, measure_spectra
+    from svdcli.engine.solve import check_finite
+    from svdcli.engine.spectra import measure_spectra
 
     # A plan has its ranks: of the weights it only needs to know that they are finite.
     recipe = request.recipe
-    spectra = request.plan is None and needs_spectra(recipe)
+    spectra = measures_spectra(request)
     packed_for = None
     if request.plan is None and chooses_packings(recipe):
         packed_for = recipe
     groups = _groups(checkpoint, request) if spectra else ()
-    measured = measure_spectra(
-        run, request.selected, spectra=spectra, recipe=packed_for, groups=groups
-    )
+    if not goes_by_weights(request):
+        measured = {tensor.name: LayerSpectrum(finite=True) for tensor in request.selected}
+    else:
+        measured = measure_spectra(
+            run, request.selected, spectra=spectra, recipe=packed_for, groups=groups
+        )
     kinds = _kinds_of(checkpoint, request)
     for name in measured.keys() & kinds.misfits.keys():
         measured[name] = replace(measured[name], misfit=kinds.misfits[name])
@@ -231,6 +237,17 @@ def make_plan(run: Run, checkpoint: Checkpoint, request: Request, name: str | No
     if not plan.factored:
         raise _nothing_shrinks(checkpoint, plan)
     return plan
+
+
+def measures_spectra(request: Request) -> bool:
+    """Do the ranks go by singular values that are still to be measured."""
+    return request.plan is None and needs_spectra(request.recipe)
+
+
+def goes_by_weights(request: Request) -> bool:
+    """Does the plan depend on the numbers in the weights, and not on shapes alone."""
+    calibrated = request.calibration is not None
+    return measures_spectra(request) or calibrated or request.recipe.nonfinite == "skip"
 
 
 def _groups(checkpoint: Checkpoint, request: Request) -> tuple[Group, ...]:
@@ -448,9 +465,10 @@ def model_code() -> CompanionFile:
     return CompanionFile(STANDALONE, standalone.standalone_source(), standalone.auto_map())
 
 
-def predicted_report(checkpoint: Checkpoint, plan: Plan, name: str | None) -> Report:
+def predicted_report(design: CompressDesign) -> Report:
     """The report of an output that was not written, without measured errors."""
-    sizes = design_of(checkpoint, plan, name).blueprint().sizes()
+    checkpoint, plan = design.checkpoint, design.plan
+    sizes = design.blueprint().sizes()
     planned = {layer.tensor.name: Result(0.0, layer.solver) for layer in plan.factored}
     source = source_json(checkpoint, plan.fingerprint)
     record = make_record(plan, source, checkpoint.left_out, checkpoint.left_out_bytes, planned)
@@ -458,12 +476,14 @@ def predicted_report(checkpoint: Checkpoint, plan: Plan, name: str | None) -> Re
 
 
 @contextmanager
-def refusing(workspace: Workspace) -> Iterator[None]:
-    """A refusal leaves nothing behind but a calibration that was made on the way, and says where
-    that is."""
+def refusing(workspace: Workspace, kind: type[SvdcliError] = SvdcliError) -> Iterator[None]:
+    """A refusal, of this kind, leaves nothing behind but a calibration that was made on the way,
+    and says where that is. A rank that is lost refuses nothing."""
     try:
         yield
-    except SvdcliError as error:
+    except LostRankError:
+        raise
+    except kind as error:
         if workspace.give_up():
             kept = f"the calibration waits in {workspace.folder} for the next try"
             error.hint = "; ".join(filter(None, (error.hint, kept)))

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from svdcli.calibration.moments import LayerMoments, metric_of
 from svdcli.engine.packing import parts_of, solve_packed
+from svdcli.errors import SvdcliError
 from svdcli.files.dtypes import TORCH_DTYPES
 from svdcli.files.record import Result
 from svdcli.files.source import Source
@@ -21,6 +22,7 @@ from svdcli.linalg.machine import converted, squared_norm
 from svdcli.linalg.solvers import SOLVERS, Factors, transposed
 from svdcli.linalg.whitening import refit_bias, weighted, weighted_error
 from svdcli.models.modules import is_row_order
+from svdcli.plan.decide import UNSOUND
 from svdcli.plan.groups import spans_of
 from svdcli.plan.layouts import LAYOUTS
 from svdcli.plan.packing import PLAIN
@@ -40,6 +42,9 @@ _LADDER = (("gram", torch.float32), ("svd", torch.float32), ("svd", torch.float6
 _GRAM_FLOOR = {torch.float32: 1e-4, torch.float64: 1e-11}
 
 
+_TINY = 1e-140  # the squares of smaller numbers, or larger than one over it, leave float64
+
+
 @dataclass(frozen=True)
 class Ready:
     """Layers whose tensors exist already, all that are written, and which solver they came from."""
@@ -57,6 +62,28 @@ class Ready:
 
 class LayerFailedError(Exception):
     """Every solver failed on a layer; str() says how each did."""
+
+
+class UnsoundError(SvdcliError):
+    """A weight that no solver takes."""
+
+
+def largest_of(w: Tensor) -> float | None:
+    """The largest magnitude in a weight; None where it holds NaN or infinity, or float64 numbers
+    whose squares leave its range."""
+    largest = max(abs(value) for value in map(float, w.aminmax()))
+    squares = w.dtype != torch.float64 or largest == 0 or _TINY < largest < 1 / _TINY
+    return largest if math.isfinite(largest) and squares else None
+
+
+def check_finite(bad: Sequence[str]) -> None:
+    """Raise UnsoundError that names the weights that no solver takes."""
+    if bad:
+        more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
+        raise UnsoundError(
+            f"{UNSOUND} in {', '.join(bad[:3])}{more}",
+            "leave such layers dense with --nonfinite skip, or --exclude them",
+        )
 
 
 def bias_of(source: Source, tensor: TensorInfo, moments: LayerMoments | None) -> TensorInfo | None:

@@ -16,21 +16,18 @@ from svdcli.engine.inputs import Inputs, Opened, shared
 from svdcli.engine.job import Line, guess_seconds
 from svdcli.engine.packing import expected_roundings
 from svdcli.engine.run import Run
-from svdcli.engine.solve import bias_of, read_weight, work_dtype
-from svdcli.errors import SvdcliError
+from svdcli.engine.solve import bias_of, largest_of, read_weight, work_dtype
 from svdcli.files.dtypes import TORCH_DTYPES
 from svdcli.files.source import Source
 from svdcli.linalg.damping import blocks_of
 from svdcli.linalg.solvers import squared_singular_values
 from svdcli.linalg.whitening import weighted_energies
-from svdcli.plan.decide import UNSOUND, LayerSpectrum
+from svdcli.plan.decide import LayerSpectrum
 from svdcli.plan.groups import Group
 from svdcli.plan.menus import Rounding, Trial, trials_of
 from svdcli.plan.recipe import Recipe
 from svdcli.plan.tensors import TensorInfo, module_of
 from svdcli.plan.words import METRICS
-
-_TINY = 1e-140  # the squares of smaller numbers, or larger than one over it, leave float64
 
 
 def measure_spectrum(
@@ -50,10 +47,8 @@ def measure_spectrum(
     Weights of 16 bits are measured through a float32 Gram matrix, whose noise is below their own
     rounding; others in float64.
     """
-    # finite, also when squared
-    largest = max(abs(value) for value in map(float, w.aminmax()))
-    squares = w.dtype != torch.float64 or largest == 0 or _TINY < largest < 1 / _TINY
-    if not (math.isfinite(largest) and squares):
+    largest = largest_of(w)
+    if largest is None:
         return LayerSpectrum(finite=False)
     if not spectra:
         return LayerSpectrum(finite=True)
@@ -254,13 +249,3 @@ def _spectrum_of(
             for trial, share in zip(trials, line.get("roundings", ()), strict=False)
         ),
     )
-
-
-def check_finite(bad: Sequence[str]) -> None:
-    """Raises SvdcliError that names the weights that no solver takes."""
-    if bad:
-        more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
-        raise SvdcliError(
-            f"{UNSOUND} in {', '.join(bad[:3])}{more}",
-            "leave such layers dense with --nonfinite skip, or --exclude them",
-        )

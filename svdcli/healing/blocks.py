@@ -597,7 +597,7 @@ def heal_whole(
         # Coordinates in which all steps cost alike, learned from a few batches
         few = batches.fewer(max(1, _MOMENT_BATCHES // replicas.size)).train
         sample = [_moved(batch, device) for batch in few]
-        whitened = whitened_layers(teacher, student, tensors, sample, call(teacher), replicas)
+        whitened = whitened_layers(teacher, student, tensors, sample, call(teacher), seed, replicas)
         roundings = _learned_roundings(student, scale_dtypes)
         layers = StandIns(student, {**whitened, **roundings})
 

@@ -108,11 +108,13 @@ def whitened_layers(
     tensors: Mapping[str, Tensor],
     batches: Sequence[Batch],
     call: Callable[..., Any] | None = None,
+    seed: int = 0,
     replicas: Replicas = ALONE,
 ) -> dict[str, WhitenedLinear]:
     """Return a stand-in for every low-rank linear layer of the student whose factors are in
     `tensors`, by the layer's name. batches are what the teacher reads to learn the coordinates, of
-    every rank its own; call is what is called with each, if not the whole teacher."""
+    every rank its own; call is what is called with each, if not the whole teacher; seed draws the
+    labels."""
     # The layers to train, where the original has a linear layer
     dense: dict[str, nn.Module] = {}
     for name, module in student.named_modules():
@@ -125,7 +127,9 @@ def whitened_layers(
         return {}
 
     # Each in coordinates that its moments scale; a moment that was not met scales nothing
-    inputs, outputs = map(replicas.summed, moments_of(teacher, dense, batches, call))
+    first = replicas.rank * len(batches)
+    found = moments_of(teacher, dense, batches, call, seed, first)
+    inputs, outputs = map(replicas.summed, found)
     layers: dict[str, WhitenedLinear] = {}
     for name, original in dense.items():
         conv = is_conv(original)
@@ -159,10 +163,13 @@ def moments_of(
     names: Collection[str],
     batches: Sequence[Batch],
     call: Callable[..., Any] | None = None,
+    seed: int = 0,
+    first: int = 0,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Return the second moments of the inputs and of the loss gradients at the outputs of the named
     layers, summed over the batches, from ordinary passes of a model in memory; diagonals beyond
-    `FULL`. Padding counts as zeros in gradients only."""
+    `FULL`. Padding counts as zeros in gradients only; seed draws the labels, of
+    batches that are numbered from `first` on."""
     input_sums = MomentSums(FULL)
     gradient_sums = MomentSums(FULL)
     ends: list[tuple[str, Tensor]] = []
@@ -177,14 +184,14 @@ def moments_of(
 
         return hook
 
-    loss = ModelLoss()
+    loss = ModelLoss(seed)
     handles = [model.get_submodule(name).register_forward_hook(watch(name)) for name in names]
     try:
-        for batch in batches:
+        for index, batch in enumerate(batches, first):
             # Forwards, noting every output that a gradient is wanted at
             ends.clear()
             with torch.enable_grad():
-                tensor, cotangent = loss.cotangent(batch, (call or model)(**batch))
+                tensor, cotangent = loss.cotangent(index, batch, (call or model)(**batch))
 
             # Backwards; an output that the loss does not depend on has no gradient
             outputs = [output for _, output in ends]

@@ -11,7 +11,8 @@ import bisect
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from svdcli.plan.layouts import LAYOUTS
 from svdcli.plan.packing import PLAIN, Packing
@@ -71,16 +72,28 @@ def options_of(tensor: TensorInfo, recipe: Recipe, *, unit: str, extra_bytes: in
     """Every rank of this layer that saves, with its cost in `unit` ("parameters" or "bytes").
     extra_bytes are the bytes of what is stored besides its matrices."""
     dtype = recipe.dtype or tensor.dtype
-    layout = LAYOUTS[recipe.layout]
     packing = recipe.packings[0] if recipe.packings else PLAIN
-    largest = layout.largest_saving_rank(tensor, dtype, packing)
+    dense_cost = tensor.nbytes if unit == "bytes" else tensor.parameters
+    any_name = replace(tensor, name="")
     step = rank_step(recipe, packing)
+    ranks, costs, largest = _ranks(any_name, recipe.layout, dtype, packing, step, unit)
+    if unit == "bytes" and extra_bytes:
+        costs = [extra_bytes + cost for cost in costs]
+    return Options(tensor, ranks, costs, dense_cost, largest)
+
+
+@lru_cache(maxsize=32)
+def _ranks(
+    tensor: TensorInfo, layout: str, dtype: str, packing: Packing, step: int, unit: str
+) -> tuple[Sequence[int], Sequence[int], int]:
+    """(ranks that save, the cost of each, the largest rank that saves), which hundreds of layers of
+    one shape have in common."""
+    of = LAYOUTS[layout]
+    largest = of.largest_saving_rank(tensor, dtype, packing)
     ranks = range(step, largest + 1, step)
     if unit == "bytes":
-        sizes = [extra_bytes + layout.nbytes(tensor, rank, dtype, packing) for rank in ranks]
-        return Options(tensor, ranks, sizes, tensor.nbytes, largest)
-    costs = [layout.parameters(tensor.shape, rank) for rank in ranks]
-    return Options(tensor, ranks, costs, tensor.parameters, largest)
+        return ranks, tuple(of.nbytes(tensor, rank, dtype, packing) for rank in ranks), largest
+    return ranks, tuple(of.parameters(tensor.shape, rank) for rank in ranks), largest
 
 
 def rank_step(recipe: Recipe, packing: Packing) -> int:

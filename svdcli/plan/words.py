@@ -18,6 +18,10 @@ Share = Literal["auto", "never", "always"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Dtype = Literal["float32", "float16", "bfloat16", "float64"]
 OnnxDtype = Literal["float32", "float16"]
+Precision = Literal["auto", "float32", "bfloat16"]
+
+# In which a model runs while it is measured, where nothing else is asked for.
+PRECISION: Precision = "float32"
 
 TARGETS: tuple[Target, ...] = get_args(Target)
 ALLOCATIONS: tuple[Allocation, ...] = get_args(Allocation)

@@ -27,6 +27,7 @@ from svdcli.render.layers import (
 )
 from svdcli.render.words import (
     arrow,
+    duration,
     human,
     left_out_lines,
     percent_of,
@@ -42,6 +43,7 @@ from svdcli.render.words import (
 )
 
 if TYPE_CHECKING:
+    from svdcli.engine.costs import Estimate
     from svdcli.files.report import LayerRow, Report, Total
     from svdcli.verbs.bench import Bench, Comparison
     from svdcli.verbs.evaluate import Continuation, Evaluation
@@ -396,6 +398,17 @@ def print_measured(evaluation: Evaluation, stream: TextIO) -> None:
         lines.append(("perplexity", f"{before} → {after}, {tokens}"))
     lines += _drift_lines(evaluation)
     _print_grid(lines, console)
+
+
+def print_estimate(estimate: Estimate, unchecked: str, stream: TextIO) -> None:
+    """What a run would take, after a dry run, and what only the run would see."""
+    workers = "1 worker" if estimate.workers == 1 else f"{estimate.workers} workers"
+    read, written = human(estimate.bytes_read, "B"), human(estimate.bytes_written, "B")
+    text = f"about {duration(estimate.seconds)} on {workers}, {read} read, {written} written"
+    lines = [("a run", text)]
+    if unchecked:
+        lines.append(("not checked", unchecked))
+    _print_grid(lines, console_for(stream))
 
 
 def print_evaluation(evaluation: Evaluation, stream: TextIO) -> None:

@@ -8,58 +8,33 @@ Grosse (K-FAC, 2015).
 
 from __future__ import annotations
 
+import json
 import tempfile
-import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
-from svdcli.calibration.gather import FULL_OUTPUTS, Gather
-from svdcli.calibration.memory import SHARE_OF_MEMORY, free_memory, state_bytes, widest, width_of
-from svdcli.calibration.moments import Provenance, Spool, write_moments
-from svdcli.calibration.reading import ALONE, Read, read_batches
-from svdcli.calibration.stream import Stream
-from svdcli.calibration.text_side import text_side
+from svdcli.calibration.moments import Provenance, Spool
+from svdcli.calibration.parts import Part, PartFile, added, in_order, open_part, write_part
+from svdcli.calibration.precision import Passes
+from svdcli.calibration.sums import Sums
+from svdcli.calibration.together import Together
+from svdcli.calibration.work import Forecast, Settings, Work
 from svdcli.engine.compute import Compute
 from svdcli.engine.publish import check_place
-from svdcli.files.checkpoint import Checkpoint, open_checkpoint
+from svdcli.errors import BadCheckpointError, UsageError
+from svdcli.files.checkpoint import open_checkpoint
 from svdcli.files.record import check_not_compressed
 from svdcli.files.report import JSON_VERSION
 from svdcli.models.kinds import take_apart_stacks
-from svdcli.models.load import load_stored
-from svdcli.models.modules import is_linear
-from svdcli.plan.layers import choose_layers
+from svdcli.plan.words import PRECISION, Precision
 from svdcli.progress import Progress, silent
+from svdcli.ranks import Team, assembled, place_here
 from svdcli.text.texts import Texts
-from svdcli.text.tokens import Amount, load_tokenizer
-
-# Share of the speed of one large product at which a whole model is taken to be read.
-_SPEED_IN_PRACTICE = 0.4
-
-
-@dataclass(frozen=True)
-class Forecast:
-    """What calibration will take, told before it starts. state_bytes are hidden states kept between
-    blocks; seconds is a guess.
-
-    samples are windows of seq_len tokens, or sentences of at most as many. Where gradients were
-    left to choose and are not measured, reason says why. side names the part of the model that
-    reads the text, where it is not the whole.
-    """
-
-    tokens: int
-    seq_len: int
-    rounds: int
-    gradients: bool
-    state_bytes: int
-    seconds: float
-    reason: str = ""
-    samples: int = 0
-    side: str = ""
 
 
 @dataclass(frozen=True)
@@ -69,7 +44,8 @@ class Calibrated:
     samples are the windows of seq_len tokens that were read, or the sentences of at most as many.
     side names the part of the model that read them, where it is not the whole. saw_few lists
     weights of experts that read fewer tokens than they have inputs, and lean on the average of
-    their layer.
+    their layer. precision is the dtype in which the model ran. Of one part, such as "2/8", these
+    are what it read alone; rounds of parts that were added up are all of theirs.
     """
 
     path: str
@@ -85,9 +61,17 @@ class Calibrated:
     seq_len: int = 0
     side: str = ""
     saw_few: tuple[str, ...] = ()
+    precision: str = "float32"
+    part: str = ""
 
     def to_json(self) -> dict[str, Any]:
         return {"svdcli_json": JSON_VERSION, "kind": "calibration"} | asdict(self)
+
+    @staticmethod
+    def from_json(values: Mapping[str, Any]) -> Calibrated:
+        """Return what the fields became in JSON as what they were."""
+        lists = {name: tuple(values[name]) for name in ("uncalibrated", "saw_few")}
+        return Calibrated(**{**values, **lists})
 
 
 def calibrate(
@@ -99,6 +83,8 @@ def calibrate(
     seq_len: int | None = None,
     gradients: bool | None = None,
     sensitivity: bool = False,
+    precision: Precision = PRECISION,
+    part: tuple[int, int] | None = None,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     seed: int = 0,
@@ -106,6 +92,7 @@ def calibrate(
     compute: Compute | None = None,
     force: bool = False,
     trust_remote_code: bool = False,
+    alone: bool = False,
     announce: Callable[[Forecast], None] = lambda forecast: None,
     progress: Progress = silent,
 ) -> Calibrated:
@@ -116,195 +103,262 @@ def calibrate(
     as many as hold 131,072 tokens, or 16 for every input of the widest layer where that is more.
     gradients adds the moments of the loss gradients; None leaves that to the memory there is.
     sensitivity adds what the model's output loses when each layer alone is cut, from forward passes
-    over a few of the windows. memory bounds the hidden states that are kept between blocks (bytes;
-    by default a quarter of what is free): where the text needs more, it is read in rounds.
-    trust_remote_code runs Python that the model's folder brings along.
+    over a few of the windows. precision is the dtype in which the model runs: auto is bfloat16
+    where the device multiplies it at least 1.5 times as fast as float32. memory bounds the hidden
+    states that are kept between blocks (bytes; by default a quarter of what is free): where the
+    text needs more, it is read in rounds. trust_remote_code runs Python that the model's folder
+    brings along.
+
+    part=(2, 8) reads the second of eight parts of the text alone, and writes sums that
+    `merge_moments` adds up. Ranks that a launcher such as torchrun started together share the text
+    in the same way, all with the same result, unless alone. Parts must not depend on the machine:
+    there None means gradients, and auto of a single part float32.
 
     Of a model that reads more than text only the part is run that reads text alone (`text_side`).
     Raises SvdcliError for a model without one, and for one that answers with NaN, with the name of
-    the first layer that does.
+    the first layer that does; on one rank for what ended any of them.
     """
-    out = Path(out)
-    device = (compute or Compute()).start()
-    with open_checkpoint(model) as checkpoint:
-        check_not_compressed(checkpoint, "calibrate the original, which compress takes")
-        take_apart_stacks(checkpoint)
-        check_place(out, ".safetensors", source=checkpoint.path, force=force)
-
-        # The model, the layers to measure, and the text as it reads it
-        network = load_stored(model, trust_remote_code=trust_remote_code)
-        tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
-        side = text_side(network, str(model), len(tokenizer), ALONE)
-        layers = _modules_of(network, checkpoint, include, exclude)
-        amount = Amount.to_calibrate(samples, widest(network, layers.values()))
-        read = read_batches(side, tokenizer, texts, amount, seq_len)
-
-        # Hidden states of a round have to fit into memory
-        if memory is None:
-            memory = int(SHARE_OF_MEMORY * free_memory())
-        forecast = _forecast(network, read, gradients, memory)
-        announce(forecast)
-        size = -(-len(read.batches) // forecast.rounds)
-        rounds = [read.batches[start : start + size] for start in range(0, len(read.batches), size)]
-        torch.manual_seed(seed)
-        with tempfile.TemporaryDirectory(
-            dir=out.absolute().parent, prefix=f".{out.name}.spool-"
-        ) as folder:
-            # Moments, round by round
-            width = width_of(side.config(network))
-            gather = Gather(network, width, layers, Spool(Path(folder)), progress, len(rounds))
-            stream = Stream(network, device, torch.float32, call=side.of(network))
-            for number, batches in enumerate(rounds):
-                _gather_round(gather, stream, number, batches, layers, forecast.gradients)
-            few = gather.share_among_experts()
-            if sensitivity:
-                gather.add_sensitivities(stream, read.batches, memory)
-
-            # All of them into the file, with where they come from
-            provenance = Provenance(
-                fingerprint=checkpoint.fingerprint(),
-                seed=seed,
-                gradients=forecast.gradients,
-                sensitivity=sensitivity,
-                unit="nats" if gather.loss.nats else "1 - cosine",
-                **_text_read(texts, read),
+    settings = Settings(
+        texts=texts,
+        samples=samples,
+        seq_len=seq_len,
+        gradients=gradients,
+        include=include,
+        exclude=exclude,
+        seed=seed,
+        memory=memory,
+        trust_remote_code=trust_remote_code,
+        progress=progress,
+    )
+    request = Request(
+        model=model,
+        out=Path(out),
+        settings=settings,
+        sensitivity=sensitivity,
+        precision=precision,
+        compute=compute or Compute(),
+        force=force,
+        announce=announce,
+    )
+    place = None if alone else place_here()
+    if place is not None and place.size == 1:
+        place = None
+    if part is not None:
+        if place is not None:
+            raise UsageError(
+                "a part is for a process by itself, and ranks have a part each already",
+                "leave out --part, or start it without a launcher",
             )
-            keys = gather.keys()
-            write_moments(out, gather.spool, gather.scales(), keys, provenance)
-        return _calibrated(out, layers, keys, forecast, sensitivity, few)
+        return _of_one_part(request, Part(*part))
+    if place is None:
+        return _of_the_whole(request)
+    with assembled(place) as team:
+        return calibrate_together(request, team)
 
 
-def _text_read(texts: Texts, read: Read) -> dict[str, Any]:
-    """The fields of Provenance about the text."""
-    return {
-        "text": texts.name,
-        "text_sha256": texts.digest,
-        "tokens": read.tokens,
-        "samples": read.samples,
-        "seq_len": read.seq_len,
-    }
+@dataclass(frozen=True)
+class Request:
+    """What `calibrate` is asked for: its arguments."""
+
+    model: str | Path
+    out: Path
+    settings: Settings
+    sensitivity: bool
+    precision: Precision
+    compute: Compute
+    force: bool
+    announce: Callable[[Forecast], None]
+
+    def as_on_any_machine(self) -> Request:
+        """Return the same with gradients, unless they are declined: what parts measure must not
+        depend on the memory of a machine."""
+        gradients = self.settings.gradients is not False
+        return replace(self, settings=replace(self.settings, gradients=gradients))
+
+    @contextmanager
+    def opened(self, *, checks: bool = True) -> Iterator[Work]:
+        """Open the model, and cut the text as it reads it; with checks, see that the output may be
+        written."""
+        device = self.compute.start()
+        with open_checkpoint(self.model) as checkpoint:
+            check_not_compressed(checkpoint, "calibrate the original, which compress takes")
+            take_apart_stacks(checkpoint)
+            if checks:
+                check_place(self.out, ".safetensors", source=checkpoint.path, force=self.force)
+            yield Work.begin(self.settings, checkpoint, device)
 
 
-def _gather_round(
-    gather: Gather,
-    stream: Stream,
-    number: int,
-    batches: Sequence[dict[str, Tensor]],
-    layers: Mapping[str, str],
-    gradients: bool,
-) -> None:
-    """Run these batches through the model, backwards too with gradients, while moments are added
-    up."""
-    cotangent = None
-    if gradients:
-        cotangent = gather.loss.cotangents(batches)
-    units = len(stream.units)
-    with gather.round(number, batches, backwards=gradients, units=units) as visit:
-        stream.run(batches, cotangent, set(layers.values()), gather.loss.note_kind, visit)
+@contextmanager
+def _spool_beside(path: Path) -> Iterator[Spool]:
+    """Keep sums in a temporary folder beside a file to be."""
+    with tempfile.TemporaryDirectory(
+        dir=path.absolute().parent, prefix=f".{path.name}.spool-"
+    ) as folder:
+        yield Spool(Path(folder))
+
+
+# The whole text, or one part of it ----------------------------------------------------------------
+
+
+def _of_the_whole(request: Request) -> Calibrated:
+    """Read all of the text in this process."""
+    with request.opened() as work, _spool_beside(request.out) as spool:
+        forecast = work.forecast(work.passes(request.precision), work.every_batch)
+        request.announce(forecast)
+        sums = work.added_up(work.every_batch, forecast, spool)
+        whole = work.whole(forecast, sums)
+        measure = work.measure_cuts if request.sensitivity else None
+        return _finished(request.out, sums, whole.provenance, measure, forecast.rounds, whole.side)
+
+
+def _of_one_part(request: Request, part: Part) -> Calibrated:
+    """Read one part of the text, and leave its sums. Raises UsageError for what takes the whole
+    text."""
+    if request.sensitivity:
+        raise UsageError(
+            "--sensitivity takes the moments of the whole text, which a part does not have",
+            "leave it out, or have torchrun share the text: it is measured at the end then",
+        )
+    # Nor may the precision depend on the machine
+    precision: Precision = "float32" if request.precision == "auto" else request.precision
+    request = request.as_on_any_machine()
+    with request.opened() as work, _spool_beside(request.out) as spool:
+        batches = part.indices(len(work.read.batches))
+        forecast = replace(work.forecast(work.passes(precision), batches), part=str(part))
+        request.announce(forecast)
+        sums = work.added_up(batches, forecast, spool)
+        whole = work.whole(forecast, sums)
+        write_part(request.out, part, whole, sums, forecast.rounds)
+        return replace(
+            _calibrated(request.out, sums, whole.provenance, forecast.rounds, whole.side),
+            tokens=forecast.tokens,
+            samples=forecast.samples,
+            part=str(part),
+        )
+
+
+def merged(
+    files: Sequence[PartFile], out: Path, measure: Callable[[Sums], None] | None = None
+) -> Calibrated:
+    """Add up all parts of a calibration, in their order, and write the file of moments. measure is
+    called with the sums when they are final.
+
+    Raises UsageError where a part is missing, there twice, or of another calibration.
+    """
+    files = in_order(files)
+    whole, rounds = files[0].whole, sum(file.rounds for file in files)
+    with _spool_beside(out) as spool:
+        sums = added(files, spool)
+        return _finished(out, sums, whole.provenance, measure, rounds, whole.side)
+
+
+def _finished(
+    out: Path,
+    sums: Sums,
+    provenance: Provenance,
+    measure: Callable[[Sums], None] | None,
+    rounds: int,
+    side: str,
+) -> Calibrated:
+    """Make moments of the sums over a whole text, and write them."""
+    provenance = replace(provenance, sensitivity=measure is not None)
+    few = sums.write(out, provenance, measure)
+    done = _calibrated(out, sums, provenance, rounds, side)
+    return replace(done, saw_few=tuple(few))
 
 
 def _calibrated(
-    out: Path,
-    layers: Mapping[str, str],
-    keys: Mapping[str, Mapping[str, Any]],
-    forecast: Forecast,
-    sensitivity: bool,
-    few: Sequence[str],
+    out: Path, sums: Sums, provenance: Provenance, rounds: int, side: str
 ) -> Calibrated:
+    """Return what came of these sums, once they are written."""
+    keys = sums.keys()
     return Calibrated(
         path=str(out),
         layers=len(keys),
         inputs=len({key["input"] for key in keys.values()}),
-        tokens=forecast.tokens,
-        gradients=forecast.gradients,
-        sensitivity=sensitivity,
-        rounds=forecast.rounds,
-        bytes=out.stat().st_size,
-        uncalibrated=tuple(name for name in layers if name not in keys),
-        samples=forecast.samples,
-        seq_len=forecast.seq_len,
-        side=forecast.side,
-        saw_few=tuple(few),
-    )
-
-
-def _modules_of(
-    model: Any, checkpoint: Checkpoint, include: Sequence[str], exclude: Sequence[str]
-) -> dict[str, str]:
-    """{name of a selected weight in the checkpoint: name of its module}, for weights that a module
-    of their own holds."""
-    from svdcli.models.hf import module_names
-
-    selected, _ = choose_layers(
-        checkpoint.infos,
-        include=include,
-        exclude=exclude,
-        tied=checkpoint.tied,
-        facts=checkpoint.facts,
-    )
-    # transformers may hold a weight under another name than the file, or as a part of a larger one
-    targets = module_names(model, [info.module for info in selected])
-    modules = dict(model.named_modules())
-    measured = {}
-    for info in selected:
-        target = targets.get(info.module)
-        if target is not None and is_linear(modules.get(target)):
-            measured[info.name] = target
-    return measured
-
-
-def _forecast(model: Any, read: Read, gradients: bool | None, memory: int) -> Forecast:
-    """In how many rounds the text is read, and whether with gradients: hidden states of a round
-    must fit into `memory`."""
-    batches = read.batches
-    width = width_of(read.side.config(model))
-    part = read.side.module(model)
-
-    # Gradients, unless they were declined, or were left to choose and do not fit
-    with_gradients = gradients is not False
-    reason = ""
-    each = state_bytes(part, width, batches, gradients=with_gradients)
-    if gradients is None and each > memory:
-        with_gradients = False
-        room = f"{memory / 1e9:.1f} GB"
-        reason = f"hidden states of {each / 1e9:.1f} GB a batch do not fit into {room}"
-        each = state_bytes(part, width, batches, gradients=False)
-
-    rounds = -(-len(batches) // max(1, memory // each))
-    return Forecast(
-        tokens=read.tokens,
-        seq_len=read.seq_len,
+        tokens=provenance.tokens,
+        gradients=provenance.gradients,
+        sensitivity=provenance.sensitivity,
         rounds=rounds,
-        gradients=with_gradients,
-        state_bytes=each * -(-len(batches) // rounds),
-        seconds=_guess(part, read.tokens, with_gradients),
-        reason=reason,
-        samples=read.samples,
-        side=read.side.shown,
+        bytes=out.stat().st_size,
+        uncalibrated=tuple(name for name in sums.layers if name not in keys),
+        samples=provenance.samples,
+        seq_len=provenance.seq_len,
+        side=side,
+        precision=provenance.precision,
     )
 
 
-def _guess(model: Any, tokens: int, gradients: bool) -> float:
-    """Seconds from a count of operations and the speed of one product: forwards 2 a weight and
-    token, with gradients 6 more; 2 for every number of a moment's lower triangle."""
-    shapes = [module.weight.shape for module in model.modules() if isinstance(module, nn.Linear)]
-    weights = sum(shape.numel() for shape in shapes)
-    moments = 0
-    for outputs, inputs in shapes:
-        moments += inputs**2
-        if gradients and outputs <= FULL_OUTPUTS:
-            moments += outputs**2
-    passes = 8 if gradients else 2
-    speed = _SPEED_IN_PRACTICE * _operations_a_second()
-    return tokens * (weights * passes + moments) / speed
+# Parts that ranks share ---------------------------------------------------------------------------
 
 
-def _operations_a_second() -> float:
-    """Of one float32 product of this process, on the CPU."""
-    size, times = 512, 4
-    matrix = torch.ones(size, size)
-    torch.mm(matrix, matrix)  # to warm up
-    begin = time.perf_counter()
-    for _ in range(times):
-        torch.mm(matrix, matrix)
-    return times * 2 * size**3 / (time.perf_counter() - begin)
+def calibrate_together(request: Request, team: Team) -> Calibrated:
+    """Read one part on each rank, and add the parts up on rank 0; all return what came of it. Of an
+    interrupted run, the same command takes the parts that are whole."""
+    together = Together(team, request.out)
+    request = request.as_on_any_machine()
+    settings = replace(
+        request.settings,
+        progress=together.checking(request.settings.progress),
+        sharers=max(1, team.place.local_size),
+    )
+    request = replace(request, settings=settings)
+    with together.sharing_errors(), request.opened(checks=team.leads) as work:
+        passes, folder = _agreed(request, work, together)
+        ranks = min(team.place.size, len(work.read.batches))
+        paths = [folder / f"{number}.safetensors" for number in range(1, ranks + 1)]
+
+        # A part each; ranks beyond the last batch have none
+        if team.place.rank < ranks:
+            part = Part(team.place.rank + 1, ranks)
+            announce = request.announce if team.leads else lambda forecast: None
+            _leave_part(work, part, passes, paths[team.place.rank], announce)
+            together.tell(f"part/{team.place.rank}", "")
+        if not team.leads:
+            return Calibrated.from_json(json.loads(together.result()))
+
+        # All of them added up
+        for rank, path in enumerate(paths):
+            together.wait_for(path, f"part/{rank}", rank)
+        measure = work.measure_cuts if request.sensitivity else None
+        done = merged([open_part(path) for path in paths], request.out, measure)
+        together.clean_up()
+        together.end(json.dumps(asdict(done)))
+        return done
+
+
+def _agreed(request: Request, work: Work, together: Together) -> tuple[Passes, Path]:
+    """Return how all ranks run the model, and the folder of their parts. Raises UsageError where
+    this rank was asked for something else than rank 0."""
+    place = together.team.place
+    told = together.agree("passes", lambda: json.dumps(asdict(work.passes(request.precision))))
+    passes = Passes(**json.loads(told))
+    asked = work.digest(passes.precision, place.size)
+    if together.agree("asked", lambda: asked) != asked:
+        raise UsageError(
+            "this rank was asked for something else than rank 0, or sees another model or text",
+            "start all ranks with the same command, on a file system that they share",
+        )
+    # Threads change the order of sums
+    threads = together.agree("threads", lambda: f"{work.device.type}{torch.get_num_threads()}")
+    return passes, together.folder(f"{asked[:16]}-{threads}")
+
+
+def _leave_part(
+    work: Work,
+    part: Part,
+    passes: Passes,
+    path: Path,
+    announce: Callable[[Forecast], None],
+) -> None:
+    """Read a part and write its sums to `path`, unless an earlier round has done so."""
+    batches = part.indices(len(work.read.batches))
+    forecast = work.forecast(passes, batches)
+    read = work.read
+    announce(replace(forecast, tokens=read.tokens, samples=read.samples, ranks=part.of))
+    try:
+        open_part(path)  # the name of its folder says of which calibration it is
+    except BadCheckpointError:
+        with _spool_beside(path) as spool:
+            sums = work.added_up(batches, forecast, spool)
+            write_part(path, part, work.whole(forecast, sums), sums, forecast.rounds)

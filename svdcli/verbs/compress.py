@@ -14,7 +14,9 @@ from svdcli.engine.planning import (
     check_smaller,
     check_source,
     design_of,
+    goes_by_weights,
     make_plan,
+    measures_spectra,
     not_smaller,
     noting_a_miss,
     predicted_report,
@@ -38,10 +40,10 @@ from svdcli.verbs.outcome import Outcome
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
+    from svdcli.calibration.work import Forecast
     from svdcli.engine.compute import Compute
     from svdcli.engine.executor import Workers
     from svdcli.text.texts import Texts
-    from svdcli.verbs.calibrate import Forecast
     from svdcli.verbs.evaluate import Evaluation
 
 
@@ -246,7 +248,9 @@ _WINDOWS_TO_EVALUATE = 32  # of the held-out text; `eval` reads 128
 
 
 def _predict(checkpoint: Checkpoint, asked: _Asked, crew: Workers) -> Outcome:
-    """Decide as a run would, and predict its report, without writing an output."""
+    """Decide as a run would, and predict its report and its time, without writing an output."""
+    from svdcli.engine.costs import costs_of, speeds_here
+
     crew.check_shared(None, checkpoint)
     with tempfile.TemporaryDirectory(prefix="svdcli-") as folder:
         moments = asked.source.file(checkpoint, Path(folder), asked.recipe, asked.progress)
@@ -258,10 +262,24 @@ def _predict(checkpoint: Checkpoint, asked: _Asked, crew: Workers) -> Outcome:
             name = out_path(checkpoint, asked.out, ".svd", "-svd").name
         run = request.run(checkpoint, crew.device, asked.progress, workers=crew)
         decided = make_plan(run, checkpoint, request, name)
-        refused = ""
-        if not asked.allow_larger:
-            refused = not_smaller(design_of(checkpoint, decided, name))
-        return Outcome(predicted_report(checkpoint, decided, name), decided, None, refused=refused)
+        design = design_of(checkpoint, decided, name)
+        return Outcome(
+            predicted_report(design),
+            decided,
+            None,
+            refused="" if asked.allow_larger else not_smaller(design),
+            costs=costs_of(
+                design,
+                request.selected,
+                speeds_here(crew),
+                spectra=measures_spectra(request),
+                calibrated=request.calibration is not None,
+            ),
+            unchecked="" if goes_by_weights(request) else _UNCHECKED,
+        )
+
+
+_UNCHECKED = "that all weights are finite: none was read, and a run stops at one that is not"
 
 
 # Deciding -----------------------------------------------------------------------------------------
@@ -305,6 +323,7 @@ class _Source:
                 gradients=gradients,
                 compute=self.compute,
                 trust_remote_code=reading.trust_remote_code,
+                alone=True,
                 announce=reading.announce,
                 progress=progress,
             )
@@ -326,6 +345,8 @@ def _compress_into(
     crew: Workers,
 ) -> None:
     """Decide, then write all layers; once more with those dense on which every solver failed."""
+    from svdcli.engine.solve import UnsoundError
+
     name = workspace.out.name if workspace.is_file else None
     run = request.run(checkpoint, crew.device, asked.progress, workspace, crew)
 
@@ -334,7 +355,8 @@ def _compress_into(
         plan = make_plan(run, checkpoint, request, name)
         design = design_of(checkpoint, plan, name)
         check_smaller(design, asked.allow_larger)
-    written, results, failed = write(run, design, plan.factored)
+    with refusing(workspace, UnsoundError):
+        written, results, failed = write(run, design, plan.factored)
 
     if failed:
         # A layer that stays dense moves all that lies behind it: the files are laid out anew

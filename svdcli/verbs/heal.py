@@ -470,9 +470,8 @@ def _moments(
 ) -> tuple[dict[str, Tensor], Collection[str]]:
     """(how much each direction of each block's output matters, names of the modules that ran), from
     batches spread over the text of all ranks."""
-    # The same few batches for every seed; the seed draws the labels, other ones on every rank
+    # The same few batches for every seed; the seed draws the labels, by the batch's number
     run.progress("moments", "", 0, 1)
-    torch.manual_seed(seed + replicas.rank)
     teacher, side, batches = material.teacher, material.side, material.for_blocks.train
     count = min(len(batches), max(1, _MOMENT_BATCHES // replicas.size))
     few = [batches[len(batches) * i // count] for i in range(count)]
@@ -486,7 +485,14 @@ def _moments(
     ran: set[int] = set()
     with watched(teacher, lambda part, inputs: ran.add(id(part))):
         sums, events = block_sums(
-            teacher, few, blocks_of(teacher), at_a_time, run.device, side.of(teacher)
+            teacher,
+            few,
+            blocks_of(teacher),
+            at_a_time,
+            run.device,
+            side.of(teacher),
+            seed,
+            first=replicas.rank * count,
         )
     moments = averaged(replicas.summed(sums), int(replicas.total([events])[0]))
     reached = {name for name, part in teacher.named_modules() if id(part) in ran}

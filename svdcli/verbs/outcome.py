@@ -10,6 +10,7 @@ from svdcli.files.report import Report
 from svdcli.plan.plan import Plan
 
 if TYPE_CHECKING:
+    from svdcli.engine.costs import Costs
     from svdcli.verbs.evaluate import Evaluation
 
 
@@ -20,7 +21,8 @@ class Outcome:
 
     evaluation compares the output with the original on text that calibration did not read;
     not_evaluated says why it is missing. refused says why a run would stop where this dry run did
-    not.
+    not; of a dry run, costs are those of the run's jobs, and unchecked says what only that will
+    see.
     """
 
     report: Report
@@ -30,3 +32,5 @@ class Outcome:
     evaluation: Evaluation | None = None
     not_evaluated: str = ""
     refused: str = ""
+    costs: Costs | None = None
+    unchecked: str = ""

@@ -71,7 +71,8 @@ def spectrum(
     """
     from svdcli.engine.compute import Compute
     from svdcli.engine.run import Run
-    from svdcli.engine.spectra import check_finite, measure_spectra
+    from svdcli.engine.solve import check_finite
+    from svdcli.engine.spectra import measure_spectra
     from svdcli.models.kinds import take_apart_stacks
 
     with open_checkpoint(model, state_dict=state_dict) as checkpoint:

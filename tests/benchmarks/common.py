@@ -148,6 +148,15 @@ def machine() -> dict[str, Any]:
     return about
 
 
+def processor() -> str:
+    """The name of the processor, where Linux tells it."""
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor()
+
+
 def circumstances(others: float) -> str:
     """The words before a table: where it was measured, and what else ran there."""
     about = machine()

@@ -37,7 +37,7 @@ from common import (
     table,
     write_json,
 )
-from llama import Shape
+from llama import LARGE, Shape
 
 SAMPLE = HERE.parents[1] / "sample_models" / "tiny-llama"
 STEPS = 4
@@ -71,7 +71,7 @@ SIZES = {
     "100M": Size(Shape(768, 2048, 12, 4, 12, 2048), 12, 16),
     "1.1B": Size(Shape(2048, 5632, 32, 4, 2, 2048), 22, 8),
 }
-LARGE = {"7B": Shape(4096, 11008, 32, 32, 32, 32000), "70B": Shape(8192, 28672, 64, 8, 80, 32000)}
+ESTIMATED = {name: LARGE[name] for name in ("7B", "70B")}
 
 
 # What is to be computed ---------------------------------------------------------------------------
@@ -115,7 +115,7 @@ def solving(shape: Shape) -> float:
 def estimates() -> list[tuple[str, ...]]:
     """Lines for the large shapes: operations, time and bytes."""
     lines = []
-    for name, shape in LARGE.items():
+    for name, shape in ESTIMATED.items():
         block = sum(m * n for m, n in weights(shape))
         model = 2 * (shape.layers * block + 2 * shape.vocab * shape.hidden)
         inputs, outputs = moments(shape)

@@ -1,5 +1,5 @@
 """Llama-shaped bfloat16 models with random weights: `python llama.py FOLDER SHAPE` writes one to a
-single file.
+single file; `sparse` writes the headers of one alone.
 
 SHAPE is a name, or the numbers of a Shape in their order. Each named one has layers as wide as
 those of a known model and as many as 300 M parameters need; its vocabulary is small, since
@@ -85,6 +85,53 @@ class Shape:
 
 
 SHAPES = {"llama-3-8b": Shape(4096, 14336, 32, 8, 2), "tinyllama": Shape(2048, 5632, 32, 4, 8)}
+
+# As large as they are; their vocabulary too.
+LARGE = {
+    "7B": Shape(4096, 11008, 32, 32, 32, 32000),
+    "70B": Shape(8192, 28672, 64, 8, 80, 32000),
+    "405B": Shape(16384, 53248, 128, 8, 126, 128256),
+}
+
+
+def shards_of(shape: Shape, layers_each: int) -> list[list[TensorInfo]]:
+    """Embedding and head in a shard of their own, then a few layers to each."""
+    starts = range(0, shape.layers, layers_each)
+    return [shape.ends, *(shape.layers_from(first, layers_each) for first in starts)]
+
+
+def shard_name(number: int, count: int) -> str:
+    """Of the number-th, from 1 on, of so many."""
+    return f"model-{number:05d}-of-{count:05d}.safetensors"
+
+
+def write_beside(folder: Path, shape: Shape, shards: list[list[TensorInfo]]) -> None:
+    """Write config.json and the index of these shards."""
+    weight_map = {
+        tensor.name: shard_name(number, len(shards))
+        for number, tensors in enumerate(shards, 1)
+        for tensor in tensors
+    }
+    total = sum(tensor.nbytes for shard in shards for tensor in shard)
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+    (folder / "config.json").write_text(shape.config)
+
+
+def sparse(folder: Path, shape: Shape, layers_each: int) -> None:
+    """A checkpoint of headers: its weights are holes in the files, which take no room on disk. Each
+    tensor begins with its name, as no two tensors of a model begin alike."""
+    folder.mkdir(parents=True)
+    shards = shards_of(shape, layers_each)
+    for number, tensors in enumerate(shards, 1):
+        with (folder / shard_name(number, len(shards))).open("wb") as stream:
+            stream.write(render_header(tensors, {"format": "pt"}))
+            for tensor in tensors:
+                begin = stream.tell()
+                stream.write(tensor.name.encode())
+                stream.seek(begin + tensor.nbytes)
+            stream.truncate()
+    write_beside(folder, shape, shards)
 
 
 def build(folder: Path, shape: Shape) -> None:

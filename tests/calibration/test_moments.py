@@ -256,7 +256,11 @@ DAMAGES = {
     "an input that is not there": with_value("c.weight", "layers", "b.weight", "input"),
     "an output that is not there": with_value("output.c.weight", "layers", "b.weight", "output"),
     "an output in a list": with_value([1], "layers", "b.weight", "output"),
-} | {f"no {name}": without(name) for name in Provenance.__dataclass_fields__}
+} | {f"no {name}": without(name) for name in Provenance.__dataclass_fields__ if name != "precision"}
+
+
+def test_files_from_before_there_was_a_choice_ran_in_float32(written: Path) -> None:
+    assert open_moments(edited(written, without("precision"))).provenance == PROVENANCE
 
 
 @pytest.mark.parametrize("damage", DAMAGES)

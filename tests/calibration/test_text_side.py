@@ -18,6 +18,7 @@ from transformers import CLIPTextModel
 from zoo import Sums, close, words_tokenizer
 
 import svdcli
+from svdcli.calibration.loss import drawing
 from svdcli.calibration.moments import open_moments
 from svdcli.calibration.text_side import TextSide, text_side
 from svdcli.errors import SvdcliError
@@ -290,11 +291,11 @@ def by_hooks(
     """Sums over ordinary passes of one sentence each, with the gradients of e . z for normalised
     answers e."""
     sums, tokenizer, events = Sums(model), load_tokenizer(path), 0
-    torch.manual_seed(0)
-    for group in grouped(sentences_of(tokenizer, LINES, 64, Amount(40)), padded=padded):
+    groups = grouped(sentences_of(tokenizer, LINES, 64, Amount(40)), padded=padded)
+    for index, group in enumerate(groups):
         answers = [answer(**tokenizer(sentence.text, return_tensors="pt")) for sentence in group]
         rows = nn.functional.normalize(torch.cat(answers), dim=-1)
-        (rows * torch.randn(rows.shape)).sum().backward()
+        (rows * torch.randn(rows.shape, generator=drawing(0, index))).sum().backward()
         events += len(group)
     return sums, events
 
@@ -339,6 +340,24 @@ def test_where_padding_would_be_read_sentences_of_one_length_come_together(
         found = moments.of(layer)
         assert found is not None
         close(found.inputs, sums.inputs[layer] / sums.rows[layer])
+
+
+def test_what_does_not_run_in_bfloat16_is_told_and_runs_in_float32(
+    saved: Saved, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """FNet is made of Fourier transforms, which torch has none of in bfloat16."""
+    path, told = saved("fnet"), []
+    with pytest.raises(SvdcliError, match=r"does not run in bfloat16: .*; use --precision float32"):
+        calibrate(path, tmp_path / "c.safetensors", LINES, samples=40, precision="bfloat16")
+
+    def speed(device: torch.device, dtype: torch.dtype) -> float:
+        return 2.0 if dtype == torch.bfloat16 else 1.0
+
+    monkeypatch.setattr("svdcli.calibration.precision.operations_a_second", speed)
+    how = {"samples": 40, "precision": "auto", "announce": told.append}
+    done = calibrate(path, tmp_path / "c.safetensors", LINES, **how)
+    assert done.precision == told[0].precision == "float32"
+    assert "BFloat16" in told[0].no_bfloat16
 
 
 @pytest.mark.parametrize("name", BUILT)

@@ -159,10 +159,24 @@ def test_nan_outside_the_selection_is_nobodys_business(folder: Path) -> None:
     works("compress", "m.safetensors", "--rank", "8", "--exclude", "bad", "-o", OUT)
 
 
-def test_nan_is_named_by_spectrum_and_dry_run_too(folder: Path) -> None:
+def test_nan_is_named_by_spectrum_and_by_a_dry_run_that_reads_weights(folder: Path) -> None:
     save_file(spoil(float("nan"), torch.float32), "m.safetensors")
     assert "bad.weight" in refused("spectrum", "m.safetensors")
-    assert "bad.weight" in compress_refused("--rank", "8", "--dry-run", code=1)
+    assert "bad.weight" in compress_refused("--error", "0.3", "--dry-run", code=1)
+    skipping = cli("compress", "m.safetensors", "--rank", "8", "--dry-run", "--nonfinite", "skip")
+    assert "holds NaN or infinity" in skipping.out.decode()
+
+
+def test_a_dry_run_that_reads_no_weights_says_so(folder: Path) -> None:
+    save_file(spoil(float("nan"), torch.float32), "m.safetensors")
+    told = cli("compress", "m.safetensors", "--rank", "8", "--dry-run").out.decode()
+    assert "not checked  that all weights are finite" in told
+    data = json.loads(cli("compress", "m.safetensors", "--rank", "8", "--dry-run", "--json").out)
+    assert "a run stops" in data["unchecked"]
+    read = cli(
+        "compress", "m.safetensors", "--error", "0.3", "--exclude", "bad", "--dry-run", "--json"
+    )
+    assert json.loads(read.out)["unchecked"] == ""
 
 
 def test_nothing_but_nan(folder: Path) -> None:

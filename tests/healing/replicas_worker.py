@@ -17,7 +17,6 @@ import torch
 from torch import nn
 
 from svdcli.errors import SvdcliError
-from svdcli.healing import coordinates
 from svdcli.healing import refit as closed_form
 from svdcli.healing.blocks import Batches, Effort, HealedBlock, heal_blocks, heal_whole
 from svdcli.healing.replicas import (
@@ -44,13 +43,10 @@ def batches() -> Batches:
 
 
 def healed(teacher: Path, student: Path, replicas: Replicas) -> list[HealedBlock]:
-    """Every block, and the whole model from where it was: without what is drawn at random, which
-    differs between ranks."""
+    """Every block, and the whole model from where it was: without the noise that moments at outputs
+    are led back from, which differs between ranks."""
     read = batches().share(replicas)
-    with (
-        mock.patch.object(closed_form, "_output_moments", return_value={}),
-        mock.patch.object(coordinates, "moments_of", return_value=({}, {})),
-    ):
+    with mock.patch.object(closed_form, "_output_moments", return_value={}):
         models = load_stored(teacher), load_stored(student)
         found = list(
             heal_blocks(

@@ -61,8 +61,8 @@ def test_a_whitened_layer_answers_as_the_layer_it_stands_for(
 def test_moments_are_those_of_an_ordinary_backward_pass(written: Callable[[str], Path]) -> None:
     model = svdcli.load(written("llama"))
     names = ["model.layers.0.self_attn.k_proj", "model.layers.1.mlp.down_proj"]
-    torch.manual_seed(3)
-    inputs, outputs = moments_of(model.requires_grad_(False), dict.fromkeys(names, False), IDS)
+    frozen = model.requires_grad_(False)
+    inputs, outputs = moments_of(frozen, dict.fromkeys(names, False), IDS, seed=3)
     model.requires_grad_(True)
     sums: dict[str, Any] = {}
 
@@ -76,10 +76,9 @@ def test_moments_are_those_of_an_ordinary_backward_pass(written: Callable[[str],
         module.register_full_backward_hook(
             lambda module, into, out, name=name: add(f"out {name}", out[0])
         )
-    torch.manual_seed(3)
-    loss = ModelLoss()
-    for batch in IDS:
-        tensor, gradient = loss.cotangent(batch, model(**batch))
+    loss = ModelLoss(3)
+    for index, batch in enumerate(IDS):
+        tensor, gradient = loss.cotangent(index, batch, model(**batch))
         tensor.backward(gradient)
     for name in names:
         torch.testing.assert_close(inputs[name], sums[f"in {name}"])

@@ -411,13 +411,10 @@ def test_block_moments_are_those_of_a_backward_pass_in_one_piece(pair: tuple[Pat
         {"input_ids": torch.randint(2, 96, (2, 12), generator=torch.Generator().manual_seed(i))}
         for i in range(3)
     ]
-    torch.manual_seed(5)
-    found = block_moments(
-        model, batches, {"model.layers.0", "model.layers.1"}, 1, torch.device("cpu")
-    )
-    torch.manual_seed(5)
-    loss, sums = ModelLoss(), dict.fromkeys(found, 0)
-    for batch in batches:
+    blocks = {"model.layers.0", "model.layers.1"}
+    found = block_moments(model, batches, blocks, 1, torch.device("cpu"), seed=5)
+    loss, sums = ModelLoss(5), dict.fromkeys(found, 0)
+    for index, batch in enumerate(batches):
         embedded = model.get_input_embeddings()(batch["input_ids"]).detach().requires_grad_()
         last = []
         hook = model.model.layers[1].register_forward_hook(
@@ -426,7 +423,7 @@ def test_block_moments_are_those_of_a_backward_pass_in_one_piece(pair: tuple[Pat
         output = model(inputs_embeds=embedded, output_hidden_states=True, use_cache=False)
         hook.remove()
         hidden = output.hidden_states
-        tensor, gradient = loss.cotangent(batch, output)
+        tensor, gradient = loss.cotangent(index, batch, output)
         ends = [hidden[1], last[0][0] if isinstance(last[0], tuple) else last[0]]
         for name, grad in zip(
             sorted(found), torch.autograd.grad(tensor, ends, gradient), strict=True

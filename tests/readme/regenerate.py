@@ -47,6 +47,7 @@ COMMUNICATION = re.compile(
     r"(?<=<!-- communication -->\n).*?(?=<!-- /communication -->)", re.DOTALL
 )
 COUNTED = re.compile(r"(?<=<!-- counted -->\n).*?(?=<!-- /counted -->)", re.DOTALL)
+BIG = re.compile(r"(?<=<!-- big -->\n).*?(?=<!-- /big -->)", re.DOTALL)
 SHORT = re.compile(r"(?<=<!-- quality in short -->\n).*?(?=<!-- /quality in short -->)", re.DOTALL)
 SHORT_ROWS = {
     "plain": "plain SVD",
@@ -102,6 +103,7 @@ def render(page: Path) -> str:
     text = BITS.sub(lambda _: bits_table(), text)
     text = PACKED.sub(lambda _: packed_table(), text)
     text = MIXTURE.sub(lambda _: mixture_table(), text)
+    text = BIG.sub(lambda _: big_tables(), text)
     text = SHARING.sub(lambda _: sharing_table(), text)
     text = COMMUNICATION.sub(lambda _: communication_table(), text)
     text = COUNTED.sub(lambda _: benchmark("communication").counted() + "\n\n", text)
@@ -161,6 +163,12 @@ def communication_table() -> str:
     """The recorded bytes and losses of healing on ranks, as communication.py renders them."""
     results = json.loads((BENCHMARKS / "communication.json").read_text())
     return benchmark("communication").markdown(results) + "\n\n"
+
+
+def big_tables() -> str:
+    """The recorded run and plans of large models, as big.py renders them."""
+    results = json.loads((BENCHMARKS / "big.json").read_text())
+    return benchmark("big").markdown(results) + "\n\n"
 
 
 def quality_in_short() -> str:

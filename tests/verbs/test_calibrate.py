@@ -18,6 +18,7 @@ from zoo import Sums, albert, close, words_tokenizer
 import svdcli
 from svdcli import Recipe
 from svdcli.calibration import gather as module
+from svdcli.calibration.loss import drawing
 from svdcli.calibration.moments import LayerMoments, Moments, open_moments
 from svdcli.errors import SvdcliError, UsageError
 from svdcli.files.checkpoint import open_checkpoint
@@ -62,10 +63,10 @@ def changed(model: Path, folder: Path, change: Callable[[dict[str, Tensor]], Any
     return folder
 
 
-def from_logits(logits: Tensor) -> tuple[Tensor, int]:
+def from_logits(logits: Tensor, generator: torch.Generator) -> tuple[Tensor, int]:
     """The loss of labels drawn from the predictions, and how many there are."""
     flat = logits.flatten(0, -2)
-    labels = torch.multinomial(flat.detach().softmax(-1), 1)[:, 0]
+    labels = torch.multinomial(flat.detach().softmax(-1), 1, generator=generator)[:, 0]
     return nn.functional.cross_entropy(flat, labels, reduction="sum"), len(labels)
 
 
@@ -83,9 +84,8 @@ def by_windows(path: Path, seed: int = 0) -> tuple[Sums, int]:
     """Of a model with logits for every token."""
     model, events = svdcli.load(path).float().eval(), 0
     sums = Sums(model)
-    torch.manual_seed(seed)
-    for batch in token_batches(path):
-        loss, count = from_logits(model(**batch).logits)
+    for index, batch in enumerate(token_batches(path)):
+        loss, count = from_logits(model(**batch).logits, drawing(seed, index))
         loss.backward()
         events += count
     return sums, events
@@ -95,15 +95,16 @@ def by_sentences(path: Path, seed: int = 0) -> tuple[Sums, int]:
     """Of an encoder that reads each sentence alone, so that there is no padding."""
     model, tokenizer, events = svdcli.load(path).float().eval(), load_tokenizer(path), 0
     sums = Sums(model)
-    torch.manual_seed(seed)
-    for group in grouped(sentences_of(tokenizer, SENTENCES, 64, Amount(40)), padded=True):
+    groups = grouped(sentences_of(tokenizer, SENTENCES, 64, Amount(40)), padded=True)
+    for index, group in enumerate(groups):
+        generator = drawing(seed, index)
         outputs = [model(**tokenizer(sentence.text, return_tensors="pt")) for sentence in group]
         if hasattr(outputs[0], "logits"):
-            loss, count = from_logits(torch.cat([output.logits for output in outputs]))
+            loss, count = from_logits(torch.cat([output.logits for output in outputs]), generator)
         else:
             means = torch.cat([output.last_hidden_state.mean(1) for output in outputs])
             embeddings, count = nn.functional.normalize(means, dim=-1), len(outputs)
-            loss = (embeddings * torch.randn(embeddings.shape)).sum()
+            loss = (embeddings * torch.randn(embeddings.shape, generator=generator)).sum()
         loss.backward()
         events += count
     return sums, events

@@ -1,0 +1,175 @@
+"""How the ranks of one launch share a calibration: each leaves its part in a folder that all of
+them see, and rank 0 adds the parts up."""
+
+from __future__ import annotations
+
+import shutil
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from svdcli.errors import SvdcliError
+from svdcli.progress import Progress
+from svdcli.ranks import FollowedError, Team
+
+# Seconds
+TO_SEE_A_FILE = 30.0  # what another rank has written: file systems on a network take a while
+_TO_TELL = 10.0  # for rank 0 to tell of an error, or for others to hear that all is done
+_POLL = 0.02
+
+_TOKEN = "token"
+
+
+class Together:
+    """The ranks that share one calibration into `out`; what they tell each other is told under
+    names of its own. An error on one of them is raised on all."""
+
+    def __init__(self, team: Team, out: Path) -> None:
+        self.team = team
+        self.out = out
+        self._prefix = f"calibrate/{out.name}"
+
+    # What they tell each other
+
+    def agree(self, name: str, decide: Callable[[], str]) -> str:
+        """Return what rank 0 decides."""
+        if self.team.leads:
+            value = decide()
+            self.tell(name, value)
+            return value
+        return self.hear(name, 0)
+
+    def tell(self, name: str, value: str) -> None:
+        """Put a value where the others hear it."""
+        self.team.put(f"{self._prefix}/{name}", value.encode())
+
+    def hear(self, name: str, rank: int) -> str:
+        """Return what that rank tells. Raises SvdcliError where any rank ended with an error, and
+        LostRankError where that one is lost."""
+        while True:
+            self.check()
+            value = self.team.peek(f"{self._prefix}/{name}")
+            if value is not None:
+                return value.decode()
+            self.team.check_alive(rank)
+            time.sleep(_POLL)
+
+    def check(self) -> None:
+        """Raise SvdcliError where another rank ended with an error."""
+        error = self.team.peek(f"{self._prefix}/error")
+        if error is not None:
+            if self.team.leads:
+                self.tell("told", "")
+                raise SvdcliError(error.decode())
+            raise FollowedError(error.decode())
+
+    def checking(self, progress: Progress) -> Progress:
+        """Return a progress that notices errors of other ranks; rank 0 alone shows it."""
+
+        def report(phase: str, name: str, done: float, total: float) -> None:
+            self.check()
+            if self.team.leads:
+                progress(phase, name, done, total)
+
+        return report
+
+    @contextmanager
+    def sharing_errors(self) -> Iterator[None]:
+        """Tell the others of an error here. Rank 0 gets a while to show it, before this process
+        ends and the launcher ends them all."""
+        try:
+            yield
+        except Exception as error:
+            if self.team.peek(f"{self._prefix}/error") is None:
+                text = str(error) if isinstance(error, SvdcliError) else repr(error)
+                self.tell("error", f"rank {self.team.place.rank}: {text}")
+                if not self.team.leads:
+                    self._await("told")
+                    raise FollowedError(text) from error
+            raise
+
+    def end(self, result: str) -> None:
+        """Tell the others, by rank 0, that all is done, and wait a while until they heard it: the
+        store may end with this process."""
+        self.tell("end", result)
+        if not self.team.place.agents_store:
+            deadline = time.monotonic() + _TO_TELL
+            others = self.team.place.size - 1
+            while self.team.count(f"{self._prefix}/heard", 0) < others:
+                if time.monotonic() > deadline:
+                    return
+                time.sleep(_POLL)
+
+    def result(self) -> str:
+        """Return what rank 0 tells when all is done."""
+        result = self.hear("end", 0)
+        self.team.count(f"{self._prefix}/heard")
+        return result
+
+    def _await(self, name: str) -> None:
+        """Wait a while until a name has a value."""
+        deadline = time.monotonic() + _TO_TELL
+        while self.team.peek(f"{self._prefix}/{name}") is None and time.monotonic() < deadline:
+            time.sleep(_POLL)
+
+    # The folder of the parts
+
+    def folder(self, digest: str) -> Path:
+        """Return the folder beside the output in which the parts of the calibration with this
+        digest are left; rank 0 makes it. Raises SvdcliError where this rank does not see it."""
+        folder = self.out.absolute().parent / f"{self._stem}{digest}"
+        if self.team.leads:
+            folder.mkdir(exist_ok=True)
+        token = self.agree("token", lambda: _marked(folder))
+        if not _comes_true(lambda: _holds(folder / _TOKEN, token)):
+            raise SvdcliError(
+                f"this machine does not see {folder}, which rank 0 made",
+                "write to a file system that all machines share, or use calibrate --part",
+            )
+        return folder
+
+    @property
+    def _stem(self) -> str:
+        return f".{self.out.name}.parts-"
+
+    def wait_for(self, path: Path, name: str, rank: int) -> None:
+        """Wait until that rank says that a file is there, and until it is seen here."""
+        self.hear(name, rank)
+        if not _comes_true(path.exists):
+            raise SvdcliError(
+                f"rank {rank} wrote {path}, which this machine does not see",
+                "write to a file system that all machines share",
+            )
+
+    def clean_up(self) -> None:
+        """Remove the parts, and those of other commands that were cut short before they wrote the
+        same output."""
+        for path in self.out.absolute().parent.iterdir():
+            if path.name.startswith(self._stem):
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def _marked(folder: Path) -> str:
+    """Leave a mark in the folder that no earlier run left there, and return it."""
+    token = uuid.uuid4().hex
+    (folder / _TOKEN).write_text(token)
+    return token
+
+
+def _holds(path: Path, text: str) -> bool:
+    try:
+        return path.read_text() == text
+    except OSError:
+        return False
+
+
+def _comes_true(condition: Callable[[], bool]) -> bool:
+    """Wait a while for it."""
+    deadline = time.monotonic() + TO_SEE_A_FILE
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(_POLL)
+    return True

@@ -1,0 +1,186 @@
+"""Ranks that a launcher started share a calibration, and what comes of it is what parts by hand
+give."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+import svdcli
+from svdcli.calibration.moments import METADATA
+from svdcli.calibration.work import Work
+from svdcli.errors import UsageError
+from svdcli.ranks import Place, assembled
+from svdcli.verbs import calibrate as module
+
+Readable = Callable[..., Path]
+TEXT = " ".join(f"w{at * at % 90 + 2}" for at in range(4000))
+HOW: dict[str, Any] = {"samples": 100, "seq_len": 32}  # two batches
+OPTIONS = ("--text", "t.txt", "--samples", "100", "--seq-len", "32", "--json")
+
+
+@pytest.fixture
+def texts(folder: Path) -> svdcli.Texts:
+    (folder / "t.txt").write_text(TEXT)
+    return svdcli.read_texts("t.txt")
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def about(path: Path) -> dict[str, Any]:
+    with safe_open(path, "pt") as file:
+        data: dict[str, Any] = json.loads(file.metadata()[METADATA])
+    return data
+
+
+def test_ranks_of_torchrun_do_what_parts_by_hand_do(
+    readable: Readable, texts: svdcli.Texts, folder: Path
+) -> None:
+    """Three of them, of which one finds no batch left. Rank 0 alone speaks."""
+    model = readable("llama")
+    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3")
+    command = ("-m", "svdcli", "calibrate", str(model), *OPTIONS, "--sensitivity")
+    done = subprocess.run(
+        [sys.executable, *launch, *command, "-o", "ranks.safetensors"],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["rounds"] == 2
+    assert done.stderr.count("wrote ranks.safetensors") == 1
+    assert done.stderr.count("on 2 ranks: moments of inputs and loss gradients") == 1
+    assert {path.name for path in folder.iterdir()} == {"t.txt", "ranks.safetensors"}
+
+    # The same by hand, with as many threads
+    assert torch.get_num_threads() == 1
+    parts = [folder / f"{number}.safetensors" for number in (1, 2)]
+    for number, part in enumerate(parts, 1):
+        svdcli.calibrate(model, part, texts, part=(number, 2), **HOW)
+    svdcli.merge_moments(parts, "hand.safetensors")
+    ranks, hand = load_file("ranks.safetensors"), load_file("hand.safetensors")
+    sensitivities = {key for key in ranks if key.startswith("sensitivity.")}
+    assert ranks.keys() - sensitivities == hand.keys()
+    assert all(torch.equal(ranks[key], hand[key]) for key in hand)
+    assert about(folder / "ranks.safetensors") == about(folder / "hand.safetensors") | {
+        "sensitivity": True
+    }
+
+    # Sensitivities are those of the whole text
+    svdcli.calibrate(model, "whole.safetensors", texts, sensitivity=True, **HOW)
+    whole = load_file("whole.safetensors")
+    assert len(sensitivities) == 14
+    for key in sensitivities:
+        torch.testing.assert_close(ranks[key], whole[key], rtol=1e-3, atol=1e-6)
+
+
+def test_ranks_that_were_asked_for_different_things_end_with_one_line_each(
+    readable: Readable, texts: svdcli.Texts, folder: Path
+) -> None:
+    model, port = readable("llama"), free_port()
+    where = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    command = (sys.executable, "-m", "svdcli", "calibrate", str(model), *OPTIONS)
+    ranks = [
+        subprocess.Popen(
+            [*command, "-o", "c.safetensors", "--seed", str(rank), "-q"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | where | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in (0, 1)
+    ]
+    for rank in ranks:
+        out, err = rank.communicate(timeout=120)
+        assert rank.returncode != 0
+        assert out == ""
+        assert len(err.splitlines()) == 1
+        assert "this rank was asked for something else than rank 0" in err
+    assert not (folder / "c.safetensors").exists()
+
+
+def alone_in_a_team(model: Path, out: Path, texts: svdcli.Texts, **options: Any) -> Any:
+    """The way of ranks, with one of them."""
+    kept: list[Any] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "_of_the_whole", kept.append)
+        svdcli.calibrate(model, out, texts, **(HOW | options))
+    with assembled(Place(0, 1, 0, "127.0.0.1", free_port())) as team:
+        return module.calibrate_together(kept[0], team)
+
+
+def test_a_launch_that_was_cut_short_takes_the_parts_that_are_whole(
+    readable: Readable, texts: svdcli.Texts, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, read = readable("mixtral"), []
+    merged, added_up = module.merged, Work.added_up
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    def watched(*arguments: Any) -> Any:
+        read.append(arguments)
+        return added_up(*arguments)
+
+    monkeypatch.setattr(Work, "added_up", watched)
+    monkeypatch.setattr(module, "merged", stop)
+    for seed in (0, 1):
+        with pytest.raises(KeyboardInterrupt):
+            alone_in_a_team(model, folder / "c.safetensors", texts, seed=seed)
+    # Another seed is another command
+    assert len(read) == 2
+    assert len(list(folder.glob(".c.safetensors.parts-*/1.safetensors"))) == 2
+    monkeypatch.setattr(module, "merged", merged)
+    done = alone_in_a_team(model, folder / "c.safetensors", texts, seed=1)
+    assert len(read) == 2
+    svdcli.calibrate(model, folder / "whole.safetensors", texts, seed=1, gradients=True, **HOW)
+    whole = (folder / "whole.safetensors").read_bytes()
+    assert (folder / "c.safetensors").read_bytes() == whole
+    assert done.bytes == len(whole)
+    assert done.saw_few == ()
+    left = {path.name for path in folder.iterdir()}
+    assert left == {"t.txt", "c.safetensors", "whole.safetensors"}
+
+
+def test_a_part_that_is_damaged_is_read_again(
+    readable: Readable, texts: svdcli.Texts, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "merged", stop)
+        with pytest.raises(KeyboardInterrupt):
+            alone_in_a_team(readable("llama"), folder / "c.safetensors", texts)
+    (part,) = folder.glob(".c.safetensors.parts-*/1.safetensors")
+    part.write_bytes(part.read_bytes()[:-8])
+    assert alone_in_a_team(readable("llama"), folder / "c.safetensors", texts).layers == 14
+
+
+def test_a_launch_of_parts_by_hand_is_refused(
+    readable: Readable, texts: svdcli.Texts, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+    for name, value in place.items():
+        monkeypatch.setenv(name, value)
+    out = folder / "c.safetensors"
+    with pytest.raises(UsageError, match="a part is for a process by itself"):
+        svdcli.calibrate(readable("llama"), out, texts, part=(1, 2), **HOW)
+    assert svdcli.calibrate(readable("llama"), out, texts, alone=True, **HOW).layers == 14
