@@ -10,7 +10,7 @@ tokens, and not evenly over the layers.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -153,10 +153,30 @@ def block_moments(
     seed: int = 0,
 ) -> dict[str, Tensor]:
     """Return the second moments (width, width) of the loss gradient at the output of every block,
-    averaged over predictions; a block that no gradient reaches has none.
+    averaged over predictions; a block that no gradient reaches has none. All else is as for
+    `block_sums`."""
+    return averaged(*block_sums(model, batches, blocks, at_a_time, device, call, seed))
+
+
+def averaged(sums: Mapping[str, Tensor], events: int) -> dict[str, Tensor]:
+    """Return sums over predictions as averages."""
+    return {unit: total / max(1, events) for unit, total in sums.items()}
+
+
+def block_sums(
+    model: nn.Module,
+    batches: Sequence[Batch],
+    blocks: Collection[str],
+    at_a_time: int,
+    device: torch.device,
+    call: Callable[..., Any] | None = None,
+    seed: int = 0,
+    first: int = 0,
+) -> tuple[dict[str, Tensor], int]:
+    """Return (what `block_moments` averages, summed over predictions; how many these were).
 
     at_a_time bounds how many batches are under way together; call is what is called with each, if
-    not the whole model; seed draws the labels.
+    not the whole model; seed draws the labels, of batches that are numbered from `first` on.
     """
     loss = ModelLoss(seed)
     sums = MomentSums()
@@ -168,6 +188,6 @@ def block_moments(
     stream = Stream(model, device, torch.float32, call=call, gradients=add)
     for start in range(0, len(batches), at_a_time):
         group = batches[start : start + at_a_time]
-        indices = range(start, start + len(group))
+        indices = range(first + start, first + start + len(group))
         stream.run(group, loss.cotangents(group, indices))
-    return {unit: total / max(1, loss.events) for unit, total in sums.take().items()}
+    return sums.take(), loss.events

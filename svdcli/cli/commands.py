@@ -707,6 +707,13 @@ def heal(
             metavar="SHARE",
         ),
     ] = None,
+    compress_gradients: Annotated[
+        bool,
+        typer.Option(
+            "--compress-gradients",
+            help="Send fewer bytes between ranks that torchrun started (PowerSGD).",
+        ),
+    ] = False,
     seed: SeedOfOrder = 0,
     device: Device = "auto",
     threads: Threads = None,
@@ -747,6 +754,7 @@ def heal(
             seq_len=seq_len,
             hard_labels=hard_labels,
             seed=seed,
+            compress_gradients=compress_gradients,
             compute=compute_from(device, threads),
             force=force,
             trust_remote_code=trust_remote_code,

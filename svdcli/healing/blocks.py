@@ -33,6 +33,7 @@ from svdcli.errors import SvdcliError
 from svdcli.healing.coordinates import whitened_layers
 from svdcli.healing.learned import LearnedRounding
 from svdcli.healing.refit import Block, BlockRun, refit, refittable
+from svdcli.healing.replicas import ALONE, Replicas
 from svdcli.healing.standins import StandIns
 from svdcli.healing.training import Best, Schedule, by_size, train
 from svdcli.linalg.damping import damped_root
@@ -92,6 +93,21 @@ class Batches:
         held_out = {len(batches) * (2 * i + 1) // (2 * count) for i in range(count)}
         train = [batch for index, batch in enumerate(batches) if index not in held_out]
         return Batches(train, [batches[index] for index in sorted(held_out)])
+
+    def share(self, replicas: Replicas) -> Batches:
+        """Return one rank's share: of what is trained on a stretch, as long as every other one's,
+        so that the last few batches may go to nobody; of what is held out every so many-th. Raises
+        SvdcliError where there is too little for all."""
+        count = len(self.train) // replicas.size
+        if not count:
+            raise SvdcliError(
+                f"the text fills {len(self.train)} batches to train on, and there are "
+                f"{replicas.size} ranks",
+                "give more text, or start fewer ranks",
+            )
+        start = replicas.rank * count
+        held_out = self.held_out[replicas.rank :: replicas.size]
+        return Batches(self.train[start : start + count], held_out)
 
     def fewer(self, count: int) -> Batches:
         """Return at most count batches to train on, spread over the text; the same ones held
@@ -153,6 +169,7 @@ def heal_blocks(
     seed: int = 0,
     device: torch.device | None = None,
     progress: Progress = silent,
+    replicas: Replicas = ALONE,
 ) -> Iterator[HealedBlock]:
     """Refine block after block and yield each as it is done; blocks that `finished` has are taken
     from there.
@@ -160,8 +177,8 @@ def heal_blocks(
     trainable tells by name which parameters and buffers of the student may change; moments are
     those of `loss.block_moments`, without which every direction of a block's output counts the
     same; blocks that the text does not reach have none. call makes of a model what is called with
-    each batch. Raises SvdcliError where the two models do not have the same blocks, and where a
-    block answers with NaN.
+    each batch. Of several replicas each gives its own share of the batches. Raises SvdcliError
+    where the two models do not have the same blocks, and where a block answers with NaN.
     """
     device = device or torch.device("cpu")
     student_stream = Stream(student, device, torch.float32, call=call(student))
@@ -176,6 +193,7 @@ def heal_blocks(
     number = 0
     for student_turn, teacher_turn in _in_step(student_stream, teacher_stream, all_batches):
         name = student_turn.name
+        replicas.meet_at(name)
         # A block with nothing to refine only sends its batches on
         if name not in to_refine:
             teacher_turn.send_on()
@@ -195,11 +213,12 @@ def heal_blocks(
                 masks=[padding_mask(all_batches[batch.index]) for batch in student_turn.batches],
                 scale_dtypes=_scale_dtypes(student_turn.unit, name, dtypes),
             )
-            read, held_out = _parted(student_turn, len(batches.train))
+            read, held_out = _parted(student_turn, len(batches.train), replicas)
             moment = None if moments is None else moments[name]
-            healer = _Healer(block, read, held_out, tensors, dtypes, name, moment)
+            healer = _Healer(block, read, held_out, tensors, dtypes, name, moment, replicas)
             report = partial(_report, progress, name, number, len(to_refine))
-            healed = healer.heal(effort.steps, timetable.next_share(), seed, report)
+            seconds = replicas.says(timetable.next_share())
+            healed = healer.heal(effort.steps, seconds, seed, report)
             timetable.blocks_done += 1
 
         # What comes after the block meets it as it is now
@@ -207,6 +226,7 @@ def heal_blocks(
         number += 1
         yield healed
         student_turn.send_on()
+    replicas.meet_at("the end")
 
 
 def _to_refine(
@@ -322,7 +342,7 @@ def assign(healed: HealedBlock, tensors: Mapping[str, Tensor], device: torch.dev
         tensors[name].data = value.to(device, dtype)
 
 
-def _parted(turn: Turn, count: int) -> tuple[list[int], list[int]]:
+def _parted(turn: Turn, count: int, replicas: Replicas) -> tuple[list[int], list[int]]:
     """Return the indices in the turn of batches to train on (the first `count` of all) and of those
     held out.
 
@@ -336,7 +356,7 @@ def _parted(turn: Turn, count: int) -> tuple[list[int], list[int]]:
             read.append(index)
         else:
             held_out.append(index)
-    if not read or not held_out:
+    if not replicas.least(len(read)) or not any(replicas.gather(len(held_out))):
         raise SvdcliError(
             f"{turn.name} saw {len(turn.batches)} of the batches, too few to hold some out",
             "give more text",
@@ -358,12 +378,14 @@ class _Healer:
         dtypes: Mapping[str, torch.dtype],
         name: str,
         moment: Tensor | None,
+        replicas: Replicas = ALONE,
     ) -> None:
         self.block = block
         self.read = read
         self.held_out = held_out
         self.tensors = tensors
         self.name = name
+        self.replicas = replicas
         # ||d L||^2 is d^T H d for H = L L^T
         self.root: Tensor | None = None
         if moment is not None:
@@ -380,11 +402,12 @@ class _Healer:
         # In closed form, from as many batches as there is time for
         begin = time.monotonic()
         indices = self.read[:: self._stride(seconds)]
-        refit(self.block, indices, self.root, self._may_change, self.best.keep_if_better)
+        judge = self.best.keep_if_better
+        refit(self.block, indices, self.root, self._may_change, judge, self.replicas)
 
         # By gradient, from where the closed form ended
         remaining = None if seconds is None else seconds - (time.monotonic() - begin)
-        schedule = Schedule(steps, remaining, report)
+        schedule = Schedule(steps, self.replicas.says(remaining), report, self.replicas)
         unit = self.block.student.unit
         roundings = _learned_roundings(unit, self.block.scale_dtypes)
         parameters = [t for t in self.tensors.values() if isinstance(t, nn.Parameter)]
@@ -398,14 +421,13 @@ class _Healer:
                 return self.best.keep_if_better()
 
         with layers.training():
-            train(weights, schedule, self.read, self._loss, keep_if_better, seed)
+            train(weights, schedule, self.read, self._loss, keep_if_better, seed, self.replicas)
 
         # The best weights are on record; the caller decides when they take effect
         for name, tensor in self.tensors.items():
             tensor.data = before[name]
-        return HealedBlock(
-            self.name, self.best.first, self.best.error, schedule.step, self.best.weights
-        )
+        weights_kept = self.replicas.same(self.best.weights)
+        return HealedBlock(self.name, self.best.first, self.best.error, schedule.step, weights_kept)
 
     def _may_change(self, name: str) -> bool:
         """Tell whether a tensor may change, by its name in the block."""
@@ -419,12 +441,14 @@ class _Healer:
         # What one batch takes, by a pass over those that are held out
         begin = time.monotonic()
         self._error()
-        seconds_a_batch = (time.monotonic() - begin) / len(self.held_out)
+        seconds_a_batch = (time.monotonic() - begin) / max(1, len(self.held_out))
 
         # Each layer takes about two passes over the batches, one in either model
         passes = 2 * len(refittable(self.block.student.unit))
         needed = passes * seconds_a_batch * len(self.read)
-        return max(1, math.ceil(needed / max(1e-9, _REFIT_SHARE * seconds)))
+        stride = self.replicas.says(math.ceil(needed / max(1e-9, _REFIT_SHARE * seconds)))
+        assert stride is not None
+        return max(1, stride)
 
     def _loss(self, index: int) -> Tensor:
         """Return what one batch is trained on: its relative error."""
@@ -444,14 +468,15 @@ class _Healer:
 
     @torch.no_grad()
     def _error(self) -> float:
-        """Return the relative error on the batches that are held out. Raises SvdcliError where it
-        is not finite."""
+        """Return the relative error on the batches that all ranks hold out. Raises SvdcliError
+        where it is not finite."""
         error = 0.0
         energy = 0.0
         for index in self.held_out:
             batch_error, batch_energy = self._errors(index)
             error += float(batch_error)
             energy += float(batch_energy)
+        error, energy = self.replicas.total((error, energy))
         if not math.isfinite(error):
             raise SvdcliError(f"{self.name} answers with NaN or infinity", "see `svdcli verify`")
         return error / max(energy, 1e-300)
@@ -482,12 +507,14 @@ class _Whole:
         batches: Batches,
         hard: float,
         device: torch.device,
+        replicas: Replicas = ALONE,
     ) -> None:
         self.teacher = teacher
         self.student = student
         self.hard = hard
         self.batches = batches
         self.device = device
+        self.replicas = replicas
 
     def loss(self, index: int) -> Tensor:
         """Return what one batch is trained on."""
@@ -495,13 +522,15 @@ class _Whole:
         return (1 - self.hard) * means.distance + self.hard * means.excess
 
     def errors(self) -> tuple[float, float]:
-        """Return (loss, distance alone) on held-out text. Raises SvdcliError where the loss is not
-        finite."""
+        """Return (loss, distance alone) on what all ranks hold out. Raises SvdcliError where the
+        loss is not finite."""
         means = [self._means(batch) for batch in self.batches.held_out]
         # A batch counts by its predictions: the last one may be smaller
-        rows = sum(batch.rows for batch in means)
-        distance = sum(float(batch.distance) * batch.rows for batch in means) / rows
-        excess = sum(float(batch.excess) * batch.rows for batch in means)
+        counts = sum(batch.rows for batch in means)
+        distances = sum(float(batch.distance) * batch.rows for batch in means)
+        excesses = sum(float(batch.excess) * batch.rows for batch in means)
+        rows, distance, excess = self.replicas.total((counts, distances, excesses))
+        distance /= rows
         loss = (1 - self.hard) * distance + self.hard * excess / rows
         if not math.isfinite(loss):
             raise SvdcliError("the model answers with NaN or infinity", "see `svdcli verify`")
@@ -537,6 +566,7 @@ def heal_whole(
     call: Call = itself,
     seed: int = 0,
     progress: Progress = silent,
+    replicas: Replicas = ALONE,
 ) -> HealedBlock:
     """Train all factors together, so that the student answers as the teacher does: both in memory,
     in float32.
@@ -544,7 +574,8 @@ def heal_whole(
     dtypes has the stored dtype of the student's tensors. The error is the KL divergence in nats a
     prediction, or, for encoders, 1 - cosine of the sentence embeddings; a decoder's is mixed with
     its excess loss on the text, which counts hard_labels, a share from 0 to 1. call makes of a
-    model what is called with each batch. Raises SvdcliError where that is not finite.
+    model what is called with each batch. Of several replicas each gives its own share of the
+    batches. Raises SvdcliError where that is not finite.
     """
     tensors = _trainable(student, "", trainable)
     device = next(iter(tensors.values())).device
@@ -552,7 +583,7 @@ def heal_whole(
         # What it is trained on; the further it is from the original, the larger its steps
         scale_dtypes = _scale_dtypes(student, "", {name: dtypes[name] for name in tensors})
         read = batches.in_halves() if scale_dtypes else batches
-        goal = _Whole(call(teacher), call(student), read, hard_labels, device)
+        goal = _Whole(call(teacher), call(student), read, hard_labels, device, replicas)
         distances: list[float] = []
 
         def error() -> float:
@@ -564,8 +595,9 @@ def heal_whole(
         rate = WHOLE_RATE * math.sqrt(max(0.0, distances[0]))
 
         # Coordinates in which all steps cost alike, learned from a few batches
-        sample = [_moved(batch, device) for batch in batches.fewer(_MOMENT_BATCHES).train]
-        whitened = whitened_layers(teacher, student, tensors, sample, call(teacher), seed)
+        few = batches.fewer(max(1, _MOMENT_BATCHES // replicas.size)).train
+        sample = [_moved(batch, device) for batch in few]
+        whitened = whitened_layers(teacher, student, tensors, sample, call(teacher), seed, replicas)
         roundings = _learned_roundings(student, scale_dtypes)
         layers = StandIns(student, {**whitened, **roundings})
 
@@ -582,8 +614,9 @@ def heal_whole(
                 return best.keep_if_better()
 
         report = partial(_report, progress, WHOLE, 0, 1)
-        schedule = Schedule(effort.steps, effort.seconds, report)
+        schedule = Schedule(effort.steps, effort.seconds, report, replicas)
         indices = range(len(read.train))
         with layers.training():
-            train(weights, schedule, indices, goal.loss, keep_if_better, seed)
-    return HealedBlock(WHOLE, best.first, best.error, schedule.step, best.weights)
+            train(weights, schedule, indices, goal.loss, keep_if_better, seed, replicas)
+    weights_kept = replicas.same(best.weights)
+    return HealedBlock(WHOLE, best.first, best.error, schedule.step, weights_kept)

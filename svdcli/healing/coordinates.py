@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from svdcli.calibration.loss import ModelLoss
 from svdcli.calibration.rows import MomentSums, without_padding
 from svdcli.healing.refit import put_factors
+from svdcli.healing.replicas import ALONE, Replicas
 from svdcli.linalg.balance import balanced
 from svdcli.linalg.damping import damped_root
 from svdcli.linalg.solvers import Factors, transposed
@@ -108,10 +109,12 @@ def whitened_layers(
     batches: Sequence[Batch],
     call: Callable[..., Any] | None = None,
     seed: int = 0,
+    replicas: Replicas = ALONE,
 ) -> dict[str, WhitenedLinear]:
     """Return a stand-in for every low-rank linear layer of the student whose factors are in
-    `tensors`, by the layer's name. batches are what the teacher reads to learn the coordinates;
-    call is what is called with each, if not the whole teacher; seed draws the labels."""
+    `tensors`, by the layer's name. batches are what the teacher reads to learn the coordinates, of
+    every rank its own; call is what is called with each, if not the whole teacher; seed draws the
+    labels."""
     # The layers to train, where the original has a linear layer
     dense: dict[str, nn.Module] = {}
     for name, module in student.named_modules():
@@ -124,7 +127,9 @@ def whitened_layers(
         return {}
 
     # Each in coordinates that its moments scale; a moment that was not met scales nothing
-    inputs, outputs = moments_of(teacher, dense, batches, call, seed)
+    first = replicas.rank * len(batches)
+    found = moments_of(teacher, dense, batches, call, seed, first)
+    inputs, outputs = map(replicas.summed, found)
     layers: dict[str, WhitenedLinear] = {}
     for name, original in dense.items():
         conv = is_conv(original)
@@ -138,7 +143,19 @@ def whitened_layers(
             inputs=inputs.get(name, unknown[:n]),
             outputs=outputs.get(name, unknown[:m]),
         )
+        _put(layers[name], replicas.same(_own(layers[name])))
     return layers
+
+
+def _own(layer: WhitenedLinear) -> dict[str, Tensor]:
+    """Return what a stand-in made from moments, by name."""
+    return {name: getattr(layer, name).data for name in ("a", "b", "outputs", "inputs")}
+
+
+def _put(layer: WhitenedLinear, tensors: Mapping[str, Tensor]) -> None:
+    """Set what a stand-in made from moments to what the first rank has made."""
+    for name, tensor in tensors.items():
+        getattr(layer, name).data = tensor
 
 
 def moments_of(
@@ -147,10 +164,12 @@ def moments_of(
     batches: Sequence[Batch],
     call: Callable[..., Any] | None = None,
     seed: int = 0,
+    first: int = 0,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Return the second moments of the inputs and of the loss gradients at the outputs of the named
     layers, summed over the batches, from ordinary passes of a model in memory; diagonals beyond
-    `FULL`. Padding counts as zeros in gradients only; seed draws the labels."""
+    `FULL`. Padding counts as zeros in gradients only; seed draws the labels, of
+    batches that are numbered from `first` on."""
     input_sums = MomentSums(FULL)
     gradient_sums = MomentSums(FULL)
     ends: list[tuple[str, Tensor]] = []
@@ -168,7 +187,7 @@ def moments_of(
     loss = ModelLoss(seed)
     handles = [model.get_submodule(name).register_forward_hook(watch(name)) for name in names]
     try:
-        for index, batch in enumerate(batches):
+        for index, batch in enumerate(batches, first):
             # Forwards, noting every output that a gradient is wanted at
             ends.clear()
             with torch.enable_grad():

@@ -26,6 +26,7 @@ from svdcli.calibration.gather import FULL_OUTPUTS
 from svdcli.calibration.rows import MomentSums, without_padding
 from svdcli.calibration.stream import first_tensor
 from svdcli.healing.learned import grid_of, put_rounded
+from svdcli.healing.replicas import ALONE, Replicas
 from svdcli.linalg.layouts import CODECS
 from svdcli.linalg.packed import packed_factors, packed_matrix
 from svdcli.linalg.solvers import Factors, transposed
@@ -112,42 +113,71 @@ def refit(
     root: Tensor | None,
     allowed: Callable[[str], bool],
     better: Callable[[], bool],
+    replicas: Replicas = ALONE,
 ) -> None:
     """Solve the block's low-rank layers anew from the batches at `indices`, group by group;
     `better` judges each result, and a group whose result is no better is put back. root is L with
-    H = L L^T at the block's output; allowed tells which biases may change."""
+    H = L L^T at the block's output; allowed tells which biases may change. Sums are over the
+    batches of all ranks, and each layer is solved by one of them."""
     # Group by group: each meets what the groups before it now send on
-    for group in _groups(block, indices, root, allowed):
+    for group in _groups(block, indices, root, allowed, replicas):
         before: list[tuple[Tensor, Tensor]] = []
         for pair in group:
             for tensor in pair.student.state_dict(keep_vars=True).values():
                 before.append((tensor, tensor.data))
 
-        sums = _sums_of(block, indices, group)
-        for pair in group:
-            _solve(pair, sums[pair.name])
+        sums = _sums_of(block, indices, group, replicas)
+        for number, pair in enumerate(group):
+            if number % replicas.size == replicas.rank:
+                _solve(pair, sums[pair.name])
+        for number, pair in enumerate(group):
+            _put(pair.student, replicas.same(_own(pair.student), number % replicas.size))
         if not better():
             for tensor, data in before:
                 tensor.data = data
+
+
+def _own(module: nn.Module) -> dict[str, Tensor]:
+    """Return all tensors of a module by name."""
+    return {name: tensor.data for name, tensor in module.state_dict(keep_vars=True).items()}
+
+
+def _put(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Set the tensors of a module by name."""
+    state = module.state_dict(keep_vars=True)
+    for name, tensor in tensors.items():
+        state[name].data = tensor
 
 
 # The layers ---------------------------------------------------------------------------------------
 
 
 def _groups(
-    block: Block, indices: Sequence[int], root: Tensor | None, allowed: Callable[[str], bool]
+    block: Block,
+    indices: Sequence[int],
+    root: Tensor | None,
+    allowed: Callable[[str], bool],
+    replicas: Replicas,
 ) -> list[list[LayerPair]]:
     """List what there is to solve, in the order in which it is called; layers with the same input
     together."""
-    grouped_names = _grouped_names(block, indices[0])
+    # One batch tells, and rank 0's does so for all
+    grouped_names: list[list[str]] | None = None
+    feeding: set[str] | None = None
+    if replicas.first:
+        grouped_names = _grouped_names(block, indices[0])
+        feeding = _feeding(block, indices[0], list(itertools.chain.from_iterable(grouped_names)))
+    grouped_names, feeding = replicas.says((grouped_names, feeding)) or (None, None)
+    assert grouped_names is not None
+    assert feeding is not None
     names = list(itertools.chain.from_iterable(grouped_names))
     if not names:
         return []
 
     # A moment needs few batches, and each costs a backward pass
-    sample = indices[:: max(1, len(indices) // _MOMENT_BATCHES)][:_MOMENT_BATCHES]
-    feeding = _feeding(block, indices[0], names)
-    moments = _output_moments(block, sample, names, root)
+    few = max(1, _MOMENT_BATCHES // replicas.size)
+    sample = indices[:: max(1, len(indices) // few)][:few]
+    moments = _output_moments(block, sample, names, root, replicas)
 
     def pair_of(name: str) -> LayerPair:
         return LayerPair(
@@ -258,11 +288,15 @@ def _feeding(block: Block, index: int, names: Sequence[str]) -> set[str]:
 
 
 def _output_moments(
-    block: Block, indices: Sequence[int], names: Sequence[str], root: Tensor | None
+    block: Block,
+    indices: Sequence[int],
+    names: Sequence[str],
+    root: Tensor | None,
+    replicas: Replicas,
 ) -> dict[str, Tensor]:
     """Return H at the output of every layer that a gradient reaches: the block's own, drawn as
     noise of that covariance at its output and led back through the original block."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(replicas.rank)
     sums = MomentSums(FULL_OUTPUTS)
     layers = {name: block.teacher.unit.get_submodule(name) for name in names}
     outputs: dict[str, Tensor] = {}
@@ -285,7 +319,7 @@ def _output_moments(
             if gradient is not None:
                 sums.add(name, block.rows(gradient, index))
         outputs.clear()
-    return sums.take()
+    return replicas.summed(sums.take())
 
 
 def _keep_output(outputs: dict[str, Tensor], name: str) -> Callable[..., None]:
@@ -324,8 +358,11 @@ class _Sums:
     count: int
 
 
-def _sums_of(block: Block, indices: Sequence[int], group: Sequence[LayerPair]) -> dict[str, _Sums]:
-    """Sum, for each layer of one group, what it reads now and what it should answer to that."""
+def _sums_of(
+    block: Block, indices: Sequence[int], group: Sequence[LayerPair], replicas: Replicas
+) -> dict[str, _Sums]:
+    """Sum, for each layer of one group, what it reads now and what it should answer to that, over
+    the batches of all ranks."""
     inputs: list[Tensor] = []
     outputs: dict[str, Tensor] = {}
 
@@ -356,7 +393,8 @@ def _sums_of(block: Block, indices: Sequence[int], group: Sequence[LayerPair]) -
                 sums.add_mean(f"y {pair.name}", y)
             count += x.shape[0]
 
-    totals = sums.take()
+    totals = replicas.summed(sums.take())
+    count = int(replicas.total([count])[0])
     return {
         pair.name: _Sums(
             cross=totals[f"y x {pair.name}"],

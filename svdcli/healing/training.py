@@ -16,6 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from svdcli.errors import SvdcliError
+from svdcli.healing.replicas import ALONE, Replicas
+
 WARM_UP = 0.05  # of the training
 _CHECKS = 6  # looks at the held-out text, evenly spread
 # Checks in a row that may find nothing better. Those of the first half do not count: steps are
@@ -25,28 +28,42 @@ _PATIENCE = 3
 
 class Schedule:
     """Progress of a training from 0 to 1, by steps or by the clock, whichever is further; the clock
-    starts when the schedule is made. report is told the progress now and then."""
+    starts when the schedule is made, and is read after every step: rank 0's counts for all. report
+    is told the progress now and then."""
 
     def __init__(
-        self, steps: int | None, seconds: float | None, report: Callable[[float], None]
+        self,
+        steps: int | None,
+        seconds: float | None,
+        report: Callable[[float], None],
+        replicas: Replicas = ALONE,
     ) -> None:
         self.steps = steps
         self.seconds = seconds
         self.report = report
+        self.replicas = replicas
         self.step = 0
         self._begin = time.monotonic()
+        self._clock = self._by_clock()
+
+    def step_done(self) -> None:
+        """Note that one more step is done."""
+        self.step += 1
+        self._clock = self._by_clock()
 
     def progress(self) -> float:
         """Return how far the training is, 1 at the end."""
         by_steps = self.step / self.steps if self.steps else 0.0
-        return min(1.0, max(by_steps, self._by_clock()))
+        return min(1.0, max(by_steps, self._clock))
 
     def _by_clock(self) -> float:
         if self.seconds is None:
             return 0.0
         if self.seconds <= 0:
             return 1.0
-        return (time.monotonic() - self._begin) / self.seconds
+        share = self.replicas.says((time.monotonic() - self._begin) / self.seconds)
+        assert share is not None
+        return share
 
     def rate(self) -> float:
         """Return the learning rate as a share of the largest: up in a straight line, down along a
@@ -130,12 +147,14 @@ def train(
     loss: Callable[[int], Tensor],
     keep_if_better: Callable[[], bool],
     seed: int,
+    replicas: Replicas = ALONE,
 ) -> None:
     """Minimise loss(index) over batches drawn at random from `indices`, until the schedule is over
     or late checks find nothing better.
 
-    keep_if_better keeps the present state where it is better. The weights themselves end where the
-    training ended.
+    A step takes a batch of every rank, each of its own indices. keep_if_better keeps the present
+    state where it is better. The weights themselves end where the training ended. Raises
+    SvdcliError where a rank has nothing to draw from.
     """
     # A group for each weight, which has steps of its own size
     groups: list[dict[str, Any]] = []
@@ -144,8 +163,15 @@ def train(
     optimiser = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.0)
     generator = torch.Generator().manual_seed(seed)
     order: list[int] = []
-    for trained in weights:
-        trained.weight.requires_grad_()
+    parameters = [trained.weight for trained in weights]
+    for parameter in parameters:
+        parameter.requires_grad_()
+
+    # Batches of one step lie as far apart in the text as shares of it do
+    average = replicas.averaging(parameters)
+    count = replicas.least(len(indices)) // replicas.accumulated
+    if not count:
+        raise SvdcliError("a rank has no batch to train on", "give more text, or start fewer ranks")
 
     next_check = 1 / _CHECKS
     checks_in_vain = 0
@@ -153,12 +179,15 @@ def train(
         # One step on one batch; all batches are drawn once before one comes again
         for group in optimiser.param_groups:
             group["lr"] = schedule.rate() * group["step"]
-        order = order or torch.randperm(len(indices), generator=generator).tolist()
+        order = order or torch.randperm(count, generator=generator).tolist()
+        first = order.pop()
         with torch.enable_grad():
-            loss(indices[order.pop()]).backward()
+            for part in range(replicas.accumulated):
+                loss(indices[first + part * count]).backward()
+        average()
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)
-        schedule.step += 1
+        schedule.step_done()
 
         # A look at the held-out text; only those in the second half count for giving up
         if schedule.progress() >= next_check:
@@ -170,7 +199,7 @@ def train(
                 checks_in_vain += 1
 
     # The weights as they came: without gradients
-    for trained in weights:
-        trained.weight.requires_grad_(False)
-        trained.weight.grad = None
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+        parameter.grad = None
     schedule.report(1.0)

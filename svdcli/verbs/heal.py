@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from svdcli.calibration.loss import block_moments
+from svdcli.calibration.loss import averaged, block_sums
 from svdcli.calibration.memory import (
     SHARE_OF_MEMORY,
     free_memory,
@@ -46,6 +46,7 @@ from svdcli.healing.blocks import (
     heal_blocks,
     heal_whole,
 )
+from svdcli.healing.replicas import Replicas, replicas_here
 from svdcli.healing.standins import stack_alike
 from svdcli.models.load import load_stored
 from svdcli.models.modules import is_packed_conv
@@ -87,6 +88,7 @@ def heal(
     hard_labels: float | None = None,
     seed: int = 0,
     memory: int | None = None,
+    compress_gradients: bool = False,
     compute: Compute | None = None,
     force: bool = False,
     trust_remote_code: bool = False,
@@ -103,34 +105,38 @@ def heal(
     the original's answers where the whole of a decoder is trained; by default `HARD_LABELS`. memory
     bounds what training the whole model may take (bytes; by default half of what is free): where it
     takes more, the blocks alone are refined. trust_remote_code runs Python that the folders bring
-    along. Raises SvdcliError or a child of it.
+    along.
+
+    In the processes that torchrun started together, each reads its own share of the text, a step
+    takes a batch of each, and rank 0 alone writes; all give back the same. compress_gradients then
+    sends gradients through torch's PowerSGD hook. Raises SvdcliError or a child of it.
     """
     if hard_labels is not None and not 0 <= hard_labels <= 1:
         raise UsageError(f"--hard-labels {hard_labels:g} is not a share", "give 0 to 1")
-    request = _Request(effort, samples, seq_len, hard_labels, seed, trust_remote_code)
+    request = _Request(
+        effort, samples, seq_len, hard_labels, seed, trust_remote_code, compress_gradients
+    )
     with open_output(output) as compressed, open_checkpoint(teacher) as original:
         for checkpoint in (compressed, original):
             take_apart_again(checkpoint, record_of(compressed) or {})
         pair = _Pair(compressed, original, _plan_of(compressed, original))
         device = (compute or Compute()).start()
-        with destination(compressed, out, ".healed", "-healed", force) as target:
-            # Both models are sources: neither may be written over
-            check_place(target, None, source=original.path, force=force)
-            workspace = Workspace(target, is_file=False)
-            run = Run(original, device, progress, workspace)
-            with disk_errors(target), workspace.locked():
-                if workspace.resume(_identity(pair, texts, request), force=force):
-                    with _nothing_left_of_a_refusal(workspace):
-                        material = _read(pair, texts, request)
-                        refined = _refine(pair, material, request, run, memory)
-                    _publish(pair, _healing(texts, material, refined), refined, run)
+        with replicas_here(device, compress=compress_gradients) as replicas:
+            healer = _Heal(pair, texts, request, memory, replicas)
+            if not replicas.first:
+                healer.follow()
+                return replicas.ends_with(None)
+            with destination(compressed, out, ".healed", "-healed", force) as target:
+                # Both models are sources: neither may be written over
+                check_place(target, None, source=original.path, force=force)
+                started_over = healer.lead(target, progress, force=force)
 
-            # What the output's own record says
-            report = read_report(target)
-            if out is not None:
-                report = replace(report, path=str(out))
-            plan = Plan.from_json(record_of(open_checkpoint(target)))
-            return Outcome(report, plan, target, workspace.started_over)
+                # What the output's own record says
+                report = read_report(target)
+                if out is not None:
+                    report = replace(report, path=str(out))
+                plan = Plan.from_json(record_of(open_checkpoint(target)))
+                return replicas.ends_with(Outcome(report, plan, target, started_over))
 
 
 def _plan_of(compressed: Checkpoint, original: Checkpoint) -> Plan:
@@ -174,6 +180,7 @@ class _Request:
     hard_labels: float | None
     seed: int
     trust_remote_code: bool
+    compress_gradients: bool
 
 
 @dataclass(frozen=True)
@@ -183,6 +190,39 @@ class _Pair:
     compressed: Checkpoint
     original: Checkpoint
     plan: Plan
+
+
+@dataclass(frozen=True)
+class _Heal:
+    """One healing, of this process or of this rank's part in it."""
+
+    pair: _Pair
+    texts: Texts
+    request: _Request
+    memory: int | None
+    replicas: Replicas
+
+    def lead(self, target: Path, progress: Progress, *, force: bool) -> bool:
+        """Refine and publish, or find it published; True where the unfinished work of another
+        command gave way."""
+        workspace = Workspace(target, is_file=False)
+        run = Run(self.pair.original, self.replicas.device, progress, workspace)
+        with disk_errors(target), workspace.locked():
+            begins = workspace.resume(_identity(self.pair, self.texts, self.request), force=force)
+            if self.replicas.says(begins):
+                with _nothing_left_of_a_refusal(workspace):
+                    material, refined = self._refined(run)
+                _publish(self.pair, _healing(self.texts, material, refined), refined, run)
+        return workspace.started_over
+
+    def follow(self) -> None:
+        """Take part in what rank 0 leads; it alone writes."""
+        if self.replicas.says(None):
+            self._refined(Run(self.pair.original, self.replicas.device, silent))
+
+    def _refined(self, run: Run) -> tuple[_Material, _Refined]:
+        material = _read(self.pair, self.texts, self.request, self.replicas)
+        return material, _refine(self.pair, material, self.request, run, self.memory, self.replicas)
 
 
 def _identity(pair: _Pair, texts: Texts, request: _Request) -> str:
@@ -208,8 +248,9 @@ def _nothing_left_of_a_refusal(workspace: Workspace) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class _Material:
-    """Both models, and the text as they read it: for_whole in all, for_blocks so many samples of
-    it, each of at most `window` tokens."""
+    """Both models, and the text as they read it, of several ranks this one's share: for_whole in
+    all, for_blocks so many samples of it (of all ranks together), each of at most `window`
+    tokens."""
 
     teacher: Any
     student: Any
@@ -222,7 +263,7 @@ class _Material:
     bytes_for_whole: int
 
 
-def _read(pair: _Pair, texts: Texts, request: _Request) -> _Material:
+def _read(pair: _Pair, texts: Texts, request: _Request, replicas: Replicas) -> _Material:
     """Load both models, and cut the text into batches for them."""
     # Both models, and the part of them that reads text
     trust = request.trust_remote_code
@@ -237,12 +278,14 @@ def _read(pair: _Pair, texts: Texts, request: _Request) -> _Material:
     # The text for the whole model, and the part of it that the blocks read
     amount = Amount.to_calibrate(request.samples, widest(teacher, _modules(teacher, pair.plan)))
     read = read_batches(side, tokenizer, texts, amount.times(_WHOLE_READS), request.seq_len)
-    for_whole = Batches.split(read.batches)
+    batches = Batches.split(read.batches)
     count = amount.batches(read.samples, read.tokens, len(read.batches))
-    for_blocks = for_whole.fewer(count)
+    for_whole = batches.share(replicas)
+    for_blocks = batches.fewer(count).share(replicas)
     samples = request.samples
     if samples is None:
-        samples = sum(len(batch["input_ids"]) for batch in for_blocks.train)
+        mine = sum(len(batch["input_ids"]) for batch in for_blocks.train)
+        samples = int(replicas.total([mine])[0])
     return _Material(
         teacher=teacher,
         student=student,
@@ -316,22 +359,27 @@ class _Clock:
 
 
 def _refine(
-    pair: _Pair, material: _Material, request: _Request, run: Run, memory: int | None
+    pair: _Pair,
+    material: _Material,
+    request: _Request,
+    run: Run,
+    memory: int | None,
+    replicas: Replicas,
 ) -> _Refined:
     """Train block by block, then the whole model; what the journal has is taken from there. memory
     is as for `heal`."""
     student = material.student
-    (run.kept.folder / BLOCKS).mkdir(exist_ok=True)
+    journal = _Journal(run.workspace, replicas)
     clock = _Clock(request.effort.seconds)
 
     # How errors count, and which tensors the text reaches: others would only drift
-    moments, reached = _moments(material, request.seed, run)
+    moments, reached = _moments(material, request.seed, run, replicas)
     stored_names = _stored_names(student, pair.plan)
     trained = _stored_names(student, pair.plan, within=reached)
 
     # Whether the whole model can be trained in memory decides how much time the blocks get
-    why_not = _why_not_whole(material, run.device, memory)
-    seconds = clock.left()
+    why_not = replicas.says(_why_not_whole(material, run.device, memory, replicas))
+    seconds = replicas.says(clock.left())
     if seconds is not None and why_not is None:
         packed = any(layer.packing != PLAIN for layer in _refined_layers(pair.plan))
         seconds *= _PACKED_BLOCKS_SHARE if packed else _BLOCKS_SHARE
@@ -341,7 +389,9 @@ def _refine(
     # Block by block
     effort = Effort(request.effort.steps, seconds)
     trainable = trained.__contains__
-    blocks = _refine_blocks(material, effort, trainable, moments, request.seed, run)
+    blocks = _refine_blocks(
+        material, effort, trainable, moments, request.seed, run, journal, replicas
+    )
     if not blocks:
         raise SvdcliError(
             f"no block of {pair.compressed.shown} that reads text holds factors or packed layers",
@@ -351,12 +401,12 @@ def _refine(
         return _Refined(blocks, stored_names, (why_not,))
 
     # The whole model, for the time that is left
-    whole = _read_block(run.kept, WHOLE)
+    whole = journal.read(WHOLE)
     if whole is None:
         _bring_into_memory(material, blocks.values(), run.device)
-        effort = Effort(request.effort.steps, clock.left())
-        whole = _refine_whole(material, effort, trainable, dtypes, request.seed, run)
-    blocks[WHOLE] = _kept(run.kept, whole)
+        effort = Effort(request.effort.steps, replicas.says(clock.left()))
+        whole = _refine_whole(material, effort, trainable, dtypes, request.seed, run, replicas)
+    blocks[WHOLE] = journal.keep(whole)
     return _Refined(blocks, stored_names, ())
 
 
@@ -367,6 +417,8 @@ def _refine_blocks(
     moments: Mapping[str, Tensor],
     seed: int,
     run: Run,
+    journal: _Journal,
+    replicas: Replicas,
 ) -> dict[str, HealedBlock]:
     """Refine every block that holds factors, each noted in the journal as soon as it is done."""
     blocks: dict[str, HealedBlock] = {}
@@ -377,13 +429,14 @@ def _refine_blocks(
         effort,
         trainable=trainable,
         moments=moments,
-        finished=partial(_read_block, run.kept),
+        finished=journal.read,
         call=material.side.of,
         seed=seed,
         device=run.device,
         progress=run.progress,
+        replicas=replicas,
     ):
-        blocks[block.name] = _kept(run.kept, block)
+        blocks[block.name] = journal.keep(block)
     return blocks
 
 
@@ -394,6 +447,7 @@ def _refine_whole(
     dtypes: Mapping[str, torch.dtype],
     seed: int,
     run: Run,
+    replicas: Replicas,
 ) -> HealedBlock:
     """Train all factors together; both models are in memory."""
     return heal_whole(
@@ -407,31 +461,43 @@ def _refine_whole(
         call=material.side.of,
         seed=seed,
         progress=run.progress,
+        replicas=replicas,
     )
 
 
-def _moments(material: _Material, seed: int, run: Run) -> tuple[dict[str, Tensor], Collection[str]]:
+def _moments(
+    material: _Material, seed: int, run: Run, replicas: Replicas
+) -> tuple[dict[str, Tensor], Collection[str]]:
     """(how much each direction of each block's output matters, names of the modules that ran), from
-    batches spread over the text."""
-    # The same few batches for every seed; the seed draws the labels
+    batches spread over the text of all ranks."""
+    # The same few batches for every seed; the seed draws the labels, by the batch's number
     run.progress("moments", "", 0, 1)
     teacher, side, batches = material.teacher, material.side, material.for_blocks.train
-    count = min(len(batches), _MOMENT_BATCHES)
+    count = min(len(batches), max(1, _MOMENT_BATCHES // replicas.size))
     few = [batches[len(batches) * i // count] for i in range(count)]
 
     # As many batches at a time as their hidden states fit into memory
-    memory = int(SHARE_OF_MEMORY * free_memory())
+    memory = int(SHARE_OF_MEMORY * free_memory() / replicas.here)
     width = width_of(side.config(teacher))
     at_a_time = max(1, memory // state_bytes(side.module(teacher), width, few, gradients=True))
 
     # Modules that do not run here get no gradients from the text, and are not trained
     ran: set[int] = set()
     with watched(teacher, lambda part, inputs: ran.add(id(part))):
-        moments = block_moments(
-            teacher, few, blocks_of(teacher), at_a_time, run.device, side.of(teacher), seed
+        sums, events = block_sums(
+            teacher,
+            few,
+            blocks_of(teacher),
+            at_a_time,
+            run.device,
+            side.of(teacher),
+            seed,
+            first=replicas.rank * count,
         )
+    moments = averaged(replicas.summed(sums), int(replicas.total([events])[0]))
+    reached = {name for name, part in teacher.named_modules() if id(part) in ran}
     run.progress("moments", "", 1, 1)
-    return moments, {name for name, part in teacher.named_modules() if id(part) in ran}
+    return moments, replicas.union(reached)
 
 
 def _stored_names(
@@ -461,11 +527,17 @@ def _refined_layers(plan: Plan) -> list[LayerPlan]:
     return [layer for layer in plan.factored if layer.role != EMBEDDING]
 
 
-def _why_not_whole(material: _Material, device: torch.device, allowed: int | None) -> str | None:
-    """None where there is memory to train the whole model, else the note that says how much it
-    takes."""
+def _why_not_whole(
+    material: _Material, device: torch.device, allowed: int | None, replicas: Replicas
+) -> str | None:
+    """None where every rank has memory to train the whole model, else the note that says how much
+    it takes."""
     if allowed is None:
-        limit, memory = "half of what is free", _SHARE_FOR_THE_WHOLE * _free_memory(device)
+        # Ranks on one machine have its memory in common
+        free = _free_memory(device) // (1 if device.type == "cuda" else replicas.here)
+        limit, memory = "half of what is free", _SHARE_FOR_THE_WHOLE * replicas.least(free)
+        if replicas.size > 1:
+            limit = "half of what is free for each rank"
     else:
         limit, memory = "what is allowed", allowed
     if material.bytes_for_whole <= memory:
@@ -505,6 +577,28 @@ def _named_tensors(model: nn.Module) -> dict[str, Tensor]:
 def _file(workspace: Workspace, name: str) -> Path:
     """Where the refined factors of a block are kept."""
     return workspace.folder / BLOCKS / f"{name}.safetensors"
+
+
+class _Journal:
+    """The blocks that are done: rank 0 has the workspace, and tells the others what is in it."""
+
+    def __init__(self, workspace: Workspace | None, replicas: Replicas) -> None:
+        self._workspace = workspace
+        self._replicas = replicas
+        if workspace is not None:
+            (workspace.folder / BLOCKS).mkdir(exist_ok=True)
+
+    def read(self, name: str) -> HealedBlock | None:
+        """A block that an earlier run finished; None where there is none."""
+        found = None if self._workspace is None else _read_block(self._workspace, name)
+        facts = self._replicas.says(None if found is None else replace(found, weights={}))
+        if facts is None:
+            return None
+        return replace(facts, weights=self._replicas.same({} if found is None else found.weights))
+
+    def keep(self, block: HealedBlock) -> HealedBlock:
+        """The block, noted in the journal if it is not there yet."""
+        return block if self._workspace is None else _kept(self._workspace, block)
 
 
 def _kept(workspace: Workspace, block: HealedBlock) -> HealedBlock:

@@ -43,6 +43,10 @@ BITS = re.compile(r"(?<=<!-- bits -->\n).*?(?=<!-- /bits -->)", re.DOTALL)
 PACKED = re.compile(r"(?<=<!-- packed -->\n).*?(?=<!-- /packed -->)", re.DOTALL)
 SHARING = re.compile(r"(?<=<!-- sharing -->\n).*?(?=<!-- /sharing -->)", re.DOTALL)
 MIXTURE = re.compile(r"(?<=<!-- mixture -->\n).*?(?=<!-- /mixture -->)", re.DOTALL)
+COMMUNICATION = re.compile(
+    r"(?<=<!-- communication -->\n).*?(?=<!-- /communication -->)", re.DOTALL
+)
+COUNTED = re.compile(r"(?<=<!-- counted -->\n).*?(?=<!-- /counted -->)", re.DOTALL)
 BIG = re.compile(r"(?<=<!-- big -->\n).*?(?=<!-- /big -->)", re.DOTALL)
 SHORT = re.compile(r"(?<=<!-- quality in short -->\n).*?(?=<!-- /quality in short -->)", re.DOTALL)
 SHORT_ROWS = {
@@ -101,6 +105,8 @@ def render(page: Path) -> str:
     text = MIXTURE.sub(lambda _: mixture_table(), text)
     text = BIG.sub(lambda _: big_tables(), text)
     text = SHARING.sub(lambda _: sharing_table(), text)
+    text = COMMUNICATION.sub(lambda _: communication_table(), text)
+    text = COUNTED.sub(lambda _: benchmark("communication").counted() + "\n\n", text)
     return BLOCK.sub(lambda block: block[1] + session(block["command"]), text)
 
 
@@ -151,6 +157,12 @@ def sharing_table() -> str:
     """The recorded losses with shared bases, as sharing.py renders them."""
     results = json.loads((BENCHMARKS / "sharing.json").read_text())
     return benchmark("sharing").markdown(results) + "\n\n"
+
+
+def communication_table() -> str:
+    """The recorded bytes and losses of healing on ranks, as communication.py renders them."""
+    results = json.loads((BENCHMARKS / "communication.json").read_text())
+    return benchmark("communication").markdown(results) + "\n\n"
 
 
 def big_tables() -> str:

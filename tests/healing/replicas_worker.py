@@ -1,0 +1,132 @@
+"""What one rank of test_replicas.py does, and what one process does in place of all of them.
+
+    torchrun --nproc-per-node 2 replicas_worker.py TEACHER STUDENT... FOLDER
+
+Each rank writes what it found to FOLDER.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import nn
+
+from svdcli.errors import SvdcliError
+from svdcli.healing import refit as closed_form
+from svdcli.healing.blocks import Batches, Effort, HealedBlock, heal_blocks, heal_whole
+from svdcli.healing.replicas import (
+    BFLOAT16,
+    PLAIN,
+    POWER_SGD,
+    POWER_START,
+    Ranks,
+    Replicas,
+    replicas_here,
+)
+from svdcli.models.load import load_stored
+
+STEPS = 8
+
+
+def batches() -> Batches:
+    """Sixteen batches to train on, and three that are held out, which two ranks cannot halve."""
+    made: list[Any] = []
+    for seed in range(19):
+        generator = torch.Generator().manual_seed(seed)
+        made.append({"input_ids": torch.randint(2, 96, (4, 32), generator=generator)})
+    return Batches(made[:16], made[16:])
+
+
+def healed(teacher: Path, student: Path, replicas: Replicas) -> list[HealedBlock]:
+    """Every block, and the whole model from where it was: without the noise that moments at outputs
+    are led back from, which differs between ranks."""
+    read = batches().share(replicas)
+    with mock.patch.object(closed_form, "_output_moments", return_value={}):
+        models = load_stored(teacher), load_stored(student)
+        found = list(
+            heal_blocks(
+                *models,
+                read,
+                Effort(steps=STEPS),
+                trainable=lambda name: True,
+                replicas=replicas,
+            )
+        )
+        models = load_stored(teacher), load_stored(student)
+        state = {**dict(models[1].named_parameters()), **dict(models[1].named_buffers())}
+        dtypes = {name: tensor.dtype for name, tensor in state.items()}
+        for model in models:
+            for tensor in (*model.parameters(), *model.buffers()):
+                if tensor.is_floating_point():
+                    tensor.data = tensor.data.float()
+        whole = heal_whole(
+            *models,
+            read,
+            Effort(steps=STEPS),
+            trainable=lambda name: True,
+            dtypes=dtypes,
+            hard_labels=0.1,
+            replicas=replicas,
+        )
+    return [*found, whole]
+
+
+def averages(ranks: Ranks) -> dict[str, Any]:
+    """What each way to send gradients makes of the same ones: a matrix of rank one on every rank,
+    a vector that rank 0 alone has, and one that nobody has."""
+    generator = torch.Generator().manual_seed(0)
+    u, v = torch.randn(64, 1, generator=generator), torch.randn(1, 48, generator=generator)
+    found: dict[str, Any] = {}
+    for how in (PLAIN, BFLOAT16, POWER_SGD):
+        weights = [nn.Parameter(torch.zeros(shape)) for shape in ((64, 48), (5,), (3,))]
+        ranks._how = how
+        average = ranks.averaging(weights)
+        for _ in range(POWER_START + 3):
+            before = ranks.traffic["gradients"]
+            weights[0].grad = (1 + ranks.rank) * u @ v
+            weights[1].grad = torch.ones(5) if ranks.first else None
+            weights[2].grad = None
+            average()
+        sent = ranks.traffic["gradients"] - before
+        found[how] = (sent, [weight.grad for weight in weights], u @ v)
+    ranks._how = PLAIN
+    return found
+
+
+def main(arguments: Sequence[str]) -> None:
+    teacher, *students, folder = map(Path, arguments)
+    torch.set_num_threads(1)
+    with replicas_here(torch.device("cpu")) as replicas:
+        assert isinstance(replicas, Ranks)
+        found = {str(student): healed(teacher, student, replicas) for student in students}
+        ones = {f"of {replicas.rank}": torch.ones(2), "of all": torch.ones(())}
+        exchanged = {
+            "says": replicas.says(replicas.rank),
+            "least": replicas.least(7 - replicas.rank),
+            "union": replicas.union({replicas.rank}),
+            "summed": replicas.summed(ones),
+            "averages": averages(replicas),
+        }
+        rank = replicas.rank
+        replicas.ends_with("done" if replicas.first else None)
+
+    # More rounds, which one rank ends before anything is exchanged
+    exchanged["refusals"] = []
+    for refuses in range(2):
+        try:
+            with replicas_here(torch.device("cpu")) as replicas:
+                if rank == refuses:
+                    raise SvdcliError(f"rank {rank} refuses", "do not")
+                replicas.gather(None)
+        except SvdcliError as error:
+            exchanged["refusals"].append((type(error), str(error)))
+    torch.save((found, exchanged), folder / f"{rank}.pt")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

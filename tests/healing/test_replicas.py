@@ -1,0 +1,212 @@
+"""Several ranks heal as one process does that reads what all of them read, hold the same bits, and
+end together: a rank that is killed costs the block that was under way."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import replicas_worker
+import torch
+import zoo
+from helpers import cli, complaint
+from zoo import words_tokenizer
+
+import svdcli
+from svdcli.errors import SvdcliError
+from svdcli.healing.blocks import WHOLE, Batches
+from svdcli.healing.replicas import BFLOAT16, PLAIN, POWER_SGD, Replicas
+from svdcli.ranks import FollowedError
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
+    """(a tiny Llama with a tokenizer, the same in factors, the same at 8 bits)."""
+    folder = tmp_path_factory.mktemp("replicas")
+    teacher = zoo.save("llama", folder / "model")
+    words_tokenizer(teacher)
+    svdcli.compress(teacher, folder / "small", svdcli.Recipe("keep", 0.4))
+    svdcli.compress(teacher, folder / "packed", svdcli.Recipe("keep", 0.9, bits="8"))
+    return teacher, folder / "small", folder / "packed"
+
+
+@pytest.fixture(scope="module")
+def found(models: tuple[Path, Path, Path], tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
+    """What each of two ranks found that torchrun started."""
+    folder = tmp_path_factory.mktemp("found")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    worker = [replicas_worker.__file__, *models, folder]
+    done = subprocess.run(
+        [*launch, "--master-port", str(free_port()), *map(str, worker)],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
+
+
+def environment() -> dict[str, str]:
+    path = f"{ROOT}{os.pathsep}{ROOT / 'tests'}"
+    return os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port: int = found.getsockname()[1]
+        return port
+
+
+@contextmanager
+def two_ranks(line: Sequence[object]) -> Iterator[list[subprocess.Popen[str]]]:
+    """The command on two ranks without an agent: nobody else ends one when the other is gone."""
+    port = str(free_port())
+    ranks: list[subprocess.Popen[str]] = []
+    for rank in range(2):
+        place = {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
+        place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        process = subprocess.Popen(
+            [sys.executable, "-m", "svdcli", *map(str, line)],
+            env=environment() | place,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        ranks.append(process)
+    try:
+        yield ranks
+    finally:
+        for process in ranks:
+            process.kill()
+            process.communicate()
+
+
+def command(models: tuple[Path, Path, Path], folder: Path, steps: int) -> list[object]:
+    text = folder / "text.txt"
+    text.write_text(" ".join(f"w{(i * i + 3 * i) % 94 + 2}" for i in range(6000)))
+    line: list[object] = ["heal", models[1], "--teacher", models[0], "--text", text]
+    return [*line, "--seq-len", 32, "--steps", steps, "-o", folder / "healed", "--json"]
+
+
+@pytest.mark.parametrize("which", [1, 2], ids=["factors", "packed"])
+def test_two_ranks_learn_what_one_process_learns_from_both_batches(
+    which: int, models: tuple[Path, Path, Path], found: list[Any]
+) -> None:
+    ours = found[0][0][str(models[which])]
+    alone = replicas_worker.healed(models[0], models[which], Replicas(accumulated=2))
+    assert [block.name for block in ours] == [block.name for block in alone]
+    assert ours[-1].name == WHOLE
+    for one, other in zip(ours, alone, strict=True):
+        assert one.steps == other.steps == replicas_worker.STEPS
+        assert one.before == pytest.approx(other.before, rel=1e-3)
+        assert one.after == pytest.approx(other.after, rel=2e-3)
+        assert one.after < one.before
+
+
+def test_all_ranks_hold_the_same_bits(found: list[Any]) -> None:
+    first, second = (blocks for blocks, _ in found)
+    for name, blocks in first.items():
+        for one, other in zip(blocks, second[name], strict=True):
+            assert (one.before, one.after) == (other.before, other.after)
+            assert one.weights.keys() == other.weights.keys()
+            assert all(torch.equal(one.weights[key], other.weights[key]) for key in one.weights)
+
+
+def test_what_ranks_exchange(found: list[Any]) -> None:
+    for _, exchanged in found:
+        assert exchanged["says"] == 0
+        assert exchanged["least"] == 6
+        assert exchanged["union"] == {0, 1}
+        sums = {name: total.tolist() for name, total in exchanged["summed"].items()}
+        assert sums == {"of 0": [1, 1], "of 1": [1, 1], "of all": 2}
+
+
+def test_gradients_are_averaged_however_they_travel(found: list[Any]) -> None:
+    """Of a matrix of rank one nothing is lost in PowerSGD's factors, and they are small."""
+    sent = {}
+    for _, exchanged in found:
+        for how, (count, (matrix, vector, nothing), one) in exchanged["averages"].items():
+            close = 1e-2 if how == BFLOAT16 else 1e-5
+            torch.testing.assert_close(matrix, 1.5 * one, rtol=close, atol=close)
+            torch.testing.assert_close(vector, torch.full((5,), 0.5), rtol=0, atol=0)
+            assert nothing is None
+            sent[how] = count
+    numbers = 64 * 48 + 5 + 3 + 3
+    assert sent == {
+        PLAIN: 4 * numbers,
+        BFLOAT16: 2 * numbers,
+        POWER_SGD: 4 * (4 * (64 + 48) + 5 + 3 + 3),
+    }
+
+
+def test_what_one_rank_refuses_ends_all_and_rank_0_tells_it(found: list[Any]) -> None:
+    for kind, (_, exchanged) in zip((SvdcliError, FollowedError), found, strict=True):
+        assert exchanged["refusals"] == [
+            (kind, "rank 0 refuses; do not"),
+            (kind, "rank 1 refuses; do not"),
+        ]
+
+
+def test_a_killed_rank_ends_the_run_and_the_journal_goes_on(
+    models: tuple[Path, Path, Path], tmp_path: Path
+) -> None:
+    line = command(models, tmp_path, 20)
+    journal = tmp_path / "healed.partial" / "journal.jsonl"
+    with two_ranks(line) as ranks:
+        deadline = time.monotonic() + 300
+        while not (journal.exists() and '"block"' in journal.read_text()):
+            assert time.monotonic() < deadline
+            assert ranks[0].poll() is None, ranks[0].communicate()
+            time.sleep(0.02)
+        ranks[1].send_signal(signal.SIGKILL)
+        _, told = ranks[0].communicate(timeout=120)
+    assert ranks[0].returncode == 1, told
+    said = [row for row in told.splitlines() if row.startswith("svdcli:")]
+    assert said == [
+        "svdcli: error: rank 1 is gone; run the same command again, it continues with the block it "
+        "had reached"
+    ]
+
+    # Both go on with what is done, which rank 1 has never seen
+    done = [json.loads(row) for row in journal.read_text().splitlines() if '"block"' in row]
+    assert done
+    with two_ranks(line) as ranks:
+        outputs = [process.communicate(timeout=300) for process in ranks]
+    assert [process.returncode for process in ranks] == [0, 0], outputs
+    blocks = json.loads(outputs[0][0])["healing"]["blocks"]
+    assert list(blocks) == ["model.layers.0", "model.layers.1", WHOLE]
+    for row in done:
+        assert blocks[row["block"]] == {key: row[key] for key in ("before", "after", "steps")}
+    assert svdcli.verify(tmp_path / "healed", models[0]).ok
+
+
+def test_gradients_that_do_not_travel_are_not_compressed(
+    models: tuple[Path, Path, Path], tmp_path: Path
+) -> None:
+    line = command(models, tmp_path, 3)
+    told = complaint(cli(*line, "--compress-gradients"), 2)
+    assert "there is one process" in told
+    assert not (tmp_path / "healed.partial").exists()
+
+
+def test_more_ranks_than_batches_are_refused() -> None:
+    three = Replicas()
+    three.size = 3
+    batches = Batches([{"input_ids": torch.zeros(1, 1)}] * 2, [])
+    with pytest.raises(SvdcliError, match="fills 2 batches to train on, and there are 3 ranks"):
+        batches.share(three)
