@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from svdcli.models.modules import PackedLinear, is_linear, numbers_of
@@ -74,6 +75,14 @@ def width_of(config: Any) -> int:
         if isinstance(width, int):
             return width
     return 1024
+
+
+def memory_for(device: torch.device, sharers: int = 1) -> int:
+    """Return the bytes that one of so many processes of this machine can have where it computes: of
+    the memory that they share, or of a card, which it has for itself."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return free_memory() // sharers
 
 
 def free_memory() -> int:

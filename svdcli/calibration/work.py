@@ -14,7 +14,7 @@ from torch import nn
 
 from svdcli.calibration.gather import FULL_OUTPUTS, Gather
 from svdcli.calibration.loss import ModelLoss
-from svdcli.calibration.memory import SHARE_OF_MEMORY, free_memory, state_bytes, widest, width_of
+from svdcli.calibration.memory import SHARE_OF_MEMORY, memory_for, state_bytes, widest, width_of
 from svdcli.calibration.moments import Provenance, Spool
 from svdcli.calibration.parts import Whole
 from svdcli.calibration.precision import Passes, chosen, operations_a_second
@@ -112,7 +112,7 @@ class Work:
         # Hidden states of a round have to fit into memory
         memory = settings.memory
         if memory is None:
-            memory = int(SHARE_OF_MEMORY * free_memory() / settings.sharers)
+            memory = int(SHARE_OF_MEMORY * memory_for(device, settings.sharers))
         return Work(settings, checkpoint, device, network, layers, read, memory)
 
     @property

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from svdcli.calibration.loss import averaged, block_sums
 from svdcli.calibration.memory import (
     SHARE_OF_MEMORY,
-    free_memory,
+    memory_for,
     state_bytes,
     whole_bytes,
     widest,
@@ -477,7 +477,7 @@ def _moments(
     few = [batches[len(batches) * i // count] for i in range(count)]
 
     # As many batches at a time as their hidden states fit into memory
-    memory = int(SHARE_OF_MEMORY * free_memory() / replicas.here)
+    memory = int(SHARE_OF_MEMORY * memory_for(run.device, replicas.here))
     width = width_of(side.config(teacher))
     at_a_time = max(1, memory // state_bytes(side.module(teacher), width, few, gradients=True))
 
@@ -534,7 +534,7 @@ def _why_not_whole(
     it takes."""
     if allowed is None:
         # Ranks on one machine have its memory in common
-        free = _free_memory(device) // (1 if device.type == "cuda" else replicas.here)
+        free = memory_for(device, replicas.here)
         limit, memory = "half of what is free", _SHARE_FOR_THE_WHOLE * replicas.least(free)
         if replicas.size > 1:
             limit = "half of what is free for each rank"
@@ -545,12 +545,6 @@ def _why_not_whole(
     return _NOT_WHOLE.format(
         needed=material.bytes_for_whole / 1e9, limit=limit, memory=memory / 1e9
     )
-
-
-def _free_memory(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return free_memory()
 
 
 def _bring_into_memory(
