@@ -68,6 +68,7 @@ class Whole:
     def differs(self, other: Whole) -> str:
         """Say in what the other one is another calibration; "" where it is the same. Of the text
         its digest counts, since machines may have it in different places."""
+        # What is named, with both values
         mine, its = self.provenance, other.provenance
         pairs = {
             "model": (mine.fingerprint[:12], its.fingerprint[:12]),
@@ -78,6 +79,8 @@ class Whole:
         for field, value in asdict(mine).items():
             if field not in ("fingerprint", "text", "text_sha256"):
                 pairs[field.replace("_", "-")] = (value, getattr(its, field))
+
+        # The first that differs
         for what, (one, another) in pairs.items():
             if one != another:
                 return f"its {what} is {another}, not {one}"

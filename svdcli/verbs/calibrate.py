@@ -33,7 +33,7 @@ from svdcli.files.report import JSON_VERSION
 from svdcli.models.kinds import take_apart_stacks
 from svdcli.plan.words import PRECISION, Precision
 from svdcli.progress import Progress, silent
-from svdcli.ranks import Team, assembled, place_here
+from svdcli.ranks import Place, Team, assembled, place_here
 from svdcli.text.texts import Texts
 
 
@@ -118,6 +118,7 @@ def calibrate(
     Raises SvdcliError for a model without one, and for one that answers with NaN, with the name of
     the first layer that does; on one rank for what ended any of them.
     """
+    # What is asked for
     settings = Settings(
         texts=texts,
         samples=samples,
@@ -140,6 +141,8 @@ def calibrate(
         force=force,
         announce=announce,
     )
+
+    # Who reads it: this process, for the whole or for a part, or several
     place = None if alone else place_here()
     if place is not None and place.size == 1:
         place = None
@@ -176,14 +179,16 @@ class Request:
         return replace(self, settings=replace(self.settings, gradients=gradients))
 
     @contextmanager
-    def opened(self, *, checks: bool = True) -> Iterator[Work]:
-        """Open the model, and cut the text as it reads it; with checks, see that the output may be
-        written."""
+    def opened(self, place: Place | None = None) -> Iterator[Work]:
+        """Open the model, and cut the text as it reads it; see that the output may be written,
+        which among ranks is the first one's to see. Each rank takes a GPU of its own."""
         device = self.compute.start()
+        if place is not None and device.type == "cuda":
+            device = torch.device("cuda", place.local % torch.cuda.device_count())
         with open_checkpoint(self.model) as checkpoint:
             check_not_compressed(checkpoint, "calibrate the original, which compress takes")
             take_apart_stacks(checkpoint)
-            if checks:
+            if place is None or place.leads:
                 check_place(self.out, ".safetensors", source=checkpoint.path, force=self.force)
             yield Work.begin(self.settings, checkpoint, device)
 
@@ -303,7 +308,7 @@ def calibrate_together(request: Request, team: Team) -> Calibrated:
         sharers=max(1, team.place.local_size),
     )
     request = replace(request, settings=settings)
-    with together.sharing_errors(), request.opened(checks=team.leads) as work:
+    with together.sharing_errors(), request.opened(team.place) as work:
         passes, folder = _agreed(request, work, together)
         ranks = min(team.place.size, len(work.read.batches))
         paths = [folder / f"{number}.safetensors" for number in range(1, ranks + 1)]
