@@ -113,9 +113,10 @@ def test_two_ranks_learn_what_one_process_learns_from_both_batches(
     assert ours[-1].name == WHOLE
     for one, other in zip(ours, alone, strict=True):
         assert one.steps == other.steps == replicas_worker.STEPS
-        assert one.before == pytest.approx(other.before, rel=1e-3)
-        assert one.after == pytest.approx(other.after, rel=2e-3)
+        assert one.before == pytest.approx(other.before, rel=1e-6)
+        # What was learned is little in so few steps: it is what has to be the same
         assert one.after < one.before
+        assert one.before - one.after == pytest.approx(other.before - other.after, rel=0.01)
 
 
 def test_all_ranks_hold_the_same_bits(found: list[Any]) -> None:
