@@ -111,7 +111,7 @@ def load(job: Job, opened: Opened) -> Loaded | None:
         return None
     moments = None if opened.calibration is None else opened.calibration.of(job.layer)
     weight = read_weight(opened.source, job.layer.originals)
-    if largest_of(weight) is None:
+    if not job.layer.role and largest_of(weight) is None:  # a table would stay dense
         check_finite([tensor.name for tensor in job.layer.originals])
     if job.device.startswith("cuda"):
         weight = weight.pin_memory()  # from where it is copied to the card without a detour
