@@ -185,8 +185,8 @@ class Team:
 
     @contextmanager
     def sharing_errors(self) -> Iterator[None]:
-        """Have an error here end all ranks: rank 0 raises it; every other one tells it to rank 0, and
-        raises FollowedError."""
+        """Have an error here end all ranks: rank 0 raises it; every other one tells it to rank 0,
+        and raises FollowedError."""
         try:
             yield
         except (LostRankError, FollowedError):
