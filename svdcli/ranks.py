@@ -8,18 +8,20 @@ a rank that dies holds up nobody.
 
 from __future__ import annotations
 
+import json
 import os
+import pickle
 import socket
 import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from svdcli.errors import FAILED, SvdcliError
+from svdcli.errors import FAILED, INTERRUPTED, SvdcliError
 
 if TYPE_CHECKING:
     from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]
@@ -27,9 +29,11 @@ if TYPE_CHECKING:
 # Seconds; by the clock that never jumps.
 BEAT = 1.0  # between two signs of life
 PATIENCE = 30.0  # without a sign of life, until a rank counts as lost
+TO_TELL = 10.0  # for rank 0 to tell an error of another, or for others to hear the end
 TO_ASSEMBLE = 300.0  # for all ranks to start, import torch and meet
 _POLL = 0.02
 
+_OUTCOME = "svdcli/outcome"  # of all rounds
 _NEEDED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -102,7 +106,7 @@ class Team:
         self.store = PrefixStore(f"svdcli/round/{round_}", store)
         self._all_rounds = store
         self._seen: dict[int, tuple[int, float]] = {}
-        self._ended = threading.Event()
+        self._silent = threading.Event()
 
     @property
     def leads(self) -> bool:
@@ -167,28 +171,112 @@ class Team:
         try:
             yield
         finally:
-            self._ended.set()
+            self._silent.set()
             thread.join()
 
     def _beat(self) -> None:
-        while not self._ended.wait(BEAT):
+        while not self._silent.wait(BEAT):
             try:
                 self.count(f"beats/{self.place.rank}")
             except SvdcliError:
                 return  # the thread that works will meet it, too
 
-    # What outlives a round
+    # How it ends
 
-    def put_for_later_rounds(self, key: str, value: bytes) -> None:
-        """Put a value where the ranks find it when they were started again."""
-        with _one_line():
-            self._all_rounds.set(f"svdcli/all/{key}", value)  # type: ignore[arg-type]
+    @contextmanager
+    def sharing_errors(self) -> Iterator[None]:
+        """Have an error here end all ranks: rank 0 raises it; every other one tells it to rank 0,
+        and raises FollowedError."""
+        try:
+            yield
+        except (LostRankError, FollowedError):
+            raise
+        except BaseException as error:
+            self.fail(error)
+            if self.leads or not isinstance(error, Exception):
+                raise
+            # Rank 0 gets a while, before this process ends and the launcher ends them all
+            self._await_for("told", TO_TELL)
+            raise FollowedError(str(error), _code_of(error)) from error
 
-    def from_earlier_rounds(self, key: str) -> bytes | None:
-        """What a round before this one left there, None for nothing."""
-        name = f"svdcli/all/{key}"
+    def fail(self, error: BaseException) -> None:
+        """Tell the other ranks why this one ends, as far as the store is still there."""
+        message = str(error)
+        if not isinstance(error, Exception):
+            message = "interrupted; run the same command again, it continues where it was"
+        elif not isinstance(error, SvdcliError):
+            message = f"{type(error).__name__}: {error}".removesuffix(": ")
+        told = [message, _code_of(error)]
+        with suppress(LostRankError):
+            self.put(f"failed/{self.place.rank}", json.dumps(told).encode())
+
+    def failure_of(self, rank: int) -> SvdcliError | None:
+        """Why that rank has ended, as far as it could tell, None for one that has not: a
+        FollowedError where rank 0 tells people."""
+        value = self.peek(f"failed/{rank}")
+        if value is None:
+            return None
+        message, code = json.loads(value)
+        if not self.leads:
+            return FollowedError(message, code)
+        self.put("told", b"1")
+        error = SvdcliError(f"rank {rank}: {message}")
+        error.exit_code = code
+        return error
+
+    def check_others(self) -> None:
+        """Raise why another rank has ended, where one has."""
+        for rank in range(self.place.size):
+            failure = None if rank == self.place.rank else self.failure_of(rank)
+            if failure is not None:
+                raise failure
+
+    def end(self, outcome: Any) -> None:
+        """Tell all ranks, from rank 0, what came of it: any value that pickles. Those that start
+        once more find it, too."""
+        value = pickle.dumps(outcome)
+        self.put("outcome", value)
         with _one_line():
-            return bytes(self._all_rounds.get(name)) if self._all_rounds.check([name]) else None
+            self._all_rounds.set(_OUTCOME, value)  # type: ignore[arg-type]
+        # A store of this process ends with it: the others have to read that first
+        if not self.place.agents_store:
+            deadline = time.monotonic() + TO_TELL
+            while self.count("have it", 0) < self.place.size - 1 and time.monotonic() < deadline:
+                time.sleep(_POLL)
+
+    def ended(self) -> tuple[Any] | None:
+        """What came of it, alone in a tuple, once rank 0 has said so."""
+        value = self.peek("outcome")
+        if value is None:
+            return None
+        self.count("have it")
+        return (pickle.loads(value),)
+
+    def outcome(self) -> Any:
+        """What rank 0 says came of it. Raises FollowedError where that is an error of any rank,
+        LostRankError where rank 0 is lost."""
+        while (ended := self.ended()) is None:
+            self.check_others()
+            self.check_alive(0)
+            time.sleep(_POLL)
+        return ended[0]
+
+    def ended_before(self) -> bool:
+        """Has an earlier round come to its end, so that nothing is left to be done: its outcome is
+        told again."""
+        with _one_line():
+            if not self._all_rounds.check([_OUTCOME]):
+                return False
+            if self.leads:
+                self.put("outcome", bytes(self._all_rounds.get(_OUTCOME)))
+        return True
+
+    def _await_for(self, key: str, seconds: float) -> None:
+        """Wait a while until a key has a value."""
+        deadline = time.monotonic() + seconds
+        with suppress(LostRankError):
+            while self.peek(key) is None and time.monotonic() < deadline:
+                time.sleep(_POLL)
 
 
 @contextmanager
@@ -253,6 +341,11 @@ def _follow(place: Place, store: Store) -> Team:
             return team
         time.sleep(_POLL)
     raise LostRankError("rank 0 did not come", "see what its own process says")
+
+
+def _code_of(error: BaseException) -> int:
+    code = FAILED if isinstance(error, Exception) else INTERRUPTED
+    return int(getattr(error, "exit_code", code))
 
 
 @contextmanager

@@ -6,17 +6,15 @@ from __future__ import annotations
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 from svdcli.errors import SvdcliError
 from svdcli.progress import Progress
-from svdcli.ranks import FollowedError, Team
+from svdcli.ranks import Team
 
 # Seconds
 TO_SEE_A_FILE = 30.0  # what another rank has written: file systems on a network take a while
-_TO_TELL = 10.0  # for rank 0 to tell of an error, or for others to hear that all is done
 _POLL = 0.02
 
 _TOKEN = "token"
@@ -24,7 +22,7 @@ _TOKEN = "token"
 
 class Together:
     """The ranks that share one calibration into `out`; what they tell each other is told under
-    names of its own. An error on one of them is raised on all."""
+    names of its own."""
 
     def __init__(self, team: Team, out: Path) -> None:
         self.team = team
@@ -49,70 +47,22 @@ class Together:
         """Return what that rank tells. Raises SvdcliError where any rank ended with an error, and
         LostRankError where that one is lost."""
         while True:
-            self.check()
+            self.team.check_others()
             value = self.team.peek(f"{self._prefix}/{name}")
             if value is not None:
                 return value.decode()
             self.team.check_alive(rank)
             time.sleep(_POLL)
 
-    def check(self) -> None:
-        """Raise SvdcliError where another rank ended with an error."""
-        error = self.team.peek(f"{self._prefix}/error")
-        if error is not None:
-            if self.team.leads:
-                self.tell("told", "")
-                raise SvdcliError(error.decode())
-            raise FollowedError(error.decode())
-
     def checking(self, progress: Progress) -> Progress:
         """Return a progress that notices errors of other ranks; rank 0 alone shows it."""
 
         def report(phase: str, name: str, done: float, total: float) -> None:
-            self.check()
+            self.team.check_others()
             if self.team.leads:
                 progress(phase, name, done, total)
 
         return report
-
-    @contextmanager
-    def sharing_errors(self) -> Iterator[None]:
-        """Tell the others of an error here. Rank 0 gets a while to show it, before this process
-        ends and the launcher ends them all."""
-        try:
-            yield
-        except Exception as error:
-            if self.team.peek(f"{self._prefix}/error") is None:
-                text = str(error) if isinstance(error, SvdcliError) else repr(error)
-                self.tell("error", f"rank {self.team.place.rank}: {text}")
-                if not self.team.leads:
-                    self._await("told")
-                    raise FollowedError(text) from error
-            raise
-
-    def end(self, result: str) -> None:
-        """Tell the others, by rank 0, that all is done, and wait a while until they heard it: the
-        store may end with this process."""
-        self.tell("end", result)
-        if not self.team.place.agents_store:
-            deadline = time.monotonic() + _TO_TELL
-            others = self.team.place.size - 1
-            while self.team.count(f"{self._prefix}/heard", 0) < others:
-                if time.monotonic() > deadline:
-                    return
-                time.sleep(_POLL)
-
-    def result(self) -> str:
-        """Return what rank 0 tells when all is done."""
-        result = self.hear("end", 0)
-        self.team.count(f"{self._prefix}/heard")
-        return result
-
-    def _await(self, name: str) -> None:
-        """Wait a while until a name has a value."""
-        deadline = time.monotonic() + _TO_TELL
-        while self.team.peek(f"{self._prefix}/{name}") is None and time.monotonic() < deadline:
-            time.sleep(_POLL)
 
     # The folder of the parts
 

@@ -20,7 +20,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -32,15 +32,13 @@ from svdcli.engine.executor import Local, Workers, attempted
 from svdcli.errors import SvdcliError
 from svdcli.files.source import Source
 from svdcli.files.workspace import SHARED
-from svdcli.ranks import PATIENCE, FollowedError, LostRankError, Place, Team, assembled, place_here
+from svdcli.ranks import PATIENCE, LostRankError, Place, Team, assembled, place_here
 
 Item = TypeVar("Item")
 Answer = TypeVar("Answer")
 
 _POLL = 0.01  # seconds between two looks into the store
 _IDLE_POLL = 0.05  # of a rank that has nothing to do
-_END = "end"  # where rank 0 puts what came of it, for the others
-_OUTCOME = "outcome"  # the same, for rounds to come
 
 
 @dataclass(frozen=True)
@@ -63,18 +61,14 @@ def crew_of(compute: Compute) -> Iterator[Workers | Follower]:
     if place is not None and place.size > 1:
         with assembled(place) as team:
             device = _own_device(device, place)
-            earlier = team.from_earlier_rounds(_OUTCOME)
-            if not team.leads:
-                yield Follower(team, device)
-            elif earlier is not None:
-                # the ranks were started again when all was done
-                team.put(_END, earlier)
+            # They may have been started again when all was done
+            if team.ended_before() or not team.leads:
                 yield Follower(team, device)
             else:
-                with _leading(team):
+                with team.sharing_errors():
                     yield Crew(team, Local(device))
     elif compute.jobs is not None and compute.jobs > 1:
-        with _local_ranks(compute.jobs, device) as crew, _leading(crew.team):
+        with _local_ranks(compute.jobs, device) as crew, crew.team.sharing_errors():
             yield crew
     else:
         yield Local(device)
@@ -85,20 +79,6 @@ def _own_device(device: torch.device, place: Place) -> torch.device:
     if device.type != "cuda":
         return device
     return torch.device("cuda", place.local % torch.cuda.device_count())
-
-
-@contextmanager
-def _leading(team: Team) -> Iterator[None]:
-    """Tell all others how it ended, where it ended in an error."""
-    try:
-        yield
-    except BaseException as error:
-        message, code = "interrupted", 130
-        if isinstance(error, Exception):
-            message, code = str(error), getattr(error, "exit_code", 1)
-        with suppress(LostRankError):  # they lose the same store
-            team.put(_END, pickle.dumps(FollowedError(message, code)))
-        raise
 
 
 # The rank that leads ------------------------------------------------------------------------------
@@ -232,17 +212,8 @@ class Crew:
 
     def end(self, outcome: Any) -> None:
         """Tell all ranks what came of it, and let them end."""
-        value = pickle.dumps(outcome)
-        self.team.put(_END, value)
-        self.team.put_for_later_rounds(_OUTCOME, value)
-        if self.processes or self.team.place.agents_store:
-            return
-        # The store goes with this process: they have to read that first
-        for rank in range(1, self.team.place.size):
-            try:
-                self.team.wait(f"left/{rank}", rank)
-            except LostRankError:
-                continue
+        if not self.processes:
+            self.team.end(outcome)
 
 
 def _raise_first(futures: Sequence[Future[None]]) -> None:
@@ -389,13 +360,12 @@ class Follower:
         number, asked = 0, 1
         while True:
             # It has ended
-            end = self.team.peek(_END)
-            if end is not None:
-                self.team.put(f"left/{self.team.place.rank}", b"1")
-                outcome = pickle.loads(end)
-                if isinstance(outcome, FollowedError):
-                    raise outcome
-                return outcome
+            ended = self.team.ended()
+            if ended is not None:
+                return ended[0]
+            failure = self.team.failure_of(0)
+            if failure is not None:
+                raise failure
 
             # Do all machines see the same files
             see = self.team.peek(f"see/{asked}")

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import math
-import pickle
 import socket
 import time
 from collections import Counter
@@ -91,6 +90,10 @@ class Replicas:
 
         return average if self.accumulated > 1 else _nothing
 
+    def ended_before(self) -> bool:
+        """Have the ranks been started again when all was done."""
+        return False
+
     def ends_with(self, outcome: T | None) -> T:
         """Return what rank 0 gives, however long that takes; the last exchange of all."""
         assert outcome is not None
@@ -147,21 +150,10 @@ def replicas_here(device: torch.device, *, compress: bool = False) -> Iterator[R
     with assembled(place) as team:
         replicas = Ranks(team, device, POWER_SGD if compress else PLAIN)
         try:
-            yield replicas
+            with team.sharing_errors():
+                yield replicas
         except KeyboardInterrupt:
-            told = SvdcliError(f"rank {place.rank} was interrupted", GOES_ON)
-            told.exit_code = INTERRUPTED
-            replicas.tell_failure(told)
             replicas.raise_reason_of_interrupt()
-            raise
-        except SvdcliError as error:
-            replicas.tell_failure(error)
-            if replicas.first or isinstance(error, LostRankError):
-                raise
-            raise FollowedError(str(error), error.exit_code) from error
-        except BaseException as error:
-            told = SvdcliError(f"rank {place.rank}: {type(error).__name__}: {error}")
-            replicas.tell_failure(told)
             raise
         finally:
             replicas.close()
@@ -277,21 +269,15 @@ class Ranks(Replicas):
     def averaging(self, weights: Sequence[nn.Parameter]) -> Callable[[], None]:
         return _Averaging(self, weights, self._how)
 
+    def ended_before(self) -> bool:
+        return self._team.ended_before()
+
     def ends_with(self, outcome: T | None) -> T:
         # By the store, which waits for as long as rank 0 shows signs of life
-        team = self._team
-        if self.first:
-            assert outcome is not None
-            team.put("outcome", pickle.dumps(outcome))
-            while team.count("have it", 0) < self.size - 1 and self._others_alive():
-                time.sleep(_POLL)  # this rank may keep the store
+        if outcome is not None:
+            self._team.end(outcome)
             return outcome
-        while (value := team.peek("outcome")) is None:
-            self.raise_failure_of_others()
-            team.check_alive(0)
-            time.sleep(_POLL)
-        team.count("have it")
-        result: T = pickle.loads(value)
+        result: T = self._team.outcome()
         return result
 
     def _others_alive(self) -> bool:
@@ -299,44 +285,20 @@ class Ranks(Replicas):
 
     # Ends
 
-    def tell_failure(self, error: SvdcliError) -> None:
-        """Tell the other ranks why this one ends, as far as the store is still there."""
-        told = json.dumps([error.message, error.hint, error.exit_code])
-        with suppress(SvdcliError):
-            self._team.put(f"failed/{self.rank}", told.encode())
-
-    def raise_failure_of_others(self) -> None:
-        """Raise SvdcliError with what another rank said before it ended, where one did; of a rank
-        that does not lead it is a FollowedError."""
-        for rank in self._others():
-            told = self._told_by(rank)
-            if told is not None:
-                raise told if self.first else FollowedError(str(told), told.exit_code)
-
     def _others(self) -> list[int]:
         return [rank for rank in range(self.size) if rank != self.rank]
-
-    def _told_by(self, rank: int) -> SvdcliError | None:
-        """Return why a rank has ended, as far as it could tell."""
-        told = self._team.peek(f"failed/{rank}")
-        if told is None:
-            return None
-        message, hint, code = json.loads(told)
-        error = SvdcliError(message, hint)
-        error.exit_code = code
-        return error
 
     def raise_reason_of_interrupt(self) -> None:
         """Raise why the launcher interrupted this rank, where another one has failed, or is gone
         without a word; one that was interrupted itself is no reason."""
         before = {rank: self._beats(rank) for rank in self._others()}
         deadline = time.monotonic() + 3 * BEAT
-        while time.monotonic() < deadline and not all(map(self._told_by, self._others())):
+        while time.monotonic() < deadline and not all(map(self._team.failure_of, self._others())):
             time.sleep(_POLL)
         for rank in self._others():
-            told = self._told_by(rank)
+            told = self._team.failure_of(rank)
             if told is not None and told.exit_code != INTERRUPTED:
-                raise told if self.first else FollowedError(str(told), told.exit_code)
+                raise told
             if told is None and self._beats(rank) == before[rank]:
                 self._raise_lost(f"rank {rank}")
 
@@ -355,7 +317,7 @@ class Ranks(Replicas):
         try:
             yield
         except RuntimeError as error:
-            self.raise_failure_of_others()
+            self._team.check_others()
             if "timed out" in str(error).lower() and self._others_alive():
                 message = f"a rank did not answer for {TIMEOUT / 60:.0f} minutes"
                 raise LostRankError(message, GOES_ON) from error

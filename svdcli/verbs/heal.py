@@ -122,6 +122,8 @@ def heal(
         pair = _Pair(compressed, original, _plan_of(compressed, original))
         device = (compute or Compute()).start()
         with replicas_here(device, compress=compress_gradients) as replicas:
+            if replicas.ended_before():
+                return replicas.ends_with(None)
             healer = _Heal(pair, texts, request, memory, replicas)
             if not replicas.first:
                 healer.follow()

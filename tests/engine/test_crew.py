@@ -113,7 +113,7 @@ def test_every_job_is_done_once_and_by_all_ranks() -> None:
 
 def test_an_error_of_a_job_ends_all_ranks_with_the_same_words() -> None:
     with crew_of(Follower.follow) as (crew, others):
-        with pytest.raises(SvdcliError, match="no room") as raised, module._leading(crew.team):
+        with pytest.raises(SvdcliError, match="no room") as raised, crew.team.sharing_errors():
             list(crew.map_unordered(partial(_fails, SvdcliError("no room", "free some")), range(9)))
         assert str(raised.value) == "no room; free some"
     assert isinstance(others[0].error, FollowedError)
@@ -123,7 +123,7 @@ def test_an_error_of_a_job_ends_all_ranks_with_the_same_words() -> None:
 def test_a_full_disk_on_another_rank_is_a_full_disk_here() -> None:
     with crew_of(Follower.follow) as (crew, _):
         error = OSError(errno.ENOSPC, "no space", "out")
-        with pytest.raises(OSError, match="space") as raised, module._leading(crew.team):
+        with pytest.raises(OSError, match="space") as raised, crew.team.sharing_errors():
             list(crew.map_unordered(partial(_fails, error), range(3)))
         assert raised.value.errno == errno.ENOSPC
 
@@ -176,7 +176,7 @@ def test_a_job_for_which_memory_never_suffices_is_an_error() -> None:
     with (
         crew_of(Follower.follow) as (crew, _),
         pytest.raises(MemoryError),
-        module._leading(crew.team),
+        crew.team.sharing_errors(),
     ):
         list(crew.map_unordered(partial(_fails, MemoryError()), range(2)))
 
@@ -254,7 +254,7 @@ def test_a_folder_that_another_rank_does_not_see_is_found_before_work(
     with (
         crew_of(Follower.follow) as (crew, _),
         pytest.raises(SvdcliError, match=r"does not see .* share"),
-        module._leading(crew.team),
+        crew.team.sharing_errors(),
     ):
         crew.check_shared(tmp_path, source)
 
@@ -274,7 +274,7 @@ def test_a_rank_whose_leader_is_gone_ends_with_one_line() -> None:
         other.append(Rank(Place(1, 2, 1, "127.0.0.1", found), Follower.follow))
 
     with assembled(Place(0, 2, 0, "127.0.0.1", 0), start) as team:
-        team._ended.set()  # no sign of life any more
+        team._silent.set()  # no sign of life any more
         other[0].thread.join(20)
     assert isinstance(other[0].error, LostRankError)
     assert "rank 0 is gone" in str(other[0].error)
@@ -283,11 +283,13 @@ def test_a_rank_whose_leader_is_gone_ends_with_one_line() -> None:
 def test_a_round_begins_anew_and_keeps_what_all_rounds_share() -> None:
     with assembled(Place(0, 1, 0, "127.0.0.1", 0)) as first:
         first.put("key", b"1")
-        first.put_for_later_rounds("outcome", b"2")
+        first.end("the outcome")
         second = ranks._lead(first.place, first._all_rounds, lambda rank: True)
         assert second.peek("key") is None
-        assert second.from_earlier_rounds("outcome") == b"2"
         assert second.round == first.round + 1
+        assert second.ended() is None
+        assert second.ended_before()
+        assert second.outcome() == "the outcome"
 
 
 def test_a_place_is_what_the_launcher_says(monkeypatch: pytest.MonkeyPatch) -> None:
