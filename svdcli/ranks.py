@@ -217,10 +217,11 @@ class Team:
         if value is None:
             return None
         message, code = json.loads(value)
+        message = f"rank {rank}: {message}"
         if not self.leads:
             return FollowedError(message, code)
         self.put("told", b"1")
-        error = SvdcliError(f"rank {rank}: {message}")
+        error = SvdcliError(message)
         error.exit_code = code
         return error
 

@@ -17,9 +17,10 @@ Compressed = Callable[..., Path]
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """A worker for each core, up to four; none where files are named, whose tests start at once and
-    can be debugged."""
-    return 0 if any(".py" in argument for argument in config.args) else min(4, os.cpu_count() or 1)
+    """One worker more than cores, up to four, since some tests wait for other processes; none where
+    files are named, whose tests start at once and can be debugged."""
+    named = any(".py" in argument for argument in config.args)
+    return 0 if named else min(4, 1 + (os.cpu_count() or 1))
 
 
 @pytest.fixture(autouse=True)

@@ -20,7 +20,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -146,9 +146,13 @@ class Crew:
             # What this process has under way ends first, and is noted
             phase.stop()
             pool.shutdown(wait=True, cancel_futures=True)
-            for _, answer in phase.answered(waiting):
-                if done is not None and answer.error is None:
-                    done(answer.answer)
+            with suppress(LostRankError):
+                for _, answer in phase.answered(waiting):
+                    if done is not None and answer.error is None:
+                        done(answer.answer)
+        # One that ended with nothing under way is told of, too
+        for rank in self.processes:
+            self._is_gone(rank)
 
     def _passed_on(self, answered: _Answered, done: Callable[[Any], None] | None) -> Any:
         """The answer, noted. Raises what the job raised."""

@@ -92,13 +92,14 @@ class Local:
 
     def executor(self) -> tuple[Executor, int]:
         """Return (who does the jobs, how many at a time)."""
-        return_freed_memory()
         if self.device.type == "cpu" and torch.get_num_threads() < 2:
+            return_freed_memory()
             return Inline(), 1
         return self.pool()
 
     def pool(self) -> tuple[ThreadPoolExecutor, int]:
         """Return (threads that do the jobs, how many)."""
+        return_freed_memory()
         count = _STAGES
         if self.device.type == "cpu":
             count = min(_WORKERS, max(1, torch.get_num_threads() // self.threads))

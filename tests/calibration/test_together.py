@@ -38,7 +38,7 @@ def on_ranks(*works: Callable[[Together], Any], out: Path) -> list[Any]:
         try:
             with assembled(place) as team:
                 together = Together(team, out)
-                with together.sharing_errors():
+                with team.sharing_errors():
                     found[rank] = works[rank](together)
         except BaseException as error:
             found[rank] = error
@@ -56,9 +56,9 @@ def test_rank_0_decides_for_all(tmp_path: Path) -> None:
     def work(together: Together) -> str:
         value = together.agree("number", lambda: f"of rank {together.team.place.rank}")
         if together.team.leads:
-            together.end("done")
+            together.team.end("done")
             return value
-        return f"{value}, {together.result()}"
+        return f"{value}, {together.team.outcome()}"
 
     found = on_ranks(work, work, work, out=tmp_path / "c.safetensors")
     assert found == ["of rank 0", "of rank 0, done", "of rank 0, done"]
@@ -72,7 +72,7 @@ def test_an_error_on_one_rank_is_raised_on_all(culprit: int, tmp_path: Path) -> 
             raise SvdcliError("the text is bad", "give another")
         if together.team.leads:
             together.hear(f"part/{culprit}", culprit)
-        together.result()
+        together.team.outcome()
 
     found = on_ranks(work, work, work, out=tmp_path / "c.safetensors")
     assert all(isinstance(error, SvdcliError) for error in found)
@@ -99,7 +99,7 @@ def test_work_under_way_notices_errors_of_others(tmp_path: Path) -> None:
         raise ValueError("not foreseen")
 
     found = on_ranks(leads, fails, out=tmp_path / "c.safetensors")
-    assert str(found[0]) == "rank 1: ValueError('not foreseen')"
+    assert str(found[0]) == "rank 1: ValueError: not foreseen"
     assert 0.5 in told
     assert -1 not in told
 
@@ -114,7 +114,7 @@ def test_a_folder_that_a_rank_does_not_see_is_an_error(tmp_path: Path) -> None:
             (tmp_path / "elsewhere" / ".c.safetensors.parts-abc").mkdir()
             (tmp_path / "elsewhere" / ".c.safetensors.parts-abc" / "token").write_text("old")
         together.folder("abc")
-        together.result()
+        together.team.outcome()
 
     for error in on_ranks(work, work, out=tmp_path / "c.safetensors"):
         assert "this machine does not see" in str(error)
@@ -126,7 +126,7 @@ def test_a_file_that_does_not_appear_is_an_error(tmp_path: Path) -> None:
         if together.team.leads:
             together.wait_for(tmp_path / "1.safetensors", "part/1", 1)
         together.tell("part/1", "")
-        together.result()
+        together.team.outcome()
 
     found = on_ranks(work, work, out=tmp_path / "c.safetensors")
     assert "rank 1 wrote" in str(found[0])

@@ -242,13 +242,13 @@ HOSTILE = """
 import torch
 from svdcli.models.modules import PackedLinear
 for bits in (8, 4):
-    for n in (1, 2, 15, 16, 17, 31, 32, 33, 63, 64, 96, 100, 1003, 1008):
-        for m in (1, 3, 15, 16, 17, 33, 64, 100, 129):
+    for n in (1, 15, 16, 17, 32, 33, 64, 100, 1003):
+        for m in (1, 15, 17, 64, 129):
             layer = PackedLinear(n, m, bits, 64, bias=False, dtype=torch.bfloat16)
             for name, buffer in layer._buffers.items():
                 room = torch.zeros(buffer.numel() + 1, dtype=buffer.dtype)
                 layer._buffers[name] = room[1:].view(buffer.shape)
-            for rows in (0, 1, 2, 5, 8, 9, 33):
+            for rows in (0, 1, 2, 9, 33):
                 x = torch.ones(rows * n + 1, dtype=torch.bfloat16)[1:].view(rows, n)
                 strided = torch.ones(n, rows, dtype=torch.bfloat16).T
                 with torch.inference_mode():
