@@ -41,6 +41,10 @@ class LostRankError(SvdcliError):
     """A rank that was waited for shows no sign of life, or the store is gone."""
 
 
+class OtherRankError(SvdcliError):
+    """What ended another rank, on rank 0, which tells it."""
+
+
 class FollowedError(SvdcliError):
     """What ended rank 0, on another rank. Rank 0 has told it already."""
 
@@ -189,7 +193,7 @@ class Team:
         and raises FollowedError."""
         try:
             yield
-        except (LostRankError, FollowedError):
+        except (LostRankError, FollowedError, OtherRankError):
             raise
         except BaseException as error:
             self.fail(error)
@@ -221,7 +225,7 @@ class Team:
         if not self.leads:
             return FollowedError(message, code)
         self.put("told", b"1")
-        error = SvdcliError(message)
+        error = OtherRankError(message)
         error.exit_code = code
         return error
 

@@ -52,7 +52,7 @@ SAMPLE = HERE.parents[1] / "sample_models" / "tiny-llama"
 WORKER = HERE / "big_worker.py"
 PARTS = ("plain", "scaling", "calibrated", "plans")
 FULL = {"7B": LARGE["7B"], "tinyllama": replace(SHAPES["tinyllama"], vocab=32000, layers=22)}
-FEW = 2  # blocks for one worker, and for a calibration
+FEW = 1  # block for one worker, and for a calibration
 SIMULATED = (4, 8, 16, 32, 64)
 PLANNED_FOR = (8, 64)
 PLANS, LAYERS_EACH, PLAN_RUNS = ("70B", "405B"), 4, 3
