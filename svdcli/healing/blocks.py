@@ -508,6 +508,7 @@ class _Whole:
         hard: float,
         device: torch.device,
         replicas: Replicas = ALONE,
+        in_step: bool = False,
     ) -> None:
         self.teacher = teacher
         self.student = student
@@ -515,6 +516,9 @@ class _Whole:
         self.batches = batches
         self.device = device
         self.replicas = replicas
+        # Passes that this rank runs only because others do: held-out batches that it lacks
+        count = len(batches.held_out)
+        self.idle_passes = replicas.most(count) - count if in_step else 0
 
     def loss(self, index: int) -> Tensor:
         """Return what one batch is trained on."""
@@ -525,6 +529,8 @@ class _Whole:
         """Return (loss, distance alone) on what all ranks hold out. Raises SvdcliError where the
         loss is not finite."""
         means = [self._means(batch) for batch in self.batches.held_out]
+        for _ in range(self.idle_passes):
+            self._means(self.batches.train[0])
         # A batch counts by its predictions: the last one may be smaller
         counts = sum(batch.rows for batch in means)
         distances = sum(float(batch.distance) * batch.rows for batch in means)
@@ -567,6 +573,7 @@ def heal_whole(
     seed: int = 0,
     progress: Progress = silent,
     replicas: Replicas = ALONE,
+    in_step: bool = False,
 ) -> HealedBlock:
     """Train all factors together, so that the student answers as the teacher does: both in memory,
     in float32.
@@ -575,7 +582,8 @@ def heal_whole(
     prediction, or, for encoders, 1 - cosine of the sentence embeddings; a decoder's is mixed with
     its excess loss on the text, which counts hard_labels, a share from 0 to 1. call makes of a
     model what is called with each batch. Of several replicas each gives its own share of the
-    batches. Raises SvdcliError where that is not finite.
+    batches; in_step says that they share weights (`healing.sharing`), so that each has to run as
+    many passes as the others. Raises SvdcliError where that is not finite.
     """
     tensors = _trainable(student, "", trainable)
     device = next(iter(tensors.values())).device
@@ -583,7 +591,7 @@ def heal_whole(
         # What it is trained on; the further it is from the original, the larger its steps
         scale_dtypes = _scale_dtypes(student, "", {name: dtypes[name] for name in tensors})
         read = batches.in_halves() if scale_dtypes else batches
-        goal = _Whole(call(teacher), call(student), read, hard_labels, device, replicas)
+        goal = _Whole(call(teacher), call(student), read, hard_labels, device, replicas, in_step)
         distances: list[float] = []
 
         def error() -> float:

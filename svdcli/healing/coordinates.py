@@ -10,7 +10,7 @@ there is worth the same in every direction, whatever the layout stores.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -133,7 +133,7 @@ def whitened_layers(
     layers: dict[str, WhitenedLinear] = {}
     for name, original in dense.items():
         conv = is_conv(original)
-        m, n = cast(Tensor, original.weight).shape
+        m, n = _stored_shape(student.get_submodule(name))
         if conv:  # stored as (in, out)
             m, n = n, m
         unknown = torch.ones(max(m, n), device=tensors[f"{name}.svd_up.weight"].device)
@@ -145,6 +145,23 @@ def whitened_layers(
         )
         _put(layers[name], replicas.same(_own(layers[name])))
     return layers
+
+
+def numbers_of_coordinates(student: nn.Module, tensors: Collection[str]) -> int:
+    """Return how many numbers the coordinates of all stand-ins for these tensors take."""
+    count = 0
+    for name, module in student.named_modules():
+        if not isinstance(module, LOW_RANK) or f"{name}.svd_up.weight" not in tensors:
+            continue
+        if not is_packed(module):
+            count += sum(side**2 if side <= FULL else side for side in _stored_shape(module))
+    return count
+
+
+def _stored_shape(module: nn.Module) -> tuple[int, int]:
+    """Return the shape of the weight that a low-rank module stores."""
+    up, down, rows = factors_of(module)
+    return len(up) if rows is None else len(rows), down.shape[1]
 
 
 def _own(layer: WhitenedLinear) -> dict[str, Tensor]:

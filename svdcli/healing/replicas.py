@@ -16,7 +16,7 @@ import socket
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from datetime import timedelta
 from typing import Any, NoReturn, TypeVar
 
@@ -52,6 +52,7 @@ class Replicas:
     rank = 0
     size = 1
     here = 1  # ranks on this machine
+    gathers = False  # can tensors be gathered where they are computed with
 
     def __init__(self, device: torch.device | None = None, accumulated: int = 1) -> None:
         self.device = device or torch.device("cpu")
@@ -91,6 +92,11 @@ class Replicas:
 
         return average if self.accumulated > 1 else _nothing
 
+    def sharing(self) -> AbstractContextManager[None]:
+        """Return a context for passes through weights that the ranks share, which a rank that is
+        gone ends with one line."""
+        return nullcontext()
+
     def ends_with(self, outcome: T | None) -> T:
         """Return what rank 0 gives, however long that takes; the last exchange of all."""
         assert outcome is not None
@@ -105,6 +111,10 @@ class Replicas:
     def least(self, value: int) -> int:
         """Return the smallest of all ranks' numbers."""
         return min(self.gather(value))
+
+    def most(self, value: int) -> int:
+        """Return the largest of all ranks' numbers."""
+        return max(self.gather(value))
 
     def union(self, names: Collection[str]) -> set[str]:
         """Return what any rank names."""
@@ -196,6 +206,7 @@ class Ranks(Replicas):
         from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 
         own_gpus = all(gpus >= names[name] for name, gpus in machines)
+        self.gathers = device.type != "cuda" or own_gpus
         with self._together():
             dist.init_process_group(
                 "cpu:gloo,cuda:nccl" if own_gpus else "gloo",
@@ -276,6 +287,18 @@ class Ranks(Replicas):
 
     def averaging(self, weights: Sequence[nn.Parameter]) -> Callable[[], None]:
         return _Averaging(self, weights, self._how)
+
+    @contextmanager
+    def sharing(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError:
+            # An error of this rank's own, unless another one has ended
+            self.raise_failure_of_others()
+            gone = self._without_a_sign()
+            if gone:
+                self._raise_lost(f"rank {gone[0]}")
+            raise
 
     def ends_with(self, outcome: T | None) -> T:
         # By the store, which waits for as long as rank 0 shows signs of life
@@ -366,10 +389,14 @@ class Ranks(Replicas):
         others = self._others()
         if len(others) == 1:
             return f"rank {others[0]}"
-        before = {rank: self._beats(rank) for rank in others}
-        time.sleep(3 * BEAT)
-        still = [rank for rank in others if self._beats(rank) == before[rank]]
+        still = self._without_a_sign()
         return f"rank {still[0]}" if still else _SOME_RANK
+
+    def _without_a_sign(self) -> list[int]:
+        """Return the other ranks that show no sign of life for a short while."""
+        before = {rank: self._beats(rank) for rank in self._others()}
+        time.sleep(3 * BEAT)
+        return [rank for rank in before if self._beats(rank) == before[rank]]
 
 
 # Gradients ----------------------------------------------------------------------------------------

@@ -7,7 +7,9 @@ Each rank writes what it found to FOLDER.
 
 from __future__ import annotations
 
+import gc
 import sys
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from unittest import mock
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from svdcli.errors import SvdcliError
 from svdcli.healing import refit as closed_form
@@ -28,6 +31,7 @@ from svdcli.healing.replicas import (
     Replicas,
     replicas_here,
 )
+from svdcli.healing.sharing import SharedModel, bring
 from svdcli.models.load import load_stored
 
 STEPS = 8
@@ -46,8 +50,8 @@ def healed(teacher: Path, student: Path, replicas: Replicas) -> list[HealedBlock
     """Every block, and the whole model from where it was: without the noise that moments at outputs
     are led back from, which differs between ranks."""
     read = batches().share(replicas)
+    models = load_stored(teacher), load_stored(student)
     with mock.patch.object(closed_form, "_output_moments", return_value={}):
-        models = load_stored(teacher), load_stored(student)
         found = list(
             heal_blocks(
                 *models,
@@ -57,23 +61,54 @@ def healed(teacher: Path, student: Path, replicas: Replicas) -> list[HealedBlock
                 replicas=replicas,
             )
         )
-        models = load_stored(teacher), load_stored(student)
-        state = {**dict(models[1].named_parameters()), **dict(models[1].named_buffers())}
-        dtypes = {name: tensor.dtype for name, tensor in state.items()}
-        for model in models:
-            for tensor in (*model.parameters(), *model.buffers()):
-                if tensor.is_floating_point():
-                    tensor.data = tensor.data.float()
-        whole = heal_whole(
-            *models,
-            read,
-            Effort(steps=STEPS),
-            trainable=lambda name: True,
-            dtypes=dtypes,
-            hard_labels=0.1,
-            replicas=replicas,
-        )
+    whole, _ = healed_whole(teacher, student, replicas)
     return [*found, whole]
+
+
+def healed_whole(
+    teacher: Path, student: Path, replicas: Replicas, *, share: bool = False
+) -> tuple[HealedBlock, Any]:
+    """The whole model from where it was, and what this rank holds of the shared weights."""
+    models = load_stored(teacher), load_stored(student)
+    dtypes = {name: tensor.dtype for name, tensor in models[1].named_parameters()}
+    dtypes |= {name: tensor.dtype for name, tensor in models[1].named_buffers()}
+    held = share_both(models, set(dtypes), replicas) if share else None
+    if not share:
+        for model in models:
+            bring(model, replicas.device)
+    whole = heal_whole(
+        *models,
+        batches().share(replicas),
+        Effort(steps=STEPS),
+        trainable=lambda name: True,
+        dtypes=dtypes,
+        hard_labels=0.1,
+        replicas=replicas,
+        in_step=share,
+    )
+    return whole, held
+
+
+def share_both(
+    models: tuple[nn.Module, nn.Module], trained: set[str], replicas: Replicas
+) -> list[tuple[int, int, bool]]:
+    """For each model: how many of its numbers are shared, how many this rank holds of them, and
+    whether the weights themselves are gone."""
+    found = []
+    for model, names in zip(models, (set(), trained), strict=True):
+        ran = {name for name, _ in model.named_modules()}
+        shared = SharedModel.of(model, "", ran, names)
+        count = shared.shared
+        whole = [weakref.ref(weight) for _, group in shared.groups for weight in group]
+        shared.bring(replicas)
+        gc.collect()
+        held = sum(
+            weight.to_local().untyped_storage().nbytes() // 4
+            for weight in model.parameters()
+            if isinstance(weight, DTensor)
+        )
+        found.append((count, held, not any(weight() is not None for weight in whole)))
+    return found
 
 
 def averages(ranks: Ranks) -> dict[str, Any]:
@@ -111,6 +146,10 @@ def main(arguments: Sequence[str]) -> None:
             "union": replicas.union({replicas.rank}),
             "summed": replicas.summed(ones),
             "averages": averages(replicas),
+            "shared": {
+                str(student): healed_whole(teacher, student, replicas, share=True)
+                for student in students
+            },
         }
         rank = replicas.rank
         replicas.ends_with("done" if replicas.first else None)
