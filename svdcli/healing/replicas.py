@@ -92,6 +92,10 @@ class Replicas:
 
         return average if self.accumulated > 1 else _nothing
 
+    def mesh(self) -> Any:
+        """Return torch's own name for these ranks, where tensors can be gathered."""
+        return None
+
     def sharing(self) -> AbstractContextManager[None]:
         """Return a context for passes through weights that the ranks share, which a rank that is
         gone ends with one line."""
@@ -190,6 +194,7 @@ class Ranks(Replicas):
         self.rank, self.size = place.rank, place.size
         self._team = team
         self._how = how
+        self._mesh: Any = None
 
         # Who shares a machine with whom, and whether each has a GPU of its own
         count = torch.cuda.device_count() if device.type == "cuda" else 0
@@ -287,6 +292,13 @@ class Ranks(Replicas):
 
     def averaging(self, weights: Sequence[nn.Parameter]) -> Callable[[], None]:
         return _Averaging(self, weights, self._how)
+
+    def mesh(self) -> Any:
+        from torch.distributed.device_mesh import init_device_mesh
+
+        if self._mesh is None:
+            self._mesh = init_device_mesh(self.device.type, (self.size,))
+        return self._mesh
 
     @contextmanager
     def sharing(self) -> Iterator[None]:

@@ -1,40 +1,40 @@
-"""Frozen weights that several ranks share while they train a whole model: of every matrix that
-stays as it is each rank holds its part, and gathers the rest for as long as it is needed (torch's
-FSDP2, `fully_shard`).
+"""Weights that several ranks share while they train a whole model: of every matrix each rank holds
+its part, and gathers the rest for as long as it is needed (torch's FSDP2, `fully_shard`).
 
-A block is gathered at a time, besides what lies outside of all blocks. Layers that are refined stay
-whole in every rank: their gradients are averaged as ever (`healing.replicas`). So do vectors, which
-are small, and what several blocks have in common. Gathering is a meeting of all ranks: each has to
-run as many passes as the others.
+Of both models all matrices are shared that stay as they are, a block at a time, besides what lies
+outside of all blocks; of what is trained, the stand-ins with their gradients and AdamW's moments,
+a layer at a time. What every rank holds whole: the layers that are refined as they are stored,
+stand-ins of experts, which run on some texts only, and vectors, which are small. Gathering is a
+meeting of all ranks: each has to run as many passes as the others.
 """
 
 from __future__ import annotations
 
-import inspect
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from svdcli.healing.blocks import REFINED, blocks_of
-from svdcli.healing.coordinates import numbers_of_coordinates
 from svdcli.healing.replicas import Replicas
-from svdcli.models.modules import numbers_of
 
 _FORWARD = "forward"  # which torch gathers for without being told
+# What FSDP2 needs to add up gradients by gloo, too
+_IN_SUMS = "set_force_sum_reduction_for_comms"
 
 
 def can_share(replicas: Replicas) -> bool:
-    """Tell whether these ranks can share weights, with this torch: from 2.7 on."""
+    """Tell whether these ranks can share weights, with this torch."""
     if not replicas.gathers:
         return False
     try:
-        from torch.distributed.fsdp import fully_shard
+        from torch.distributed.fsdp import FSDPModule
     except ImportError:
         return False
-    return "ignored_params" in inspect.signature(fully_shard).parameters
+    return hasattr(FSDPModule, _IN_SUMS)
 
 
 @dataclass(frozen=True)
@@ -48,18 +48,20 @@ class SharedModel:
 
     @staticmethod
     def of(
-        model: nn.Module, root: str, ran: Collection[str], trained: Collection[str] = ()
+        model: nn.Module,
+        root: str,
+        blocks: Collection[str],
+        refined: Collection[nn.Parameter] = (),
     ) -> SharedModel:
-        """Choose what is shared. root is the name of the module that is called, ran has those of
-        the modules that run with it, trained those of the tensors that are trained."""
+        """Choose what is shared. root is the name of the module that is called; blocks has those of
+        the members of lists of blocks that run with it; refined is to stay as it is."""
         modules = dict(model.named_modules())
-        units = _units(modules, root, blocks_of(model) & set(ran))
-        whole = _refined(modules, trained)
+        units = _units(modules, root, blocks)
 
         # By unit, but what several of them have
         owners: dict[nn.Parameter, set[str]] = {}
         for name, weight in modules[root].named_parameters(root, remove_duplicate=False):
-            if weight.ndim > 1 and weight not in whole:
+            if weight.ndim > 1 and weight not in refined:
                 owners.setdefault(weight, set()).add(_unit_of(name, units, root))
         groups: dict[str, list[nn.Parameter]] = {unit: [] for unit in (*units, root)}
         for weight, names in owners.items():
@@ -95,15 +97,12 @@ class SharedModel:
         """Bring the model to the device in float32, block by block, and keep this rank's part of
         each. method is the function of the root that is called. Ends what this tells of the
         model."""
-        from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+        from torch.distributed.fsdp import register_fsdp_forward_method
 
-        mesh = init_device_mesh(replicas.device.type, (replicas.size,))
         root, _ = self.groups[-1]
         for unit, group in self.groups:
             bring(self.model if unit is root else unit, replicas.device)
-            whole = set(unit.parameters()) - set(group)
-            fully_shard(unit, mesh=mesh, reshard_after_forward=True, ignored_params=whole)
+            share(unit, group, replicas)
             group.clear()  # the weights themselves, which nobody needs now
         if method != _FORWARD:
             register_fsdp_forward_method(root, method)
@@ -118,7 +117,7 @@ def _units(modules: Mapping[str, nn.Module], root: str, blocks: Collection[str])
         inside = name.startswith(f"{root}." if root else "") and name != root
         if not inside or name not in blocks or not list(module.children()):
             continue
-        if not isinstance(module, REFINED) and _unit_of(name, units, root) == root:
+        if _unit_of(name, units, root) == root:
             units.append(name)
     return units
 
@@ -126,51 +125,68 @@ def _units(modules: Mapping[str, nn.Module], root: str, blocks: Collection[str])
 def _unit_of(name: str, units: Collection[str], root: str) -> str:
     """Return the unit that a tensor or module of this name is in, root for none."""
     parts = name.split(".")
-    for count in range(1, len(parts)):
-        above = ".".join(parts[:count])
-        if above in units:
-            return above
-    return root
+    above = (".".join(parts[:count]) for count in range(1, len(parts)))
+    return next((unit for unit in above if unit in units), root)
 
 
-def _refined(modules: Mapping[str, nn.Module], trained: Collection[str]) -> set[nn.Parameter]:
-    """Return the parameters of all layers of which something is trained."""
-    refined: set[nn.Parameter] = set()
-    for path, module in modules.items():
-        if not isinstance(module, REFINED):
-            continue
-        names = [name for name, _ in (*module.named_parameters(), *module.named_buffers())]
-        if any(f"{path}.{name}" in trained for name in names):
-            refined.update(module.parameters())
-    return refined
+def runs_always(name: str) -> bool:
+    """Tell whether a layer of this name runs whenever its model does: not as experts do, which have
+    numbers inside of a numbered block."""
+    return sum(part.isdigit() for part in name.split(".")) < 2
+
+
+def share(module: nn.Module, weights: Collection[nn.Parameter], replicas: Replicas) -> None:
+    """Keep this rank's part of these weights of a module, which gathers them when it is called."""
+    from torch.distributed.fsdp import fully_shard
+
+    for weight in weights:
+        weight.data = weight.data.contiguous()
+    shared: Any = fully_shard(
+        module,
+        mesh=replicas.mesh(),
+        reshard_after_forward=True,
+        ignored_params=set(module.parameters()) - set(weights),
+    )
+    getattr(shared, _IN_SUMS)(True)
+
+
+@contextmanager
+def gathered(module: nn.Module) -> Iterator[None]:
+    """Gather the weights of a module that are shared, for as long as the context lasts."""
+    if not is_shared(module):
+        yield
+        return
+    shared: Any = module
+    shared.unshard()
+    try:
+        yield
+    finally:
+        shared.reshard()
+
+
+def is_shared(thing: nn.Module | Tensor) -> bool:
+    """Tell whether a tensor, or a weight of a module, is shared."""
+    distributed = torch.distributed
+    if not distributed.is_available() or not distributed.is_initialized():
+        return False
+    from torch.distributed.tensor import DTensor
+
+    weights = [thing] if isinstance(thing, Tensor) else thing.parameters()
+    return any(isinstance(weight, DTensor) for weight in weights)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Return all of a tensor that may be shared."""
+    if not is_shared(tensor):
+        return tensor
+    shared: Any = tensor
+    gathered: Tensor = shared.full_tensor()
+    return gathered
 
 
 def bring(module: nn.Module, device: torch.device) -> None:
     """Bring what a module holds to the device, numbers in float32; what is shared is there."""
-    from torch.distributed.tensor import DTensor
-
     for tensor in (*module.parameters(), *module.buffers()):
-        if not isinstance(tensor, DTensor):
+        if not is_shared(tensor):
             dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
             tensor.data = tensor.data.to(device, dtype)
-
-
-def shared_bytes(
-    teacher: SharedModel, student: SharedModel, trained: Collection[str], ranks: int
-) -> int:
-    """Return the bytes that the weights take in each of so many ranks, at most, to train the
-    student on the teacher's answers in one piece and in float32."""
-    # What stays as it is; one model is gathered at a time
-    frozen = teacher.held(ranks) + student.held(ranks)
-    frozen += max(teacher.gathered, student.gathered)
-    frozen += numbers_of(teacher.model) - teacher.shared
-
-    # What is trained, as it is stored and as it is trained, with its gradients and AdamW's two
-    # moments; of packed weights also what they are rounded to
-    refined = numbers_of(student.model) - student.shared
-    packed = numbers_of(student.model) - sum(map(Tensor.numel, student.model.parameters()))
-
-    # The coordinates, which come from sums of every rank and of all, before gradients do
-    coordinates = numbers_of_coordinates(student.model, trained)
-    numbers = frozen + 2 * refined + packed + coordinates + max(3 * refined, 2 * coordinates)
-    return 4 * numbers

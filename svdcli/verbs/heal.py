@@ -48,7 +48,8 @@ from svdcli.healing.blocks import (
     heal_whole,
 )
 from svdcli.healing.replicas import Replicas, replicas_here
-from svdcli.healing.sharing import SharedModel, bring, can_share, shared_bytes
+from svdcli.healing.shared_memory import SharedPair
+from svdcli.healing.sharing import bring, can_share
 from svdcli.healing.standins import stack_alike
 from svdcli.models.load import load_stored
 from svdcli.models.modules import is_packed_conv
@@ -77,8 +78,11 @@ _NOT_WHOLE = (
     "that takes up to {needed}, and {limit} is {memory:.1f} GB"
 )
 _SHARED = (
-    "heal trained the whole model with its frozen weights shared among {ranks} ranks (FSDP): "
+    "heal trained the whole model with its weights shared among {ranks} ranks (FSDP2): "
     "that takes up to {needed}, and {limit} is {memory:.1f} GB"
+)
+_NOT_COMPRESSED = (
+    "gradients of weights that the ranks shared were sent as they are: PowerSGD has no part in that"
 )
 
 
@@ -386,8 +390,8 @@ def _refine(
     trained = _stored_names(student, pair.plan, within=reached)
 
     # Whether the whole model can be trained in memory decides how much time the blocks get
-    shared = _shared_models(material, trained, reached) if can_share(replicas) else None
-    way = replicas.says(_way_to_the_whole(material, shared, trained, memory, replicas))
+    shared = _shared_pair(material, reached, trained, replicas)
+    way = replicas.says(_way_to_the_whole(material, shared, memory, replicas))
     assert way is not None
     seconds = replicas.says(clock.left())
     if seconds is not None and way.trained:
@@ -420,7 +424,8 @@ def _refine(
         effort = Effort(request.effort.steps, replicas.says(clock.left()))
         whole = _refine_whole(material, way, effort, trainable, dtypes, request.seed, run, replicas)
     blocks[WHOLE] = journal.keep(whole)
-    return _Refined(blocks, stored_names, way.notes)
+    plain = way.shares and request.compress_gradients
+    return _Refined(blocks, stored_names, (*way.notes, _NOT_COMPRESSED) if plain else way.notes)
 
 
 def _refine_blocks(
@@ -544,7 +549,7 @@ def _refined_layers(plan: Plan) -> list[LayerPlan]:
 
 @dataclass(frozen=True)
 class _Way:
-    """How the whole model is trained, if at all: shares says that the ranks share its frozen
+    """How the whole model is trained, if at all: shares says that the ranks share
     weights, notes have what is not as usual."""
 
     trained: bool
@@ -554,13 +559,11 @@ class _Way:
 
 def _way_to_the_whole(
     material: _Material,
-    shared: tuple[SharedModel, SharedModel] | None,
-    trained: Collection[str],
+    shared: SharedPair | None,
     allowed: int | None,
     replicas: Replicas,
 ) -> _Way:
-    """Decide by the memory that every rank has; shared has both models as ranks could share
-    them."""
+    """Decide by the memory that every rank has; shared tells how ranks would share both models."""
     if allowed is None:
         # Ranks on one machine have its memory in common
         free = memory_for(replicas.device, replicas.here)
@@ -576,7 +579,7 @@ def _way_to_the_whole(
     needed = f"{material.bytes_for_whole / 1e9:.1f} GB of memory"
     fits = False
     if shared is not None:
-        together = shared_bytes(*shared, trained, replicas.size) + material.bytes_for_batch
+        together = shared.bytes(replicas.size) + material.bytes_for_batch
         needed += f" in one rank, {together / 1e9:.1f} GB in each where they share weights"
         fits = together <= memory
     note = (_SHARED if fits else _NOT_WHOLE).format(
@@ -585,20 +588,19 @@ def _way_to_the_whole(
     return _Way(fits, fits, (note,))
 
 
-def _shared_models(
-    material: _Material, trained: Collection[str], reached: Collection[str]
-) -> tuple[SharedModel, SharedModel]:
-    """Both models as ranks could share them."""
-    root = material.side.name
-    return (
-        SharedModel.of(material.teacher, root, reached),
-        SharedModel.of(material.student, root, reached, trained),
-    )
+def _shared_pair(
+    material: _Material, ran: Collection[str], trained: Collection[str], replicas: Replicas
+) -> SharedPair | None:
+    """Both models as these ranks would share them; None where they cannot."""
+    if not can_share(replicas):
+        return None
+    models = material.teacher, material.student
+    return SharedPair.of(*models, material.side.name, ran, trained)
 
 
 def _bring_into_memory(
     material: _Material,
-    shared: tuple[SharedModel, SharedModel] | None,
+    shared: SharedPair | None,
     blocks: Collection[HealedBlock],
     replicas: Replicas,
 ) -> None:
@@ -608,7 +610,7 @@ def _bring_into_memory(
         for model in (material.teacher, material.student):
             bring(model, replicas.device)
     else:
-        for each in shared:
+        for each in (shared.teacher, shared.student):
             each.bring(replicas, material.side.method)
     tensors = _named_tensors(material.student)
     for block in blocks:
