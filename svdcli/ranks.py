@@ -8,6 +8,7 @@ a rank that dies holds up nobody.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import pickle
@@ -33,7 +34,8 @@ TO_TELL = 10.0  # for rank 0 to tell an error of another, or for others to hear 
 TO_ASSEMBLE = 300.0  # for all ranks to start, import torch and meet
 _POLL = 0.02
 
-_OUTCOME = "svdcli/outcome"  # of all rounds
+# How often this process has met others: a program may do several things one after the other
+_meetings = itertools.count()
 _NEEDED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -98,17 +100,20 @@ def leads_here() -> bool:
 
 class Team:
     """The ranks of one round, between two restarts; what they put into the store is of this round.
+    number counts what this process did with others before.
 
     store is torch's own, for what wants one. Raises LostRankError where it is gone.
     """
 
-    def __init__(self, place: Place, store: Store, round_: int) -> None:
+    def __init__(self, place: Place, store: Store, round_: int, number: int = 0) -> None:
         from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 
         self.place = place
         self.round = round_
         self.store = PrefixStore(f"svdcli/round/{round_}", store)
         self._all_rounds = store
+        # The same for what the ranks do first, second, … after a restart as before it
+        self._kept = f"svdcli/outcome/{number}"
         self._seen: dict[int, tuple[int, float]] = {}
         self._silent = threading.Event()
 
@@ -242,7 +247,7 @@ class Team:
         value = pickle.dumps(outcome)
         self.put("outcome", value)
         with _one_line():
-            self._all_rounds.set(_OUTCOME, value)  # type: ignore[arg-type]
+            self._all_rounds.set(self._kept, value)  # type: ignore[arg-type]
         # A store of this process ends with it: the others have to read that first
         if not self.place.agents_store:
             deadline = time.monotonic() + TO_TELL
@@ -270,10 +275,10 @@ class Team:
         """Has an earlier round come to its end, so that nothing is left to be done: its outcome is
         told again."""
         with _one_line():
-            if not self._all_rounds.check([_OUTCOME]):
+            if not self._all_rounds.check([self._kept]):
                 return False
             if self.leads:
-                self.put("outcome", bytes(self._all_rounds.get(_OUTCOME)))
+                self.put("outcome", bytes(self._all_rounds.get(self._kept)))
         return True
 
     def _await_for(self, key: str, seconds: float) -> None:
@@ -299,7 +304,9 @@ def assembled(
     with _one_line():
         store = _store_of(place)
         started(store.port)
-        team = _lead(place, store, comes) if place.leads else _follow(place, store)
+        number = next(_meetings)
+        leads = place.leads
+        team = _lead(place, store, number, comes) if leads else _follow(place, store, number)
     with team.beating():
         yield team
 
@@ -313,9 +320,9 @@ def _store_of(place: Place) -> TCPStore:
     return TCPStore(place.address, place.port, None, keeps_it, patience, wait_for_workers=False)
 
 
-def _lead(place: Place, store: Store, comes: Callable[[int], bool]) -> Team:
+def _lead(place: Place, store: Store, number: int, comes: Callable[[int], bool]) -> Team:
     """Begin a round and welcome every other rank to it."""
-    team = Team(place, store, int(store.add("svdcli/rounds", 1)))
+    team = Team(place, store, int(store.add("svdcli/rounds", 1)), number)
     missing = set(range(1, place.size))
     deadline = time.monotonic() + TO_ASSEMBLE
     while missing:
@@ -332,7 +339,7 @@ def _lead(place: Place, store: Store, comes: Callable[[int], bool]) -> Team:
     return team
 
 
-def _follow(place: Place, store: Store) -> Team:
+def _follow(place: Place, store: Store, number: int) -> Team:
     """Wait for a round whose rank 0 answers: the newest may be one that is over."""
     token = f"{socket.gethostname()} {uuid.uuid4().hex}".encode()
     deadline = time.monotonic() + TO_ASSEMBLE
@@ -340,7 +347,7 @@ def _follow(place: Place, store: Store) -> Team:
     while time.monotonic() < deadline:
         newest = int(store.add("svdcli/rounds", 0))
         if newest and (team is None or newest > team.round):
-            team = Team(place, store, newest)
+            team = Team(place, store, newest, number)
             team.put(f"here/{place.rank}", token)
         if team is not None and team.peek(f"welcome/{place.rank}") == token:
             return team

@@ -57,14 +57,18 @@ def whole_bytes(teacher: Any, student: Any, vocabulary: int, batches: Sequence[B
     # with the integers and the weight that they are rounded to
     packed: int = numbers_of(student) - sum(parameter.numel() for parameter in student.parameters())
     weights = numbers_of(teacher) + 4 * numbers_of(student) + 2 * packed
+    return 4 * weights + batch_bytes(teacher, vocabulary, batches)
 
-    # What one batch leaves behind in every layer, and a few copies of its logits
+
+def batch_bytes(teacher: Any, vocabulary: int, batches: Sequence[Batch]) -> int:
+    """Return the bytes that the largest batch leaves behind, at most, in every layer while a whole
+    model is trained in float32, with a few copies of its logits."""
     tokens: int = max(batch["input_ids"].numel() for batch in batches)
     widths = 0
     for module in teacher.modules():
         if isinstance(module, (nn.Linear, PackedLinear)):
             widths += module.in_features + module.out_features
-    return 4 * (weights + tokens * (3 * widths + 8 * vocabulary))
+    return 4 * tokens * (3 * widths + 8 * vocabulary)
 
 
 def width_of(config: Any) -> int:

@@ -34,7 +34,8 @@ from svdcli.healing.coordinates import whitened_layers
 from svdcli.healing.learned import LearnedRounding
 from svdcli.healing.refit import Block, BlockRun, refit, refittable
 from svdcli.healing.replicas import ALONE, Replicas
-from svdcli.healing.standins import StandIns
+from svdcli.healing.sharing import runs_always, share
+from svdcli.healing.standins import StandIn, StandIns
 from svdcli.healing.training import Best, Schedule, by_size, train
 from svdcli.linalg.damping import damped_root
 from svdcli.models.modules import LOW_RANK, SCALE, WEIGHT, PackedLinear, SharedLinear
@@ -324,14 +325,17 @@ def _scale_dtypes(
 
 
 def _learned_roundings(
-    model: nn.Module, scale_dtypes: Mapping[str, torch.dtype]
+    model: nn.Module,
+    scale_dtypes: Mapping[str, torch.dtype],
+    made: Callable[[str, StandIn], None] = lambda name, layer: None,
 ) -> dict[str, LearnedRounding]:
-    """Return a stand-in for each of these packed matrices of a model."""
+    """Return a stand-in for each of these packed matrices of a model; made is told of each."""
     roundings: dict[str, LearnedRounding] = {}
     for name, dtype in scale_dtypes.items():
         module = model.get_submodule(name)
         assert isinstance(module, PackedLinear)
         roundings[name] = LearnedRounding(module, dtype)
+        made(name, roundings[name])
     return roundings
 
 
@@ -508,6 +512,7 @@ class _Whole:
         hard: float,
         device: torch.device,
         replicas: Replicas = ALONE,
+        in_step: bool = False,
     ) -> None:
         self.teacher = teacher
         self.student = student
@@ -515,16 +520,27 @@ class _Whole:
         self.batches = batches
         self.device = device
         self.replicas = replicas
+        # Passes that this rank runs only because others do: held-out batches that it lacks
+        count = len(batches.held_out)
+        self.idle_passes = replicas.most(count) - count if in_step else 0
 
     def loss(self, index: int) -> Tensor:
         """Return what one batch is trained on."""
         means = self._means(self.batches.train[index])
         return (1 - self.hard) * means.distance + self.hard * means.excess
 
+    def meet_all(self, layers: StandIns) -> None:
+        """Run a pass with the stand-ins in place, in which torch meets all modules whose weights
+        the ranks share: it does so once, in the first one."""
+        with layers.training(), torch.no_grad():
+            self._means(self.batches.train[0])
+
     def errors(self) -> tuple[float, float]:
         """Return (loss, distance alone) on what all ranks hold out. Raises SvdcliError where the
         loss is not finite."""
         means = [self._means(batch) for batch in self.batches.held_out]
+        for _ in range(self.idle_passes):
+            self._means(self.batches.train[0])
         # A batch counts by its predictions: the last one may be smaller
         counts = sum(batch.rows for batch in means)
         distances = sum(float(batch.distance) * batch.rows for batch in means)
@@ -567,6 +583,7 @@ def heal_whole(
     seed: int = 0,
     progress: Progress = silent,
     replicas: Replicas = ALONE,
+    in_step: bool = False,
 ) -> HealedBlock:
     """Train all factors together, so that the student answers as the teacher does: both in memory,
     in float32.
@@ -575,15 +592,29 @@ def heal_whole(
     prediction, or, for encoders, 1 - cosine of the sentence embeddings; a decoder's is mixed with
     its excess loss on the text, which counts hard_labels, a share from 0 to 1. call makes of a
     model what is called with each batch. Of several replicas each gives its own share of the
-    batches. Raises SvdcliError where that is not finite.
+    batches; in_step says that they share weights (`healing.sharing`), so that each has to run as
+    many passes as the others. Raises SvdcliError where that is not finite.
     """
     tensors = _trainable(student, "", trainable)
     device = next(iter(tensors.values())).device
     with caches_off(teacher), caches_off(student):
-        # What it is trained on; the further it is from the original, the larger its steps
         scale_dtypes = _scale_dtypes(student, "", {name: dtypes[name] for name in tensors})
         read = batches.in_halves() if scale_dtypes else batches
-        goal = _Whole(call(teacher), call(student), read, hard_labels, device, replicas)
+        goal = _Whole(call(teacher), call(student), read, hard_labels, device, replicas, in_step)
+
+        # Coordinates in which all steps cost alike, learned from a few batches
+        few = batches.fewer(max(1, _MOMENT_BATCHES // replicas.size)).train
+        sample = [_moved(batch, device) for batch in few]
+        made = _sharer(student, replicas, in_step)
+        whitened = whitened_layers(
+            teacher, student, tensors, sample, call(teacher), seed, replicas, made
+        )
+        roundings = _learned_roundings(student, scale_dtypes, made)
+        layers = StandIns(student, {**whitened, **roundings})
+        if in_step:
+            goal.meet_all(layers)
+
+        # What it is trained on; the further it is from the original, the larger its steps
         distances: list[float] = []
 
         def error() -> float:
@@ -594,18 +625,11 @@ def heal_whole(
         best = Best(tensors, dtypes, error)
         rate = WHOLE_RATE * math.sqrt(max(0.0, distances[0]))
 
-        # Coordinates in which all steps cost alike, learned from a few batches
-        few = batches.fewer(max(1, _MOMENT_BATCHES // replicas.size)).train
-        sample = [_moved(batch, device) for batch in few]
-        whitened = whitened_layers(teacher, student, tensors, sample, call(teacher), seed, replicas)
-        roundings = _learned_roundings(student, scale_dtypes)
-        layers = StandIns(student, {**whitened, **roundings})
-
         # What is trained: their weights, and the biases that may change
         biases = [tensor for name, tensor in tensors.items() if name.endswith(".bias")]
         weights = by_size((bias for bias in biases if isinstance(bias, nn.Parameter)), rate)
         for layer in whitened.values():
-            weights += by_size([layer.a, layer.b], rate)
+            weights += by_size(layer.trained, rate)
         for rounding in roundings.values():
             weights += rounding.weights(WHOLE_STEP)
 
@@ -620,3 +644,22 @@ def heal_whole(
             train(weights, schedule, indices, goal.loss, keep_if_better, seed, replicas)
     weights_kept = replicas.same(best.weights)
     return HealedBlock(WHOLE, best.first, best.error, schedule.step, weights_kept)
+
+
+def _sharer(
+    student: nn.Module, replicas: Replicas, in_step: bool
+) -> Callable[[str, StandIn], None]:
+    """Return what has the ranks share a stand-in, by the name of its layer, if they share weights
+    at all and that layer runs on all texts."""
+
+    def made(name: str, layer: StandIn) -> None:
+        if not in_step or not runs_always(name):
+            return
+        assert isinstance(layer, nn.Module)
+        for weight in layer.trained:
+            weight.requires_grad_()
+        # A bias stays with the layer
+        own = set(layer.parameters()) - set(student.get_submodule(name).parameters())
+        share(layer, own, replicas)
+
+    return made

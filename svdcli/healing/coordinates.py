@@ -10,7 +10,7 @@ there is worth the same in every direction, whatever the layout stores.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -53,14 +53,19 @@ class WhitenedLinear(nn.Module):
         self.bias = getattr(module, "bias", None)
         self.a = nn.Parameter(a.float(), requires_grad=False)
         self.b = nn.Parameter(b.float(), requires_grad=False)
-        self.register_buffer("outputs", _transpose(undo_left).float())
-        self.register_buffer("inputs", _transpose(undo_right).float())
+        self.outputs = nn.Parameter(_transpose(undo_left).float(), requires_grad=False)
+        self.inputs = nn.Parameter(_transpose(undo_right).float(), requires_grad=False)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """Return (up, down) of the weight as (out, in)."""
-        up = _times(self.get_buffer("outputs"), self.a)
-        down = _times(self.get_buffer("inputs"), self.b.T).T
+        up = _times(self.outputs, self.a)
+        down = _times(self.inputs, self.b.T).T
         return up, down
+
+    @property
+    def trained(self) -> list[nn.Parameter]:
+        """What is trained."""
+        return [self.a, self.b]
 
     @property
     def weight(self) -> Tensor:
@@ -110,11 +115,12 @@ def whitened_layers(
     call: Callable[..., Any] | None = None,
     seed: int = 0,
     replicas: Replicas = ALONE,
+    made: Callable[[str, WhitenedLinear], None] = lambda name, layer: None,
 ) -> dict[str, WhitenedLinear]:
     """Return a stand-in for every low-rank linear layer of the student whose factors are in
     `tensors`, by the layer's name. batches are what the teacher reads to learn the coordinates, of
     every rank its own; call is what is called with each, if not the whole teacher; seed draws the
-    labels."""
+    labels; made is told of each as soon as it is there."""
     # The layers to train, where the original has a linear layer
     dense: dict[str, nn.Module] = {}
     for name, module in student.named_modules():
@@ -128,23 +134,38 @@ def whitened_layers(
 
     # Each in coordinates that its moments scale; a moment that was not met scales nothing
     first = replicas.rank * len(batches)
-    found = moments_of(teacher, dense, batches, call, seed, first)
-    inputs, outputs = map(replicas.summed, found)
+    sums = moments_of(teacher, dense, batches, call, seed, first)
+    inputs, outputs = map(replicas.summed, sums)
+    del sums
     layers: dict[str, WhitenedLinear] = {}
     for name, original in dense.items():
         conv = is_conv(original)
-        m, n = cast(Tensor, original.weight).shape
+        m, n = _stored_shape(student.get_submodule(name))
         if conv:  # stored as (in, out)
             m, n = n, m
         unknown = torch.ones(max(m, n), device=tensors[f"{name}.svd_up.weight"].device)
         layers[name] = WhitenedLinear(
             student.get_submodule(name),
             conv,
-            inputs=inputs.get(name, unknown[:n]),
-            outputs=outputs.get(name, unknown[:m]),
+            inputs=inputs.pop(name, unknown[:n]),
+            outputs=outputs.pop(name, unknown[:m]),
         )
         _put(layers[name], replicas.same(_own(layers[name])))
+        made(name, layers[name])
     return layers
+
+
+def numbers_of_stand_in(module: nn.Module) -> tuple[int, int]:
+    """Return how many numbers the stand-in of a low-rank layer has: (A and B, the coordinates)."""
+    sides = _stored_shape(module)
+    _, down, _ = factors_of(module)
+    return len(down) * sum(sides), sum(side**2 if side <= FULL else side for side in sides)
+
+
+def _stored_shape(module: nn.Module) -> tuple[int, int]:
+    """Return the shape of the weight that a low-rank module stores."""
+    up, down, rows = factors_of(module)
+    return len(up) if rows is None else len(rows), down.shape[1]
 
 
 def _own(layer: WhitenedLinear) -> dict[str, Tensor]:

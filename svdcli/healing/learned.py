@@ -41,7 +41,14 @@ class LearnedRounding(nn.Module):
     def rounded(self) -> Rounded:
         """Return what is stored."""
         codes = self.numbers.detach().round().clamp(self.grid.lowest, self.grid.highest)
-        return Rounded(codes.to(torch.int8), self.scales.detach().to(self.scale_dtype), self.grid)
+        # What ranks share is gone after a while: nothing may lie where it does
+        scales = self.scales.detach().to(self.scale_dtype, copy=True)
+        return Rounded(codes.to(torch.int8), scales, self.grid)
+
+    @property
+    def trained(self) -> list[nn.Parameter]:
+        """What is trained."""
+        return [self.numbers, self.scales]
 
     @property
     def weight(self) -> Tensor:

@@ -15,7 +15,7 @@ import socket
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from datetime import timedelta
 from typing import Any, NoReturn, TypeVar
 
@@ -51,6 +51,7 @@ class Replicas:
     rank = 0
     size = 1
     here = 1  # ranks on this machine
+    gathers = False  # can tensors be gathered where they are computed with
 
     def __init__(self, device: torch.device | None = None, accumulated: int = 1) -> None:
         self.device = device or torch.device("cpu")
@@ -94,6 +95,15 @@ class Replicas:
         """Have the ranks been started again when all was done."""
         return False
 
+    def mesh(self) -> Any:
+        """Return torch's own name for these ranks, where tensors can be gathered."""
+        return None
+
+    def sharing(self) -> AbstractContextManager[None]:
+        """Return a context for passes through weights that the ranks share, which a rank that is
+        gone ends with one line."""
+        return nullcontext()
+
     def ends_with(self, outcome: T | None) -> T:
         """Return what rank 0 gives, however long that takes; the last exchange of all."""
         assert outcome is not None
@@ -108,6 +118,10 @@ class Replicas:
     def least(self, value: int) -> int:
         """Return the smallest of all ranks' numbers."""
         return min(self.gather(value))
+
+    def most(self, value: int) -> int:
+        """Return the largest of all ranks' numbers."""
+        return max(self.gather(value))
 
     def union(self, names: Collection[str]) -> set[str]:
         """Return what any rank names."""
@@ -172,6 +186,7 @@ class Ranks(Replicas):
         self.rank, self.size = place.rank, place.size
         self._team = team
         self._how = how
+        self._mesh: Any = None
 
         # Who shares a machine with whom, and whether each has a GPU of its own
         count = torch.cuda.device_count() if device.type == "cuda" else 0
@@ -188,6 +203,7 @@ class Ranks(Replicas):
         from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 
         own_gpus = all(gpus >= names[name] for name, gpus in machines)
+        self.gathers = device.type != "cuda" or own_gpus
         with self._together():
             dist.init_process_group(
                 "cpu:gloo,cuda:nccl" if own_gpus else "gloo",
@@ -272,6 +288,25 @@ class Ranks(Replicas):
     def ended_before(self) -> bool:
         return self._team.ended_before()
 
+    def mesh(self) -> Any:
+        from torch.distributed.device_mesh import init_device_mesh
+
+        if self._mesh is None:
+            self._mesh = init_device_mesh(self.device.type, (self.size,))
+        return self._mesh
+
+    @contextmanager
+    def sharing(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError:
+            # An error of this rank's own, unless another one has ended
+            self._team.check_others()
+            gone = self._without_a_sign()
+            if gone:
+                self._raise_lost(f"rank {gone[0]}")
+            raise
+
     def ends_with(self, outcome: T | None) -> T:
         # By the store, which waits for as long as rank 0 shows signs of life
         if outcome is not None:
@@ -328,10 +363,14 @@ class Ranks(Replicas):
         others = self._others()
         if len(others) == 1:
             return f"rank {others[0]}"
-        before = {rank: self._beats(rank) for rank in others}
-        time.sleep(3 * BEAT)
-        still = [rank for rank in others if self._beats(rank) == before[rank]]
+        still = self._without_a_sign()
         return f"rank {still[0]}" if still else _SOME_RANK
+
+    def _without_a_sign(self) -> list[int]:
+        """Return the other ranks that show no sign of life for a short while."""
+        before = {rank: self._beats(rank) for rank in self._others()}
+        time.sleep(3 * BEAT)
+        return [rank for rank in before if self._beats(rank) == before[rank]]
 
 
 # Gradients ----------------------------------------------------------------------------------------

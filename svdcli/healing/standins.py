@@ -9,6 +9,7 @@ from typing import Protocol, cast
 
 from torch import nn
 
+from svdcli.healing.sharing import gathered
 from svdcli.models.modules import SharedLinear, StackedLinear, is_linear
 
 
@@ -43,6 +44,10 @@ def _stack(
 class StandIn(Protocol):
     """What answers as a layer does, with weights that can be trained."""
 
+    @property
+    def trained(self) -> list[nn.Parameter]:
+        """What is trained."""
+
     def store(self, module: nn.Module) -> None:
         """Set the layer's own tensors to what was learned."""
 
@@ -68,7 +73,9 @@ class StandIns:
     def stored(self) -> Iterator[None]:
         """Put what would be stored of the layers in place of them, inside `training`."""
         for name, layer in self.layers.items():
-            layer.store(self.originals[name])
+            assert isinstance(layer, nn.Module)
+            with gathered(layer):
+                layer.store(self.originals[name])
         self._use(self.originals)
         try:
             yield

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from svdcli.errors import SvdcliError
 from svdcli.healing.replicas import ALONE, Replicas
+from svdcli.healing.sharing import is_shared, whole
 
 WARM_UP = 0.05  # of the training
 _CHECKS = 6  # looks at the held-out text, evenly spread
@@ -136,7 +137,8 @@ def by_size(weights: Iterable[nn.Parameter], rate: float) -> list[Trained]:
     share of their root mean square."""
     trained: list[Trained] = []
     for weight in weights:
-        trained.append(Trained(weight, rate * float(weight.detach().square().mean().sqrt())))
+        size = float(whole(weight.detach()).square().mean().sqrt())
+        trained.append(Trained(weight, rate * size))
     return trained
 
 
@@ -167,8 +169,9 @@ def train(
     for parameter in parameters:
         parameter.requires_grad_()
 
-    # Batches of one step lie as far apart in the text as shares of it do
-    average = replicas.averaging(parameters)
+    # Batches of one step lie as far apart in the text as shares of it do; gradients of weights that
+    # the ranks share are averaged on the way
+    average = replicas.averaging([weight for weight in parameters if not is_shared(weight)])
     count = replicas.least(len(indices)) // replicas.accumulated
     if not count:
         raise SvdcliError("a rank has no batch to train on", "give more text, or start fewer ranks")

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from svdcli.calibration.loss import averaged, block_sums
 from svdcli.calibration.memory import (
     SHARE_OF_MEMORY,
+    batch_bytes,
     memory_for,
     state_bytes,
     whole_bytes,
@@ -47,6 +48,8 @@ from svdcli.healing.blocks import (
     heal_whole,
 )
 from svdcli.healing.replicas import Replicas, replicas_here
+from svdcli.healing.shared_memory import SharedPair
+from svdcli.healing.sharing import bring, can_share
 from svdcli.healing.standins import stack_alike
 from svdcli.models.load import load_stored
 from svdcli.models.modules import is_packed_conv
@@ -72,7 +75,14 @@ _PACKED_BLOCKS_SHARE = 0.1
 _SHARE_FOR_THE_WHOLE = 0.5  # of free memory
 _NOT_WHOLE = (
     "heal refined the blocks one by one and did not train the whole model: "
-    "that takes up to {needed:.1f} GB of memory, and {limit} is {memory:.1f} GB"
+    "that takes up to {needed}, and {limit} is {memory:.1f} GB"
+)
+_SHARED = (
+    "heal trained the whole model with its weights shared among {ranks} ranks (FSDP2): "
+    "that takes up to {needed}, and {limit} is {memory:.1f} GB"
+)
+_NOT_COMPRESSED = (
+    "gradients of weights that the ranks shared were sent as they are: PowerSGD has no part in that"
 )
 
 
@@ -103,9 +113,9 @@ def heal(
     reached. samples is how much text the blocks read, as for `calibrate`; the whole model reads
     eight times as much. hard_labels, from 0 to 1, is how much the tokens of the text count against
     the original's answers where the whole of a decoder is trained; by default `HARD_LABELS`. memory
-    bounds what training the whole model may take (bytes; by default half of what is free): where it
-    takes more, the blocks alone are refined. trust_remote_code runs Python that the folders bring
-    along.
+    bounds what training the whole model may take in one process (bytes; by default half of what is
+    free): where it takes more, ranks share its weights, or else the blocks alone are refined.
+    trust_remote_code runs Python that the folders bring along.
 
     In the processes that torchrun started together, each reads its own share of the text, a step
     takes a batch of each, and rank 0 alone writes; all give back the same. compress_gradients then
@@ -263,6 +273,7 @@ class _Material:
     window: int
     hard_labels: float
     bytes_for_whole: int
+    bytes_for_batch: int
 
 
 def _read(pair: _Pair, texts: Texts, request: _Request, replicas: Replicas) -> _Material:
@@ -298,6 +309,7 @@ def _read(pair: _Pair, texts: Texts, request: _Request, replicas: Replicas) -> _
         window=read.seq_len,
         hard_labels=hard_labels,
         bytes_for_whole=whole_bytes(teacher, student, side.words, read.batches),
+        bytes_for_batch=batch_bytes(teacher, side.words, read.batches),
     )
 
 
@@ -380,9 +392,11 @@ def _refine(
     trained = _stored_names(student, pair.plan, within=reached)
 
     # Whether the whole model can be trained in memory decides how much time the blocks get
-    why_not = replicas.says(_why_not_whole(material, run.device, memory, replicas))
+    shared = _shared_pair(material, reached, trained, replicas)
+    way = replicas.says(_way_to_the_whole(material, shared, memory, replicas))
+    assert way is not None
     seconds = replicas.says(clock.left())
-    if seconds is not None and why_not is None:
+    if seconds is not None and way.trained:
         packed = any(layer.packing != PLAIN for layer in _refined_layers(pair.plan))
         seconds *= _PACKED_BLOCKS_SHARE if packed else _BLOCKS_SHARE
     # The dtypes are noted now: training leaves float32 behind
@@ -399,17 +413,21 @@ def _refine(
             f"no block of {pair.compressed.shown} that reads text holds factors or packed layers",
             "there is nothing to heal",
         )
-    if why_not is not None:
-        return _Refined(blocks, stored_names, (why_not,))
+    if not way.trained:
+        return _Refined(blocks, stored_names, way.notes)
 
     # The whole model, for the time that is left
     whole = journal.read(WHOLE)
-    if whole is None:
-        _bring_into_memory(material, blocks.values(), run.device)
+    if whole is not None:
+        blocks[WHOLE] = whole
+        return _Refined(blocks, stored_names, ())
+    with replicas.sharing():
+        _bring_into_memory(material, shared if way.shares else None, blocks.values(), replicas)
         effort = Effort(request.effort.steps, replicas.says(clock.left()))
-        whole = _refine_whole(material, effort, trainable, dtypes, request.seed, run, replicas)
+        whole = _refine_whole(material, way, effort, trainable, dtypes, request.seed, run, replicas)
     blocks[WHOLE] = journal.keep(whole)
-    return _Refined(blocks, stored_names, ())
+    plain = way.shares and request.compress_gradients
+    return _Refined(blocks, stored_names, (*way.notes, _NOT_COMPRESSED) if plain else way.notes)
 
 
 def _refine_blocks(
@@ -444,6 +462,7 @@ def _refine_blocks(
 
 def _refine_whole(
     material: _Material,
+    way: _Way,
     effort: Effort,
     trainable: Callable[[str], bool],
     dtypes: Mapping[str, torch.dtype],
@@ -464,6 +483,7 @@ def _refine_whole(
         seed=seed,
         progress=run.progress,
         replicas=replicas,
+        in_step=way.shares,
     )
 
 
@@ -529,37 +549,74 @@ def _refined_layers(plan: Plan) -> list[LayerPlan]:
     return [layer for layer in plan.factored if layer.role != EMBEDDING]
 
 
-def _why_not_whole(
-    material: _Material, device: torch.device, allowed: int | None, replicas: Replicas
-) -> str | None:
-    """None where every rank has memory to train the whole model, else the note that says how much
-    it takes."""
+@dataclass(frozen=True)
+class _Way:
+    """How the whole model is trained, if at all: shares says that the ranks share
+    weights, notes have what is not as usual."""
+
+    trained: bool
+    shares: bool = False
+    notes: tuple[str, ...] = ()
+
+
+def _way_to_the_whole(
+    material: _Material,
+    shared: SharedPair | None,
+    allowed: int | None,
+    replicas: Replicas,
+) -> _Way:
+    """Decide by the memory that every rank has; shared tells how ranks would share both models."""
     if allowed is None:
         # Ranks on one machine have its memory in common
-        free = memory_for(device, replicas.here)
+        free = memory_for(replicas.device, replicas.here)
         limit, memory = "half of what is free", _SHARE_FOR_THE_WHOLE * replicas.least(free)
         if replicas.size > 1:
             limit = "half of what is free for each rank"
     else:
         limit, memory = "what is allowed", allowed
+
+    # Every rank by itself, or all together
     if material.bytes_for_whole <= memory:
-        return None
-    return _NOT_WHOLE.format(
-        needed=material.bytes_for_whole / 1e9, limit=limit, memory=memory / 1e9
+        return _Way(trained=True)
+    needed = f"{material.bytes_for_whole / 1e9:.1f} GB of memory"
+    fits = False
+    if shared is not None:
+        together = shared.bytes(replicas.size) + material.bytes_for_batch
+        needed += f" in one rank, {together / 1e9:.1f} GB in each where they share weights"
+        fits = together <= memory
+    note = (_SHARED if fits else _NOT_WHOLE).format(
+        needed=needed, limit=limit, memory=memory / 1e9, ranks=replicas.size
     )
+    return _Way(fits, fits, (note,))
+
+
+def _shared_pair(
+    material: _Material, ran: Collection[str], trained: Collection[str], replicas: Replicas
+) -> SharedPair | None:
+    """Both models as these ranks would share them; None where they cannot."""
+    if not can_share(replicas):
+        return None
+    models = material.teacher, material.student
+    return SharedPair.of(*models, material.side.name, ran, trained)
 
 
 def _bring_into_memory(
-    material: _Material, blocks: Collection[HealedBlock], device: torch.device
+    material: _Material,
+    shared: SharedPair | None,
+    blocks: Collection[HealedBlock],
+    replicas: Replicas,
 ) -> None:
-    """Both models on the device in float32, the student with its blocks as they were healed."""
-    for model in (material.teacher, material.student):
-        for tensor in (*model.parameters(), *model.buffers()):
-            dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
-            tensor.data = tensor.data.to(device, dtype)
+    """Both models on the device in float32, of what is shared this rank's part; the student with
+    its blocks as they were healed."""
+    if shared is None:
+        for model in (material.teacher, material.student):
+            bring(model, replicas.device)
+    else:
+        for each in (shared.teacher, shared.student):
+            each.bring(replicas, material.side.method)
     tensors = _named_tensors(material.student)
     for block in blocks:
-        assign(block, tensors, device)
+        assign(block, tensors, replicas.device)
 
 
 def _named_tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -284,9 +284,12 @@ def test_a_round_begins_anew_and_keeps_what_all_rounds_share() -> None:
     with assembled(Place(0, 1, 0, "127.0.0.1", 0)) as first:
         first.put("key", b"1")
         first.end("the outcome")
-        second = ranks._lead(first.place, first._all_rounds, lambda rank: True)
+        number = int(first._kept.rsplit("/", 1)[1])
+        other = ranks._lead(first.place, first._all_rounds, number + 1, lambda rank: True)
+        assert not other.ended_before()
+        second = ranks._lead(first.place, first._all_rounds, number, lambda rank: True)
         assert second.peek("key") is None
-        assert second.round == first.round + 1
+        assert second.round == first.round + 2
         assert second.ended() is None
         assert second.ended_before()
         assert second.outcome() == "the outcome"

@@ -7,16 +7,21 @@ Each rank writes what it found to FOLDER.
 
 from __future__ import annotations
 
+import gc
 import sys
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
+import svdcli
 from svdcli.errors import SvdcliError
+from svdcli.healing import blocks as refinement
 from svdcli.healing import refit as closed_form
 from svdcli.healing.blocks import Batches, Effort, HealedBlock, heal_blocks, heal_whole
 from svdcli.healing.replicas import (
@@ -28,7 +33,11 @@ from svdcli.healing.replicas import (
     Replicas,
     replicas_here,
 )
+from svdcli.healing.shared_memory import SharedPair
+from svdcli.healing.sharing import bring
+from svdcli.healing.training import Trained, train
 from svdcli.models.load import load_stored
+from svdcli.text.texts import Texts
 
 STEPS = 8
 
@@ -46,8 +55,8 @@ def healed(teacher: Path, student: Path, replicas: Replicas) -> list[HealedBlock
     """Every block, and the whole model from where it was: without the noise that moments at outputs
     are led back from, which differs between ranks."""
     read = batches().share(replicas)
+    models = load_stored(teacher), load_stored(student)
     with mock.patch.object(closed_form, "_output_moments", return_value={}):
-        models = load_stored(teacher), load_stored(student)
         found = list(
             heal_blocks(
                 *models,
@@ -57,23 +66,89 @@ def healed(teacher: Path, student: Path, replicas: Replicas) -> list[HealedBlock
                 replicas=replicas,
             )
         )
-        models = load_stored(teacher), load_stored(student)
-        state = {**dict(models[1].named_parameters()), **dict(models[1].named_buffers())}
-        dtypes = {name: tensor.dtype for name, tensor in state.items()}
+    return [*found, healed_whole(teacher, student, replicas)[0]]
+
+
+def healed_whole(
+    teacher: Path, student: Path, replicas: Replicas, *, share: bool = False
+) -> tuple[HealedBlock, dict[str, tuple[int, int]]]:
+    """The whole model from where it was, and, where its weights are shared, how many numbers there
+    are of each kind, and how many of them this rank holds."""
+    models = load_stored(teacher), load_stored(student)
+    dtypes = {name: tensor.dtype for name, tensor in models[1].named_parameters()}
+    dtypes |= {name: tensor.dtype for name, tensor in models[1].named_buffers()}
+    held = share_both(models, set(dtypes), replicas) if share else {}
+    if not share:
         for model in models:
-            for tensor in (*model.parameters(), *model.buffers()):
-                if tensor.is_floating_point():
-                    tensor.data = tensor.data.float()
+            bring(model, replicas.device)
+
+    def note(weights: Sequence[Trained], *rest: Any) -> None:
+        trained = [each.weight for each in weights]
+        held["trained"] = sum(map(Tensor.numel, trained)), in_memory(trained)
+        train(weights, *rest)
+
+    with mock.patch.object(refinement, "train", note):
         whole = heal_whole(
             *models,
-            read,
+            batches().share(replicas),
             Effort(steps=STEPS),
             trainable=lambda name: True,
             dtypes=dtypes,
             hard_labels=0.1,
             replicas=replicas,
+            in_step=share,
         )
-    return [*found, whole]
+    return whole, held
+
+
+def share_both(
+    models: tuple[nn.Module, nn.Module], trained: set[str], replicas: Replicas
+) -> dict[str, tuple[int, int]]:
+    """Share what is frozen of both: how many numbers, and how many are left of them here."""
+    ran = {name for name, _ in models[0].named_modules()}
+    pair = SharedPair.of(*models, "", ran, trained)
+    found = {}
+    for name, model, shared in zip(
+        ("teacher", "student"), models, (pair.teacher, pair.student), strict=True
+    ):
+        count = shared.shared
+        before = [weakref.ref(weight) for _, group in shared.groups for weight in group]
+        shared.bring(replicas)
+        gc.collect()
+        left = [weight() for weight in before if weight() is not None]
+        parts = [weight for weight in model.parameters() if isinstance(weight, DTensor)]
+        found[name] = count, in_memory([*left, *parts])
+    return found
+
+
+def in_memory(weights: Sequence[Any]) -> int:
+    """How many float32 numbers this rank holds of some weights."""
+    total = 0
+    for weight in weights:
+        part = weight.to_local() if isinstance(weight, DTensor) else weight
+        total += part.untyped_storage().nbytes() // 4
+    return total
+
+
+def by_command(teacher: Path, student: Path, out: Path, memory: int | None) -> Any:
+    """What the command tells of a healing, where weights take no memory that are shared."""
+    texts = Texts("words", (" ".join(f"w{(i * i + 3 * i) % 94 + 2}" for i in range(3000)),))
+    with (
+        mock.patch.object(SharedPair, "bytes", return_value=0),
+        mock.patch("svdcli.verbs.heal.batch_bytes", return_value=0),
+        mock.patch("svdcli.text.tokens.TOKENS_IN_A_BATCH", 128),
+    ):
+        found = svdcli.heal(
+            student,
+            out,
+            teacher=teacher,
+            texts=texts,
+            effort=Effort(steps=3),
+            samples=64,
+            seq_len=32,
+            memory=memory,
+        )
+    return found.report.healing["blocks"], found.plan.notes
 
 
 def averages(ranks: Ranks) -> dict[str, Any]:
@@ -112,8 +187,18 @@ def main(arguments: Sequence[str]) -> None:
             "summed": replicas.summed(ones),
             "averages": averages(replicas),
         }
+        shared = {
+            str(student): healed_whole(teacher, student, replicas, share=True)
+            for student in students
+        }
         rank = replicas.rank
         replicas.ends_with("done" if replicas.first else None)
+
+    # The same by the command, in rounds of its own
+    told = {
+        memory: by_command(teacher, students[0], folder / f"by command {memory}", memory)
+        for memory in (None, 0)
+    }
 
     # More rounds, which one rank ends before anything is exchanged
     exchanged["refusals"] = []
@@ -125,6 +210,7 @@ def main(arguments: Sequence[str]) -> None:
                 replicas.gather(None)
         except SvdcliError as error:
             exchanged["refusals"].append((type(error), str(error)))
+    exchanged |= {"shared": shared, "told": told}
     torch.save((found, exchanged), folder / f"{rank}.pt")
 
 

@@ -26,7 +26,7 @@ import svdcli
 from svdcli.errors import SvdcliError
 from svdcli.healing.blocks import WHOLE, Batches
 from svdcli.healing.replicas import BFLOAT16, PLAIN, POWER_SGD, Replicas
-from svdcli.ranks import FollowedError
+from svdcli.ranks import FollowedError, OtherRankError
 
 ROOT = Path(__file__).parents[2]
 
@@ -128,6 +128,38 @@ def test_all_ranks_hold_the_same_bits(found: list[Any]) -> None:
             assert all(torch.equal(one.weights[key], other.weights[key]) for key in one.weights)
 
 
+@pytest.mark.parametrize("which", [1, 2], ids=["factors", "packed"])
+def test_ranks_that_share_weights_learn_the_same_and_hold_half(
+    which: int, models: tuple[Path, Path, Path], found: list[Any]
+) -> None:
+    for blocks, exchanged in found:
+        plain = blocks[str(models[which])][-1]
+        shared, held = exchanged["shared"][str(models[which])]
+        assert (shared.name, shared.steps) == (plain.name, plain.steps)
+        assert shared.before == pytest.approx(plain.before, rel=1e-5)
+        assert shared.after < shared.before
+        assert shared.before - shared.after == pytest.approx(plain.before - plain.after, rel=1e-3)
+        assert shared.weights.keys() == plain.weights.keys()
+        for name, weight in plain.weights.items():
+            torch.testing.assert_close(shared.weights[name], weight, rtol=1e-5, atol=1e-5)
+        assert held.keys() == {"teacher", "student", "trained"}
+        for count, here in held.values():
+            assert 0.45 < here / count < 0.55
+
+
+def test_the_command_shares_weights_where_one_rank_cannot_hold_them(
+    models: tuple[Path, Path, Path], found: list[Any]
+) -> None:
+    for _, exchanged in found:
+        (blocks, notes), (shared, told) = exchanged["told"][None], exchanged["told"][0]
+        assert list(shared) == list(blocks) == ["model.layers.0", "model.layers.1", WHOLE]
+        for name, errors in blocks.items():
+            assert shared[name] == pytest.approx(errors, rel=1e-5)
+        assert not any("FSDP2" in note for note in notes)
+        (note,) = (note for note in told if "FSDP2" in note)
+        assert "shared among 2 ranks" in note
+
+
 def test_what_ranks_exchange(found: list[Any]) -> None:
     for _, exchanged in found:
         assert exchanged["says"] == 0
@@ -156,9 +188,10 @@ def test_gradients_are_averaged_however_they_travel(found: list[Any]) -> None:
 
 
 def test_what_one_rank_refuses_ends_all_and_rank_0_tells_it(found: list[Any]) -> None:
-    for kind, (_, exchanged) in zip((SvdcliError, FollowedError), found, strict=True):
+    expected = ((SvdcliError, OtherRankError), (FollowedError, FollowedError))
+    for own, (_, exchanged) in zip(expected, found, strict=True):
         kinds, told = zip(*exchanged["refusals"], strict=True)
-        assert kinds == (kind, kind)
+        assert kinds == own
         words = [line.removeprefix("rank 0: ").removeprefix("rank 1: ") for line in told]
         assert words == ["rank 0 refuses; do not", "rank 1 refuses; do not"]
 
