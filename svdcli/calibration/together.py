@@ -73,7 +73,12 @@ class Together:
         if self.team.leads:
             folder.mkdir(exist_ok=True)
         token = self.agree("token", lambda: _marked(folder))
-        if not _comes_true(lambda: _holds(folder / _TOKEN, token)):
+
+        # Rank 0 may have removed it already, where this rank had no part and came late
+        def seen_or_over() -> bool:
+            return _holds(folder / _TOKEN, token) or self.team.peek("outcome") is not None
+
+        if not _comes_true(seen_or_over):
             raise SvdcliError(
                 f"this machine does not see {folder}, which rank 0 made",
                 "write to a file system that all machines share, or use calibrate --part",
