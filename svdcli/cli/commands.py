@@ -897,7 +897,7 @@ def help_(
 
 def _data_stream(output: str | None) -> TextIO:
     """Standard output is data; where it carries the checkpoint, tables go to standard error."""
-    return sys.stderr if output == "-" else sys.stdout
+    return sys.stderr if output == "-" and leads_here() else sys.stdout
 
 
 def _show_outcome(
