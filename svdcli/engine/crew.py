@@ -121,7 +121,7 @@ class Crew:
         tried_alone: set[int] = set()
 
         pool, threads = self.local.pool()
-        here = [pool.submit(phase.take_jobs, 0.0) for _ in range(threads)]
+        here = [pool.submit(phase.take_jobs) for _ in range(threads)]
         try:
             while waiting:
                 idle = all(future.done() for future in here)
@@ -140,7 +140,7 @@ class Crew:
                 if idle:
                     _raise_first(here)
                     left = self._left_over(phase, waiting, alone)
-                    here = [] if left is None else [pool.submit(phase.do, left, 0.0)]
+                    here = [] if left is None else [pool.submit(phase.do, left)]
                 time.sleep(_POLL)
         finally:
             # What this process has under way ends first, and is noted
@@ -253,20 +253,31 @@ class _Phase:
         value = self.team.peek(f"{self.name}/count")
         return None if value is None else int(value)
 
-    def take_jobs(self, late: float) -> None:
-        """Take the next job, and do it, until there is none; late is as for `attempted`."""
+    def take_jobs(self) -> None:
+        """Take the next job, and do it, until there is none. Raises FollowedError where rank 0 has
+        ended with an error, LostRankError where it is lost: its jobs are nobody's then."""
         count = self.count() or 0
         while not self._stopped.is_set():
+            self._check_leader()
             index = self.team.count(f"{self.name}/next") - 1
             if index >= count:
                 return
             self.team.put(f"{self.name}/taker/{index}", str(self.team.place.rank).encode())
-            self.do(index, late)
+            self.do(index)
 
-    def do(self, index: int, late: float) -> None:
+    def _check_leader(self) -> None:
+        if not self.team.leads:
+            failure = self.team.failure_of(0)
+            if failure is not None:
+                raise failure
+            self.team.check_alive(0)
+
+    def do(self, index: int) -> None:
         """Do one job and put its answer there."""
         work, item = pickle.loads(self.team.peek(f"{self.name}/job/{index}") or b"")
-        answer = _answer_of(work, item, late)
+        # What rank 0 made may show late on another machine
+        late = 0.0 if self.team.leads else PATIENCE
+        answer = _answer_of(work, item, late, self._check_leader)
         try:
             value = pickle.dumps(answer)
         except Exception:
@@ -305,9 +316,11 @@ class _Phase:
         self._stopped.set()
 
 
-def _answer_of(work: Callable[[Any], Any], item: Any, late: float) -> _Answered:
+def _answer_of(
+    work: Callable[[Any], Any], item: Any, late: float, check: Callable[[], None]
+) -> _Answered:
     try:
-        answer, trouble = attempted(work, item, late=late)
+        answer, trouble = attempted(work, item, late=late, check=check)
     except Exception as error:
         return _Answered(error=error, memory=isinstance(error, MemoryError))
     return _Answered(answer=answer, trouble=trouble)
@@ -393,7 +406,7 @@ def _work(phase: _Phase, local: Local) -> None:
     """Take jobs with all threads until none is left."""
     pool, threads = local.pool()
     try:
-        for future in [pool.submit(phase.take_jobs, PATIENCE) for _ in range(threads)]:
+        for future in [pool.submit(phase.take_jobs) for _ in range(threads)]:
             future.result()
     finally:
         phase.stop()

@@ -146,13 +146,18 @@ class Local:
 
 
 def attempted(
-    work: Callable[[Item], Answer], item: Item, *, late: float = 0.0
+    work: Callable[[Item], Answer],
+    item: Item,
+    *,
+    late: float = 0.0,
+    check: Callable[[], None] = lambda: None,
 ) -> tuple[Answer, str]:
     """Do the work, and once more where an error of the file system may pass: (the answer, what went
     wrong before it).
 
-    late is for how many seconds a file may be missing that another machine has made. Raises what
-    the work raises, and MemoryError for every way of saying that.
+    late is for how many seconds a file may be missing that another machine has made; meanwhile
+    check may raise that nobody waits any more. Raises what the work raises, and MemoryError for
+    every way of saying that.
     """
     trouble = ""
     missing_since = time.monotonic()
@@ -166,6 +171,7 @@ def attempted(
             if not isinstance(error, OSError):
                 raise
             if error.errno == errno.ENOENT and time.monotonic() - missing_since < late:
+                check()
                 time.sleep(_PAUSES[0])
                 continue
             pause = next(pauses, None)

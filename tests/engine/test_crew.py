@@ -105,7 +105,6 @@ def test_every_job_is_done_once_and_by_all_ranks() -> None:
         assert sorted(answers) == sorted(noted) == [item * item for item in range(60)]
         names = set(crew.map_unordered(where, range(60)))
         crew.end("the outcome")
-    assert len({name.rsplit("-", 1)[0].rsplit("_", 1)[0] for name in names}) >= 1
     assert len(names) >= 3  # threads of three pools
     assert [other.answer for other in others] == ["the outcome"] * 2
     assert crew.told == []
@@ -118,6 +117,28 @@ def test_an_error_of_a_job_ends_all_ranks_with_the_same_words() -> None:
         assert str(raised.value) == "no room; free some"
     assert isinstance(others[0].error, FollowedError)
     assert others[0].error.exit_code == 1
+
+
+def test_jobs_of_a_rank_0_that_has_failed_are_nobodys() -> None:
+    def takes_late(follower: Follower) -> None:
+        while follower.team.failure_of(0) is None:
+            time.sleep(0.001)
+        module._Phase(follower.team, 0).take_jobs()
+
+    with crew_of(takes_late) as (crew, others):
+        module._Phase(crew.team, 0).begin(square, range(5))
+        crew.team.fail(SvdcliError("no room"))
+        others[0].thread.join(20)
+        assert crew.team.count("phase/0/next", 0) == 0
+    assert isinstance(others[0].error, FollowedError)
+
+
+def test_a_file_is_not_waited_for_when_nobody_needs_it_any_more() -> None:
+    def over() -> None:
+        raise FollowedError("rank 0: no room")
+
+    with pytest.raises(FollowedError):
+        attempted(_read, "nowhere", late=60.0, check=over)
 
 
 def test_a_full_disk_on_another_rank_is_a_full_disk_here() -> None:
