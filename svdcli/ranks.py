@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from svdcli.errors import FAILED, INTERRUPTED, SvdcliError
@@ -58,14 +59,13 @@ class FollowedError(SvdcliError):
 @dataclass(frozen=True)
 class Place:
     """Which rank this process is: `rank` of `size`, the `local`-th of `local_size` on its
-    machine; restarts is how often the agent here has started its ranks again."""
+    machine. address and port are the store's, which an elastic agent keeps, or else rank 0."""
 
     rank: int
     size: int
     local: int
     address: str
     port: int
-    restarts: int = 0
     agents_store: bool = False
     local_size: int = 1
 
@@ -86,7 +86,6 @@ def place_here() -> Place | None:
         local=int(environment.get("LOCAL_RANK", "0")),
         address=environment["MASTER_ADDR"],
         port=int(environment["MASTER_PORT"]),
-        restarts=int(environment.get("TORCHELASTIC_RESTART_COUNT", "0")),
         agents_store=environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
         local_size=int(environment.get("LOCAL_WORLD_SIZE", "1")),
     )
@@ -241,6 +240,16 @@ class Team:
             if failure is not None:
                 raise failure
 
+    def check_leader(self) -> None:
+        """Raise FollowedError where rank 0 has ended with an error, LostRankError where it is lost;
+        nothing on rank 0 itself."""
+        if self.leads:
+            return
+        failure = self.failure_of(0)
+        if failure is not None:
+            raise failure
+        self.check_alive(0)
+
     def end(self, outcome: Any) -> None:
         """Tell all ranks, from rank 0, what came of it: any value that pickles. Those that start
         once more find it, too."""
@@ -287,6 +296,24 @@ class Team:
         with suppress(LostRankError):
             while self.peek(key) is None and time.monotonic() < deadline:
                 time.sleep(_POLL)
+
+
+def holds(path: Path, text: str) -> bool:
+    """Does a file that another rank has written hold this text."""
+    try:
+        return path.read_text() == text
+    except OSError:
+        return False
+
+
+def comes_true(condition: Callable[[], bool], seconds: float) -> bool:
+    """Wait for it, so long at most: file systems on a network show late what others write."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(_POLL)
+    return True
 
 
 @contextmanager

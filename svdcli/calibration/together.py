@@ -11,7 +11,7 @@ from pathlib import Path
 
 from svdcli.errors import SvdcliError
 from svdcli.progress import Progress
-from svdcli.ranks import Team
+from svdcli.ranks import Team, comes_true, holds
 
 # Seconds
 TO_SEE_A_FILE = 30.0  # what another rank has written: file systems on a network take a while
@@ -76,9 +76,9 @@ class Together:
 
         # Rank 0 may have removed it already, where this rank had no part and came late
         def seen_or_over() -> bool:
-            return _holds(folder / _TOKEN, token) or self.team.peek("outcome") is not None
+            return holds(folder / _TOKEN, token) or self.team.peek("outcome") is not None
 
-        if not _comes_true(seen_or_over):
+        if not comes_true(seen_or_over, TO_SEE_A_FILE):
             raise SvdcliError(
                 f"this machine does not see {folder}, which rank 0 made",
                 "write to a file system that all machines share, or use calibrate --part",
@@ -92,7 +92,7 @@ class Together:
     def wait_for(self, path: Path, name: str, rank: int) -> None:
         """Wait until that rank says that a file is there, and until it is seen here."""
         self.hear(name, rank)
-        if not _comes_true(path.exists):
+        if not comes_true(path.exists, TO_SEE_A_FILE):
             raise SvdcliError(
                 f"rank {rank} wrote {path}, which this machine does not see",
                 "write to a file system that all machines share",
@@ -111,20 +111,3 @@ def _marked(folder: Path) -> str:
     token = uuid.uuid4().hex
     (folder / _TOKEN).write_text(token)
     return token
-
-
-def _holds(path: Path, text: str) -> bool:
-    try:
-        return path.read_text() == text
-    except OSError:
-        return False
-
-
-def _comes_true(condition: Callable[[], bool]) -> bool:
-    """Wait a while for it."""
-    deadline = time.monotonic() + TO_SEE_A_FILE
-    while not condition():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(_POLL)
-    return True

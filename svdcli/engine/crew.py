@@ -32,7 +32,16 @@ from svdcli.engine.executor import Local, Workers, attempted
 from svdcli.errors import SvdcliError
 from svdcli.files.source import Source
 from svdcli.files.workspace import SHARED
-from svdcli.ranks import PATIENCE, LostRankError, Place, Team, assembled, place_here
+from svdcli.ranks import (
+    PATIENCE,
+    LostRankError,
+    Place,
+    Team,
+    assembled,
+    comes_true,
+    holds,
+    place_here,
+)
 
 Item = TypeVar("Item")
 Answer = TypeVar("Answer")
@@ -258,26 +267,19 @@ class _Phase:
         ended with an error, LostRankError where it is lost: its jobs are nobody's then."""
         count = self.count() or 0
         while not self._stopped.is_set():
-            self._check_leader()
+            self.team.check_leader()
             index = self.team.count(f"{self.name}/next") - 1
             if index >= count:
                 return
             self.team.put(f"{self.name}/taker/{index}", str(self.team.place.rank).encode())
             self.do(index)
 
-    def _check_leader(self) -> None:
-        if not self.team.leads:
-            failure = self.team.failure_of(0)
-            if failure is not None:
-                raise failure
-            self.team.check_alive(0)
-
     def do(self, index: int) -> None:
         """Do one job and put its answer there."""
         work, item = pickle.loads(self.team.peek(f"{self.name}/job/{index}") or b"")
         # What rank 0 made may show late on another machine
         late = 0.0 if self.team.leads else PATIENCE
-        answer = _answer_of(work, item, late, self._check_leader)
+        answer = _answer_of(work, item, late, self.team.check_leader)
         try:
             value = pickle.dumps(answer)
         except Exception:
@@ -351,16 +353,7 @@ class _Seen:
         return f"{host} reads another model than rank 0 under the same path"
 
     def _sees_token(self, folder: Path) -> bool:
-        # A file system on the network may show it late
-        deadline = time.monotonic() + PATIENCE
-        while time.monotonic() < deadline:
-            try:
-                if (folder / SHARED).read_text() == self.token:
-                    return True
-            except OSError:
-                pass
-            time.sleep(_POLL)
-        return False
+        return comes_true(lambda: holds(folder / SHARED, self.token), PATIENCE)
 
 
 class Follower:
@@ -380,9 +373,7 @@ class Follower:
             ended = self.team.ended()
             if ended is not None:
                 return ended[0]
-            failure = self.team.failure_of(0)
-            if failure is not None:
-                raise failure
+            self.team.check_leader()
 
             # Do all machines see the same files
             see = self.team.peek(f"see/{asked}")
@@ -398,7 +389,6 @@ class Follower:
                 _work(phase, local)
                 number += 1
             else:
-                self.team.check_alive(0)
                 time.sleep(_IDLE_POLL)
 
 
