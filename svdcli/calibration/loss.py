@@ -172,11 +172,13 @@ def block_sums(
     call: Callable[..., Any] | None = None,
     seed: int = 0,
     first: int = 0,
+    states_on: torch.device | None = None,
 ) -> tuple[dict[str, Tensor], int]:
     """Return (what `block_moments` averages, summed over predictions; how many these were).
 
     at_a_time bounds how many batches are under way together; call is what is called with each, if
-    not the whole model; seed draws the labels, of batches that are numbered from `first` on.
+    not the whole model; seed draws the labels, of batches that are numbered from `first` on; hidden
+    states wait on states_on, None for the device.
     """
     loss = ModelLoss(seed)
     sums = MomentSums()
@@ -185,7 +187,7 @@ def block_sums(
         if unit in blocks:
             sums.add(unit, without_padding(gradient, None).float())
 
-    stream = Stream(model, device, torch.float32, call=call, gradients=add)
+    stream = Stream(model, device, torch.float32, call=call, gradients=add, states_on=states_on)
     for start in range(0, len(batches), at_a_time):
         group = batches[start : start + at_a_time]
         indices = range(first + start, first + start + len(group))

@@ -89,6 +89,19 @@ def memory_for(device: torch.device, sharers: int = 1) -> int:
     return free_memory() // sharers
 
 
+def room_for_states(
+    needed: int, device: torch.device, sharers: int = 1
+) -> tuple[torch.device, int]:
+    """Return (where hidden states wait between blocks, how many bytes they may take there): with
+    the blocks, unless a card has too little room for what is needed and the host has more."""
+    room = int(SHARE_OF_MEMORY * memory_for(device, sharers))
+    if device.type == "cpu" or needed <= room:
+        return device, room
+    host = torch.device("cpu")
+    room_there = int(SHARE_OF_MEMORY * memory_for(host, sharers))
+    return (host, room_there) if room_there > room else (device, room)
+
+
 def free_memory() -> int:
     """Return the bytes of memory that can be had without swapping, where the system tells; else 4
     GB."""

@@ -4,7 +4,8 @@ Every batch's forward pass runs in a thread of its own that stops where the next
 blocks take their turns, each with its weights in memory once for all batches. That works for any
 architecture, since the code between the blocks is the model's own. Backwards, every block is
 computed again from its kept inputs. Memory follows the largest block and the hidden states between
-blocks, not the model, whose stored weights stay in the file until their turn.
+blocks, not the model, whose stored weights stay in the file until their turn. Where hidden states
+are more than a card holds, they wait on the host, and each batch is brought to its block and back.
 """
 
 from __future__ import annotations
@@ -199,7 +200,8 @@ class _AbandonedError(BaseException):
 @dataclass
 class Turn:
     """One unit, in memory, and the batches that wait before it. call is its forward pass without
-    waiting, to be called on arguments of one's own."""
+    waiting, to be called on arguments of one's own, wherever they lie; what it returns is where the
+    unit is."""
 
     name: str
     unit: nn.Module
@@ -228,6 +230,8 @@ class Stream:
     """A model whose blocks take turns on `device`, computed in `dtype`; its parameters may lie
     anywhere.
 
+    states_on is where hidden states wait between the blocks, and where the code between them runs;
+    None for the same device. Outputs, and what read and cotangent see, are there.
     visit(phase, unit, batch, batches) is called before every unit of every batch with phase
     "forward" or "backward", and with phase "done" when all batches are through a unit ("forward
     done", "backward done"). call is what is called with each batch, if not the whole model.
@@ -243,9 +247,11 @@ class Stream:
         visit: Visit = _ignore,
         call: Callable[..., Any] | None = None,
         gradients: Gradients | None = None,
+        states_on: torch.device | None = None,
     ) -> None:
         self.model = model
         self.device = device
+        self.states_on = device if states_on is None else states_on
         self.dtype = dtype
         self.visit = visit
         self.call = model if call is None else call
@@ -305,7 +311,7 @@ class Stream:
             self._differentiate(last, index)
 
         batches += [_Batch(index, partial(forward, index)) for index in range(len(inputs))]
-        with caches_off(self.model), self._outside_on_device():
+        with caches_off(self.model), self._outside_by_states():
             with self._taking_turns():
                 self._forwards(batches, visit)
             if cotangent is not None:
@@ -321,11 +327,11 @@ class Stream:
 
         self._keep_calls = False
         batches = [_Batch(index, partial(forward, index)) for index in range(len(inputs))]
-        with caches_off(self.model), self._outside_on_device(), self._taking_turns():
+        with caches_off(self.model), self._outside_by_states(), self._taking_turns():
             yield from self._turns(batches)
 
     def _moved(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {key: value.to(self.device) for key, value in inputs.items()}
+        return {key: value.to(self.states_on) for key, value in inputs.items()}
 
     @contextmanager
     def _taking_turns(self) -> Iterator[None]:
@@ -356,12 +362,12 @@ class Stream:
         inner = [_detach(leaf) for leaf in leaves]
         args, kwargs = tree_unflatten(inner, spec)
         with torch.no_grad():
-            result = self._plain[name](*args, **kwargs)
+            outputs, out_spec = tree_flatten(self._here(name)(*args, **kwargs))
+        outputs = [_moved(out, self.states_on) for out in outputs]
         if not self._keep_calls:
-            return result
+            return tree_unflatten(outputs, out_spec)
 
         # Notes for the way back: what went in, and a place for the gradient of each output
-        outputs, out_spec = tree_flatten(result)
         outer: list[Tensor | None] = []
         for leaf in leaves:
             if isinstance(leaf, Tensor) and leaf.requires_grad:
@@ -376,6 +382,16 @@ class Stream:
         starts = iter([start(self._anchor, output) for output in kept])
         onward = [next(starts) if _differentiable(out) else out for out in outputs]
         return tree_unflatten(onward, out_spec)
+
+    def _here(self, name: str) -> Callable[..., Any]:
+        """Return a unit's forward pass, with its arguments brought to where the unit is."""
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            leaves, spec = tree_flatten((args, kwargs))
+            args, kwargs = tree_unflatten([_moved(leaf, self.device) for leaf in leaves], spec)
+            return self._plain[name](*args, **kwargs)
+
+        return forward
 
     def _forwards(self, batches: Sequence[_Batch], visit: Visit) -> None:
         for turn in self._turns(batches):
@@ -401,7 +417,7 @@ class Stream:
                 name = str(waiting[0].waits_for)
                 waiting = [batch for batch in waiting if batch.waits_for == name]
                 with self._in_memory(name):
-                    yield Turn(name, self.units[name], self._plain[name], waiting, self._advance)
+                    yield Turn(name, self.units[name], self._here(name), waiting, self._advance)
         finally:  # those that have ended already do not mind
             for batch in batches:
                 batch.abandon()
@@ -430,7 +446,7 @@ class Stream:
         """Compute one unit again, this time with a graph, and hand the gradient on to what came
         before it."""
         # The gradients that the code after the unit left; without any there is nothing to do
-        gradients = [out.grad for out in call.outputs]
+        gradients = [_moved(out.grad, self.device) for out in call.outputs]
         if self.gradients is not None and gradients[0] is not None:
             self.gradients(call.unit, index, gradients[0])
         if all(gradient is None for gradient in gradients):
@@ -442,7 +458,8 @@ class Stream:
             )
 
         # The unit once more, from its kept inputs, with hooks and a graph
-        inner = [leaf.requires_grad_() if _differentiable(leaf) else leaf for leaf in call.leaves]
+        inner = [_moved(leaf, self.device) for leaf in call.leaves]
+        inner = [leaf.requires_grad_() if _differentiable(leaf) else leaf for leaf in inner]
         args, kwargs = tree_unflatten(inner, call.spec)
         with torch.enable_grad():
             result = self._with_hooks(call.unit, args, kwargs)
@@ -463,7 +480,7 @@ class Stream:
         for outer, leaf in zip(call.outer, inner, strict=True):
             if outer is not None and leaf.grad is not None:
                 sources.append(outer)
-                source_gradients.append(leaf.grad)
+                source_gradients.append(_moved(leaf.grad, self.states_on))
         if sources:  # what lies between blocks may lead to several of them
             torch.autograd.backward(sources, source_gradients, retain_graph=True)
 
@@ -479,19 +496,22 @@ class Stream:
         """Keep the unit's parameters and buffers on the device in the compute dtype, for as long as
         its turn lasts."""
         unit = self.units[name]
-        with self._on_device([*unit.parameters(), *unit.buffers()], _computed_once(unit)):
+        tensors = [*unit.parameters(), *unit.buffers()]
+        with self._cast(tensors, self.device, _computed_once(unit)):
             yield
 
     @contextmanager
-    def _on_device(self, tensors: Sequence[Tensor], exact: Collection[int] = ()) -> Iterator[None]:
-        """Keep tensors on the device, floating ones in the compute dtype; those whose identities
+    def _cast(
+        self, tensors: Sequence[Tensor], device: torch.device, exact: Collection[int] = ()
+    ) -> Iterator[None]:
+        """Keep tensors on that device, floating ones in the compute dtype; those whose identities
         are in `exact` lose no digits."""
         stored = [(tensor, tensor.data) for tensor in tensors]
         for tensor, data in stored:
             dtype = self.dtype if data.is_floating_point() else data.dtype
             if id(tensor) in exact and data.is_floating_point():
                 dtype = torch.promote_types(dtype, data.dtype)
-            tensor.data = data.to(self.device, dtype)
+            tensor.data = data.to(device, dtype)
         try:
             yield
         finally:
@@ -499,16 +519,16 @@ class Stream:
                 tensor.data = data
 
     @contextmanager
-    def _outside_on_device(self) -> Iterator[None]:
-        """Keep what lies outside all units on the device for a whole run: parameters in the compute
-        dtype, buffers (such as rotary frequencies) in their own."""
+    def _outside_by_states(self) -> Iterator[None]:
+        """Keep what lies outside all units where hidden states wait, for a whole run: parameters in
+        the compute dtype, buffers (such as rotary frequencies) in their own."""
         parameters: list[Tensor] = []
         with ExitStack() as stack:
             for module in self._outside:
                 parameters += module.parameters(recurse=False)
                 for name, buffer in module.named_buffers(recurse=False):
-                    stack.enter_context(_buffer_moved(module, name, buffer, self.device))
-            with self._on_device(parameters):
+                    stack.enter_context(_buffer_moved(module, name, buffer, self.states_on))
+            with self._cast(parameters, self.states_on):
                 yield
 
 
@@ -570,6 +590,16 @@ def _versions(leaves: Sequence[Any]) -> list[int]:
 
 def _differentiable(value: Any) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    """Return a tensor on another device: from a card into pinned memory, from where it goes back
+    without a detour. Anything else as it is."""
+    if not isinstance(value, Tensor) or value.device == device:
+        return value
+    if value.device.type == "cuda" and device.type == "cpu":
+        return torch.empty_like(value, device=device, pin_memory=True).copy_(value)
+    return value.to(device, non_blocking=True)
 
 
 def _detach(value: Any) -> Any:

@@ -14,7 +14,7 @@ from torch import nn
 
 from svdcli.calibration.gather import FULL_OUTPUTS, Gather
 from svdcli.calibration.loss import ModelLoss
-from svdcli.calibration.memory import SHARE_OF_MEMORY, memory_for, state_bytes, widest, width_of
+from svdcli.calibration.memory import room_for_states, state_bytes, widest, width_of
 from svdcli.calibration.moments import Provenance, Spool
 from svdcli.calibration.parts import Whole
 from svdcli.calibration.precision import Passes, chosen, operations_a_second
@@ -46,7 +46,8 @@ class Forecast:
     samples are windows of seq_len tokens, or sentences of at most as many. Where gradients were
     left to choose and are not measured, reason says why. side names the part of the model that
     reads the text, where it is not the whole. precision is the dtype in which the model runs;
-    no_bfloat16 says why not in this, which the machine has faster and was left to choose. part
+    no_bfloat16 says why not in this, which the machine has faster and was left to choose. on_host
+    says that hidden states wait on the host, since they do not fit where the blocks are. part
     says, as "2/8", that a part of the text alone is meant; ranks is how many processes share the
     text, and rounds, state_bytes and seconds are then of each.
     """
@@ -64,6 +65,7 @@ class Forecast:
     part: str = ""
     ranks: int = 1
     no_bfloat16: str = ""
+    on_host: bool = False
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,7 @@ class Settings:
 @dataclass(frozen=True)
 class Work:
     """A model, the layers to measure as {name of the weight: name of its module}, and the batches
-    that it reads. memory is what hidden states may take, in bytes."""
+    that it reads."""
 
     settings: Settings
     checkpoint: Checkpoint
@@ -95,7 +97,6 @@ class Work:
     network: Any
     layers: Mapping[str, str]
     read: Read
-    memory: int
 
     @staticmethod
     def begin(settings: Settings, checkpoint: Checkpoint, device: torch.device) -> Work:
@@ -108,12 +109,7 @@ class Work:
         layers = _modules_of(network, checkpoint, settings.include, settings.exclude)
         amount = Amount.to_calibrate(settings.samples, widest(network, layers.values()))
         read = read_batches(side, tokenizer, settings.texts, amount, settings.seq_len)
-
-        # Hidden states of a round have to fit into memory
-        memory = settings.memory
-        if memory is None:
-            memory = int(SHARE_OF_MEMORY * memory_for(device, settings.sharers))
-        return Work(settings, checkpoint, device, network, layers, read, memory)
+        return Work(settings, checkpoint, device, network, layers, read)
 
     @property
     def every_batch(self) -> range:
@@ -128,9 +124,17 @@ class Work:
             for name, target in self.layers.items()
         }
 
-    def stream(self, dtype: torch.dtype) -> Stream:
+    def stream(self, dtype: torch.dtype, states_on: torch.device | None = None) -> Stream:
         """Return the model as a stream of blocks."""
-        return Stream(self.network, self.device, dtype, call=self.read.side.of(self.network))
+        call = self.read.side.of(self.network)
+        return Stream(self.network, self.device, dtype, call=call, states_on=states_on)
+
+    def room(self, needed: int) -> tuple[torch.device, int]:
+        """Return (where hidden states wait, how many bytes they may take there), for so many that
+        all batches together need."""
+        if self.settings.memory is not None:
+            return self.device, self.settings.memory
+        return room_for_states(needed, self.device, self.settings.sharers)
 
     def passes(self, precision: Precision) -> Passes:
         """Return in which dtype the model runs. Raises SvdcliError where it does not run in the one
@@ -159,13 +163,14 @@ class Work:
         batches = [self.read.batches[index] for index in indices]
         width = width_of(self.read.side.config(self.network))
         part = self.read.side.module(self.network)
-        asked, memory, dtype = self.settings.gradients, self.memory, passes.dtype
+        asked, dtype = self.settings.gradients, passes.dtype
 
         def each(gradients: bool) -> int:
             return state_bytes(part, width, batches, gradients=gradients, itemsize=dtype.itemsize)
 
         # Gradients, unless they were declined, or were left to choose and do not fit
         with_gradients = asked is not False
+        states_on, memory = self.room(each(with_gradients) * len(batches))
         reason = ""
         if asked is None and each(True) > memory:
             with_gradients = False
@@ -187,6 +192,7 @@ class Work:
             side=self.read.side.shown,
             precision=passes.precision,
             no_bfloat16=passes.why_not,
+            on_host=states_on != self.device,
         )
 
     def added_up(self, indices: range, forecast: Forecast, spool: Spool) -> Sums:
@@ -196,7 +202,8 @@ class Work:
         size = -(-len(indices) // forecast.rounds)
         rounds = [indices[start : start + size] for start in range(0, len(indices), size)]
         gather = Gather(self.network, self.layers, sums, loss, self.settings.progress, len(rounds))
-        stream = self.stream(Passes(forecast.precision).dtype)
+        states_on = torch.device("cpu") if forecast.on_host else self.device
+        stream = self.stream(Passes(forecast.precision).dtype, states_on)
         for number, group in enumerate(rounds):
             batches = [self.read.batches[index] for index in group]
             cotangent = loss.cotangents(batches, group) if forecast.gradients else None
@@ -253,7 +260,7 @@ class Work:
             self.layers,
             width,
             self.read.batches,
-            self.memory,
+            self.room(0)[1],
             self.settings.progress,
         )
 

@@ -947,6 +947,8 @@ def _announce(quiet: bool) -> Callable[[Forecast], None]:
     def tell(forecast: Forecast) -> None:
         # What is read and measured, then what it costs
         rounds = "" if forecast.rounds == 1 else f" in {forecast.rounds} rounds"
+        if forecast.on_host:
+            rounds += ", hidden states on the host"
         measured = "inputs and loss gradients" if forecast.gradients else "inputs"
         portions = words.portions(forecast.samples, forecast.tokens, forecast.seq_len)
         part = f", part {forecast.part} of the text" if forecast.part else ""

@@ -37,6 +37,8 @@ from svdcli.files.source import Source
 from svdcli.files.workspace import Workspace
 from svdcli.files.writer import Unit, WeightWriter, checksum_at, chunks_at, write_at
 from svdcli.linalg.layouts import CODECS
+from svdcli.linalg.machine import placed_on
+from svdcli.plan.packing import PLAIN
 from svdcli.plan.plan import LayerPlan
 from svdcli.plan.tensors import TensorInfo
 
@@ -73,10 +75,12 @@ class Job:
 
 @dataclass(frozen=True)
 class Loaded:
-    """What a factored layer is solved from."""
+    """What a factored layer is solved from. placed is the weight again, on a GPU that it is solved
+    on."""
 
     weight: Tensor
     moments: LayerMoments | None
+    placed: Tensor
 
 
 @dataclass(frozen=True)
@@ -113,9 +117,9 @@ def load(job: Job, opened: Opened) -> Loaded | None:
     weight = read_weight(opened.source, job.layer.originals)
     if not job.layer.role and largest_of(weight) is None:  # a table would stay dense
         check_finite([tensor.name for tensor in job.layer.originals])
-    if job.device.startswith("cuda"):
-        weight = weight.pin_memory()  # from where it is copied to the card without a detour
-    return Loaded(weight, moments)
+    on_device = opened.ready is None and job.layer.packing == PLAIN
+    placed = placed_on(weight, torch.device(job.device)) if on_device else weight
+    return Loaded(weight, moments, placed)
 
 
 def solve(job: Job, loaded: Loaded | None, opened: Opened) -> Solved:
@@ -155,7 +159,7 @@ def _factors(
     if opened.ready is not None:
         return opened.ready.take(loaded.weight, layer)
     device = torch.device(job.device)
-    stored, result = solve_layer(loaded.weight, layer, job.seed, device, loaded.moments)
+    stored, result = solve_layer(loaded.placed, layer, job.seed, device, loaded.moments)
     biases = refitted(opened.source, loaded.weight, stored, layer, loaded.moments)
     return (*stored, *span_values(layer), *biases), result
 

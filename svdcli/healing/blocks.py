@@ -169,6 +169,7 @@ def heal_blocks(
     call: Call = itself,
     seed: int = 0,
     device: torch.device | None = None,
+    states_on: torch.device | None = None,
     progress: Progress = silent,
     replicas: Replicas = ALONE,
 ) -> Iterator[HealedBlock]:
@@ -178,12 +179,14 @@ def heal_blocks(
     trainable tells by name which parameters and buffers of the student may change; moments are
     those of `loss.block_moments`, without which every direction of a block's output counts the
     same; blocks that the text does not reach have none. call makes of a model what is called with
-    each batch. Of several replicas each gives its own share of the batches. Raises SvdcliError
-    where the two models do not have the same blocks, and where a block answers with NaN.
+    each batch. states_on is where hidden states wait between blocks, None for the device. Of
+    several replicas each gives its own share of the batches. Raises SvdcliError where the two
+    models do not have the same blocks, and where a block answers with NaN.
     """
     device = device or torch.device("cpu")
-    student_stream = Stream(student, device, torch.float32, call=call(student))
-    teacher_stream = Stream(teacher, device, torch.float32, call=call(teacher))
+    stream = partial(Stream, device=device, dtype=torch.float32, states_on=states_on)
+    student_stream = stream(student, call=call(student))
+    teacher_stream = stream(teacher, call=call(teacher))
     dtypes = {name: tensor.dtype for name, tensor in _tensors(student) if trainable(name)}
 
     # The blocks that will be refined, known beforehand so that they can share the time
@@ -462,8 +465,9 @@ class _Healer:
     def _errors(self, index: int) -> tuple[Tensor, Tensor]:
         """Return the squared error of the block's output for one batch, and the energy of what it
         should be; padding is left out."""
-        output = self.block.rows(self.block.student.answer(index), index)
-        target = self.block.rows(self.block.targets[index], index)
+        answer = self.block.student.answer(index)
+        output = self.block.rows(answer, index)
+        target = self.block.rows(self.block.target(index, answer), index)
         difference = output - target
         if self.root is not None:
             difference = difference @ self.root

@@ -105,6 +105,10 @@ class Block:
         """Return (tokens, width), without padding."""
         return without_padding(values, self.masks[index])
 
+    def target(self, index: int, answer: Tensor) -> Tensor:
+        """Return what the block should answer to a batch, where this answer is."""
+        return self.targets[index].to(answer.device)
+
 
 @torch.no_grad()
 def refit(
@@ -387,7 +391,7 @@ def _sums_of(
             for pair in group:
                 y = outputs[pair.name]
                 if pair.feeds_output:
-                    y = y + (block.targets[index] - answer)
+                    y = y + (block.target(index, answer) - answer)
                 y = block.rows(y, index)
                 sums.add_cross(f"y x {pair.name}", y, x)
                 sums.add_mean(f"y {pair.name}", y)

@@ -278,6 +278,21 @@ def keeping_temporaries() -> Iterator[None]:
         _kept.buffers = None
 
 
+def placed_on(w: Tensor, device: torch.device) -> Tensor:
+    """w on a CUDA device, from pinned memory and in a stream of its own, so that the device goes on
+    meanwhile with what other threads compute there. For any other device w as it is, which
+    `converted` brings there."""
+    if device.type != "cuda":
+        return w
+    copying = torch.cuda.Stream(device)
+    with torch.cuda.stream(copying):
+        placed = w.pin_memory().to(device, non_blocking=True)
+    copying.synchronize()
+    # its memory is not used again before what the computing stream does with it is done
+    placed.record_stream(torch.cuda.default_stream(device))
+    return placed
+
+
 def converted(w: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
     """w on that device and in that dtype: itself where nothing changes, a `temporary` with its long
     side in rows where the CPU converts it."""

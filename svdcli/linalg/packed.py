@@ -36,7 +36,7 @@ def packed_factors(
     Raises torch.linalg.LinAlgError where a moment is indefinite.
     """
     # the best factors, turned
-    rotation = random_rotation(factors.up.shape[1])
+    rotation = random_rotation(factors.up.shape[1]).to(factors.up.device)
     up = factors.up @ rotation
     down = rotation.T @ factors.down
 

@@ -203,7 +203,7 @@ def _in_row_blocks(w: Tensor, steps: Tensor, rows: Tensor, feedback: _Feedback) 
     spread = inverse_root(damp(rows, DAMPING_ROWS)[order][:, order])
     rest = w.to(torch.float64)[order]
 
-    codes = torch.empty(w.shape, dtype=torch.int8)
+    codes = torch.empty(w.shape, dtype=torch.int8, device=w.device)
     for block, place in zip(blocks, _consecutive(blocks), strict=True):
         codes[block] = feedback.codes(rest[place], steps[block])
         if place.stop < w.shape[0]:

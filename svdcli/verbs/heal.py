@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from svdcli.calibration.loss import averaged, block_sums
 from svdcli.calibration.memory import (
-    SHARE_OF_MEMORY,
     batch_bytes,
     memory_for,
+    room_for_states,
     state_bytes,
     whole_bytes,
     widest,
@@ -453,11 +453,24 @@ def _refine_blocks(
         call=material.side.of,
         seed=seed,
         device=run.device,
+        states_on=_where_states_wait(material, run.device, replicas),
         progress=run.progress,
         replicas=replicas,
     ):
         blocks[block.name] = journal.keep(block)
     return blocks
+
+
+def _where_states_wait(
+    material: _Material, device: torch.device, replicas: Replicas
+) -> torch.device:
+    """Return where what both models' blocks read, and the original's answer, wait between blocks:
+    of all batches at once."""
+    batches = [*material.for_blocks.train, *material.for_blocks.held_out]
+    side = material.side
+    width = width_of(side.config(material.teacher))
+    of_a_batch = state_bytes(side.module(material.teacher), width, batches, gradients=False)
+    return room_for_states(of_a_batch * len(batches), device, replicas.here)[0]
 
 
 def _refine_whole(
@@ -499,9 +512,9 @@ def _moments(
     few = [batches[len(batches) * i // count] for i in range(count)]
 
     # As many batches at a time as their hidden states fit into memory
-    memory = int(SHARE_OF_MEMORY * memory_for(run.device, replicas.here))
     width = width_of(side.config(teacher))
-    at_a_time = max(1, memory // state_bytes(side.module(teacher), width, few, gradients=True))
+    of_a_batch = state_bytes(side.module(teacher), width, few, gradients=True)
+    states_on, room = room_for_states(of_a_batch, run.device, replicas.here)
 
     # Modules that do not run here get no gradients from the text, and are not trained
     ran: set[int] = set()
@@ -510,11 +523,12 @@ def _moments(
             teacher,
             few,
             blocks_of(teacher),
-            at_a_time,
+            max(1, room // of_a_batch),
             run.device,
             side.of(teacher),
             seed,
             first=replicas.rank * count,
+            states_on=states_on,
         )
     moments = averaged(replicas.summed(sums), int(replicas.total([events])[0]))
     reached = {name for name, part in teacher.named_modules() if id(part) in ran}
