@@ -50,13 +50,16 @@ def state_bytes(
     return largest * width * itemsize * states
 
 
-def whole_bytes(teacher: Any, student: Any, vocabulary: int, batches: Sequence[Batch]) -> int:
+def whole_bytes(
+    teacher: Any, student: Any, vocabulary: int, batches: Sequence[Batch], coordinates: int
+) -> int:
     """Return the bytes that it takes, at most, to train the student on the teacher's answers in one
-    piece and in float32."""
+    piece and in float32; coordinates is how many numbers those have in which factors are
+    trained."""
     # The student's weights come with their gradients and AdamW's two moments, its packed ones also
     # with the integers and the weight that they are rounded to
     packed: int = numbers_of(student) - sum(parameter.numel() for parameter in student.parameters())
-    weights = numbers_of(teacher) + 4 * numbers_of(student) + 2 * packed
+    weights = numbers_of(teacher) + 4 * numbers_of(student) + 2 * packed + coordinates
     return 4 * weights + batch_bytes(teacher, vocabulary, batches)
 
 

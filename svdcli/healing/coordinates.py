@@ -162,6 +162,12 @@ def numbers_of_stand_in(module: nn.Module) -> tuple[int, int]:
     return len(down) * sum(sides), sum(side**2 if side <= FULL else side for side in sides)
 
 
+def numbers_of_coordinates(student: nn.Module) -> int:
+    """Return how many numbers the coordinates of all stand-ins of a model have."""
+    low_rank = [part for part in student.modules() if isinstance(part, LOW_RANK)]
+    return sum(numbers_of_stand_in(part)[1] for part in low_rank if not is_packed(part))
+
+
 def _stored_shape(module: nn.Module) -> tuple[int, int]:
     """Return the shape of the weight that a low-rank module stores."""
     up, down, rows = factors_of(module)

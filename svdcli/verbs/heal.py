@@ -47,6 +47,7 @@ from svdcli.healing.blocks import (
     heal_blocks,
     heal_whole,
 )
+from svdcli.healing.coordinates import numbers_of_coordinates
 from svdcli.healing.replicas import Replicas, replicas_here
 from svdcli.healing.shared_memory import SharedPair
 from svdcli.healing.sharing import bring, can_share
@@ -308,7 +309,9 @@ def _read(pair: _Pair, texts: Texts, request: _Request, replicas: Replicas) -> _
         samples=samples,
         window=read.seq_len,
         hard_labels=hard_labels,
-        bytes_for_whole=whole_bytes(teacher, student, side.words, read.batches),
+        bytes_for_whole=whole_bytes(
+            teacher, student, side.words, read.batches, numbers_of_coordinates(student)
+        ),
         bytes_for_batch=batch_bytes(teacher, side.words, read.batches),
     )
 
