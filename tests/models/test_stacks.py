@@ -516,7 +516,8 @@ def test_every_expert_is_measured_and_healed(name: str, saved: Saved, tmp_path: 
     done = svdcli.calibrate(saved(name), tmp_path / "m.safetensors", TEXT, **how)
     assert done.uncalibrated == ()
     assert done.layers >= 16
-    svdcli.compress(saved(name), tmp_path / "o", keep=0.4, calibration=tmp_path / "m.safetensors")
+    recipe: dict[str, Any] = {"keep": 0.4, "allocate": "uniform"}
+    svdcli.compress(saved(name), tmp_path / "o", calibration=tmp_path / "m.safetensors", **recipe)
     effort = svdcli.Effort(steps=2)
     healed = svdcli.heal(
         tmp_path / "o", tmp_path / "h", teacher=saved(name), texts=TEXT, effort=effort, **how
