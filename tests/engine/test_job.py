@@ -18,7 +18,6 @@ from svdcli.engine import job as module
 from svdcli.engine.executor import Local
 from svdcli.engine.job import Job, Line, run_job
 
-
 Mapping = Callable[..., Iterator[Any]]
 
 

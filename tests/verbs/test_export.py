@@ -221,8 +221,8 @@ def test_a_vision_model(vision: Path, tmp_path: Path) -> None:
 
 
 class EveryKind(nn.Module):
-    """One low-rank module of each kind, one after the other, and two that share one: ids (batch, sequence) -> hidden
-    (batch, sequence, 40)."""
+    """One low-rank module of each kind, one after the other, and two layers that share one: ids
+    (batch, sequence) -> hidden (batch, sequence, 40)."""
 
     def __init__(self) -> None:
         super().__init__()
