@@ -302,6 +302,7 @@ def run_code(code: str, *arguments: str | Path, folder: Path) -> Finished:
 def _run_forked(code: str, arguments: list[str], folder: Path, streams: list[Path]) -> None:
     for number, stream in enumerate(streams, 1):
         os.dup2(os.open(stream, os.O_WRONLY | os.O_CREAT), number)
+    torch.set_num_threads(1)
     os.chdir(folder)
     sys.argv = ["-c", *arguments]
     exec(code, {"__name__": "__main__"})

@@ -437,7 +437,7 @@ def test_factors_of_factors_do_not_collide(folder: Path) -> None:
 
 
 def test_many_tensors(folder: Path) -> None:
-    many = {f"t.{number}.weight": torch.ones(1, 2) for number in range(3000)}
+    many = {f"t.{number}.weight": torch.ones(1, 2) for number in range(1200)}
     survives({**many, "a.weight": weight(48, 40)}, "--allow-larger")
 
 

@@ -18,23 +18,37 @@ from svdcli.engine import job as module
 from svdcli.engine.executor import Local
 from svdcli.engine.job import Job, Line, run_job
 
+Mapping = Callable[..., Iterator[Any]]
 
-def in_another_process(
-    _: Local, work: Callable[[Any], Any], jobs: Iterable[Any], done: Callable[[Any], None] = print
-) -> Iterator[Any]:
+
+@pytest.fixture(scope="module")
+def in_another_process() -> Iterator[Mapping]:
     """`Local.map_unordered`, with a process that shares nothing but the files."""
     pool = ProcessPoolExecutor(
         1, mp_context=get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)
     )
-    with pool:
+
+    def map_unordered(
+        _: Local,
+        work: Callable[[Any], Any],
+        jobs: Iterable[Any],
+        done: Callable[[Any], None] = print,
+    ) -> Iterator[Any]:
         for line in pool.map(work, jobs):
             done(line)
             yield line
 
+    with pool:
+        yield map_unordered
+
 
 @pytest.mark.parametrize("calibrated", [False, True])
 def test_another_process_writes_the_same_bytes(
-    calibrated: bool, readable: Callable[[str], Path], tmp_path: Path, monkeypatch: Any
+    calibrated: bool,
+    readable: Callable[[str], Path],
+    in_another_process: Mapping,
+    tmp_path: Path,
+    monkeypatch: Any,
 ) -> None:
     model, recipe = readable("gpt2"), svdcli.Recipe("keep", 0.5, layout="pivoted")
     how: dict[str, Any] = {}

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import run, weight
+from helpers import cli, run, weight
 from safetensors.torch import load_file
 
 from svdcli.errors import BadCheckpointError, UsageError
@@ -135,13 +135,13 @@ def test_a_key_that_is_none(tmp_path: Path) -> None:
 def test_the_key_on_the_command_line_and_back(tmp_path: Path) -> None:
     torch.save({"params": NET, "params_ema": same_size()}, tmp_path / "x.pth")
     out = tmp_path / "out.safetensors"
-    done = run("compress", tmp_path / "x.pth", "--rank", "8", "--state-dict", "params", "-o", out)
+    done = cli("compress", tmp_path / "x.pth", "--rank", "8", "--state-dict", "params", "-o", out)
     assert done.code == 0, done.err
     assert torch.equal(load_file(out)["net.0.bias"], NET["net.0.bias"])
     assert verify(out, tmp_path / "x.pth").ok  # which asks for the same key
     assert inspect(tmp_path / "x.pth").notes
     assert not inspect(tmp_path / "x.pth", state_dict="params").notes
-    listed = run("inspect", tmp_path / "x.pth", "--state-dict", "params", "--names")
+    listed = cli("inspect", tmp_path / "x.pth", "--state-dict", "params", "--names")
     assert listed.out.decode().split() == ["net.0.weight"]
 
 

@@ -13,7 +13,7 @@ from svdcli.linalg.rounding import Grid, Rounded
 from svdcli.linalg.whitening import Metric, weighted, weighted_energies, weighted_error
 
 GRIDS = (Grid(8), Grid(4, 32))
-SHAPES = [(96, 96), (160, 96), (64, 160)]
+SHAPES = [(160, 96), (64, 160)]
 
 
 def normal(*shape: int, seed: int) -> Tensor:
@@ -62,7 +62,7 @@ def test_factors_of_every_rank(shape: tuple[int, int], outputs: str, transposed:
     w, metric = layer(shape, outputs)
     expected = ExpectedRounding(w, metric, GRIDS, torch.float32, transposed=transposed)
     for grid in GRIDS:
-        for rank in (16, 32, 48):
+        for rank in (16, 48):
             best = weighted(w, rank, metric)
             both = packed_factors(w, best, grid, metric, torch.float32, transposed=transposed)
             lost = added(w, metric, both, transposed=transposed) - best.tail

@@ -217,8 +217,15 @@ def test_torchao_leaves_packed_layers_alone(packed: Path) -> None:
     assert (found - expected).norm() < 0.05 * expected.norm()
 
 
-def test_onnx_of_a_packed_model(packed: Path, tmp_path: Path) -> None:
-    exported = svdcli.export_onnx(packed, tmp_path / "m.onnx")
+@pytest.mark.parametrize("bits", [pytest.param(8, marks=pytest.mark.slow), 4])
+def test_onnx_of_a_packed_model(bits: int, tmp_path: Path) -> None:
+    """With few packed layers: tracing takes seconds for each."""
+    zoo._model("LlamaForCausalLM", **zoo._decoder(num_hidden_layers=1))().save_pretrained(
+        tmp_path / "m"
+    )
+    how: Any = {"rank": 32, "bits": bits, "embedding_bits": 8, "include": ["*.o_proj"]}
+    svdcli.compress(tmp_path / "m", tmp_path / "o", allow_larger=True, **how)
+    exported = svdcli.export_onnx(tmp_path / "o", tmp_path / "m.onnx")
     assert exported.checked is not None
     assert exported.checked < 1e-5
 

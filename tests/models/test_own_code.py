@@ -93,7 +93,10 @@ def commands(model: Path, small: Path) -> dict[str, tuple[str | Path, ...]]:
     text = ("--text", folder / "t.txt", "--samples", "8", "--seq-len", "16")
     return {
         "calibrate": ("calibrate", model, *text, "-o", folder / "c.safetensors"),
-        "compress": ("compress", model, "--keep", "0.6", *text, "-o", folder / "out"),
+        "compress": (
+            *("compress", model, "--keep", "0.6", "--allocate", "uniform"),
+            *(*text, "-o", folder / "out"),
+        ),
         "eval": ("eval", small, "--against", model, *text),
         "heal": ("heal", small, "--teacher", model, *text, "--steps", "1", "-o", folder / "healed"),
         "export": ("export", small, "--onnx", folder / "m.onnx"),
@@ -112,7 +115,13 @@ def commands(model: Path, small: Path) -> dict[str, tuple[str | Path, ...]]:
     }
 
 
-@pytest.mark.parametrize("command", ["calibrate", "compress", "eval", "heal", "export", "bench"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        *("calibrate", "compress", "eval", "heal", "export"),
+        pytest.param("bench", marks=pytest.mark.slow),  # whose processes are tried below
+    ],
+)
 def test_without_the_option_nothing_runs_and_the_option_is_named(
     command: str, own: Path, tmp_path: Path, capfd: Any
 ) -> None:
@@ -154,6 +163,9 @@ def test_bench_and_export_pass_it_on(
         "new_tokens": 1,
         "batch": 1,
     }
+    with pytest.raises(SvdcliError, match=r"brings the class MyForCausalLM.*--trust-remote-code"):
+        Worker(task).load()
+    assert "RUNS" not in capfd.readouterr().err
     worker = Worker(task | {"trust_remote_code": True})
     assert "RUNS" in capfd.readouterr().err  # with the imports, which are not measured
     assert worker.load()["model_class"] == "MyForCausalLM"
