@@ -7,7 +7,6 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 from svdcli.plan.ranks import Choice, Options, choice_of
 
@@ -15,8 +14,10 @@ from svdcli.plan.ranks import Choice, Options, choice_of
 _CLOSE_CALLS = 16
 _WORTH_MORE = "worth more whole than the same bytes elsewhere"
 _ALL_FIT = "the budget holds every layer as it is"
-# So many partial solutions go on from one layer to the next.
-_PARTIAL_SOLUTIONS = 1000
+# So many partial solutions go on from one layer to the next, in one search after the other.
+_PARTIAL_SOLUTIONS = (30, 1000)
+# So many times as many are looked at for them at first, within a loss that is found by halving.
+_LOOKED_AT, _HALVINGS = 4, 20
 
 
 @dataclass(frozen=True)
@@ -247,14 +248,27 @@ def _indifference(menu: Menu, price: float) -> float:
     return _reduced(menu, price)[1].loss if menu.ranked else math.inf
 
 
-class _Partial(NamedTuple):  # there are many, and dataclasses are slower to make
+@dataclass(frozen=True)
+class _Partial:
     """Choices for the first of the layers in question, with their sums: cost, loss, and what they
-    lose against the layers' best choices at the price of the budget."""
+    lose against the layers' best choices at the price of the budget. point is the choice for the
+    last of these layers, before has those for the others."""
 
     cost: int
     loss: float
     reduced: float
-    points: tuple[Point, ...]
+    point: Point | None = None
+    before: _Partial | None = None
+
+    def points(self) -> list[Point]:
+        """The choices, in the order of the layers."""
+        earlier = [] if self.before is None else self.before.points()
+        return earlier if self.point is None else [*earlier, self.point]
+
+
+# A partial solution to be: cost, loss, a number of its own, reduced loss, and what it is made of.
+# There are millions, and tuples are the quickest to make and to sort.
+_Row = tuple[int, float, int, float, _Partial, Point]
 
 
 def _polish(
@@ -263,62 +277,123 @@ def _polish(
     """The best choices for the layers in `close` while the others stay: branch and bound with the
     Lagrangian bound.
 
-    Exact where never more than _PARTIAL_SOLUTIONS partial solutions are undominated; else the most
+    Exact where never more than the last of _PARTIAL_SOLUTIONS are undominated; else the most
     promising go on. Empty where nothing better than `best` is found.
     """
     # What the layers in question may cost together, once the others have theirs.
     fixed = set(range(len(menus))) - set(close)
     allowed = budget - sum(best[layer].cost for layer in fixed)
 
-    # No solution loses less than the bound. Choices whose reduced losses add up to more than the
-    # gap between the bound and the solution at hand cannot be in a better one.
-    loss_at_hand = math.fsum(best[layer].loss for layer in close)
+    # No solution loses less than the bound.
+    at_hand = [best[layer] for layer in close]
     reduced = [_reduced(menus[layer], price) for layer in close]
     best_at_price = [choices[0].point for choices in reduced]
     priced_loss = math.fsum(point.loss + price * point.cost for point in best_at_price)
     bound = priced_loss - price * allowed
-    gap = loss_at_hand - bound
 
-    # Grow partial solutions layer by layer. Each must leave the cheapest choice to every layer that
-    # is still to come.
+    # A narrow search first: the better the solution at hand, the less is left to search.
+    for width in _PARTIAL_SOLUTIONS:
+        loss = math.fsum(point.loss for point in at_hand)
+        solution = _searched(reduced, loss - bound, allowed, width)
+        if solution is not None and solution.loss < loss:
+            at_hand = solution.points()
+    return dict(zip(close, at_hand, strict=True))
+
+
+def _searched(
+    reduced: Sequence[Sequence[_Reduced]], gap: float, allowed: int, width: int
+) -> _Partial | None:
+    """Grow partial solutions layer by layer, `width` of them at most, and return the one that loses
+    least, None where none is within the gap.
+
+    Choices whose reduced losses add up to more than the gap between the bound and the solution at
+    hand cannot be in a better one. Each must leave the cheapest choice to every layer that is still
+    to come.
+    """
     cheapest = [min(choice.point.cost for choice in choices) for choices in reduced]
-    partials = [_Partial(0, 0.0, 0.0, ())]
+    partials = [_Partial(0, 0.0, 0.0)]
     for i, choices in enumerate(reduced):
         most = allowed - sum(cheapest[i + 1 :])
-        grown = _grown(partials, choices, gap, most)
-        partials = _undominated(grown)
-
-    solution = min(partials, key=lambda partial: partial.loss, default=None)
-    if solution is None or solution.loss >= loss_at_hand:
-        return {}
-    return dict(zip(close, solution.points, strict=True))
+        partials = _grown(partials, choices, gap, most, width)
+    return min(partials, key=lambda partial: partial.loss, default=None)
 
 
 def _grown(
-    partials: Sequence[_Partial], choices: Sequence[_Reduced], gap: float, most: int
+    partials: Sequence[_Partial],
+    choices: Sequence[_Reduced],
+    gap: float,
+    most: int,
+    width: int,
 ) -> list[_Partial]:
-    """Every partial solution with every choice for one more layer, within the gap and at a cost of
-    at most `most`."""
-    grown = []
-    for partial in partials:
-        for choice in choices:
-            reduced = partial.reduced + choice.loss
-            if reduced > gap:
-                break  # choices come by rising loss
-            cost = partial.cost + choice.point.cost
-            if cost <= most:
-                loss = partial.loss + choice.point.loss
-                grown.append(_Partial(cost, loss, reduced, (*partial.points, choice.point)))
-    return grown
+    """The partial solutions with one more layer, within the gap and at a cost of at most `most`,
+    that no other beats in both cost and loss: the `width` most promising of them.
+
+    What beats another has less reduced loss, too. So those with little of it tell which of them are
+    beaten, and few of the millions have to be looked at.
+    """
+    wanted = _LOOKED_AT * width
+    while True:
+        near = _reach(partials, choices, gap, wanted)
+        kept = _undominated(_rows(partials, choices, near, most))
+        if near >= gap or len(kept) >= width:
+            break
+        wanted *= _LOOKED_AT
+    kept.sort(key=lambda row: row[3])
+    return [
+        _Partial(cost, loss, reduced, point, before)
+        for cost, loss, _, reduced, before, point in kept[:width]
+    ]
 
 
-def _undominated(partials: Sequence[_Partial]) -> list[_Partial]:
-    """Partial solutions that no other beats in both cost and loss, the _PARTIAL_SOLUTIONS most
-    promising of them."""
-    kept: list[_Partial] = []
-    by_cost = sorted(partials, key=lambda partial: (partial.cost, partial.loss))
-    for partial in by_cost:
-        if not kept or partial.loss < kept[-1].loss:
-            kept.append(partial)
-    most_promising = sorted(kept, key=lambda partial: partial.reduced)
-    return most_promising[:_PARTIAL_SOLUTIONS]
+def _reach(
+    partials: Sequence[_Partial], choices: Sequence[_Reduced], gap: float, wanted: int
+) -> float:
+    """About the least reduced loss within which there are `wanted` partial solutions with one more
+    layer; the gap where it has fewer."""
+    losses = [choice.loss for choice in choices]  # rising
+
+    def count(reach: float) -> int:
+        return sum(bisect.bisect_right(losses, reach - each.reduced) for each in partials)
+
+    if count(gap) <= wanted:
+        return gap
+    low, high = 0.0, gap
+    for _ in range(_HALVINGS):
+        middle = (low + high) / 2
+        if count(middle) < wanted:
+            low = middle
+        else:
+            high = middle
+    return high
+
+
+def _rows(
+    partials: Sequence[_Partial], choices: Sequence[_Reduced], reach: float, most: int
+) -> list[_Row]:
+    """Every partial solution with every choice for one more layer, within a reduced loss and at a
+    cost of at most `most`."""
+    table = [(each.point.cost, each.point.loss, each.loss, each.point) for each in choices]
+    reduced = [each.loss for each in choices]  # rising
+    rows: list[_Row] = []
+    for place, partial in enumerate(partials):
+        first = place * len(table)
+        cost, loss, lost = partial.cost, partial.loss, partial.reduced
+        within = bisect.bisect_right(reduced, reach - lost)
+        rows += [
+            (cost + cost_of, loss + loss_of, number, lost + more, partial, point)
+            for number, (cost_of, loss_of, more, point) in enumerate(table[:within], first)
+            if cost + cost_of <= most
+        ]
+    return rows
+
+
+def _undominated(rows: list[_Row]) -> list[_Row]:
+    """Those that no other beats in both cost and loss."""
+    kept: list[_Row] = []
+    least = math.inf
+    rows.sort()
+    for row in rows:
+        if row[1] < least:
+            kept.append(row)
+            least = row[1]
+    return kept
