@@ -11,9 +11,12 @@ import hashlib
 import os
 import re
 import shutil
+import signal
 import struct
 import sys
+import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -620,11 +623,12 @@ def _open_stdin(state_dict: str | None) -> Checkpoint:
     import tempfile
 
     # Spool it to a file, whose name tells the format where the bytes do not.
-    reader = _format_of_stdin().reader
+    with _signals_heard():
+        reader = _format_of_stdin().reader
     folder = Path(tempfile.mkdtemp(prefix="svdcli-"))
     try:
         path = folder / ("model.pt" if reader == "pickle" else "model.safetensors")
-        with path.open("wb") as spool:
+        with path.open("wb") as spool, _signals_heard():
             if reader == "pickle":
                 digest = _copy_to_the_end(sys.stdin.buffer, spool)
             else:
@@ -640,6 +644,23 @@ def _open_stdin(state_dict: str | None) -> Checkpoint:
     checkpoint.temporary = folder
     checkpoint.spooled_digest = digest
     return checkpoint
+
+
+@contextmanager
+def _signals_heard() -> Iterator[None]:
+    """Interrupt what waits for bytes once a second: a signal that comes just before a read begins
+    would else be heard when that ends, which may be never."""
+    alarm = getattr(signal, "SIGALRM", None)
+    if alarm is None or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(alarm, lambda *_: None)
+    signal.setitimer(signal.ITIMER_REAL, 1, 1)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(alarm, before)
 
 
 def _format_of_stdin() -> Format:

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -502,3 +503,35 @@ def test_progress_fits_the_terminal(monkeypatch: pytest.MonkeyPatch, width: int)
     assert len(shown) <= width
     assert "…" not in shown
     assert ("q_proj" in shown) is (width >= 80)
+
+
+MISSED = """
+import os, signal, sys, threading, time
+from svdcli.__main__ import main
+
+def told() -> None:  # in another thread, so that the read that waits is not interrupted by it
+    while not os.listdir(os.environ["TMPDIR"]):
+        time.sleep(0.02)
+    time.sleep(0.5)
+    signal.pthread_kill(threading.get_ident(), signal.SIGTERM)
+
+threading.Thread(target=told).start()
+sys.argv = ["svdcli", "compress", "-", "--rank", "9", "-o", "o.safetensors"]
+main()
+"""
+
+
+def test_a_signal_that_interrupts_no_read_is_heard_all_the_same(folder: Path) -> None:
+    """As one does that comes just before the read begins."""
+    (folder / "t").mkdir()
+    with subprocess.Popen(
+        [sys.executable, "-c", MISSED],
+        stdin=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=os.environ | {"TMPDIR": str(folder / "t")},
+    ) as process:
+        assert process.stdin is not None
+        process.stdin.write(struct.pack("<Q", 100))
+        process.stdin.flush()
+        assert process.wait(60) == 130
+    assert list((folder / "t").iterdir()) == []
