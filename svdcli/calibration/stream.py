@@ -87,12 +87,8 @@ def units_of(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _is_list_of_blocks(module: nn.Module) -> bool:
-    """Tell whether it is a list of two or more modules, with parameters."""
-    return (
-        isinstance(module, nn.ModuleList)
-        and len(module) > 1
-        and next(module.parameters(), None) is not None
-    )
+    """Tell whether it is a list of modules, with parameters."""
+    return isinstance(module, nn.ModuleList) and next(module.parameters(), None) is not None
 
 
 @dataclass

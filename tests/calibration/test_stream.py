@@ -241,6 +241,13 @@ def test_blocks_are_units_as_a_whole() -> None:
     ).keys()
 
 
+def test_a_block_by_itself_is_a_unit_too() -> None:
+    model = build("llama")
+    del model.model.layers[1]
+    units = list(units_of(model))
+    assert units == ["model.embed_tokens", "model.layers.0", "model.norm", "lm_head"]
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2", "t5", "bert"])
 def test_a_compressed_model_has_the_units_of_its_original(
     family: str, written: Written, compressed: Compressed
