@@ -80,7 +80,8 @@ def test_ranks_that_were_asked_for_different_things_end_with_one_line(
     readable: Readable, texts: svdcli.Texts, folder: Path
 ) -> None:
     line = ("calibrate", readable("llama"), *OPTIONS, "-o", "c.safetensors", "-q", "--seed")
-    with ranks_alone(COMMAND, [(*line, seed) for seed in (0, 1)], folder) as ranks:
+    lines = [(*line, seed) for seed in (0, 1)]
+    with ranks_alone(COMMAND, lines, folder, with_store=True) as ranks:
         ends = [rank.end(120) for rank in ranks]
     said = []
     for done in ends:
