@@ -1,23 +1,28 @@
 """Elastic agents on this machine, as torchrun starts them, and the ranks that they start. Their
-rendezvous is at a store of the test's own, so that any of them may be killed."""
+rendezvous is at a store of the test's own, so that any of them may be killed. And ranks without an
+agent: nobody else ends one when another is gone."""
 
 from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 
+from helpers import Forked
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 _CONFIG = (
     "is_host=0,join_timeout=60,last_call_timeout=8,keep_alive_interval=1,keep_alive_max_attempt=10"
 )
+COMMAND = "from svdcli.__main__ import main; main()"
+_ONE_THREAD = "import torch; torch.set_num_threads(1)"
 
 
 class Agent:
@@ -71,7 +76,7 @@ def _children_of(parent: int) -> Iterator[tuple[int, dict[bytes, bytes]]]:
 def two_agents(arguments: list[str], logs: Path) -> Iterator[tuple[Agent, Agent]]:
     """Two agents that run the same command; (the one of rank 0, the other), once both have theirs.
     Nothing of them is left afterwards."""
-    store = TCPStore("127.0.0.1", 0, None, True, timedelta(seconds=60), wait_for_workers=False)
+    store = _store()
     agents = [Agent(store.port, arguments, "1:2", logs / f"agent-{i}.log") for i in (0, 1)]
     try:
         until(lambda: all(agent.ranks() for agent in agents), "both agents have ranks")
@@ -83,6 +88,39 @@ def two_agents(arguments: list[str], logs: Path) -> Iterator[tuple[Agent, Agent]
                 if agent.process.poll() is None or process != agent.process.pid:
                     os.kill(process, signal.SIGKILL)
             agent.process.wait()
+
+
+@contextmanager
+def ranks_alone(
+    code: str, lines: Sequence[Sequence[object]], folder: Path, *, with_store: bool = False
+) -> Iterator[list[Forked]]:
+    """A rank for each of these lines of arguments, which runs `code` with one thread, without an
+    agent; with_store keeps a store for them, as an agent does. Nothing of them is left afterwards.
+    """
+    store = _store() if with_store else None
+    together = {"WORLD_SIZE": str(len(lines)), "MASTER_ADDR": "127.0.0.1"}
+    together["MASTER_PORT"] = str(store.port if store else free_port())
+    together["TORCHELASTIC_USE_AGENT_STORE"] = str(with_store)
+    ranks: list[Forked] = []
+    try:
+        for rank, line in enumerate(lines):
+            place = together | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            ranks.append(Forked(f"{_ONE_THREAD}\n{code}", map(str, line), folder, place))
+        yield ranks
+    finally:
+        for each in ranks:
+            each.end(0)
+
+
+def _store() -> TCPStore:
+    return TCPStore("127.0.0.1", 0, None, True, timedelta(seconds=60), wait_for_workers=False)
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port: int = found.getsockname()[1]
+        return port
 
 
 def until(holds: Callable[[], bool], what: str, seconds: float = 60) -> None:

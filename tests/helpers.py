@@ -13,7 +13,7 @@ import struct
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -285,23 +285,50 @@ def run_code(code: str, *arguments: str | Path, folder: Path) -> Finished:
     """The same as `python -c CODE ARGUMENTS` with `folder` as the current one, but for the seconds
     that importing torch and transformers takes: its process is forked from one that has these, and
     neither svdcli nor anything that a test has done."""
-    with tempfile.TemporaryDirectory() as place:
-        streams = [Path(place) / "out", Path(place) / "err"]
-        process = _FORKED.Process(
-            target=_run_forked, args=(code, list(map(str, arguments)), folder, streams)
-        )
-        process.start()
-        process.join(120)
-        process.kill()
-        process.join()
-        done = Finished(process.exitcode or 0, streams[0].read_bytes(), streams[1].read_text())
-        process.close()
-    return done
+    return Forked(code, map(str, arguments), folder, {}).end(120)
 
 
-def _run_forked(code: str, arguments: list[str], folder: Path, streams: list[Path]) -> None:
+class Forked:
+    """Such a process under way."""
+
+    def __init__(
+        self, code: str, arguments: Iterable[str], folder: Path, environment: Mapping[str, str]
+    ) -> None:
+        self._place = tempfile.TemporaryDirectory()
+        self._streams = [Path(self._place.name) / name for name in ("out", "err")]
+        for stream in self._streams:
+            stream.touch()
+        how = (code, list(arguments), folder, dict(environment), self._streams)
+        self._process = _FORKED.Process(target=_run_forked, args=how)
+        self._process.start()
+        self._done: Finished | None = None
+
+    @property
+    def running(self) -> bool:
+        return self._done is None and self._process.is_alive()
+
+    def kill(self) -> None:
+        self._process.kill()
+
+    def end(self, seconds: float) -> Finished:
+        """Wait for its end, for so long at most, then end it."""
+        if self._done is None:
+            self._process.join(seconds)
+            self._process.kill()
+            self._process.join()
+            out, err = (stream.read_bytes() for stream in self._streams)
+            self._done = Finished(self._process.exitcode or 0, out, err.decode())
+            self._process.close()
+            self._place.cleanup()
+        return self._done
+
+
+def _run_forked(
+    code: str, arguments: list[str], folder: Path, environment: dict[str, str], streams: list[Path]
+) -> None:
     for number, stream in enumerate(streams, 1):
-        os.dup2(os.open(stream, os.O_WRONLY | os.O_CREAT), number)
+        os.dup2(os.open(stream, os.O_WRONLY), number)
+    os.environ.update(environment)
     torch.set_num_threads(1)
     os.chdir(folder)
     sys.argv = ["-c", *arguments]

@@ -19,7 +19,10 @@ from typing import Any
 
 # imported before the fork
 import svdcli.engine.job
-import svdcli.verbs.compress  # noqa: F401
+import svdcli.render.bars
+import svdcli.render.tables
+import svdcli.verbs.compress
+import svdcli.verbs.expand  # noqa: F401
 from svdcli.cli import commands
 
 _EVENTS = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "shutil.rmtree", "os.truncate"}

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,55 +25,69 @@ from svdcli.healing import blocks as module
 from svdcli.healing import refit as closed_form
 from svdcli.healing.blocks import WHOLE, Batches, Effort, heal_blocks
 from svdcli.models.modules import LowRankLinear
+from svdcli.verbs.outcome import Outcome
 
 TEXT = svdcli.Texts("words", (" ".join(f"w{(i * i + 3 * i) % 94 + 2}" for i in range(3000)),))
-HOW: dict[str, Any] = {"effort": Effort(steps=30), "samples": 64, "seq_len": 32}
+HOW: dict[str, Any] = {"effort": Effort(steps=8), "samples": 32, "seq_len": 32}
+# Where a little learning is as good as more
+LITTLE = HOW | {"effort": Effort(steps=2), "samples": 8}
 Written = Callable[[str], Path]
+Pair = tuple[Path, Path]
 
 
 @pytest.fixture(scope="module", params=["factored", "pivoted"])
-def pair(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Path, Path]:
+def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pair:
     """(a tiny Llama, the same at keep 0.4), both with a tokenizer."""
-    folder = tmp_path_factory.mktemp("heal")
+    return a_pair(tmp_path_factory.mktemp("heal"), request.param)
+
+
+@pytest.fixture(scope="module")
+def factored(tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    """The same, for what no layout changes."""
+    return a_pair(tmp_path_factory.mktemp("heal"), "factored")
+
+
+def a_pair(folder: Path, layout: str) -> Pair:
     teacher = zoo.save("llama", folder / "model")
     words_tokenizer(teacher)
-    svdcli.compress(teacher, folder / "small", svdcli.Recipe("keep", 0.4, layout=request.param))
+    svdcli.compress(teacher, folder / "small", svdcli.Recipe("keep", 0.4, layout=layout))
     return teacher, folder / "small"
 
 
-@pytest.fixture(autouse=True)
-def _small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("svdcli.text.tokens.TOKENS_IN_A_BATCH", 128)
+@pytest.fixture(scope="module", autouse=True)
+def _small_batches() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("svdcli.text.tokens.TOKENS_IN_A_BATCH", 128)
+        yield
 
 
-def test_every_block_gets_better_and_the_model_with_them(
-    pair: tuple[Path, Path], tmp_path: Path
-) -> None:
-    teacher, small = pair
-    before = tree(small)
-    found = svdcli.heal(small, tmp_path / "healed", teacher=teacher, texts=TEXT, **HOW)
-    assert tree(small) == before
-    blocks = found.report.healing["blocks"]
+@pytest.fixture(scope="module")
+def healed(pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
+    """What a run makes of the pair that nothing interrupts."""
+    out = tmp_path_factory.mktemp("heal") / "healed"
+    before = tree(pair[1])
+    found = svdcli.heal(pair[1], out, teacher=pair[0], texts=TEXT, **HOW)
+    assert tree(pair[1]) == before
+    return found
+
+
+def test_every_block_gets_better_and_the_model_with_them(pair: Pair, healed: Outcome) -> None:
+    blocks = healed.report.healing["blocks"]
     assert list(blocks) == ["model.layers.0", "model.layers.1", WHOLE]
     assert all(item["after"] < item["before"] for item in blocks.values())
-    assert svdcli.verify(tmp_path / "healed", teacher).ok
-    dense = svdcli.load(teacher)
-    ours, healed = svdcli.load(small), svdcli.load(tmp_path / "healed")
+    assert svdcli.verify(healed.path, pair[0]).ok
+    dense, ours, better = (svdcli.load(path) for path in (*pair, healed.path))
     ids = torch.randint(2, 96, (8, 32), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         gaps = [
             (m.model(ids).last_hidden_state - dense.model(ids).last_hidden_state).norm()
-            for m in (ours, healed)
+            for m in (ours, better)
         ]
     assert gaps[1] < gaps[0]
 
 
-def test_only_factors_change(pair: tuple[Path, Path], tmp_path: Path) -> None:
-    teacher, small = pair
-    svdcli.heal(small, tmp_path / "healed", teacher=teacher, texts=TEXT, **HOW)
-    old, new = (contents(folder / "model.safetensors") for folder in (small, tmp_path / "healed"))
+def test_only_factors_change(pair: Pair, healed: Outcome) -> None:
+    old, new = (contents(folder / "model.safetensors") for folder in (pair[1], healed.path))
     assert old.keys() == new.keys()
     changed = {name for name in old if old[name] != new[name]}
     assert changed
@@ -82,7 +96,7 @@ def test_only_factors_change(pair: tuple[Path, Path], tmp_path: Path) -> None:
 
 
 def test_the_reported_errors_are_those_of_the_stored_weights(
-    pair: tuple[Path, Path], tmp_path: Path, monkeypatch: Any
+    pair: Pair, tmp_path: Path, monkeypatch: Any
 ) -> None:
     """An oracle for a block, and for all of them: both models run in one piece, the gradient's
     moment by an ordinary backward pass, the model's own loss on the text by transformers."""
@@ -92,14 +106,13 @@ def test_the_reported_errors_are_those_of_the_stored_weights(
 
     teacher, small = pair
     monkeypatch.setattr("svdcli.verbs.heal._WHOLE_READS", 1)
-    whole = svdcli.heal(
-        small, tmp_path / "whole", teacher=teacher, texts=TEXT, **HOW, hard_labels=0.3
-    )
-    found = svdcli.heal(small, tmp_path / "healed", teacher=teacher, texts=TEXT, **HOW, memory=0)
+    how = HOW | {"effort": Effort(steps=2), "teacher": teacher, "texts": TEXT}
+    whole = svdcli.heal(small, tmp_path / "whole", **how, hard_labels=0.3)
+    found = svdcli.heal(small, tmp_path / "healed", **how, memory=0)
     dense, ours, healed = (svdcli.load(folder) for folder in (teacher, small, tmp_path / "healed"))
     side = text_side(dense, "", 96, "")
     reading = Batches.split(
-        read_batches(side, load_tokenizer(teacher), TEXT, Amount(64), 32).batches
+        read_batches(side, load_tokenizer(teacher), TEXT, Amount(32), 32).batches
     )
     few = reading.fewer(12).train
     torch.manual_seed(0)
@@ -141,13 +154,14 @@ def test_the_reported_errors_are_those_of_the_stored_weights(
 
 
 def test_hard_labels_teach_the_text_and_their_absence_the_original(
-    pair: tuple[Path, Path], tmp_path: Path
+    factored: Pair, tmp_path: Path
 ) -> None:
     """The sequence of TEXT is periodic, and the dense model has never seen it."""
-    losses = {}
+    losses, (teacher, small) = {}, factored
+    how = HOW | {"effort": Effort(steps=20), "samples": 16}
     for share in (0.0, 0.9):
         svdcli.heal(
-            pair[1], tmp_path / str(share), teacher=pair[0], texts=TEXT, **HOW, hard_labels=share
+            small, tmp_path / str(share), teacher=teacher, texts=TEXT, **how, hard_labels=share
         )
         ids = torch.tensor([[int(word[1:]) for word in TEXT.documents[0].split()[:32]]])
         with torch.no_grad():
@@ -156,9 +170,10 @@ def test_hard_labels_teach_the_text_and_their_absence_the_original(
 
 
 def test_a_model_that_does_not_fit_into_memory_is_healed_in_blocks_and_says_so(
-    pair: tuple[Path, Path], tmp_path: Path
+    factored: Pair, tmp_path: Path
 ) -> None:
-    found = svdcli.heal(pair[1], tmp_path / "healed", teacher=pair[0], texts=TEXT, **HOW, memory=0)
+    teacher, small = factored
+    found = svdcli.heal(small, tmp_path / "healed", teacher=teacher, texts=TEXT, **LITTLE, memory=0)
     assert list(found.report.healing["blocks"]) == ["model.layers.0", "model.layers.1"]
     assert any("did not train the whole model" in note for note in found.report.notes)
 
@@ -170,12 +185,12 @@ def test_a_calibrated_model_with_biases_heals(
     """Its biases are refitted with its layers, and are trained with them."""
     teacher = readable(family)
     lines = svdcli.Texts("lines", (textwrap.fill(TEXT.documents[0], 90),))
-    reading = svdcli.Reading(lines, samples=16, seq_len=32)
+    reading = svdcli.Reading(lines, samples=8, seq_len=32)
     recipe = svdcli.Recipe("keep", 0.5, allocate="global", floor=0.0, layout="pivoted")
     plan = svdcli.compress(teacher, tmp_path / "small", recipe, reading=reading).plan
     assert any(layer.biases for layer in plan.factored)
     healed = svdcli.heal(
-        tmp_path / "small", tmp_path / "healed", teacher=teacher, texts=lines, **HOW
+        tmp_path / "small", tmp_path / "healed", teacher=teacher, texts=lines, **LITTLE
     ).plan
     assert svdcli.verify(tmp_path / "healed", teacher).ok
     small, better = (
@@ -200,9 +215,7 @@ def test_a_size_that_the_record_of_healing_exceeds_is_noted(
         tmp_path / "healed",
         teacher=teacher,
         texts=TEXT,
-        effort=Effort(steps=2),
-        samples=64,
-        seq_len=32,
+        **LITTLE,
     )
     missed = [
         note
@@ -239,9 +252,7 @@ def test_batches_in_halves_are_the_same_text() -> None:
     assert halves.held_out is reading.held_out
 
 
-def test_little_text_is_parted_and_a_single_window_refused(
-    pair: tuple[Path, Path], tmp_path: Path
-) -> None:
+def test_little_text_is_parted_and_a_single_window_refused(factored: Pair, tmp_path: Path) -> None:
     rows = {"input_ids": torch.arange(3)[:, None], "attention_mask": torch.ones(3, 1)}
     reading = Batches.split([rows])
     (read,), (held,) = reading.train, reading.held_out
@@ -249,9 +260,9 @@ def test_little_text_is_parted_and_a_single_window_refused(
     assert read.keys() == held.keys() == rows.keys()
     with pytest.raises(SvdcliError, match="held out"):
         svdcli.heal(
-            pair[1],
+            factored[1],
             tmp_path / "healed",
-            teacher=pair[0],
+            teacher=factored[0],
             texts=svdcli.Texts("few", ("w3 w4 w5 w6",)),
             **HOW,
         )
@@ -287,7 +298,7 @@ def test_a_block_that_no_held_out_text_reaches_is_named() -> None:
 
 @pytest.mark.parametrize("layer", ["mlp.down_proj", "self_attn.o_proj", "mlp.gate_proj"])
 def test_a_layer_is_refitted_to_the_least_squares_of_what_it_should_answer(
-    layer: str, pair: tuple[Path, Path], monkeypatch: Any
+    layer: str, pair: Pair, monkeypatch: Any
 ) -> None:
     """An oracle in float64, in the second block, whose inputs the first one has spoilt: with H = I
     and no ridge the best weight of rank r is the projection of the regression's fitted values on
@@ -344,9 +355,7 @@ def test_a_layer_is_refitted_to_the_least_squares_of_what_it_should_answer(
     assert missed(weight) - optimum < 1e-3 * (plain - optimum)
 
 
-def test_a_refit_aims_at_what_the_original_answers(
-    pair: tuple[Path, Path], monkeypatch: Any
-) -> None:
+def test_a_refit_aims_at_what_the_original_answers(pair: Pair, monkeypatch: Any) -> None:
     """An oracle for the sums behind a refit: both models run in one piece, the student as it is
     when the layer's turn comes. A layer that closes its block is aimed at what the original's block
     sends on, less what reaches the end without it."""
@@ -405,8 +414,8 @@ def test_a_refit_aims_at_what_the_original_answers(
     assert {"self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj"} <= {*checked}
 
 
-def test_block_moments_are_those_of_a_backward_pass_in_one_piece(pair: tuple[Path, Path]) -> None:
-    model = svdcli.load(pair[0]).requires_grad_(False)
+def test_block_moments_are_those_of_a_backward_pass_in_one_piece(factored: Pair) -> None:
+    model = svdcli.load(factored[0]).requires_grad_(False)
     batches = [
         {"input_ids": torch.randint(2, 96, (2, 12), generator=torch.Generator().manual_seed(i))}
         for i in range(3)
@@ -435,14 +444,19 @@ def test_block_moments_are_those_of_a_backward_pass_in_one_piece(pair: tuple[Pat
 
 
 def test_a_block_that_finds_nothing_better_stays_as_it_was(
-    pair: tuple[Path, Path], tmp_path: Path, monkeypatch: Any
+    pair: Pair, tmp_path: Path, monkeypatch: Any
 ) -> None:
     teacher, small = pair
     for rate in ("BLOCK_RATE", "WHOLE_RATE"):
         monkeypatch.setattr(module, rate, 50.0)
     monkeypatch.setattr(module, "refit", lambda *_: None)
     found = svdcli.heal(
-        small, tmp_path / "healed", teacher=teacher, texts=TEXT, **HOW, hard_labels=0
+        small,
+        tmp_path / "healed",
+        teacher=teacher,
+        texts=TEXT,
+        **LITTLE | {"effort": Effort(steps=8)},
+        hard_labels=0,
     )
     assert all(item["after"] == item["before"] for item in found.report.healing["blocks"].values())
     old, new = (contents(folder / "model.safetensors") for folder in (small, tmp_path / "healed"))
@@ -450,10 +464,9 @@ def test_a_block_that_finds_nothing_better_stays_as_it_was(
 
 
 def test_a_run_that_was_cut_short_continues_to_the_same_bytes(
-    pair: tuple[Path, Path], tmp_path: Path, monkeypatch: Any
+    pair: Pair, healed: Outcome, tmp_path: Path, monkeypatch: Any
 ) -> None:
     teacher, small = pair
-    svdcli.heal(small, tmp_path / "whole", teacher=teacher, texts=TEXT, **HOW)
     note, trained = Workspace.note, []
 
     def stop_after_one_block(self: Workspace, line: dict[str, Any]) -> None:
@@ -472,7 +485,7 @@ def test_a_run_that_was_cut_short_continues_to_the_same_bytes(
     )
     svdcli.heal(small, tmp_path / "cut", teacher=teacher, texts=TEXT, **HOW)
     assert trained == ["model.layers.1"]
-    assert tree(tmp_path / "cut") == tree(tmp_path / "whole")
+    assert tree(tmp_path / "cut") == tree(healed.path)
     assert not (tmp_path / "cut.partial").exists()
 
 
@@ -496,21 +509,22 @@ def test_other_architectures_heal(family: str, readable: Written, tmp_path: Path
                 tmp_path / "healed",
                 teacher=teacher,
                 texts=text,
-                **HOW,
+                **LITTLE,
                 hard_labels=0.1,
             )
-    found = svdcli.heal(tmp_path / "small", tmp_path / "healed", teacher=teacher, texts=text, **HOW)
+    healed = tmp_path / "healed"
+    found = svdcli.heal(tmp_path / "small", healed, teacher=teacher, texts=text, **LITTLE)
     assert found.report.healing["hard_labels"] == (0.1 if family == "gpt2" else 0.0)
     blocks = found.report.healing["blocks"]
     assert blocks
     assert any(item["after"] < item["before"] for item in blocks.values())
-    assert svdcli.verify(tmp_path / "healed", teacher).ok
+    assert svdcli.verify(healed, teacher).ok
 
 
 def test_what_cannot_be_healed_is_refused(
-    pair: tuple[Path, Path], written: Written, compressed_mlp: Path, tmp_path: Path
+    factored: Pair, written: Written, compressed_mlp: Path, tmp_path: Path
 ) -> None:
-    teacher, small = pair
+    teacher, small = factored
     with pytest.raises(SvdcliError, match="is not the model that"):
         svdcli.heal(small, tmp_path / "healed", teacher=written("qwen3"), texts=TEXT)
     with pytest.raises(SvdcliError, match="was not written by svdcli"):
@@ -527,8 +541,8 @@ def test_what_cannot_be_healed_is_refused(
     assert tree(teacher) == before
 
 
-def test_the_command(pair: tuple[Path, Path], tmp_path: Path) -> None:
-    teacher, small = pair
+def test_the_command(factored: Pair, tmp_path: Path) -> None:
+    teacher, small = factored
     text = tmp_path / "text.txt"
     text.write_text(TEXT.documents[0])
     line = [
@@ -541,9 +555,9 @@ def test_the_command(pair: tuple[Path, Path], tmp_path: Path) -> None:
         "--seq-len",
         "32",
         "--samples",
-        "32",
+        "8",
     ]
-    done = cli(*line, "-o", tmp_path / "healed", "--steps", "5", "--json")
+    done = cli(*line, "-o", tmp_path / "healed", "--steps", "2", "--json")
     assert done.code == 0, done.err
     assert json.loads(done.out)["healing"]["blocks"].keys() == {
         "model.layers.0",
@@ -552,7 +566,7 @@ def test_the_command(pair: tuple[Path, Path], tmp_path: Path) -> None:
     }
     shown = cli("report", tmp_path / "healed").out.decode()
     assert "model.layers.1: " in shown
-    assert "exists" in complaint(cli(*line, "-o", tmp_path / "healed", "--steps", "5"))
+    assert "exists" in complaint(cli(*line, "-o", tmp_path / "healed", "--steps", "2"))
     assert "--minutes" in complaint(cli(*line, "-o", tmp_path / "b", "--minutes", "0"), 2)
     assert "--steps" in complaint(cli(*line, "-o", tmp_path / "b", "--steps", "0"), 2)
     assert "--hard-labels" in complaint(cli(*line, "-o", tmp_path / "b", "--hard-labels", "1.5"), 2)

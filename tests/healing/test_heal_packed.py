@@ -21,7 +21,7 @@ from svdcli.linalg.rounding import rounded
 from svdcli.models.modules import LowRankLinear, PackedLinear
 
 TEXT = svdcli.Texts("words", (" ".join(f"w{(i * i + 3 * i) % 94 + 2}" for i in range(3000)),))
-HOW: dict[str, Any] = {"effort": Effort(steps=40), "samples": 64, "seq_len": 32}
+HOW: dict[str, Any] = {"effort": Effort(steps=4), "samples": 16, "seq_len": 32}
 
 
 def packed(m: int, n: int, bits: int, *, bias: bool = False) -> PackedLinear:
@@ -118,8 +118,11 @@ def pair(
 
 
 @pytest.fixture(autouse=True)
-def _small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+def _small_batches_and_large_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With steps as large as these a few are enough for an integer to move."""
     monkeypatch.setattr("svdcli.text.tokens.TOKENS_IN_A_BATCH", 128)
+    monkeypatch.setattr(blocks, "BLOCK_STEP", 0.2)
+    monkeypatch.setattr(blocks, "WHOLE_STEP", 0.2)
 
 
 def test_packed_layers_heal_and_nothing_else_changes(
@@ -190,8 +193,7 @@ def test_a_table_in_fewer_bits_stays_as_it_is(tmp_path: Path) -> None:
     words_tokenizer(teacher)
     recipe = svdcli.Recipe("keep", 0.9, bits="4", group_size=32, embedding_bits="8")
     svdcli.compress(teacher, tmp_path / "small", recipe)
-    how = HOW | {"effort": Effort(steps=4)}
-    found = svdcli.heal(tmp_path / "small", tmp_path / "healed", teacher=teacher, texts=TEXT, **how)
+    found = svdcli.heal(tmp_path / "small", tmp_path / "healed", teacher=teacher, texts=TEXT, **HOW)
     assert WHOLE in found.report.healing["blocks"]
     assert svdcli.verify(tmp_path / "healed", teacher).ok
     folders = (tmp_path / "small", tmp_path / "healed")

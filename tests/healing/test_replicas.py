@@ -4,14 +4,6 @@ end together: a rank that is killed costs the block that was under way."""
 from __future__ import annotations
 
 import json
-import os
-import signal
-import socket
-import subprocess
-import sys
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +11,7 @@ import pytest
 import replicas_worker
 import torch
 import zoo
+from agents import COMMAND, ranks_alone, until
 from helpers import cli, complaint
 from zoo import words_tokenizer
 
@@ -27,8 +20,6 @@ from svdcli.errors import SvdcliError
 from svdcli.healing.blocks import WHOLE, Batches
 from svdcli.healing.replicas import BFLOAT16, PLAIN, POWER_SGD, Replicas
 from svdcli.ranks import FollowedError, OtherRankError
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -44,56 +35,13 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
 
 @pytest.fixture(scope="module")
 def found(models: tuple[Path, Path, Path], tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
-    """What each of two ranks found that torchrun started."""
+    """What each of two ranks found."""
     folder = tmp_path_factory.mktemp("found")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    worker = [replicas_worker.__file__, *models, folder]
-    done = subprocess.run(
-        [*launch, "--master-port", str(free_port()), *map(str, worker)],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
+    work = "import sys, replicas_worker; replicas_worker.main(sys.argv[1:])"
+    with ranks_alone(work, [[*models, folder]] * 2, folder, with_store=True) as ranks:
+        ends = [rank.end(300) for rank in ranks]
+    assert [done.code for done in ends] == [0, 0], ends
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
-
-
-def environment() -> dict[str, str]:
-    path = f"{ROOT}{os.pathsep}{ROOT / 'tests'}"
-    return os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port: int = found.getsockname()[1]
-        return port
-
-
-@contextmanager
-def two_ranks(line: Sequence[object]) -> Iterator[list[subprocess.Popen[str]]]:
-    """The command on two ranks without an agent: nobody else ends one when the other is gone."""
-    port = str(free_port())
-    ranks: list[subprocess.Popen[str]] = []
-    for rank in range(2):
-        place = {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
-        place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        process = subprocess.Popen(
-            [sys.executable, "-m", "svdcli", *map(str, line)],
-            env=environment() | place,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        ranks.append(process)
-    try:
-        yield ranks
-    finally:
-        for process in ranks:
-            process.kill()
-            process.communicate()
 
 
 def command(models: tuple[Path, Path, Path], folder: Path, steps: int) -> list[object]:
@@ -201,16 +149,17 @@ def test_a_killed_rank_ends_the_run_and_the_journal_goes_on(
 ) -> None:
     line = command(models, tmp_path, 20)
     journal = tmp_path / "healed.partial" / "journal.jsonl"
-    with two_ranks(line) as ranks:
-        deadline = time.monotonic() + 300
-        while not (journal.exists() and '"block"' in journal.read_text()):
-            assert time.monotonic() < deadline
-            assert ranks[0].poll() is None, ranks[0].communicate()
-            time.sleep(0.02)
-        ranks[1].send_signal(signal.SIGKILL)
-        _, told = ranks[0].communicate(timeout=120)
-    assert ranks[0].returncode == 1, told
-    said = [row for row in told.splitlines() if row.startswith("svdcli:")]
+
+    def begun() -> bool:
+        assert ranks[0].running, ranks[0].end(0)
+        return journal.exists() and '"block"' in journal.read_text()
+
+    with ranks_alone(COMMAND, [line] * 2, tmp_path) as ranks:
+        until(begun, "a block is done", 300)
+        ranks[1].kill()
+        first = ranks[0].end(120)
+    assert first.code == 1, first.err
+    said = [row for row in first.err.splitlines() if row.startswith("svdcli:")]
     assert said == [
         "svdcli: error: rank 1 is gone; run the same command again, it continues with the block it "
         "had reached"
@@ -219,10 +168,10 @@ def test_a_killed_rank_ends_the_run_and_the_journal_goes_on(
     # Both go on with what is done, which rank 1 has never seen
     done = [json.loads(row) for row in journal.read_text().splitlines() if '"block"' in row]
     assert done
-    with two_ranks(line) as ranks:
-        outputs = [process.communicate(timeout=300) for process in ranks]
-    assert [process.returncode for process in ranks] == [0, 0], outputs
-    blocks = json.loads(outputs[0][0])["healing"]["blocks"]
+    with ranks_alone(COMMAND, [line] * 2, tmp_path) as ranks:
+        ends = [rank.end(300) for rank in ranks]
+    assert [done.code for done in ends] == [0, 0], ends
+    blocks = json.loads(ends[0].out)["healing"]["blocks"]
     assert list(blocks) == ["model.layers.0", "model.layers.1", WHOLE]
     for row in done:
         assert blocks[row["block"]] == {key: row[key] for key in ("before", "after", "steps")}

@@ -4,16 +4,13 @@ give."""
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from agents import COMMAND, free_port, ranks_alone
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -36,37 +33,25 @@ def texts(folder: Path) -> svdcli.Texts:
     return svdcli.read_texts("t.txt")
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def about(path: Path) -> dict[str, Any]:
     with safe_open(path, "pt") as file:
         data: dict[str, Any] = json.loads(file.metadata()[METADATA])
     return data
 
 
-def test_ranks_of_torchrun_do_what_parts_by_hand_do(
+def test_ranks_do_what_parts_by_hand_do(
     readable: Readable, texts: svdcli.Texts, folder: Path
 ) -> None:
     """Three of them, of which one finds no batch left. Rank 0 alone speaks."""
     model = readable("llama")
-    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3")
-    command = ("-m", "svdcli", "calibrate", str(model), *OPTIONS, "--sensitivity")
-    done = subprocess.run(
-        [sys.executable, *launch, *command, "-o", "ranks.safetensors"],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["rounds"] == 2
-    assert done.stderr.count("wrote ranks.safetensors") == 1
-    assert done.stderr.count("on 2 ranks: moments of inputs and loss gradients") == 1
+    line = ("calibrate", model, *OPTIONS, "--sensitivity", "-o", "ranks.safetensors")
+    with ranks_alone(COMMAND, [line] * 3, folder) as ranks:
+        first, *others = [rank.end(240) for rank in ranks]
+    assert first.code == 0, first.err
+    assert {(done.code, done.out, done.err) for done in others} == {(0, b"", "")}
+    assert json.loads(first.out)["rounds"] == 2
+    assert first.err.count("wrote ranks.safetensors") == 1
+    assert first.err.count("on 2 ranks: moments of inputs and loss gradients") == 1
     assert {path.name for path in folder.iterdir()} == {"t.txt", "ranks.safetensors"}
 
     # The same by hand, with as many threads
@@ -94,25 +79,15 @@ def test_ranks_of_torchrun_do_what_parts_by_hand_do(
 def test_ranks_that_were_asked_for_different_things_end_with_one_line(
     readable: Readable, texts: svdcli.Texts, folder: Path
 ) -> None:
-    model, port = readable("llama"), free_port()
-    where = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    command = (sys.executable, "-m", "svdcli", "calibrate", str(model), *OPTIONS)
-    ranks = [
-        subprocess.Popen(
-            [*command, "-o", "c.safetensors", "--seed", str(rank), "-q"],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=os.environ | where | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-        )
-        for rank in (0, 1)
-    ]
+    line = ("calibrate", readable("llama"), *OPTIONS, "-o", "c.safetensors", "-q", "--seed")
+    lines = [(*line, seed) for seed in (0, 1)]
+    with ranks_alone(COMMAND, lines, folder, with_store=True) as ranks:
+        ends = [rank.end(120) for rank in ranks]
     said = []
-    for rank in ranks:
-        out, err = rank.communicate(timeout=120)
-        assert rank.returncode != 0
-        assert out == ""
-        said += err.splitlines()
+    for done in ends:
+        assert done.code != 0
+        assert done.out == b""
+        said += done.err.splitlines()
     assert len(said) == 1
     assert "this rank was asked for something else than rank 0" in said[0]
     assert not (folder / "c.safetensors").exists()

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +29,12 @@ LINES = svdcli.Texts(
 FAMILIES = ("llama", "gpt2", "t5", "mixtral", "bert", "bert-classifier")
 
 
-@pytest.fixture(autouse=True)
-def _small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(scope="module", autouse=True)
+def _small_batches() -> Iterator[None]:
     """Four windows in a batch, so that a little text makes several."""
-    monkeypatch.setattr("svdcli.text.tokens.TOKENS_IN_A_BATCH", 4 * LENGTH)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("svdcli.text.tokens.TOKENS_IN_A_BATCH", 4 * LENGTH)
+        yield
 
 
 def how_to_read(family: str) -> tuple[svdcli.Texts, dict[str, Any]]:
@@ -54,6 +55,23 @@ def parts_of(
         path.parent.mkdir()
         calibrate(model, path, texts, part=(number, count), **(how | options))
         paths.append(path)
+    return paths
+
+
+@pytest.fixture(scope="module")
+def both(readable: Readable, tmp_path_factory: pytest.TempPathFactory) -> list[bytes]:
+    """The two parts of a tiny Llama's calibration."""
+    parts = parts_of(readable("llama"), tmp_path_factory.mktemp("both"), 2)
+    return [part.read_bytes() for part in parts]
+
+
+@pytest.fixture
+def halves(both: list[bytes], tmp_path: Path) -> list[Path]:
+    """Files of these, each in a folder of its own."""
+    paths = [tmp_path / f"{number} of 2" / "part.safetensors" for number in (1, 2)]
+    for path, part in zip(paths, both, strict=True):
+        path.parent.mkdir()
+        path.write_bytes(part)
     return paths
 
 
@@ -80,7 +98,7 @@ def test_parts_add_up_to_the_whole(family: str, readable: Readable, tmp_path: Pa
     """Experts too: what one of them lends another is known only when all parts are there."""
     model = readable(family)
     once = whole(model, tmp_path / "whole.safetensors", family)
-    for count in (1, 2, 3):
+    for count in (1, 3):
         out = tmp_path / f"{count}.safetensors"
         done = svdcli.merge_moments(parts_of(model, tmp_path, count, family), out)
         assert furthest(once, out) < 1e-6
@@ -94,7 +112,7 @@ def test_parts_add_up_to_the_whole(family: str, readable: Readable, tmp_path: Pa
 def test_the_order_of_arguments_does_not_matter(readable: Readable, tmp_path: Path) -> None:
     parts = parts_of(readable("mixtral"), tmp_path, 3)
     results = set()
-    for order in itertools.permutations(parts):
+    for order in (parts, parts[::-1], parts[1:] + parts[:1]):
         svdcli.merge_moments(order, tmp_path / "m.safetensors", force=True)
         results.add((tmp_path / "m.safetensors").read_bytes())
     assert len(results) == 1
@@ -177,21 +195,21 @@ def test_what_memory_decides_elsewhere_a_part_decides_alike_everywhere(
     ],
 )
 def test_a_part_of_another_calibration_is_refused(
-    other: dict[str, Any], says: str, readable: Readable, tmp_path: Path
+    other: dict[str, Any], says: str, halves: list[Path], readable: Readable, tmp_path: Path
 ) -> None:
-    mine = parts_of(readable("llama"), tmp_path, 2)
-    (tmp_path / "other").mkdir()
-    foreign = parts_of(readable("llama"), tmp_path / "other", 2, **other)
+    foreign = tmp_path / "other.safetensors"
+    how = how_to_read("llama")[1] | other
+    calibrate(readable("llama"), foreign, TEXT, part=(2, 2), **how)
     with pytest.raises(UsageError, match=says) as caught:
-        svdcli.merge_moments([mine[0], foreign[1]], tmp_path / "m.safetensors")
-    assert str(foreign[1]) in str(caught.value)
+        svdcli.merge_moments([halves[0], foreign], tmp_path / "m.safetensors")
+    assert str(foreign) in str(caught.value)
     assert not (tmp_path / "m.safetensors").exists()
 
 
 def test_parts_of_other_texts_models_and_numbers_are_refused(
-    readable: Readable, tmp_path: Path
+    halves: list[Path], readable: Readable, tmp_path: Path
 ) -> None:
-    first, second = parts_of(readable("llama"), tmp_path, 2)
+    first, second = halves
     others = {
         "its text is": lambda path: calibrate(
             readable("llama"),
@@ -228,13 +246,12 @@ def test_parts_of_other_texts_models_and_numbers_are_refused(
 
 
 def test_a_text_may_have_another_name_on_another_machine(
-    readable: Readable, tmp_path: Path
+    halves: list[Path], readable: Readable, tmp_path: Path
 ) -> None:
-    parts = parts_of(readable("llama"), tmp_path, 2)
     moved = svdcli.Texts("/mnt/words", TEXT.documents)
     how = how_to_read("llama")[1]
-    calibrate(readable("llama"), parts[1], moved, part=(2, 2), force=True, **how)
-    svdcli.merge_moments(parts, tmp_path / "m.safetensors")
+    calibrate(readable("llama"), halves[1], moved, part=(2, 2), force=True, **how)
+    svdcli.merge_moments(halves, tmp_path / "m.safetensors")
     assert open_moments(tmp_path / "m.safetensors").provenance.text == TEXT.name
 
 
@@ -278,17 +295,17 @@ DAMAGES: dict[str, Callable[[dict[str, Any], dict[str, Tensor]], Any]] = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_part_is_one_line(damage: str, readable: Readable, tmp_path: Path) -> None:
-    first, second = parts_of(readable("llama"), tmp_path, 2)
+def test_a_damaged_part_is_one_line(damage: str, halves: list[Path], tmp_path: Path) -> None:
+    first, second = halves
     with pytest.raises(BadCheckpointError, match="sums are damaged") as caught:
         svdcli.merge_moments([first, edited(second, DAMAGES[damage])], tmp_path / "m.safetensors")
     assert str(second) in str(caught.value)
 
 
 def test_what_is_not_finite_or_has_another_shape_names_its_part(
-    readable: Readable, tmp_path: Path
+    halves: list[Path], tmp_path: Path
 ) -> None:
-    first, second = parts_of(readable("llama"), tmp_path, 2)
+    first, second = halves
     before = second.read_bytes()
 
     def spoil(data: dict[str, Any], tensors: dict[str, Tensor]) -> None:
@@ -305,12 +322,11 @@ def test_what_is_not_finite_or_has_another_shape_names_its_part(
 
 
 def test_a_part_of_a_later_format_asks_for_a_newer_svdcli(
-    readable: Readable, tmp_path: Path
+    halves: list[Path], tmp_path: Path
 ) -> None:
-    (part,) = parts_of(readable("llama"), tmp_path, 1)
-    edited(part, lambda data, tensors: data.update(format=2))
+    edited(halves[1], lambda data, tensors: data.update(format=2))
     with pytest.raises(BadCheckpointError, match="has format 2, this svdcli knows 1; upgrade"):
-        svdcli.merge_moments([part], tmp_path / "m.safetensors")
+        svdcli.merge_moments(halves, tmp_path / "m.safetensors")
 
 
 def test_what_a_part_cannot_do_is_refused(readable: Readable, tmp_path: Path) -> None:

@@ -161,7 +161,7 @@ def test_a_file_and_its_replacement_survive_a_kill_anywhere(
     model = write_model(tmp_path / "m") / "model.safetensors"
     out = tmp_path / "o.safetensors"
     found = stop_everywhere(
-        ["compress", str(model), "-o", str(out), "--rank", "9"], out, 25, signal.SIGKILL
+        ["compress", str(model), "-o", str(out), "--rank", "9"], out, 16, signal.SIGKILL
     )
     assert found["problems"] == []
 
@@ -193,7 +193,7 @@ def test_expand_survives_a_kill_anywhere(tmp_path: Path, stop_everywhere: StopEv
     found = stop_everywhere(
         ["expand", str(tmp_path / "s"), "-o", str(tmp_path / "o")],
         tmp_path / "o",
-        20,
+        12,
         signal.SIGKILL,
     )
     assert found["problems"] == []

@@ -21,7 +21,7 @@ from svdcli.engine.compute import Compute
 from svdcli.engine.crew import Crew
 from svdcli.errors import SvdcliError, UsageError
 
-LAYERS, SIZE = 60, 512
+LAYERS, SIZE = 40, 512
 Asked = tuple[Path, list[str], Path]
 
 
@@ -48,7 +48,9 @@ def finished(out: Path) -> Callable[[], bool]:
     return lambda: out.exists() and not out.with_name(f"{out.name}.partial").exists()
 
 
-@pytest.mark.parametrize("killed", ["a worker", "the machine that leads"])
+@pytest.mark.parametrize(
+    "killed", [pytest.param("a worker", marks=pytest.mark.slow), "the machine that leads"]
+)
 def test_ranks_that_are_killed_cost_nothing_but_time(
     killed: str, many: Asked, tmp_path: Path
 ) -> None:
