@@ -43,12 +43,12 @@ STEPS = 8
 
 
 def batches() -> Batches:
-    """Eight batches to train on, and three that are held out, which two ranks cannot halve."""
+    """Sixteen batches to train on, and three that are held out, which two ranks cannot halve."""
     made: list[Any] = []
-    for seed in range(11):
+    for seed in range(19):
         generator = torch.Generator().manual_seed(seed)
         made.append({"input_ids": torch.randint(2, 96, (4, 32), generator=generator)})
-    return Batches(made[:8], made[8:])
+    return Batches(made[:16], made[16:])
 
 
 def healed(teacher: Path, student: Path, replicas: Replicas) -> list[HealedBlock]:
@@ -144,7 +144,7 @@ def by_command(teacher: Path, student: Path, out: Path, memory: int | None) -> A
             teacher=teacher,
             texts=texts,
             effort=Effort(steps=3),
-            samples=32,
+            samples=64,
             seq_len=32,
             memory=memory,
         )
