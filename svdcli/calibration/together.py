@@ -6,7 +6,8 @@ from __future__ import annotations
 import shutil
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from svdcli.errors import SvdcliError
@@ -98,12 +99,27 @@ class Together:
                 "write to a file system that all machines share",
             )
 
+    @contextmanager
+    def clean_where_nothing_is_whole(self) -> Iterator[None]:
+        """On an error, have rank 0 remove the folder of the parts, unless there is one to continue
+        with."""
+        try:
+            yield
+        except BaseException:
+            for path in self._folders() if self.team.leads else ():
+                if not any(path.glob("*.safetensors")):
+                    shutil.rmtree(path, ignore_errors=True)
+            raise
+
     def clean_up(self) -> None:
         """Remove the parts, and those of other commands that were cut short before they wrote the
         same output."""
-        for path in self.out.absolute().parent.iterdir():
-            if path.name.startswith(self._stem):
-                shutil.rmtree(path, ignore_errors=True)
+        for path in self._folders():
+            shutil.rmtree(path, ignore_errors=True)
+
+    def _folders(self) -> list[Path]:
+        parent = self.out.absolute().parent
+        return [path for path in parent.glob(".*") if path.name.startswith(self._stem)]
 
 
 def _marked(folder: Path) -> str:

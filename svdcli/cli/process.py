@@ -6,16 +6,20 @@ import io
 import os
 import signal
 import sys
+import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import typer
 
 from svdcli.errors import FAILED, INTERRUPTED, SvdcliError, printable
-from svdcli.ranks import FollowedError, leads_here
+from svdcli.ranks import FollowedError, LostRankError, leads_here
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+
+_TO_TELL = 5.0  # seconds
 
 
 def print_note(text: str) -> None:
@@ -52,8 +56,21 @@ def one_line_errors() -> Iterator[None]:
         text, code = explain(error)
         # What ended the rank that leads has been told there
         if not isinstance(error, FollowedError):
+            if not isinstance(error, LostRankError):
+                _let_the_leader_tell()
             _print_line(f"error: {printable(text)}")
         sys.exit(code)
+
+
+def _let_the_leader_tell() -> None:
+    """Before ranks have met, each meets an error by itself, as a rule the same one. The rank that
+    leads tells it, and the launcher ends the others then; one that is still there was alone with
+    it."""
+    if not leads_here():
+        try:
+            time.sleep(_TO_TELL)
+        except KeyboardInterrupt:
+            sys.exit(INTERRUPTED)
 
 
 def explain(error: Exception) -> tuple[str, int]:

@@ -104,7 +104,7 @@ class Batches:
             raise SvdcliError(
                 f"the text fills {len(self.train)} batches to train on, and there are "
                 f"{replicas.size} ranks",
-                "give more text, or start fewer ranks",
+                "give more text or --samples, or start fewer ranks",
             )
         start = replicas.rank * count
         held_out = self.held_out[replicas.rank :: replicas.size]

@@ -311,7 +311,11 @@ def calibrate_together(request: Request, team: Team) -> Calibrated:
         sharers=max(1, team.place.local_size),
     )
     request = replace(request, settings=settings)
-    with team.sharing_errors(), request.opened(team.place) as work:
+    with (
+        team.sharing_errors(),
+        together.clean_where_nothing_is_whole(),
+        request.opened(team.place) as work,
+    ):
         passes, folder = _agreed(request, work, together)
         ranks = min(team.place.size, len(work.read.batches))
         paths = [folder / f"{number}.safetensors" for number in range(1, ranks + 1)]

@@ -15,6 +15,8 @@ from helpers import cli, write_model
 
 import svdcli
 from svdcli import Recipe
+from svdcli.cli.process import one_line_errors
+from svdcli.errors import UsageError
 
 HERE = Path(__file__).parents[1]
 
@@ -158,3 +160,25 @@ def test_a_command_leaves_signals_as_it_found_them(model: Path) -> None:
     before = [signal.getsignal(number) for number in numbers]
     assert cli("inspect", model).code == 0
     assert [signal.getsignal(number) for number in numbers] == before
+
+
+@pytest.mark.parametrize("alone", [True, False], ids=["this rank alone", "rank 0, too"])
+def test_a_rank_that_does_not_lead_lets_rank_0_tell_first(
+    alone: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A launcher ends the others once rank 0 has told; one that is still there was alone."""
+    values = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "5"}
+    for name, value in values.items():
+        monkeypatch.setenv(name, value)
+
+    def wait(seconds: float) -> None:
+        assert capsys.readouterr().err == ""
+        if not alone:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("svdcli.cli.process.time.sleep", wait)
+    with pytest.raises(SystemExit) as end, one_line_errors():
+        raise UsageError("nothing is there", "look elsewhere")
+    assert end.value.code == (2 if alone else 130)
+    said = "svdcli: error: nothing is there; look elsewhere\n"
+    assert capsys.readouterr().err == (said if alone else "")
