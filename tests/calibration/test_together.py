@@ -157,3 +157,18 @@ def test_what_other_commands_left_is_removed_at_the_end(tmp_path: Path) -> None:
         ".other.safetensors.parts-new",
         "c.safetensors.parts",
     ]
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_after_an_error_a_folder_stays_where_there_is_a_part_to_continue_with(
+    whole: bool, tmp_path: Path
+) -> None:
+    def work(together: Together) -> None:
+        with together.clean_where_nothing_is_whole():
+            folder = together.folder("0123")
+            if whole:
+                (folder / "1.safetensors").touch()
+            raise SvdcliError("no more", "sorry")
+
+    on_ranks(work, out=tmp_path / "c.safetensors")
+    assert len(list(tmp_path.iterdir())) == whole
