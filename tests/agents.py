@@ -22,7 +22,6 @@ _CONFIG = (
     "is_host=0,join_timeout=60,last_call_timeout=8,keep_alive_interval=1,keep_alive_max_attempt=10"
 )
 COMMAND = "from svdcli.__main__ import main; main()"
-_ONE_THREAD = "import torch; torch.set_num_threads(1)"
 
 
 class Agent:
@@ -94,9 +93,8 @@ def two_agents(arguments: list[str], logs: Path) -> Iterator[tuple[Agent, Agent]
 def ranks_alone(
     code: str, lines: Sequence[Sequence[object]], folder: Path, *, with_store: bool = False
 ) -> Iterator[list[Forked]]:
-    """A rank for each of these lines of arguments, which runs `code` with one thread, without an
-    agent; with_store keeps a store for them, as an agent does. Nothing of them is left afterwards.
-    """
+    """A rank for each of these lines of arguments, which runs `code` without an agent; with_store
+    keeps a store for them, as an agent does. Nothing of them is left afterwards."""
     store = _store() if with_store else None
     together = {"WORLD_SIZE": str(len(lines)), "MASTER_ADDR": "127.0.0.1"}
     together["MASTER_PORT"] = str(store.port if store else free_port())
@@ -105,7 +103,7 @@ def ranks_alone(
     try:
         for rank, line in enumerate(lines):
             place = together | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            ranks.append(Forked(f"{_ONE_THREAD}\n{code}", map(str, line), folder, place))
+            ranks.append(Forked(code, map(str, line), folder, place))
         yield ranks
     finally:
         for each in ranks:

@@ -288,7 +288,7 @@ class Stream:
 
         def forward(index: int) -> None:
             with torch.set_grad_enabled(cotangent is not None):
-                output = self.call(**self._moved(inputs[index]))
+                output = self.call(**self._by_states(inputs[index]))
                 if cotangent is None:
                     if read is not None:
                         read(index, output)
@@ -319,14 +319,14 @@ class Stream:
 
         def forward(index: int) -> None:
             with torch.no_grad():
-                self.call(**self._moved(inputs[index]))
+                self.call(**self._by_states(inputs[index]))
 
         self._keep_calls = False
         batches = [_Batch(index, partial(forward, index)) for index in range(len(inputs))]
         with caches_off(self.model), self._outside_by_states(), self._taking_turns():
             yield from self._turns(batches)
 
-    def _moved(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _by_states(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         return {key: value.to(self.states_on) for key, value in inputs.items()}
 
     @contextmanager

@@ -254,13 +254,15 @@ class Work:
         which are those of the whole text. In float32 always: small losses are differences of large
         numbers."""
         width = width_of(self.read.side.config(self.network))
+        # Copies stay with the blocks: as many at a time as there is room for
+        _, room = self.room(0)
         add_sensitivities(
             sums,
             self.stream(torch.float32),
             self.layers,
             width,
             self.read.batches,
-            self.room(0)[1],
+            room,
             self.settings.progress,
         )
 

@@ -267,7 +267,7 @@ class _Partial:
 
 
 # A partial solution to be: cost, loss, a number of its own, reduced loss, and what it is made of.
-# There are millions, and tuples are the quickest to make and to sort.
+# There are many, and tuples are the quickest to make and to sort.
 _Row = tuple[int, float, int, float, _Partial, Point]
 
 
@@ -278,7 +278,7 @@ def _polish(
     Lagrangian bound.
 
     Exact where never more than the last of _PARTIAL_SOLUTIONS are undominated; else the most
-    promising go on. Empty where nothing better than `best` is found.
+    promising go on. Those of `best` where nothing better is found.
     """
     # What the layers in question may cost together, once the others have theirs.
     fixed = set(range(len(menus))) - set(close)

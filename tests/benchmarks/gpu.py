@@ -61,18 +61,19 @@ def solved(device: torch.device, shape: tuple[int, int]) -> list[dict[str, Any]]
     rank = int(KEEP * m * n / (m + n))
     say(f"torch.linalg.svd of {m} x {n}")
     straight, _ = best_of(device, lambda: torch.linalg.svd(w, full_matrices=False), runs=1)
+    here = SOLVERS["gram"](weight.float(), rank, 0)
+    expected = here.up @ here.down
     rows = []
     for name in ("gram", "svd"):
         say(f"{name} of {m} x {n}")
         seconds, factors = best_of(device, lambda name=name: SOLVERS[name](w, rank, 0))
         product = (factors.up @ factors.down).cpu()
-        here = SOLVERS["gram"](weight.float(), rank, 0)
         rows.append(
             {
                 "what": f"{name}, {m} x {n}, rank {rank}",
                 "seconds": seconds,
                 "straight": straight,
-                "difference": distance(product, here.up @ here.down),
+                "difference": distance(product, expected),
             }
         )
     return rows

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import socket
 import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from agents import free_port
 
 from svdcli.calibration import together as module
 from svdcli.calibration.together import Together
@@ -21,12 +21,6 @@ def _short_patience(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "TO_SEE_A_FILE", 0.3)
     monkeypatch.setattr("svdcli.ranks.PATIENCE", 1.0)
     monkeypatch.setattr("svdcli.ranks.BEAT", 0.1)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def on_ranks(*works: Callable[[Together], Any], out: Path) -> list[Any]:
