@@ -44,3 +44,7 @@ class NothingSelectedError(SvdcliError):
 
 class BadCheckpointError(SvdcliError):
     """The input is not a checkpoint that svdcli can read, or it is damaged."""
+
+
+class NotFiniteError(SvdcliError):
+    """A model met NaN or infinity on the way through it."""

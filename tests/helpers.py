@@ -13,7 +13,7 @@ import struct
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,17 @@ EIGHT_BIT_FLOATS = (
 
 
 # Checkpoints --------------------------------------------------------------------------------------
+
+
+def changed(model: Path, folder: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> Path:
+    """A copy of a model with other weights."""
+    folder.mkdir()
+    for file in model.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return folder
 
 
 def weight(

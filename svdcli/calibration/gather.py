@@ -13,7 +13,7 @@ from svdcli.calibration.loss import ModelLoss
 from svdcli.calibration.rows import MomentSums, padding_mask, without_padding
 from svdcli.calibration.stream import Visit
 from svdcli.calibration.sums import Sums
-from svdcli.errors import SvdcliError
+from svdcli.errors import NotFiniteError
 from svdcli.progress import Progress
 from svdcli.text.tokens import Batch
 
@@ -147,14 +147,13 @@ class _Round:
         return hook
 
     def _rows(self, values: Tensor, name: str) -> Tensor:
-        """Return (tokens, width) in float32, without padding. Raises SvdcliError where a value is
-        not finite."""
+        """Return (tokens, width) in float32, without padding. Raises NotFiniteError where a value
+        is not finite."""
         rows = without_padding(values.float(), self.mask)
         # One sum instead of a mask: a single NaN or infinity shows in it
         if not bool(torch.isfinite(rows.sum())):
-            raise SvdcliError(
-                f"{name} meets NaN or infinity",
-                "the model itself answers so on this text; check it with `svdcli eval`",
+            raise NotFiniteError(
+                f"{name} meets NaN or infinity", "try another text, or --device cpu"
             )
         return rows
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from svdcli.calibration.rows import MomentSums, padding_mask, without_padding
 from svdcli.calibration.stream import Stream
 from svdcli.calibration.text_side import pooled, rows_of
-from svdcli.errors import SvdcliError
+from svdcli.errors import NotFiniteError
 from svdcli.text.tokens import Batch
 
 
@@ -75,13 +75,12 @@ class ModelLoss:
         self, logits: Tensor, mask: Tensor | None, generator: torch.Generator
     ) -> Tensor:
         """Return the gradient of the summed loss at logits (..., classes) for labels drawn from the
-        predictions themselves. Raises SvdcliError where these are not finite."""
+        predictions themselves. Raises NotFiniteError where these are not finite."""
         # The gradient of a cross entropy at its logits: the predictions, less 1 at the label
         gradient = logits.detach().float().softmax(-1)
         if not bool(torch.isfinite(gradient.sum())):
-            raise SvdcliError(
-                "the model answers with NaN or infinity",
-                "it does so on this text; check it with `svdcli eval`",
+            raise NotFiniteError(
+                "the model answers with NaN or infinity", "try another text, or --device cpu"
             )
         flat = gradient.view(-1, gradient.shape[-1])
         labels = torch.multinomial(flat.cpu(), 1, generator=generator).to(flat.device)

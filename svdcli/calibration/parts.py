@@ -20,6 +20,7 @@ from svdcli.calibration.moments import METADATA_OF_PART, Provenance, Spool, writ
 from svdcli.calibration.sums import Sums
 from svdcli.errors import BadCheckpointError, UsageError
 from svdcli.files.checkpoint import Checkpoint, open_output
+from svdcli.text.tokens import TOKENS_IN_A_BATCH
 from svdcli.version import __version__
 
 FORMAT = 1
@@ -48,7 +49,8 @@ class Part:
             batches = "one batch" if count == 1 else f"{count} batches"
             raise UsageError(
                 f"the text has {batches}, too few for {self.of} parts",
-                "give more --samples, or take fewer parts",
+                f"a batch is one window, or about {TOKENS_IN_A_BATCH} tokens in several: give more "
+                "--samples, or take fewer parts",
             )
         return range(self.number - 1, count, self.of)
 
@@ -82,8 +84,11 @@ class Whole:
 
         # The first that differs
         for what, (one, another) in pairs.items():
-            if one != another:
-                return f"its {what} is {another}, not {one}"
+            if one == another:
+                continue
+            if isinstance(another, bool):
+                return f"it was read {'with' if another else 'without'} {what}"
+            return f"its {what} is {another}, not {one}"
         return "" if (self.layers, self.side) == (other.layers, other.side) else "its layers differ"
 
 

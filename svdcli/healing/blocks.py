@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from svdcli.calibration.loss import answer_of, excess_of
 from svdcli.calibration.rows import padding_mask
 from svdcli.calibration.stream import Stream, Turn, caches_off
-from svdcli.errors import SvdcliError
+from svdcli.errors import NotFiniteError, SvdcliError
 from svdcli.healing.coordinates import whitened_layers
 from svdcli.healing.learned import LearnedRounding
 from svdcli.healing.refit import Block, BlockRun, refit, refittable
@@ -101,9 +101,9 @@ class Batches:
         SvdcliError where there is too little for all."""
         count = len(self.train) // replicas.size
         if not count:
+            filled = "one batch" if len(self.train) == 1 else f"{len(self.train)} batches"
             raise SvdcliError(
-                f"the text fills {len(self.train)} batches to train on, and there are "
-                f"{replicas.size} ranks",
+                f"the text fills {filled} to train on, and there are {replicas.size} ranks",
                 "give more text or --samples, or start fewer ranks",
             )
         start = replicas.rank * count
@@ -476,8 +476,8 @@ class _Healer:
 
     @torch.no_grad()
     def _error(self) -> float:
-        """Return the relative error on the batches that all ranks hold out. Raises SvdcliError
-        where it is not finite."""
+        """Return the relative error on the batches that all ranks hold out. Raises
+        NotFiniteError where it is not finite."""
         error = 0.0
         energy = 0.0
         for index in self.held_out:
@@ -486,7 +486,9 @@ class _Healer:
             energy += float(batch_energy)
         error, energy = self.replicas.total((error, energy))
         if not math.isfinite(error):
-            raise SvdcliError(f"{self.name} answers with NaN or infinity", "see `svdcli verify`")
+            raise NotFiniteError(
+                f"{self.name} answers with NaN or infinity", "try another text, or --device cpu"
+            )
         return error / max(energy, 1e-300)
 
 
@@ -540,8 +542,8 @@ class _Whole:
             self._means(self.batches.train[0])
 
     def errors(self) -> tuple[float, float]:
-        """Return (loss, distance alone) on what all ranks hold out. Raises SvdcliError where the
-        loss is not finite."""
+        """Return (loss, distance alone) on what all ranks hold out. Raises NotFiniteError where
+        the loss is not finite."""
         means = [self._means(batch) for batch in self.batches.held_out]
         for _ in range(self.idle_passes):
             self._means(self.batches.train[0])
@@ -553,7 +555,9 @@ class _Whole:
         distance /= rows
         loss = (1 - self.hard) * distance + self.hard * excess / rows
         if not math.isfinite(loss):
-            raise SvdcliError("the model answers with NaN or infinity", "see `svdcli verify`")
+            raise NotFiniteError(
+                "the model answers with NaN or infinity", "try another text, or --device cpu"
+            )
         return loss, distance
 
     def _means(self, batch: Batch) -> _Means:
@@ -597,7 +601,7 @@ def heal_whole(
     its excess loss on the text, which counts hard_labels, a share from 0 to 1. call makes of a
     model what is called with each batch. Of several replicas each gives its own share of the
     batches; in_step says that they share weights (`healing.sharing`), so that each has to run as
-    many passes as the others. Raises SvdcliError where that is not finite.
+    many passes as the others. Raises NotFiniteError where that is not finite.
     """
     tensors = _trainable(student, "", trainable)
     device = next(iter(tensors.values())).device

@@ -28,6 +28,7 @@ from svdcli.engine.compute import Compute
 from svdcli.engine.publish import check_place
 from svdcli.errors import BadCheckpointError, UsageError
 from svdcli.files.checkpoint import open_checkpoint
+from svdcli.files.finite import weights_told
 from svdcli.files.record import check_not_compressed
 from svdcli.files.report import JSON_VERSION
 from svdcli.models.kinds import take_apart_stacks
@@ -116,7 +117,8 @@ def calibrate(
 
     Of a model that reads more than text only the part is run that reads text alone (`text_side`).
     Raises SvdcliError for a model without one, and for one that answers with NaN, with the name of
-    the first layer that does; on one rank for what ended any of them.
+    the tensor that holds it, or of the first layer that meets it; on one rank for what ended any of
+    them.
     """
     # What is asked for
     settings = Settings(
@@ -193,7 +195,8 @@ class Request:
             take_apart_stacks(checkpoint)
             if place is None or place.leads:
                 check_place(self.out, ".safetensors", source=checkpoint.path, force=self.force)
-            yield Work.begin(self.settings, checkpoint, device)
+            with weights_told(checkpoint):
+                yield Work.begin(self.settings, checkpoint, device)
 
 
 @contextmanager

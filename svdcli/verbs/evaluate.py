@@ -16,7 +16,8 @@ from svdcli.calibration.loss import divergence_terms
 from svdcli.calibration.reading import Read, read_batches
 from svdcli.calibration.text_side import TextSide, text_side
 from svdcli.engine.compute import Compute
-from svdcli.errors import SvdcliError, UsageError
+from svdcli.errors import NotFiniteError, SvdcliError, UsageError
+from svdcli.files.finite import weights_told
 from svdcli.files.report import JSON_VERSION
 from svdcli.models.load import load_quietly
 from svdcli.progress import Progress, silent
@@ -150,17 +151,20 @@ def evaluate(
     evaluation = replace(evaluation, text=texts.name, text_sha256=texts.digest)
 
     # Decoders by their losses, encoders by their sentence embeddings
+    judged = [path for path in (output, against) if path is not None]
     if side.kind == "decoder":
         length = window_length(side.longest, seq_len)
         windows = windows_of(tokenizer, texts, length, Amount(samples).samples)
-        return _judge_decoder(evaluation, models, windows, progress)
+        with weights_told(*judged):
+            return _judge_decoder(evaluation, models, windows, progress)
     if original is None:
         raise SvdcliError(
             f"{output} is an encoder, which is judged by its distance from the original",
             "give --against MODEL",
         )
     read = read_batches(replace(side, decodes=False), tokenizer, texts, Amount(samples), seq_len)
-    return _judge_encoder(evaluation, models, read, progress)
+    with weights_told(*judged):
+        return _judge_encoder(evaluation, models, read, progress)
 
 
 @dataclass(frozen=True)
@@ -307,8 +311,8 @@ def _window_means(model: Any, original: Any | None, ids: Tensor, chunk: int) -> 
 
 def _check_finite(values: Sequence[float]) -> None:
     if not all(map(math.isfinite, values)):
-        raise SvdcliError(
-            "the model answers with NaN or infinity", "see `svdcli verify`, or try --device cpu"
+        raise NotFiniteError(
+            "the model answers with NaN or infinity", "try --dtype float32, or --device cpu"
         )
 
 

@@ -34,6 +34,7 @@ from svdcli.engine.solve import Ready
 from svdcli.errors import SvdcliError, UsageError
 from svdcli.files.blueprint import CompressDesign
 from svdcli.files.checkpoint import Checkpoint, open_checkpoint, open_output
+from svdcli.files.finite import weights_told
 from svdcli.files.record import Result, record_of, stored_layers, take_apart_again
 from svdcli.files.report import read_report
 from svdcli.files.workspace import BLOCKS, Workspace
@@ -132,7 +133,8 @@ def heal(
             take_apart_again(checkpoint, record_of(compressed) or {})
         pair = _Pair(compressed, original, _plan_of(compressed, original))
         device = (compute or Compute()).start()
-        with replicas_here(device, compress=compress_gradients) as replicas:
+        sharing = replicas_here(device, compress=compress_gradients)
+        with weights_told(compressed, original), sharing as replicas:
             if replicas.ended_before():
                 return replicas.ends_with(None)
             healer = _Heal(pair, texts, request, memory, replicas)

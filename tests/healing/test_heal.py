@@ -12,14 +12,14 @@ from typing import Any
 import pytest
 import torch
 import zoo
-from helpers import cli, complaint, contents, tree
+from helpers import changed, cli, complaint, contents, tree
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from zoo import words_tokenizer
 
 import svdcli
 from svdcli.calibration.loss import ModelLoss, block_moments
-from svdcli.errors import SvdcliError
+from svdcli.errors import BadCheckpointError, SvdcliError
 from svdcli.files.workspace import Workspace
 from svdcli.healing import blocks as module
 from svdcli.healing import refit as closed_form
@@ -539,6 +539,17 @@ def test_what_cannot_be_healed_is_refused(
     with pytest.raises(SvdcliError, match="is the source, or inside or around it"):
         svdcli.heal(small, teacher, teacher=teacher, texts=TEXT, force=True)
     assert tree(teacher) == before
+
+
+@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "model.norm.weight"])
+def test_nan_is_told_by_the_weight_that_holds_it(name: str, factored: Pair, tmp_path: Path) -> None:
+    teacher = changed(
+        factored[0], tmp_path / "m", lambda tensors: tensors[name].view(-1)[-900:].fill_(torch.nan)
+    )
+    svdcli.compress(teacher, tmp_path / "small", svdcli.Recipe("keep", 0.4))
+    with pytest.raises(BadCheckpointError, match=f"small: {name} holds NaN"):
+        svdcli.heal(tmp_path / "small", tmp_path / "out", teacher=teacher, texts=TEXT, **LITTLE)
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_command(factored: Pair, tmp_path: Path) -> None:

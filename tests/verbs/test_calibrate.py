@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import zoo
-from helpers import tree
+from helpers import changed, tree
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from zoo import Sums, albert, close, words_tokenizer
@@ -20,7 +20,7 @@ from svdcli import Recipe
 from svdcli.calibration import gather as module
 from svdcli.calibration.loss import drawing
 from svdcli.calibration.moments import LayerMoments, Moments, open_moments
-from svdcli.errors import SvdcliError, UsageError
+from svdcli.errors import BadCheckpointError, NotFiniteError, SvdcliError, UsageError
 from svdcli.files.checkpoint import open_checkpoint
 from svdcli.linalg.whitening import Metric, weighted
 from svdcli.text.texts import Texts
@@ -50,17 +50,6 @@ def _small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
 def run(model: Path, out: Path, texts: Texts = TEXT, **options: Any) -> tuple[Moments, Calibrated]:
     done = calibrate(model, out, texts, **({"samples": SAMPLES, "seq_len": LENGTH} | options))
     return open_moments(out), done
-
-
-def changed(model: Path, folder: Path, change: Callable[[dict[str, Tensor]], Any]) -> Path:
-    """A copy of a model with other weights."""
-    folder.mkdir()
-    for file in model.iterdir():
-        (folder / file.name).write_bytes(file.read_bytes())
-    tensors = load_file(folder / "model.safetensors")
-    change(tensors)
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    return folder
 
 
 def from_logits(logits: Tensor, generator: torch.Generator) -> tuple[Tensor, int]:
@@ -508,43 +497,44 @@ def test_sensitivity_is_the_loss_of_cutting_one_layer_alone(
 
 # Errors -------------------------------------------------------------------------------------------
 
-SPOILED = {
-    "model.embed_tokens.weight": "model.layers.0.self_attn.q_proj",
-    "model.layers.0.self_attn.q_proj.weight": "model.layers.0.self_attn.o_proj",
-    "model.layers.1.input_layernorm.weight": "model.layers.1.self_attn.q_proj",
-    "model.layers.1.mlp.up_proj.weight": "model.layers.1.mlp.down_proj",
-}
-
-
-@pytest.mark.parametrize("gradients", [False, True])
-@pytest.mark.parametrize("spoiled", SPOILED)
-def test_nan_is_an_error_that_names_the_first_layer_that_meets_it(
-    spoiled: str, gradients: bool, readable: Readable, tmp_path: Path
-) -> None:
-    path = changed(
-        readable("llama"), tmp_path / "m", lambda tensors: tensors[spoiled].fill_(float("nan"))
-    )
-    everything = tree(tmp_path)
-    with pytest.raises(SvdcliError, match=f"{SPOILED[spoiled]}.* meets NaN"):
-        run(path, tmp_path / "c.safetensors", gradients=gradients)
-    assert tree(tmp_path) == everything
+SPOILED = (
+    "model.embed_tokens.weight",
+    "model.layers.0.self_attn.q_proj.weight",
+    "model.layers.1.input_layernorm.weight",
+    "model.layers.1.mlp.up_proj.weight",
+)
+BEHIND = ("model.norm.weight", "model.layers.1.mlp.down_proj.weight", "lm_head.weight")
 
 
 @pytest.mark.parametrize(
-    "spoiled", ["model.norm.weight", "model.layers.1.mlp.down_proj.weight", "lm_head.weight"]
+    ("spoiled", "gradients"),
+    [(name, False) for name in SPOILED] + [(name, True) for name in SPOILED + BEHIND],
 )
-def test_nan_behind_the_last_layer_is_an_error_too(
-    spoiled: str, readable: Readable, tmp_path: Path
+def test_nan_is_an_error_that_names_the_weight_that_holds_it(
+    spoiled: str, gradients: bool, readable: Readable, tmp_path: Path
 ) -> None:
     path = changed(
         readable("llama"),
         tmp_path / "m",
-        lambda tensors: tensors[spoiled].view(-1)[5].fill_(float("nan")),
+        lambda tensors: tensors[spoiled].view(-1)[-200:].fill_(float("nan")),
     )
     everything = tree(tmp_path)
-    with pytest.raises(SvdcliError, match="NaN"):
-        run(path, tmp_path / "c.safetensors", gradients=True)
+    with pytest.raises(BadCheckpointError, match=f"m: {spoiled} holds NaN"):
+        run(path, tmp_path / "c.safetensors", gradients=gradients)
     assert tree(tmp_path) == everything
+
+
+def test_numbers_that_overflow_name_the_first_layer_that_meets_them(
+    readable: Readable, tmp_path: Path
+) -> None:
+    path = changed(
+        readable("llama"),
+        tmp_path / "m",
+        lambda tensors: tensors["model.layers.0.mlp.up_proj.weight"].fill_(3e38),
+    )
+    says = "mlp.down_proj.weight meets NaN or infinity; every tensor is finite, so numbers overflow"
+    with pytest.raises(NotFiniteError, match=says):
+        run(path, tmp_path / "c.safetensors")
 
 
 def test_what_does_not_read_text_is_refused(readable: Readable, tmp_path: Path) -> None:

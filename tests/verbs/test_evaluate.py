@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import cli, complaint
+from helpers import changed, cli, complaint
 
 import svdcli
 from svdcli.calibration.text_side import text_side
-from svdcli.errors import SvdcliError
+from svdcli.errors import BadCheckpointError, SvdcliError
 from svdcli.text.texts import Texts, read_texts
 from svdcli.text.tokens import Windows, batch_of, load_tokenizer, windows_of
 from svdcli.verbs import evaluate as module
@@ -183,6 +183,13 @@ def test_nan_is_an_error(small_llama: Path) -> None:
     model.model.norm.weight.data.fill_(float("nan"))
     with pytest.raises(SvdcliError, match="NaN"):
         compare(model, None, Windows(torch.arange(8)[None], 1.0, 8))
+
+
+def test_nan_in_the_original_is_told_by_its_weight(small_llama: Path, tmp_path: Path) -> None:
+    name = "model.layers.1.input_layernorm.weight"
+    original = changed(SAMPLE, tmp_path / "m", lambda tensors: tensors[name][3:4].fill_(torch.nan))
+    with pytest.raises(BadCheckpointError, match=f"m: {name} holds NaN"):
+        evaluate(small_llama, TEXT, against=original, seq_len=48, samples=2)
 
 
 # The command --------------------------------------------------------------------------------------
