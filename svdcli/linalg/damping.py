@@ -79,6 +79,21 @@ def damp(moment: _Kind, damping: float) -> _Kind:
     return each(moment, damped)
 
 
+def upper_root(moment: Tensor, damping: float, order: Tensor) -> Tensor:
+    """The upper triangular R (m, m) in float64 with R R^T = `damp(H)` for a full H (m, m), rows and
+    columns in this order. Raises torch.linalg.LinAlgError where that is not positive definite.
+
+    H of wide layers takes gigabytes: besides it there are at most two matrices of its size.
+    """
+    # R is the lower Cholesky factor of the reversed matrix, reversed
+    backwards = order.flip(0)
+    reverse = moment[backwards[:, None], backwards].to(torch.float64)
+    reverse.diagonal().add_(damping * moment.diagonal().to(torch.float64).mean())
+    # the transpose, equal to it, is in LAPACK's order: the factor takes its place
+    torch.linalg.cholesky(reverse.mT, out=reverse.mT)
+    return reverse.mT.flip(0, 1)
+
+
 def damped_root(moment: Tensor, damping: float) -> Tensor:
     """L with L L^T = `damp(H)`, lower triangular (m, m) in float64; for a diagonal H (m,), the
     diagonal of L. The identity for a full H that is zero."""

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from svdcli.linalg.damping import Moment, Root, damp
+from svdcli.linalg.damping import Moment, Root, upper_root
 from svdcli.linalg.packed import random_rotation
 from svdcli.linalg.rounding import (
     DAMPING_COLUMNS,
@@ -83,8 +83,7 @@ class ExpectedRounding:
 
         # what an error of one column, or row, counts once all those to come have made up for it
         self.column_order = inputs.diagonal().argsort(descending=True)
-        ordered = damp(inputs, DAMPING_COLUMNS)[self.column_order][:, self.column_order]
-        self.root = _upper_root(ordered)
+        self.root = upper_root(inputs, DAMPING_COLUMNS, self.column_order)
         self.columns = _in_order(self._column_pivots(), self.column_order)
         self.rows = _row_pivots(outputs, metric.outputs, w)
 
@@ -190,12 +189,6 @@ class ExpectedRounding:
         return self._coarse[grid]
 
 
-def _upper_root(moment: Tensor) -> Tensor:
-    """The upper triangular R (n, n) with R R^T = moment."""
-    root: Tensor = torch.linalg.cholesky(moment.flip(0, 1)).flip(0, 1)
-    return root
-
-
 def _in_order(ordered: Tensor, order: Tensor) -> Tensor:
     """What stands in an order, back in its places, along the first dimension."""
     back = torch.empty_like(ordered)
@@ -215,7 +208,7 @@ def _row_pivots(h: Moment | None, outputs: Moment | None, w: Tensor) -> Tensor:
     assert not isinstance(outputs, tuple)
     blocks = interleaved(h.shape[0], ROW_BLOCKS)
     order = torch.cat(blocks)
-    root = _upper_root(damp(outputs, DAMPING_ROWS)[order][:, order])
+    root = upper_root(outputs, DAMPING_ROWS, order)
     pivots = []
     start = 0
     for block in blocks:
@@ -233,14 +226,14 @@ def _turned_pivot(spectrum: Tensor, damping: float, blocks: int) -> float:
     size = len(values)
     rotation = random_rotation(size)
     turned = (rotation.T * values) @ rotation
+    turned.diagonal().add_(delta)
+    order = torch.arange(size)
     if blocks >= size:
         # columns one by one, those that count most first
         order = turned.diagonal().argsort(descending=True)
-        turned = turned[order][:, order]
-    turned.diagonal().add_(delta)
 
     # as for columns and rows of the layer, but damped less when errors are counted
-    root = _upper_root(turned)
+    root = upper_root(turned, 0.0, order)
     eye = torch.eye(size, dtype=torch.float64)
     inverse = torch.linalg.solve_triangular(root, eye, upper=True)
     number = torch.arange(size) * min(blocks, size) // size

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from svdcli.linalg.damping import Moment, damp, is_any, times_moment
+from svdcli.linalg.damping import damp, is_any, times_moment
 from svdcli.linalg.rounding import Grid, Rounded, rounded
 from svdcli.linalg.solvers import Factors
 from svdcli.linalg.whitening import Metric
@@ -44,10 +44,7 @@ def packed_factors(
     inputs = metric.inputs.to(torch.float64)
     if not inputs.any():
         inputs = torch.eye(w.shape[1], dtype=torch.float64, device=w.device)
-    h = None
-    if metric.outputs is not None and is_any(metric.outputs):
-        h = damp(metric.outputs, metric.damping)
-    passed_on = _passed_on(up, h)
+    passed_on = _passed_on(up, metric)
     down_rounded = rounded(down, grid, dtype, inputs, passed_on, transposed=transposed)
     stored = down_rounded.values(torch.float64)
     if transposed:
@@ -73,9 +70,11 @@ def random_rotation(size: int) -> Tensor:
     return rotation
 
 
-def _passed_on(up: Tensor, h: Moment | None) -> Tensor:
-    """up^T H up (r, r)."""
-    return up.T @ (up if h is None else times_moment(h, up))
+def _passed_on(up: Tensor, metric: Metric) -> Tensor:
+    """up^T H_d up (r, r)."""
+    if metric.outputs is None or not is_any(metric.outputs):
+        return up.T @ up
+    return up.T @ times_moment(damp(metric.outputs, metric.damping), up)
 
 
 def _least_squares(w: Tensor, down: Tensor, inputs: Tensor) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from svdcli.linalg.damping import Moment, damp, is_any, rows_of_blocks
+from svdcli.linalg.damping import Moment, damp, is_any, rows_of_blocks, upper_root
 
 # Largest magnitudes that are tried for a group, as a share of its own: clipping a few numbers makes
 # the steps of all others finer.
@@ -165,8 +165,7 @@ class _Feedback:
     def __init__(self, columns: Tensor, grid: Grid) -> None:
         self.grid = grid
         self.order = columns.diagonal().argsort(descending=True)
-        ordered = damp(columns, DAMPING_COLUMNS)[self.order][:, self.order]
-        self.spread = inverse_root(ordered).to(torch.float32)
+        self.spread = inverse_root(columns, DAMPING_COLUMNS, self.order).to(torch.float32)
 
     def codes(self, w: Tensor, steps: Tensor) -> Tensor:
         """Codes (m, n) int8 for w (m, n) and the step of each of its numbers."""
@@ -200,7 +199,7 @@ def _in_row_blocks(w: Tensor, steps: Tensor, rows: Tensor, feedback: _Feedback) 
     """Codes of w where H couples its rows."""
     blocks = interleaved(w.shape[0], ROW_BLOCKS)
     order = torch.cat(blocks)
-    spread = inverse_root(damp(rows, DAMPING_ROWS)[order][:, order])
+    spread = inverse_root(rows, DAMPING_ROWS, order)
     rest = w.to(torch.float64)[order]
 
     codes = torch.empty(w.shape, dtype=torch.int8, device=w.device)
@@ -228,15 +227,15 @@ def _consecutive(blocks: list[Tensor]) -> Iterator[slice]:
         start += block.shape[0]
 
 
-def inverse_root(moment: Tensor) -> Tensor:
-    """The upper triangular U (n, n) with U^T U = moment^-1. Raises torch.linalg.LinAlgError where
-    the moment is not positive definite."""
-    # A Cholesky factor of the moment in reverse order is an upper one, R R^T, and U = R^-1: no
-    # inverse is ever squared.
-    reversed_root = torch.linalg.cholesky(moment.flip(0, 1))
-    upper = reversed_root.flip(0, 1)
-    eye = torch.eye(moment.shape[0], dtype=moment.dtype, device=moment.device)
-    inverse: Tensor = torch.linalg.solve_triangular(upper, eye, upper=True)
+def inverse_root(moment: Tensor, damping: float, order: Tensor) -> Tensor:
+    """The upper triangular U (n, n) in float64 with U^T U the inverse of the damped moment, rows
+    and columns in this order. Raises torch.linalg.LinAlgError where that is not positive
+    definite."""
+    # U = R^-1 for R R^T = the moment: no inverse is ever squared
+    upper = upper_root(moment, damping, order)
+    inverse = torch.zeros_like(upper).mT
+    inverse.diagonal().fill_(1)
+    torch.linalg.solve_triangular(upper, inverse, upper=True, out=inverse)
     return inverse
 
 
