@@ -20,6 +20,7 @@ from svdcli.engine.solve import bias_of, largest_of, read_weight, work_dtype
 from svdcli.files.dtypes import TORCH_DTYPES
 from svdcli.files.source import Source
 from svdcli.linalg.damping import blocks_of
+from svdcli.linalg.machine import placed_on
 from svdcli.linalg.solvers import squared_singular_values
 from svdcli.linalg.whitening import weighted_energies
 from svdcli.plan.decide import LayerSpectrum
@@ -129,7 +130,7 @@ def run_spectrum_job(job: SpectrumJob) -> Line:
     metric, moments, loss = _metric_of(opened.calibration, names)
     biases = [bias_of(opened.source, tensor, moments) for tensor in job.originals]
     refits = None not in biases
-    weight = read_weight(opened.source, job.originals)
+    weight = placed_on(read_weight(opened.source, job.originals), torch.device(job.device))
 
     with solving(job.device):
         spectrum = measure_spectrum(
