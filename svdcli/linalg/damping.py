@@ -51,6 +51,11 @@ def each(moment: _Kind, change: Callable[[Tensor], Tensor]) -> _Kind:
     return change(moment)  # type: ignore[return-value]
 
 
+def diagonal_of(moment: Tensor) -> Tensor:
+    """The diagonal (m,) of H (m, m), or of one that is given by it."""
+    return moment.diagonal() if moment.ndim == 2 else moment
+
+
 def is_any(moment: Moment) -> bool:
     """Does a moment say anything: one that is zero throughout does not."""
     if isinstance(moment, tuple):
@@ -58,12 +63,13 @@ def is_any(moment: Moment) -> bool:
     return bool(moment.any())
 
 
-def times_moment(moment: Moment, x: Tensor) -> Tensor:
-    """H x for x (m, n)."""
+def times_damped(moment: Moment, damping: float, x: Tensor) -> Tensor:
+    """H_d x for x (m, n) and H_d = `damp(H)`, of which one block at a time is in memory."""
     if isinstance(moment, tuple):
         parts = zip(moment, rows_of_blocks(moment), strict=True)
-        return torch.cat([times_moment(block, x[at]) for block, at in parts])
-    return moment @ x if moment.ndim == 2 else moment[:, None] * x
+        return torch.cat([times_damped(block, damping, x[at]) for block, at in parts])
+    damped = damp(moment, damping)
+    return damped @ x if damped.ndim == 2 else damped[:, None] * x
 
 
 def damp(moment: _Kind, damping: float) -> _Kind:
@@ -121,18 +127,21 @@ class Root:
     blocks: tuple[tuple[slice, Root], ...] = ()
 
     @staticmethod
-    def of(h: Moment | None, damping: float) -> Root:
-        """The root of H (m, m) or (m,), or in blocks, which has that damping in it; None is the
-        identity. Raises torch.linalg.LinAlgError where H is found indefinite."""
-        if h is None:
+    def of(moment: Moment | None, damping: float) -> Root:
+        """The root of `damp(H)` for H (m, m) or (m,), or in blocks; None is the identity. Raises
+        torch.linalg.LinAlgError where H is found indefinite."""
+        if moment is None:
             return Root()
-        if isinstance(h, tuple):
-            roots = [Root.of(block, damping) for block in h]
-            return Root(blocks=tuple(zip(rows_of_blocks(h), roots, strict=True)))
+        if isinstance(moment, tuple):
+            roots = [Root.of(block, damping) for block in moment]
+            return Root(blocks=tuple(zip(rows_of_blocks(moment), roots, strict=True)))
+        h = damp(moment, damping)
         if h.ndim == 1:
             return Root(scale=h.sqrt())
         if damping >= CHOLESKY_DAMPING:
-            return Root(triangle=torch.linalg.cholesky(h, upper=True))
+            # the transpose, equal to it, is in LAPACK's order: the factor takes its place
+            torch.linalg.cholesky(h.mT, upper=True, out=h.mT)
+            return Root(triangle=h.mT)
         values, vectors = torch.linalg.eigh(h)
         noise = values[-1] * h.shape[0] * torch.finfo(torch.float64).eps
         return Root(scale=torch.where(values > noise, values, 0.0).sqrt(), vectors=vectors)

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from svdcli.linalg.damping import Moment, Root, upper_root
+from svdcli.linalg.damping import Moment, Root, damp, diagonal_of, upper_root
 from svdcli.linalg.packed import random_rotation
 from svdcli.linalg.rounding import (
     DAMPING_COLUMNS,
@@ -78,14 +78,14 @@ class ExpectedRounding:
         if inputs is None:
             inputs = torch.eye(w.shape[1], dtype=torch.float64, device=w.device)
         self.w, self.inputs, self.outputs = w.to(torch.float64), inputs, outputs
-        self.dtype, self.transposed = dtype, transposed
+        self.damping, self.dtype, self.transposed = metric.damping, dtype, transposed
         self._coarse: dict[Grid, float] = {}
 
         # what an error of one column, or row, counts once all those to come have made up for it
         self.column_order = inputs.diagonal().argsort(descending=True)
         self.root = upper_root(inputs, DAMPING_COLUMNS, self.column_order)
         self.columns = _in_order(self._column_pivots(), self.column_order)
-        self.rows = _row_pivots(outputs, metric.outputs, w)
+        self.rows = _row_pivots(outputs, metric.damping, w)
 
         # what rotated factors meet
         self._look_at_spectrum(grids, Root.of(outputs, metric.damping))
@@ -153,8 +153,8 @@ class ExpectedRounding:
         if self.transposed:
             stored, weights = self.w.T, self.outputs
             assert not isinstance(weights, tuple)  # layers of a group are not transposed
-            if weights is not None and weights.ndim == 2:
-                weights = weights.diagonal()
+            if weights is not None:
+                weights = damp(diagonal_of(weights), self.damping)
             scales = searched_scales(stored, grid, self.dtype, weights)
             return by_column(scales.to(torch.float64), grid, stored).T[chosen]
         some = self.w[chosen]
@@ -196,17 +196,16 @@ def _in_order(ordered: Tensor, order: Tensor) -> Tensor:
     return back
 
 
-def _row_pivots(h: Moment | None, outputs: Moment | None, w: Tensor) -> Tensor:
-    """What an error of each row (m,) counts; h is H_d, outputs H. Rows of one block make up for
-    nothing of each other."""
-    if h is None or outputs is None:
+def _row_pivots(outputs: Moment | None, damping: float, w: Tensor) -> Tensor:
+    """What an error of each row (m,) counts; outputs is H. Rows of one block make up for nothing of
+    each other."""
+    if outputs is None:
         return torch.ones(w.shape[0], dtype=torch.float64, device=w.device)
-    if isinstance(h, tuple):
-        return torch.cat([_row_pivots(*both, w) for both in zip(h, outputs, strict=True)])
-    if h.ndim == 1:
-        return h
-    assert not isinstance(outputs, tuple)
-    blocks = interleaved(h.shape[0], ROW_BLOCKS)
+    if isinstance(outputs, tuple):
+        return torch.cat([_row_pivots(block, damping, w) for block in outputs])
+    if outputs.ndim == 1:
+        return damp(outputs, damping)
+    blocks = interleaved(len(outputs), ROW_BLOCKS)
     order = torch.cat(blocks)
     root = upper_root(outputs, DAMPING_ROWS, order)
     pivots = []

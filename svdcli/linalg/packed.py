@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from svdcli.linalg.damping import damp, is_any, times_moment
+from svdcli.linalg.damping import damp, is_any, times_damped
 from svdcli.linalg.rounding import Grid, Rounded, rounded
 from svdcli.linalg.solvers import Factors
 from svdcli.linalg.whitening import Metric
@@ -74,7 +74,7 @@ def _passed_on(up: Tensor, metric: Metric) -> Tensor:
     """up^T H_d up (r, r)."""
     if metric.outputs is None or not is_any(metric.outputs):
         return up.T @ up
-    return up.T @ times_moment(damp(metric.outputs, metric.damping), up)
+    return up.T @ times_damped(metric.outputs, metric.damping, up)
 
 
 def _least_squares(w: Tensor, down: Tensor, inputs: Tensor) -> tuple[Tensor, Tensor]:

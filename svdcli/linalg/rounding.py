@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from svdcli.linalg.damping import Moment, damp, is_any, rows_of_blocks, upper_root
+from svdcli.linalg.damping import Moment, damp, diagonal_of, is_any, rows_of_blocks, upper_root
 
 # Largest magnitudes that are tried for a group, as a share of its own: clipping a few numbers makes
 # the steps of all others finer.
@@ -138,16 +138,12 @@ def rounded(
     # what the numbers of a group weigh beside each other; rows that H hardly tells of count too
     weights: Tensor | None = columns.diagonal()
     if transposed:
-        weights = None if rows is None else damp(_diagonal(rows), DAMPING_ROWS)
+        weights = None if rows is None else damp(diagonal_of(rows), DAMPING_ROWS)
     scales = searched_scales(stored, grid, dtype, weights)
 
     steps = by_column(scales.to(torch.float32), grid, stored)
     codes = _codes(w, steps.T if transposed else steps, grid, columns, rows)
     return Rounded(codes.T.contiguous() if transposed else codes, scales, grid)
-
-
-def _diagonal(moment: Tensor) -> Tensor:
-    return moment.diagonal() if moment.ndim == 2 else moment
 
 
 def _codes(w: Tensor, steps: Tensor, grid: Grid, columns: Tensor, rows: Tensor | None) -> Tensor:

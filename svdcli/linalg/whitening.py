@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from svdcli.linalg.balance import equal_norms
-from svdcli.linalg.damping import Moment, Root, blocks_of, damp, height, is_any, times_moment
+from svdcli.linalg.damping import Moment, Root, blocks_of, height, is_any, times_damped
 from svdcli.linalg.machine import gram_eigenvalues, gram_eigh
 from svdcli.linalg.solvers import Factors
 
@@ -59,7 +59,6 @@ def weighted(w: Tensor, rank: int, metric: Metric) -> Factors:
         raise ValueError(f"rank {rank} is not in 1 .. {min(w.shape)}")
     inputs, outputs = counted_moments(w, metric)
     root = Root.of(outputs, metric.damping)
-    del outputs
 
     # U and S^2 of K W G W^T K^T, on the short side of K W
     basis, short = None, root.times(w.to(torch.float64))
@@ -104,7 +103,7 @@ def weighted_error(w: Tensor, approx: Tensor, metric: Metric) -> float:
     difference = w.to(torch.float64) - approx.to(torch.float64)
     right = difference if inputs is None else difference @ inputs
     if outputs is not None:
-        difference = times_moment(outputs, difference)
+        difference = times_damped(outputs, metric.damping, difference)
     return max(0.0, float((right * difference).sum()))
 
 
@@ -121,7 +120,7 @@ def refit_bias(w: Tensor, approx: Tensor, mean: Tensor, bias: Tensor | None) -> 
 
 
 def counted_moments(w: Tensor, metric: Metric) -> tuple[Tensor | None, Moment | None]:
-    """G and H_d in float64, None where the identity stands for them."""
+    """G in float64 and H as it is, None where the identity stands for them."""
     m, n = w.shape
     g, h = metric.inputs, metric.outputs
     sizes = [] if h is None else [tuple(block.shape) for block in blocks_of(h)]
@@ -133,6 +132,4 @@ def counted_moments(w: Tensor, metric: Metric) -> tuple[Tensor | None, Moment | 
     if not metric.damping >= 0:
         raise ValueError(f"damping {metric.damping} is negative")
     inputs = g.to(torch.float64) if g.any() else None
-    if h is None or not is_any(h):
-        return inputs, None
-    return inputs, damp(h, metric.damping)
+    return inputs, None if h is None or not is_any(h) else h
