@@ -32,11 +32,14 @@ def _compiled_anew() -> Iterator[None]:
         dynamo.reset()
 
 
-@pytest.fixture(autouse=True, scope="session")
-def _few_threads() -> None:
-    """Tiny matrices gain nothing from threads, and results stay the same on every machine."""
+@pytest.fixture(autouse=True)
+def _few_threads() -> Iterator[None]:
+    """Tiny matrices gain nothing from threads, and results stay the same on every machine, whatever
+    ran before."""
     import torch
 
+    torch.set_num_threads(1)
+    yield
     torch.set_num_threads(1)
 
 

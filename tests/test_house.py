@@ -24,7 +24,7 @@ OPTIONS = PACKAGE / "cli" / "options.py"
 # import nothing of ours, and `__init__` gives the names of all rooms without importing any.
 FLOORS = (
     {"version", "errors", "progress", "startup"},
-    {"plan", "linalg", "ranks"},
+    {"plan", "linalg", "ranks", "memory"},
     {"files"},
     {"models"},
     {"text"},

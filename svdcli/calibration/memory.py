@@ -1,14 +1,14 @@
-"""How much memory a model and its hidden states take, and how much is free."""
+"""How much memory a model and its hidden states take, and where there is room for them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from svdcli.memory import free_memory
 from svdcli.models.modules import PackedLinear, is_linear, numbers_of
 from svdcli.text.tokens import Batch
 
@@ -103,15 +103,3 @@ def room_for_states(
     host = torch.device("cpu")
     room_there = int(SHARE_OF_MEMORY * memory_for(host, sharers))
     return (host, room_there) if room_there > room else (device, room)
-
-
-def free_memory() -> int:
-    """Return the bytes of memory that can be had without swapping, where the system tells; else 4
-    GB."""
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    except OSError:  # not Linux
-        pass
-    return 4 * 10**9

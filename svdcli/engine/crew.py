@@ -32,6 +32,7 @@ from svdcli.engine.executor import Local, Workers, attempted
 from svdcli.errors import SvdcliError
 from svdcli.files.source import Source
 from svdcli.files.workspace import SHARED
+from svdcli.memory import ROOM
 from svdcli.ranks import (
     PATIENCE,
     LostRankError,
@@ -68,7 +69,7 @@ def crew_of(compute: Compute) -> Iterator[Workers | Follower]:
     place = place_here()
     device = compute.start()
     if place is not None and place.size > 1:
-        with assembled(place) as team:
+        with ROOM.shared_by(place.local_size), assembled(place) as team:
             device = _own_device(device, place)
             # They may have been started again when all was done
             if team.ended_before() or not team.leads:
@@ -430,8 +431,11 @@ def _local_ranks(count: int, device: torch.device) -> Iterator[Crew]:
                 start_new_session=True,
             )
 
+    def comes(rank: int) -> bool:
+        return processes[rank].poll() is None
+
     try:
-        with assembled(place, start, lambda rank: processes[rank].poll() is None) as team:
+        with ROOM.shared_by(count), assembled(place, start, comes) as team:
             yield Crew(team, Local(device), processes)
     finally:
         for process in processes.values():
@@ -446,7 +450,7 @@ def serve(asked: str) -> None:
     torch.set_num_threads(threads)
     place = Place(rank=rank, size=size, local=rank, address="127.0.0.1", port=port)
     try:
-        with assembled(place) as team:
+        with ROOM.shared_by(size), assembled(place) as team:
             Follower(team, _own_device(device, place)).follow()
     except SvdcliError:
         os._exit(1)  # the process that started this one tells why

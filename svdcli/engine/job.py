@@ -18,6 +18,7 @@ from torch import Tensor
 
 from svdcli.calibration.moments import LayerMoments
 from svdcli.engine.executor import Local, solving
+from svdcli.engine.footprint import bytes_to_solve
 from svdcli.engine.inputs import Inputs, Opened, shared
 from svdcli.engine.packing import parts_of
 from svdcli.engine.run import Run
@@ -38,6 +39,7 @@ from svdcli.files.workspace import Workspace
 from svdcli.files.writer import Unit, WeightWriter, checksum_at, chunks_at, write_at
 from svdcli.linalg.layouts import CODECS
 from svdcli.linalg.machine import placed_on
+from svdcli.memory import ROOM
 from svdcli.plan.packing import PLAIN
 from svdcli.plan.plan import LayerPlan
 from svdcli.plan.tensors import TensorInfo
@@ -99,13 +101,25 @@ def run_job(job: Job) -> Line:
     if job.earlier is not None and _still_there(job, job.earlier):
         return job.earlier
     opened = job.inputs.open()
-    try:
-        loaded = load(job, opened)
-        with solving(job.device):
-            solved = solve(job, loaded, opened)
-    except LayerFailedError as error:
-        return {"unit": job.unit.name, "failed": str(error)}
-    return store(job, solved)
+    with ROOM.taking(_bytes(job)):
+        try:
+            loaded = load(job, opened)
+            with solving(job.device):
+                solved = solve(job, loaded, opened)
+        except LayerFailedError as error:
+            return {"unit": job.unit.name, "failed": str(error)}
+        return store(job, solved)
+
+
+def _bytes(job: Job) -> int:
+    """About how much memory a job takes; what is copied takes next to none."""
+    layer = job.layer
+    if job.unit.kind != "factor" or layer is None:
+        return 0
+    if layer.role:
+        return 2 * layer.tensor.nbytes  # a few rows of a table at a time
+    shapes = [tensor.shape for tensor in layer.originals]
+    return bytes_to_solve(shapes, layer.metric, rounding=layer.packing != PLAIN)
 
 
 def load(job: Job, opened: Opened) -> Loaded | None:

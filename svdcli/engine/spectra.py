@@ -12,6 +12,7 @@ from torch import Tensor
 from svdcli.calibration.moments import LayerMoments, metric_of
 from svdcli.engine.calibrated import Calibration
 from svdcli.engine.executor import solving
+from svdcli.engine.footprint import bytes_to_solve
 from svdcli.engine.inputs import Inputs, Opened, shared
 from svdcli.engine.job import Line, guess_seconds
 from svdcli.engine.packing import expected_roundings
@@ -23,6 +24,7 @@ from svdcli.linalg.damping import blocks_of
 from svdcli.linalg.machine import placed_on
 from svdcli.linalg.solvers import squared_singular_values
 from svdcli.linalg.whitening import weighted_energies
+from svdcli.memory import ROOM
 from svdcli.plan.decide import LayerSpectrum
 from svdcli.plan.groups import Group
 from svdcli.plan.menus import Rounding, Trial, trials_of
@@ -117,17 +119,40 @@ class SpectrumJob:
 def run_spectrum_job(job: SpectrumJob) -> Line:
     """What the spectrum of one layer is, as a line of the journal; that of an earlier run where it
     says enough."""
-    earlier, name = job.earlier, job.tensor.name
+    earlier = job.earlier
     if earlier is not None:
         lacks_spectrum = earlier["energies"] is None and earlier["finite"]
         lacks_roundings = bool(job.trials) and earlier["finite"] and "roundings" not in earlier
         if not (job.spectra and lacks_spectrum) and not lacks_roundings:
             return earlier
 
-    # the weight, and the metric it is measured in
+    # one after the other, where the memory holds no more
     opened = job.inputs.open()
+    metric = _metric_of(opened.calibration, [tensor.name for tensor in job.originals])
+    need = 0
+    if job.spectra:
+        shapes = [tensor.shape for tensor in job.originals]
+        need = bytes_to_solve(shapes, metric, rounding=bool(job.trials))
+    with ROOM.taking(need):
+        return _measured(job, opened, metric)
+
+
+def _metric_of(calibration: Calibration | None, names: Sequence[str]) -> str:
+    """The metric of a layer or group, as far as the calibration has one for all of it."""
+    if calibration is None:
+        return ""
+    metrics = {calibration.metric_name(name) for name in names}
+    return max(metrics, key=METRICS.index) if "" not in metrics else ""
+
+
+def _measured(job: SpectrumJob, opened: Opened, metric: str) -> Line:
+    """The weights of a job, measured in this metric."""
+    # what the calibration has of them
     names = [tensor.name for tensor in job.originals]
-    metric, moments, loss = _metric_of(opened.calibration, names)
+    moments, loss = None, None
+    if opened.calibration is not None and metric:
+        moments = opened.calibration.of_stack(names, metric)
+        loss = opened.calibration.loss_scale(names[0], metric) if len(names) == 1 else None
     biases = [bias_of(opened.source, tensor, moments) for tensor in job.originals]
     refits = None not in biases
     weight = placed_on(read_weight(opened.source, job.originals), torch.device(job.device))
@@ -143,7 +168,7 @@ def run_spectrum_job(job: SpectrumJob) -> Line:
             dtype=job.dtype,
         )
     line: Line = {
-        "measured": name,
+        "measured": job.tensor.name,
         "finite": spectrum.finite,
         "energies": spectrum.energies,
         "metric": metric,
@@ -153,21 +178,6 @@ def run_spectrum_job(job: SpectrumJob) -> Line:
     if job.trials and spectrum.finite:
         line["roundings"] = [rounding.share for rounding in spectrum.roundings]
     return line
-
-
-def _metric_of(
-    calibration: Calibration | None, names: Sequence[str]
-) -> tuple[str, LayerMoments | None, float | None]:
-    """(the metric of a layer or group, its moments, its measured loss scale), as far as the
-    calibration has them."""
-    if calibration is None:
-        return "", None, None
-    metrics = {calibration.metric_name(name) for name in names}
-    metric = max(metrics, key=METRICS.index) if "" not in metrics else ""
-    if not metric:
-        return "", None, None
-    loss = calibration.loss_scale(names[0], metric) if len(names) == 1 else None
-    return metric, calibration.of_stack(names, metric), loss
 
 
 def measure_spectra(

@@ -30,6 +30,7 @@ from svdcli.files.checkpoint import STANDARD, Checkpoint, open_checkpoint
 from svdcli.files.record import record_of
 from svdcli.files.report import SOLVERS_FAILED, read_report
 from svdcli.files.workspace import MOMENTS, Workspace
+from svdcli.memory import free_memory
 from svdcli.plan.budget import missed_target
 from svdcli.plan.plan import Plan
 from svdcli.plan.recipe import WANTED, Recipe, Wanted, recipe_for, recipe_to_json
@@ -214,7 +215,6 @@ def _evaluate_output(
 ) -> tuple[Evaluation | None, str]:
     """(how far the output is from the original on the held-out text, why that could not be
     evaluated)."""
-    from svdcli.calibration.memory import free_memory
     from svdcli.verbs.evaluate import evaluate
 
     # Both models are loaded at once, and in float32 a 16-bit one takes twice its bytes
