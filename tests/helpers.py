@@ -286,6 +286,7 @@ def cli(
     return Finished(int(code or 0), out.buffer.getvalue(), err.buffer.getvalue().decode())
 
 
+_ENVIRONMENT = dict(os.environ)
 _FORKED = multiprocessing.get_context("forkserver")
 _FORKED.set_forkserver_preload(
     ["torch", "transformers.modeling_utils", "peft", "torchao.quantization"]
@@ -311,7 +312,9 @@ class Forked:
             stream.touch()
         how = (code, list(arguments), folder, dict(environment), self._streams)
         self._process = _FORKED.Process(target=_run_forked, args=how)
-        self._process.start()
+        # the first one starts the process that all are forked from: not in what a test has set
+        with mock.patch.dict(os.environ, _ENVIRONMENT, clear=True):
+            self._process.start()
         self._done: Finished | None = None
 
     @property
