@@ -6,6 +6,7 @@ what takes more is killed, not refused.
 
 from __future__ import annotations
 
+import errno
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -58,6 +59,15 @@ def _left_in(group: Path) -> Iterator[int]:
                 if line.startswith(f"{cached} "):
                     left += int(line.split()[1])
             yield max(0, left)
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Tell whether an error says that memory was too little: libraries say so in many classes."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's
+        return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    return isinstance(error, RuntimeError) and "allocate memory" in str(error)
 
 
 class Room:

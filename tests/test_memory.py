@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -15,8 +16,9 @@ import torch
 from helpers import contents
 
 import svdcli
+from svdcli.cli.process import explain
 from svdcli.engine import job
-from svdcli.memory import ROOM, Room, free_memory
+from svdcli.memory import ROOM, Room, free_memory, is_out_of_memory
 
 GB = 10**9
 FILE = "model.safetensors"
@@ -72,6 +74,26 @@ def test_the_least_that_the_machine_and_its_groups_leave(
     files: Mapping[str, str], free: int, tmp_path: Path
 ) -> None:
     assert free_memory(laid_out(tmp_path, files)) == free
+
+
+@pytest.mark.parametrize(
+    ("error", "is_it"),
+    [
+        (MemoryError(), True),
+        (torch.OutOfMemoryError("CUDA out of memory"), True),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), True),
+        (RuntimeError("unable to mmap 9 bytes from file <a>: Cannot allocate memory (12)"), True),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), True),
+        (OSError(errno.ENOENT, "No such file"), False),
+        (RuntimeError("expected a matrix"), False),
+        (ValueError("can't allocate memory"), False),
+    ],
+)
+def test_ways_to_say_that_memory_is_short(error: Exception, is_it: bool) -> None:
+    assert is_out_of_memory(error) == is_it
+    line, code = explain(error)
+    assert line.startswith("out of memory; ") == is_it
+    assert code == 1
 
 
 def test_what_is_taken_never_exceeds_what_is_free_but_for_one_alone() -> None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from svdcli.errors import FAILED, INTERRUPTED, SvdcliError, printable
+from svdcli.memory import is_out_of_memory
 from svdcli.ranks import FollowedError, LostRankError, leads_here
 
 if TYPE_CHECKING:
@@ -81,6 +82,8 @@ def explain(error: Exception) -> tuple[str, int]:
         return " ".join(f"{error.format_message().rstrip('.')}; see --help".split()), int(
             getattr(error, "exit_code", 2)
         )
+    if is_out_of_memory(error):
+        return "out of memory; free some, or try a machine with more", FAILED
     if isinstance(error, OSError):
         return (
             f"{error.filename or 'input or output'}: {error.strerror or error}; check the path "
@@ -89,8 +92,6 @@ def explain(error: Exception) -> tuple[str, int]:
         )
     if isinstance(error, UnicodeDecodeError):
         return f"the text is not UTF-8 ({error.reason}); convert it first", FAILED
-    if isinstance(error, MemoryError):
-        return "out of memory; try a machine with more, or --exclude the largest layer", FAILED
     return (
         f"{type(error).__name__}: {' '.join(str(error).split())}; SVDCLI_DEBUG=1 shows where",
         FAILED,

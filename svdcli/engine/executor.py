@@ -18,6 +18,7 @@ import torch
 
 from svdcli.files.source import Source
 from svdcli.linalg.machine import keep_temporaries, keeping_temporaries, return_freed_memory
+from svdcli.memory import is_out_of_memory
 
 Item = TypeVar("Item")
 Answer = TypeVar("Answer")
@@ -180,14 +181,6 @@ def attempted(
             where = f"{error.filename}: " if error.filename else ""
             trouble = f"{where}{error.strerror}, once; it passed when tried again"
         time.sleep(pause)
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Tell whether an error says that memory was too little: torch has no class for that on a
-    CPU."""
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-        return True
-    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
 
 
 def _tell(done: Callable[[Answer], None], future: Future[tuple[Answer, str]]) -> None:
