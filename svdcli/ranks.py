@@ -23,7 +23,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from svdcli.errors import FAILED, INTERRUPTED, SvdcliError
+from svdcli.errors import FAILED, INTERRUPTED, SvdcliError, UsageError
 
 if TYPE_CHECKING:
     from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]
@@ -34,6 +34,9 @@ PATIENCE = 30.0  # without a sign of life, until a rank counts as lost
 TO_TELL = 10.0  # for rank 0 to tell an error of another, or for others to hear the end
 TO_ASSEMBLE = 300.0  # for all ranks to start, import torch and meet
 _POLL = 0.02
+
+# Who started this process, before that can be gone
+_PARENT = os.getppid()
 
 # How often this process has met others: a program may do several things one after the other
 _meetings = itertools.count()
@@ -59,7 +62,9 @@ class FollowedError(SvdcliError):
 @dataclass(frozen=True)
 class Place:
     """Which rank this process is: `rank` of `size`, the `local`-th of `local_size` on its
-    machine. address and port are the store's, which an elastic agent keeps, or else rank 0."""
+    machine. address and port are the store's, which an elastic agent keeps, or else rank 0. parent
+    is the process that started this one and outlives it, an agent or the one that leads; 0 where
+    that may end before, as a shell does."""
 
     rank: int
     size: int
@@ -68,6 +73,7 @@ class Place:
     port: int
     agents_store: bool = False
     local_size: int = 1
+    parent: int = 0
 
     @property
     def leads(self) -> bool:
@@ -88,6 +94,7 @@ def place_here() -> Place | None:
         port=int(environment["MASTER_PORT"]),
         agents_store=environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
         local_size=int(environment.get("LOCAL_WORLD_SIZE", "1")),
+        parent=_PARENT if "TORCHELASTIC_RUN_ID" in environment else 0,
     )
 
 
@@ -151,6 +158,18 @@ class Team:
                 return value
             self.check_alive(rank)
             time.sleep(_POLL)
+
+    def check_same(self, asked: str) -> None:
+        """See on rank 0 that every rank was asked for the same; those that are lost cannot tell.
+        Raises UsageError for the first that was not."""
+        self.put(f"asked/{self.place.rank}", asked.encode())
+        for rank in range(1, self.place.size) if self.leads else ():
+            with suppress(LostRankError):
+                if self.wait(f"asked/{rank}", rank).decode() != asked:
+                    raise UsageError(
+                        f"rank {rank} was asked for something else than rank 0",
+                        "start all ranks with the same command",
+                    )
 
     # Signs of life
 
@@ -328,7 +347,7 @@ def assembled(
     a rank may still come: rank 0 begins without one that does not. Raises LostRankError where one
     that may does not.
     """
-    with _one_line():
+    with _one_line(), _ending_with(place.parent):
         store = _store_of(place)
         started(store.port)
         number = next(_meetings)
@@ -336,6 +355,26 @@ def assembled(
         team = _lead(place, store, number, comes) if leads else _follow(place, store, number)
     with team.beating():
         yield team
+
+
+@contextmanager
+def _ending_with(parent: int) -> Iterator[None]:
+    """End this process when its parent does: nobody would come to a meeting that it called, and
+    torch goes on looking for its store for minutes."""
+    over = threading.Event()
+
+    def watch() -> None:
+        while not over.wait(BEAT):
+            if os.getppid() != parent:
+                os.write(2, b"svdcli: error: the process that started this rank is gone\n")
+                os._exit(FAILED)
+
+    if parent:
+        threading.Thread(target=watch, daemon=True).start()
+    try:
+        yield
+    finally:
+        over.set()
 
 
 def _store_of(place: Place) -> TCPStore:

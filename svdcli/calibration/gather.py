@@ -152,9 +152,7 @@ class _Round:
         rows = without_padding(values.float(), self.mask)
         # One sum instead of a mask: a single NaN or infinity shows in it
         if not bool(torch.isfinite(rows.sum())):
-            raise NotFiniteError(
-                f"{name} meets NaN or infinity", "try another text, or --device cpu"
-            )
+            raise NotFiniteError(f"{name} meets NaN or infinity")
         return rows
 
 

@@ -79,9 +79,7 @@ class ModelLoss:
         # The gradient of a cross entropy at its logits: the predictions, less 1 at the label
         gradient = logits.detach().float().softmax(-1)
         if not bool(torch.isfinite(gradient.sum())):
-            raise NotFiniteError(
-                "the model answers with NaN or infinity", "try another text, or --device cpu"
-            )
+            raise NotFiniteError("the model answers with NaN or infinity")
         flat = gradient.view(-1, gradient.shape[-1])
         labels = torch.multinomial(flat.cpu(), 1, generator=generator).to(flat.device)
         flat.scatter_add_(1, labels, torch.full_like(labels, -1, dtype=flat.dtype))

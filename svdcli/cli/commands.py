@@ -664,6 +664,11 @@ def _tell_calibrated(calibrated: Calibrated, json_: bool, quiet: bool) -> None:
             f"wrote {calibrated.path}: {calibrated.layers} layers, {calibrated.inputs} distinct "
             f"inputs, {words.human(calibrated.bytes, 'B')}"
         )
+        if calibrated.tokens < calibrated.widest and not calibrated.part:
+            print_note(
+                f"{calibrated.tokens} tokens are fewer than the {calibrated.widest} inputs of a "
+                "layer: what compresses with this loses more than predicted"
+            )
         for name in calibrated.uncalibrated[:3]:
             print_note(
                 f"{printable(name)} saw no input, and stays dense when compress uses this "

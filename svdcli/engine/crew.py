@@ -63,25 +63,47 @@ class _Answered:
 
 
 @contextmanager
-def crew_of(compute: Compute) -> Iterator[Workers | Follower]:
+def crew_of(compute: Compute, asked: str = "") -> Iterator[Workers | Follower]:
     """The workers of a run, on the process that leads it; on every other one what has only to
-    `follow`. An error of the first ends all of them."""
+    `follow`. An error of the first ends all of them, and so does a rank that was not `asked` for
+    the same."""
     place = place_here()
     device = compute.start()
     if place is not None and place.size > 1:
         with ROOM.shared_by(place.local_size), assembled(place) as team:
             device = _own_device(device, place)
             # They may have been started again when all was done
-            if team.ended_before() or not team.leads:
+            if team.ended_before():
+                yield Follower(team, device)
+            elif not team.leads:
+                team.check_same(asked)
                 yield Follower(team, device)
             else:
                 with team.sharing_errors():
+                    team.check_same(asked)
                     yield Crew(team, Local(device))
-    elif compute.jobs is not None and compute.jobs > 1:
-        with _local_ranks(compute.jobs, device) as crew, crew.team.sharing_errors():
+    elif (jobs := _processes(compute.jobs, device)) > 1:
+        with _local_ranks(jobs, device) as crew, crew.team.sharing_errors():
+            if jobs != compute.jobs:
+                crew.told.append(f"--jobs {compute.jobs}: {jobs} processes, one for each core")
             yield crew
     else:
         yield Local(device)
+
+
+def _processes(asked: int | None, device: torch.device) -> int:
+    """How many processes share the jobs: of those that were asked for one for each core that this
+    one may use, where cores compute."""
+    wanted = asked or 1
+    if device.type != "cpu":
+        return wanted
+    return min(wanted, _cores())
+
+
+def _cores() -> int:
+    if hasattr(os, "sched_getaffinity"):  # not everywhere
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _own_device(device: torch.device, place: Place) -> torch.device:
@@ -420,7 +442,7 @@ def _local_ranks(count: int, device: torch.device) -> Iterator[Crew]:
     def start(port: int) -> None:
         for rank in range(1, count):
             other = replace(place, rank=rank, local=rank, port=port)
-            asked = json.dumps([other.rank, count, port, threads, str(device)])
+            asked = json.dumps([other.rank, count, port, threads, str(device), os.getpid()])
             begin = f"from {__name__} import serve; serve({asked!r})"
             # of a session of its own: an interrupt of the terminal is for the one that leads
             processes[rank] = subprocess.Popen(
@@ -445,10 +467,10 @@ def _local_ranks(count: int, device: torch.device) -> Iterator[Crew]:
 
 def serve(asked: str) -> None:
     """Be one of those processes."""
-    rank, size, port, threads, name = json.loads(asked)
+    rank, size, port, threads, name, parent = json.loads(asked)
     device = torch.device(name)
     torch.set_num_threads(threads)
-    place = Place(rank=rank, size=size, local=rank, address="127.0.0.1", port=port)
+    place = Place(rank=rank, size=size, local=rank, address="127.0.0.1", port=port, parent=parent)
     try:
         with ROOM.shared_by(size), assembled(place) as team:
             Follower(team, _own_device(device, place)).follow()

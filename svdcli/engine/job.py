@@ -130,7 +130,7 @@ def load(job: Job, opened: Opened) -> Loaded | None:
     moments = None if opened.calibration is None else opened.calibration.of(job.layer)
     weight = read_weight(opened.source, job.layer.originals)
     if not job.layer.role and largest_of(weight) is None:  # a table would stay dense
-        check_finite([tensor.name for tensor in job.layer.originals])
+        check_finite([tensor.name for tensor in job.layer.originals], opened.source.shown)
     on_device = opened.ready is None and job.layer.packing == PLAIN
     placed = placed_on(weight, torch.device(job.device)) if on_device else weight
     return Loaded(weight, moments, placed)

@@ -78,7 +78,7 @@ def _solve_table(w: Tensor, layer: LayerPlan) -> tuple[tuple[Tensor, ...], Resul
         lost.append(squared_norm(rows - strip.values(torch.float32)))
         energy.append(squared_norm(rows))
     total = math.fsum(energy)
-    relative = math.sqrt(math.fsum(lost) / total) if total > 0 else 0.0
+    relative = 0.0 if total == 0 else math.sqrt(math.fsum(lost) / total)  # NaN stays NaN
     stored = tuple(torch.cat(parts) for parts in zip(*strips, strict=True))
     return stored, Result(relative, layer.solver, (), 1.0)
 

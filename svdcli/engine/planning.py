@@ -223,7 +223,7 @@ def make_plan(run: Run, checkpoint: Checkpoint, request: Request, name: str | No
         measured[name] = replace(measured[name], misfit=kinds.misfits[name])
     bad = [tensor.name for tensor in request.selected if not measured[tensor.name].finite]
     if recipe.nonfinite == "error":
-        check_finite(bad)
+        check_finite(bad, checkpoint.shown)
 
     # every rank, or the saved ones
     selected = {tensor.name for tensor in request.selected}

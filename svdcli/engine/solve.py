@@ -76,12 +76,13 @@ def largest_of(w: Tensor) -> float | None:
     return largest if math.isfinite(largest) and squares else None
 
 
-def check_finite(bad: Sequence[str]) -> None:
-    """Raise UnsoundError that names the weights that no solver takes."""
+def check_finite(bad: Sequence[str], shown: str) -> None:
+    """Raise UnsoundError that names the weights that no solver takes, of a source that is shown
+    so."""
     if bad:
         more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
         raise UnsoundError(
-            f"{UNSOUND} in {', '.join(bad[:3])}{more}",
+            f"{shown}: {UNSOUND} in {', '.join(bad[:3])}{more}",
             "leave such layers dense with --nonfinite skip, or --exclude them",
         )
 
@@ -251,7 +252,7 @@ def _relative_error(weight: Tensor, stored: tuple[Tensor, ...], layer: LayerPlan
     dtype = torch.float64 if wide else torch.float32
     work = weight.to(dtype)
     total = squared_norm(work)
-    if not total > 0:
+    if total == 0:
         return 0.0
     parts = parts_of(layer, stored)
     return math.sqrt(CODECS[layer.layout].residual(work, parts) / total)

@@ -486,9 +486,7 @@ class _Healer:
             energy += float(batch_energy)
         error, energy = self.replicas.total((error, energy))
         if not math.isfinite(error):
-            raise NotFiniteError(
-                f"{self.name} answers with NaN or infinity", "try another text, or --device cpu"
-            )
+            raise NotFiniteError(f"{self.name} answers with NaN or infinity")
         return error / max(energy, 1e-300)
 
 
@@ -555,9 +553,7 @@ class _Whole:
         distance /= rows
         loss = (1 - self.hard) * distance + self.hard * excess / rows
         if not math.isfinite(loss):
-            raise NotFiniteError(
-                "the model answers with NaN or infinity", "try another text, or --device cpu"
-            )
+            raise NotFiniteError("the model answers with NaN or infinity")
         return loss, distance
 
     def _means(self, batch: Batch) -> _Means:

@@ -162,6 +162,8 @@ def replicas_here(device: torch.device, *, compress: bool = False) -> Iterator[R
         return
 
     with assembled(place) as team:
+        with team.sharing_errors():
+            team.check_same("heal")
         replicas = Ranks(team, device, POWER_SGD if compress else PLAIN)
         try:
             with team.sharing_errors():

@@ -46,7 +46,8 @@ class Calibrated:
     side names the part of the model that read them, where it is not the whole. saw_few lists
     weights of experts that read fewer tokens than they have inputs, and lean on the average of
     their layer. precision is the dtype in which the model ran. Of one part, such as "2/8", these
-    are what it read alone; rounds of parts that were added up are all of theirs.
+    are what it read alone; rounds of parts that were added up are all of theirs. widest is the most
+    inputs that a layer has.
     """
 
     path: str
@@ -64,6 +65,7 @@ class Calibrated:
     saw_few: tuple[str, ...] = ()
     precision: str = "float32"
     part: str = ""
+    widest: int = 0
 
     def to_json(self) -> dict[str, Any]:
         return {"svdcli_json": JSON_VERSION, "kind": "calibration"} | asdict(self)
@@ -282,7 +284,7 @@ def _calibrated(
     out: Path, sums: Sums, provenance: Provenance, rounds: int, side: str
 ) -> Calibrated:
     """Return what came of these sums, once they are written."""
-    keys = sums.keys()
+    keys, shapes = sums.keys(), sums.spool.shapes
     return Calibrated(
         path=str(out),
         layers=len(keys),
@@ -297,6 +299,7 @@ def _calibrated(
         seq_len=provenance.seq_len,
         side=side,
         precision=provenance.precision,
+        widest=max(shape[0] for key, shape in shapes.items() if key.startswith("mean.")),
     )
 
 
@@ -314,6 +317,8 @@ def calibrate_together(request: Request, team: Team) -> Calibrated:
         sharers=max(1, team.place.local_size),
     )
     request = replace(request, settings=settings)
+    with team.sharing_errors():
+        team.check_same("calibrate")
     with (
         team.sharing_errors(),
         together.clean_where_nothing_is_whole(),

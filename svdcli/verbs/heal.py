@@ -77,11 +77,11 @@ _PACKED_BLOCKS_SHARE = 0.1
 _SHARE_FOR_THE_WHOLE = 0.5  # of free memory
 _NOT_WHOLE = (
     "heal refined the blocks one by one and did not train the whole model: "
-    "that takes up to {needed}, and {limit} is {memory:.1f} GB"
+    "that takes up to {needed}, and {limit} is {memory:.3g} GB"
 )
 _SHARED = (
     "heal trained the whole model with its weights shared among {ranks} ranks (FSDP2): "
-    "that takes up to {needed}, and {limit} is {memory:.1f} GB"
+    "that takes up to {needed}, and {limit} is {memory:.3g} GB"
 )
 _NOT_COMPRESSED = (
     "gradients of weights that the ranks shared were sent as they are: PowerSGD has no part in that"
@@ -134,7 +134,7 @@ def heal(
         pair = _Pair(compressed, original, _plan_of(compressed, original))
         device = (compute or Compute()).start()
         sharing = replicas_here(device, compress=compress_gradients)
-        with weights_told(compressed, original), sharing as replicas:
+        with weights_told(original, compressed), sharing as replicas:
             if replicas.ended_before():
                 return replicas.ends_with(None)
             healer = _Heal(pair, texts, request, memory, replicas)
@@ -597,11 +597,11 @@ def _way_to_the_whole(
     # Every rank by itself, or all together
     if material.bytes_for_whole <= memory:
         return _Way(trained=True)
-    needed = f"{material.bytes_for_whole / 1e9:.1f} GB of memory"
+    needed = f"{material.bytes_for_whole / 1e9:.3g} GB of memory"
     fits = False
     if shared is not None:
         together = shared.bytes(replicas.size) + material.bytes_for_batch
-        needed += f" in one rank, {together / 1e9:.1f} GB in each where they share weights"
+        needed += f" in one rank, {together / 1e9:.3g} GB in each where they share weights"
         fits = together <= memory
     note = (_SHARED if fits else _NOT_WHOLE).format(
         needed=needed, limit=limit, memory=memory / 1e9, ranks=replicas.size

@@ -94,7 +94,8 @@ def spectrum(
         # Their squared singular values, all of them finite
         device = (compute or Compute()).start()
         spectra = measure_spectra(Run(checkpoint, device, progress), selected, spectra=True)
-        check_finite([name for name, layer in spectra.items() if not layer.finite])
+        bad = [name for name, layer in spectra.items() if not layer.finite]
+        check_finite(bad, checkpoint.shown)
 
         rows = []
         for tensor in selected:

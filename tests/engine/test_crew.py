@@ -4,23 +4,25 @@ are threads here, with a store of their own."""
 from __future__ import annotations
 
 import errno
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from helpers import run_code
 
 from svdcli import ranks
 from svdcli.engine import crew as module
 from svdcli.engine import executor
 from svdcli.engine.crew import Crew, Follower
 from svdcli.engine.executor import Local, attempted
-from svdcli.errors import SvdcliError
+from svdcli.errors import SvdcliError, UsageError
 from svdcli.ranks import FollowedError, LostRankError, Place, assembled
 
 CPU = torch.device("cpu")
@@ -324,3 +326,42 @@ def test_a_place_is_what_the_launcher_says(monkeypatch: pytest.MonkeyPatch) -> N
         monkeypatch.setenv(name, value)
     assert ranks.place_here() == Place(3, 4, 0, "a", 5)
     assert not ranks.leads_here()
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "run")
+    assert ranks.place_here() == Place(3, 4, 0, "a", 5, parent=os.getppid())
+
+
+@pytest.mark.parametrize("asked", ["the same", "something else"])
+def test_ranks_that_were_asked_for_something_else_are_told_of(asked: str) -> None:
+    def follow(follower: Follower) -> Any:
+        follower.team.check_same(asked)
+        return follower.follow()
+
+    with crew_of(follow) as (crew, others), ExitStack() as stack:
+        if asked == "something else":
+            stack.enter_context(pytest.raises(UsageError, match="rank 1 was asked for something"))
+        with crew.team.sharing_errors():
+            crew.team.check_same("the same")
+            crew.end("done")
+    others[0].thread.join(20)
+    if asked == "the same":
+        assert others[0].answer == "done"
+    else:
+        assert isinstance(others[0].error, FollowedError)
+
+
+def test_a_rank_ends_with_the_process_that_started_it_while_ranks_meet(tmp_path: Path) -> None:
+    code = "import os, time; from svdcli import ranks\n"
+    code += "with ranks._ending_with(os.getppid() + {}):\n    time.sleep({})"
+    done = run_code(code.format(0, 1.5), folder=tmp_path)
+    assert (done.code, done.err) == (0, "")
+    done = run_code(code.format(1, 60), folder=tmp_path)
+    assert (done.code, done.err) == (
+        1,
+        "svdcli: error: the process that started this rank is gone\n",
+    )
+
+
+def test_there_are_no_more_processes_than_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_cores", lambda: 4)
+    assert [module._processes(jobs, CPU) for jobs in (None, 1, 3, 4, 99)] == [1, 1, 3, 4, 4]
+    assert module._processes(8, torch.device("cuda")) == 8

@@ -547,7 +547,7 @@ def test_nan_is_told_by_the_weight_that_holds_it(name: str, factored: Pair, tmp_
         factored[0], tmp_path / "m", lambda tensors: tensors[name].view(-1)[-900:].fill_(torch.nan)
     )
     svdcli.compress(teacher, tmp_path / "small", svdcli.Recipe("keep", 0.4))
-    with pytest.raises(BadCheckpointError, match=f"small: {name} holds NaN"):
+    with pytest.raises(BadCheckpointError, match=f"m: {name} holds NaN"):
         svdcli.heal(tmp_path / "small", tmp_path / "out", teacher=teacher, texts=TEXT, **LITTLE)
     assert not (tmp_path / "out").exists()
 

@@ -135,10 +135,13 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(written: Written, tmp_path
     assert contents(tmp_path / "a" / file) == contents(tmp_path / "b" / file)
 
 
-def test_a_table_that_is_not_finite_stays_dense(tmp_path: Path, written: Written) -> None:
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
+def test_a_table_that_is_not_finite_stays_dense(
+    value: float, tmp_path: Path, written: Written
+) -> None:
     folder = tmp_path / "m"
     tensors = load_all(written("llama"))
-    tensors["model.embed_tokens.weight"][3, 5] = torch.inf
+    tensors["model.embed_tokens.weight"][3, 5] = value
     folder.mkdir()
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     (folder / "config.json").write_text((written("llama") / "config.json").read_text())

@@ -17,6 +17,7 @@ from helpers import tree, weight
 from safetensors.torch import save_file
 
 import svdcli
+from svdcli.engine import crew as crew_module
 from svdcli.engine.compute import Compute
 from svdcli.engine.crew import Crew
 from svdcli.errors import SvdcliError, UsageError
@@ -86,6 +87,7 @@ def test_local_processes_write_the_same_bytes_with_one_of_them_killed(
             crews[0].processes[1].kill()
 
     monkeypatch.setattr(Crew, "__init__", keep)
+    monkeypatch.setattr(crew_module, "_cores", lambda: 2)
     out = tmp_path / "o.safetensors"
     compute = Compute(threads=2, jobs=2)
     outcome = svdcli.compress(model, out, keep=0.5, compute=compute, progress=kill_one)
@@ -94,8 +96,9 @@ def test_local_processes_write_the_same_bytes_with_one_of_them_killed(
 
 
 def test_spectra_and_calibrated_layers_come_from_all_ranks(
-    readable: Callable[[str], Path], tmp_path: Path
+    readable: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(crew_module, "_cores", lambda: 2)
     model = readable("llama")
     text = svdcli.Texts("words", (" ".join(f"w{i % 90 + 2}" for i in range(2000)),))
     svdcli.calibrate(model, tmp_path / "m.safetensors", text, samples=8, seq_len=32)
