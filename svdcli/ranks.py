@@ -378,12 +378,18 @@ def _ending_with(parent: int) -> Iterator[None]:
 
 
 def _store_of(place: Place) -> TCPStore:
-    from torch.distributed import TCPStore  # type: ignore[attr-defined]
+    from torch.distributed import DistError, TCPStore  # type: ignore[attr-defined]
 
     # Where no agent keeps a store, rank 0 does
     keeps_it = place.leads and not place.agents_store
     patience = timedelta(seconds=TO_ASSEMBLE)
-    return TCPStore(place.address, place.port, None, keeps_it, patience, wait_for_workers=False)
+    try:
+        return TCPStore(place.address, place.port, None, keeps_it, patience, wait_for_workers=False)
+    except DistError as error:
+        raise LostRankError(
+            f"there is no store of ranks at {place.address}:{place.port}",
+            "see what the process says that keeps it: rank 0, or the agent",
+        ) from error
 
 
 def _lead(place: Place, store: Store, number: int, comes: Callable[[int], bool]) -> Team:
