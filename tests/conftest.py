@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,28 +21,6 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     files are named, whose tests start at once and can be debugged."""
     named = any(".py" in argument for argument in config.args)
     return 0 if named else min(4, 1 + (os.cpu_count() or 1))
-
-
-# Few tests that take long, longest first.
-_LONGEST = (
-    *("test_replicas", "test_several_ranks", "test_heal", "test_shared", "test_card"),
-    *("test_merge_moments", "test_commands", "test_export", "test_heal_packed", "test_bench"),
-    *("test_integrations", "test_load", "test_nothing_lost", "test_text", "test_packed"),
-    *("test_experts", "test_calibrate_ranks", "test_packing", "test_kernels"),
-)
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files that take long are dealt out first, then those of many tests, so that all workers end
-    together."""
-    tests = Counter(item.path for item in items)
-
-    def turn(item: pytest.Item) -> tuple[int, int, str]:
-        name = item.path.stem
-        place = _LONGEST.index(name) if name in _LONGEST else len(_LONGEST)
-        return place, -tests[item.path], str(item.path)
-
-    items.sort(key=turn)
 
 
 @pytest.fixture(autouse=True)

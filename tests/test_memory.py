@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -141,25 +141,18 @@ def test_an_error_gives_back_what_was_taken() -> None:
         pass
 
 
-@pytest.fixture
-def two_workers() -> Iterator[svdcli.Compute]:
-    """Where this process computes with two threads; afterwards with as many as before."""
-    before = torch.get_num_threads()
-    yield svdcli.Compute(threads=2)
-    torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize(("free", "at_once"), [(0, 1), (64 * GB, 2)])
 def test_layers_are_solved_one_after_the_other_where_memory_holds_no_more(
     free: int,
     at_once: int,
-    two_workers: svdcli.Compute,
     written: Callable[[str], Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """What two workers write does not depend on it."""
-    compress = partial(svdcli.compress, written("llama"), keep=0.5, compute=two_workers)
+    compress = partial(
+        svdcli.compress, written("llama"), keep=0.5, compute=svdcli.Compute(threads=2)
+    )
     compress(tmp_path / "before")
 
     inside, most = set[int](), list[int]()

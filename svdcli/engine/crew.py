@@ -63,7 +63,7 @@ class _Answered:
 
 
 @contextmanager
-def crew_of(compute: Compute, asked: str = "") -> Iterator[Workers | Follower]:
+def crew_of(compute: Compute, asked: str) -> Iterator[Workers | Follower]:
     """The workers of a run, on the process that leads it; on every other one what has only to
     `follow`. An error of the first ends all of them, and so does a rank that was not `asked` for
     the same."""
@@ -92,12 +92,10 @@ def crew_of(compute: Compute, asked: str = "") -> Iterator[Workers | Follower]:
 
 
 def _processes(asked: int | None, device: torch.device) -> int:
-    """How many processes share the jobs: of those that were asked for one for each core that this
-    one may use, where cores compute."""
+    """How many processes share the jobs: as many as were asked for, but where cores compute no more
+    than this process may use."""
     wanted = asked or 1
-    if device.type != "cpu":
-        return wanted
-    return min(wanted, _cores())
+    return min(wanted, _cores()) if device.type == "cpu" else wanted
 
 
 def _cores() -> int:

@@ -101,7 +101,7 @@ def run_job(job: Job) -> Line:
     if job.earlier is not None and _still_there(job, job.earlier):
         return job.earlier
     opened = job.inputs.open()
-    with ROOM.taking(_bytes(job)):
+    with ROOM.taking(_memory_of(job)):
         try:
             loaded = load(job, opened)
             with solving(job.device):
@@ -111,8 +111,8 @@ def run_job(job: Job) -> Line:
         return store(job, solved)
 
 
-def _bytes(job: Job) -> int:
-    """About how much memory a job takes; what is copied takes next to none."""
+def _memory_of(job: Job) -> int:
+    """About how many bytes of memory a job takes; what is copied takes next to none."""
     layer = job.layer
     if job.unit.kind != "factor" or layer is None:
         return 0
