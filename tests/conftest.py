@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,6 +14,12 @@ import pytest
 Compressed = Callable[..., Path]
 
 # Fixtures import what they need: the process that only deals out tests to workers needs none of it.
+
+
+def pytest_configure() -> None:
+    """A script that starts tests with `&` has them ignore interrupts; what they start must not."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.hookimpl(optionalhook=True)
