@@ -49,11 +49,16 @@ class Together:
         LostRankError where that one is lost."""
         while True:
             self.team.check_others()
-            value = self.team.peek(f"{self._prefix}/{name}")
+            value = self._heard(name)
             if value is not None:
-                return value.decode()
+                return value
             self.team.check_alive(rank)
             time.sleep(_POLL)
+
+    def _heard(self, name: str) -> str | None:
+        """Return a value that was put there, None where there is none yet."""
+        value = self.team.peek(f"{self._prefix}/{name}")
+        return None if value is None else value.decode()
 
     def checking(self, progress: Progress) -> Progress:
         """Return a progress that notices errors of other ranks; rank 0 alone shows it."""
@@ -77,7 +82,7 @@ class Together:
 
         # Rank 0 may have removed it already, where this rank had no part and came late
         def seen_or_over() -> bool:
-            return holds(folder / _TOKEN, token) or self.team.peek("outcome") is not None
+            return holds(folder / _TOKEN, token) or self._heard("added up") is not None
 
         if not comes_true(seen_or_over, TO_SEE_A_FILE):
             raise SvdcliError(

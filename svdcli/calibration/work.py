@@ -29,7 +29,7 @@ from svdcli.models.load import load_stored
 from svdcli.models.modules import is_linear
 from svdcli.plan.layers import choose_layers
 from svdcli.plan.words import Precision
-from svdcli.progress import Progress
+from svdcli.progress import Progress, silent
 from svdcli.text.texts import Texts
 from svdcli.text.tokens import Amount, Batch, load_tokenizer
 from svdcli.version import __version__
@@ -74,15 +74,15 @@ class Settings:
     many processes of this machine have its memory together."""
 
     texts: Texts
-    samples: int | None
-    seq_len: int | None
-    gradients: bool | None
-    include: Sequence[str]
-    exclude: Sequence[str]
-    seed: int
-    memory: int | None
-    trust_remote_code: bool
-    progress: Progress
+    samples: int | None = None
+    seq_len: int | None = None
+    gradients: bool | None = None
+    include: Sequence[str] = ()
+    exclude: Sequence[str] = ()
+    seed: int = 0
+    memory: int | None = None
+    trust_remote_code: bool = False
+    progress: Progress = silent
     sharers: int = 1
 
 

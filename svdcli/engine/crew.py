@@ -118,20 +118,27 @@ class Crew:
     """The workers of all ranks, on the rank that leads them.
 
     processes are those that `--jobs` started, by rank: of them it is known at once when one ends.
+    all_threads is how many threads this process has while they wait, 0 for as many as always.
     """
 
     def __init__(
-        self, team: Team, local: Local, processes: dict[int, subprocess.Popen[bytes]] | None = None
+        self,
+        team: Team,
+        local: Local,
+        processes: dict[int, subprocess.Popen[bytes]] | None = None,
+        all_threads: int = 0,
     ) -> None:
         self.team = team
         self.local = local
         self.processes = processes or {}
+        self._all_threads = all_threads
         self.device = torch.device(local.device.type)  # every rank has a card of its own
         self.threads = local.threads
         self.ranks = team.place.size
         self.told: list[str] = []
         self._phase = 0
         self._asked = 0
+        self._met = 0
         self._gone: set[int] = set()
         team.put("threads", str(self.threads).encode())
 
@@ -244,10 +251,38 @@ class Crew:
         if folder is not None:
             (folder / SHARED).unlink(missing_ok=True)
 
+    def meet(self, about: Any) -> Team | None:
+        """Have the other ranks of a launch begin what they follow for, too; local processes do
+        nothing but jobs (`Workers`)."""
+        if self.processes:
+            return None
+        self.team.put(f"meet/{self._met}", pickle.dumps(about))
+        self._met += 1
+        return self.team
+
+    @contextmanager
+    def all_threads(self) -> Iterator[None]:
+        """Surround what this process does alone: it has the threads of its local ranks
+        meanwhile."""
+        with _threads(self._all_threads):
+            yield
+
     def end(self, outcome: Any) -> None:
         """Tell all ranks what came of it, and let them end."""
         if not self.processes:
             self.team.end(outcome)
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """Have torch use so many threads meanwhile; 0 leaves it as it is."""
+    before = torch.get_num_threads()
+    if count:
+        torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _raise_first(futures: Sequence[Future[None]]) -> None:
@@ -384,11 +419,12 @@ class Follower:
         self.team = team
         self.device = device
 
-    def follow(self) -> Any:
-        """Do jobs until the rank that leads has ended; return what came of it. Raises FollowedError
-        where that was an error, LostRankError where it is gone."""
+    def follow(self, meeting: Callable[[Team, Any], object] = lambda team, about: None) -> Any:
+        """Do jobs until the rank that leads has ended; return what came of it. meeting is what all
+        ranks do at once whenever the one that leads begins it. Raises FollowedError where that was
+        an error, LostRankError where it is gone."""
         local: Local | None = None
-        number, asked = 0, 1
+        number, asked, met = 0, 1, 0
         while True:
             # It has ended
             ended = self.team.ended()
@@ -402,6 +438,13 @@ class Follower:
                 why_not = pickle.loads(see).why_not()
                 self.team.put(f"seen/{asked}/{self.team.place.rank}", why_not.encode())
                 asked += 1
+
+            # What all ranks do at once
+            about = self.team.peek(f"meet/{met}")
+            if about is not None:
+                with self.team.sharing_errors():
+                    meeting(self.team, pickle.loads(about))
+                met += 1
 
             # The jobs of the next phase, if it has begun
             phase = _Phase(self.team, number)
@@ -430,9 +473,8 @@ def _work(phase: _Phase, local: Local) -> None:
 @contextmanager
 def _local_ranks(count: int, device: torch.device) -> Iterator[Crew]:
     """Start the other processes of `--jobs`, each with its share of the threads."""
-    threads = max(1, torch.get_num_threads() // count)
-    if device.type == "cpu":
-        torch.set_num_threads(threads)
+    all_threads = torch.get_num_threads()
+    threads = max(1, all_threads // count)
     place = Place(rank=0, size=count, local=0, address="127.0.0.1", port=0)
     processes: dict[int, subprocess.Popen[bytes]] = {}
     stderr = None if os.environ.get("SVDCLI_DEBUG") == "1" else subprocess.DEVNULL
@@ -455,8 +497,12 @@ def _local_ranks(count: int, device: torch.device) -> Iterator[Crew]:
         return processes[rank].poll() is None
 
     try:
-        with ROOM.shared_by(count), assembled(place, start, comes) as team:
-            yield Crew(team, Local(device), processes)
+        with (
+            _threads(threads if device.type == "cpu" else 0),
+            ROOM.shared_by(count),
+            assembled(place, start, comes) as team,
+        ):
+            yield Crew(team, Local(device), processes, all_threads)
     finally:
         for process in processes.values():
             process.kill()

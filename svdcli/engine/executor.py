@@ -19,6 +19,7 @@ import torch
 from svdcli.files.source import Source
 from svdcli.linalg.machine import keep_temporaries, keeping_temporaries, return_freed_memory
 from svdcli.memory import is_out_of_memory
+from svdcli.ranks import Team
 
 Item = TypeVar("Item")
 Answer = TypeVar("Answer")
@@ -56,6 +57,13 @@ class Workers(Protocol):
 
     def check_shared(self, folder: Path | None, source: Source) -> None:
         """Raise SvdcliError where one of them does not see this folder, or another source."""
+
+    def meet(self, about: Any) -> Team | None:
+        """Have all ranks of a launch do what they follow for, beside this one (`Follower.follow`):
+        the team to do it with, None where this process is by itself."""
+
+    def all_threads(self) -> AbstractContextManager[None]:
+        """Surround what this process does alone, while other processes of its machine wait."""
 
     def end(self, outcome: Any) -> None:
         """Tell all of them what came of it, and let them end."""
@@ -141,6 +149,14 @@ class Local:
 
     def check_shared(self, folder: Path | None, source: Source) -> None:
         """Nothing: this process sees what it sees."""
+
+    def meet(self, about: Any) -> Team | None:
+        """Nobody."""
+        return None
+
+    def all_threads(self) -> AbstractContextManager[None]:
+        """Nothing: it has them."""
+        return nullcontext()
 
     def end(self, outcome: Any) -> None:
         """Nothing: nobody else waits for it."""

@@ -108,13 +108,14 @@ class Workspace:
     @contextmanager
     def beginning(self) -> Iterator[None]:
         """Surround what comes before `resume`: the journal says that work has begun, before it is
-        known what exactly it will be. An SvdcliError removes the folder, unless it was there."""
+        known what exactly it will be. An SvdcliError removes the folder, unless it was there or a
+        calibration has begun in it."""
         if not self._had_journal:
             self.note({"begun": True})
         try:
             yield
         except SvdcliError:
-            if not self._was_there:
+            if not self._was_there and not self._has_calibration():
                 self.remove()
             raise
 
@@ -261,13 +262,18 @@ class Workspace:
         """Remove the folder, or all in it but a calibration, which takes long to make again, and
         the unfinished work of another command. True where a calibration stays."""
         other = self.put_back()
-        if not any(path.name.endswith(f".{MOMENTS}") for path in self.folder.iterdir()):
+        if not self._has_calibration():
             if not other:
                 self.remove()
             return False
         if not other:
             self._clear()
         return True
+
+    def _has_calibration(self) -> bool:
+        """Is there a calibration, or parts of one (`calibration.together`)."""
+        names = [path.name for path in self.folder.iterdir()]
+        return any(name.endswith(f".{MOMENTS}") or f".{MOMENTS}.parts-" in name for name in names)
 
     def _clear(self) -> None:
         self.drop_other()

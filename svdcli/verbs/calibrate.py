@@ -12,7 +12,7 @@ import json
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -158,7 +158,7 @@ def calibrate(
             )
         return _of_one_part(request, Part(*part))
     if place is None:
-        return _of_the_whole(request)
+        return read_alone(request)
     with assembled(place) as team:
         if team.ended_before():
             followed: Calibrated = team.outcome()
@@ -173,11 +173,11 @@ class Request:
     model: str | Path
     out: Path
     settings: Settings
-    sensitivity: bool
-    precision: Precision
-    compute: Compute
-    force: bool
-    announce: Callable[[Forecast], None]
+    sensitivity: bool = False
+    precision: Precision = PRECISION
+    compute: Compute = field(default_factory=Compute)
+    force: bool = False
+    announce: Callable[[Forecast], None] = lambda forecast: None
 
     def as_on_any_machine(self) -> Request:
         """Return the same with gradients, unless they are declined: what parts measure must not
@@ -213,7 +213,7 @@ def _spool_beside(path: Path) -> Iterator[Spool]:
 # The whole text, or one part of it ----------------------------------------------------------------
 
 
-def _of_the_whole(request: Request) -> Calibrated:
+def read_alone(request: Request) -> Calibrated:
     """Read all of the text in this process."""
     with request.opened() as work, _spool_beside(request.out) as spool:
         forecast = work.forecast(work.passes(request.precision), work.every_batch)
@@ -307,8 +307,21 @@ def _calibrated(
 
 
 def calibrate_together(request: Request, team: Team) -> Calibrated:
-    """Read one part on each rank, and add the parts up on rank 0; all return what came of it. Of an
-    interrupted run, the same command takes the parts that are whole."""
+    """Calibrate with all ranks of a launch that were started for it; each returns what came of
+    it."""
+    with team.sharing_errors():
+        team.check_same("calibrate")
+        done = read_together(request, team)
+        if done is None:
+            followed: Calibrated = team.outcome()
+            return followed
+        team.end(done)
+        return done
+
+
+def read_together(request: Request, team: Team) -> Calibrated | None:
+    """Read one part on each rank, and add the parts up on rank 0, which alone returns what came of
+    it. Of an interrupted run, the same command takes the parts that are whole."""
     together = Together(team, request.out)
     request = request.as_on_any_machine()
     settings = replace(
@@ -317,13 +330,7 @@ def calibrate_together(request: Request, team: Team) -> Calibrated:
         sharers=max(1, team.place.local_size),
     )
     request = replace(request, settings=settings)
-    with team.sharing_errors():
-        team.check_same("calibrate")
-    with (
-        team.sharing_errors(),
-        together.clean_where_nothing_is_whole(),
-        request.opened(team.place) as work,
-    ):
+    with together.clean_where_nothing_is_whole(), request.opened(team.place) as work:
         passes, folder = _agreed(request, work, together)
         ranks = min(team.place.size, len(work.read.batches))
         paths = [folder / f"{number}.safetensors" for number in range(1, ranks + 1)]
@@ -335,8 +342,8 @@ def calibrate_together(request: Request, team: Team) -> Calibrated:
             _leave_part(work, part, passes, paths[team.place.rank], announce)
             together.tell(f"part/{team.place.rank}", "")
         if not team.leads:
-            followed: Calibrated = team.outcome()
-            return followed
+            together.hear("added up", 0)
+            return None
 
         # All of them added up
         for rank, path in enumerate(paths):
@@ -344,7 +351,7 @@ def calibrate_together(request: Request, team: Team) -> Calibrated:
         measure = work.measure_cuts if request.sensitivity else None
         done = merged([open_part(path) for path in paths], request.out, measure)
         together.clean_up()
-        team.end(done)
+        together.tell("added up", "")
         return done
 
 

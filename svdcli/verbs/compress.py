@@ -44,7 +44,10 @@ if TYPE_CHECKING:
     from svdcli.calibration.work import Forecast
     from svdcli.engine.compute import Compute
     from svdcli.engine.executor import Workers
+    from svdcli.plan.words import MetricName
+    from svdcli.ranks import Team
     from svdcli.text.texts import Texts
+    from svdcli.verbs import calibrate
     from svdcli.verbs.evaluate import Evaluation
 
 
@@ -99,22 +102,16 @@ def compress(
 
     if calibration is not None and reading is not None:
         raise UsageError("give a calibration or a text, not both", "leave out one of them")
-    place = place_here()
-    if reading is not None and place is not None and place.size > 1:
-        raise UsageError(
-            "several ranks do not read text and compress in one run",
-            "calibrate first, then compress with --calibration",
-        )
     calibrated = calibration is not None or reading is not None
     recipe = _the_recipe(recipe, plan, wanted, calibrated)
     compute = compute or Compute()
-    source = _Source(calibration, reading, compute)
+    source = _Source(calibration, reading, recipe.metric, compute)
     asked = _Asked(recipe, plan, source, out, force, allow_larger, dry_run, progress)
     work = ("compress", recipe_to_json(recipe), plan and plan.to_json(), dry_run)
     with crew_of(compute, repr(work)) as crew:
         # Of several ranks one leads; the others do jobs, and give back what it does
         if isinstance(crew, Follower):
-            followed: Outcome = crew.follow()
+            followed: Outcome = crew.follow(source.read_with)
             return followed
         with open_checkpoint(model, state_dict=state_dict, carry=carry) as checkpoint:
             outcome = _compress(checkpoint, asked, crew)
@@ -162,7 +159,7 @@ def _compress(checkpoint: Checkpoint, asked: _Asked, crew: Workers) -> Outcome:
             # Reading takes long: its moments are kept in the workspace, for the next try too
             if request is None:
                 with workspace.beginning():
-                    moments = source.file(checkpoint, workspace.folder, recipe, asked.progress)
+                    moments = source.file(checkpoint, workspace.folder, crew, asked.progress)
                     request = request_of(checkpoint, recipe, plan, moments)
 
             # A journal counts for the same work only: threads change the order of sums
@@ -175,7 +172,8 @@ def _compress(checkpoint: Checkpoint, asked: _Asked, crew: Workers) -> Outcome:
         outcome = _outcome(target, asked.out, workspace, crew)
         if source.reading is None:
             return outcome
-        evaluation, why_not = _evaluate_output(checkpoint, target, source, asked.progress)
+        with crew.all_threads():
+            evaluation, why_not = _evaluate_output(checkpoint, target, source, asked.progress)
         return replace(outcome, evaluation=evaluation, not_evaluated=why_not)
 
 
@@ -252,9 +250,9 @@ def _predict(checkpoint: Checkpoint, asked: _Asked, crew: Workers) -> Outcome:
     """Decide as a run would, and predict its report and its time, without writing an output."""
     from svdcli.engine.costs import costs_of, speeds_here
 
-    crew.check_shared(None, checkpoint)
     with tempfile.TemporaryDirectory(prefix="svdcli-") as folder:
-        moments = asked.source.file(checkpoint, Path(folder), asked.recipe, asked.progress)
+        crew.check_shared(Path(folder) if asked.source.reading else None, checkpoint)
+        moments = asked.source.file(checkpoint, Path(folder), crew, asked.progress)
         request = request_of(checkpoint, asked.recipe, asked.plan, moments)
 
         # A file is planned under the name that it will have, a directory under none
@@ -292,47 +290,69 @@ class _Source:
 
     path: str | Path | None
     reading: Reading | None
+    metric: MetricName
     compute: Compute
 
     def file(
-        self,
-        checkpoint: Checkpoint,
-        folder: Path,
-        recipe: Recipe,
-        progress: Progress,
+        self, checkpoint: Checkpoint, folder: Path, crew: Workers, progress: Progress
     ) -> str | Path | None:
         """The file of moments; one of the same text that an earlier run left in `folder` is used
-        again."""
+        again. All ranks of a launch share the reading."""
         if self.reading is None:
             return self.path
-        from svdcli.verbs.calibrate import calibrate
+        from svdcli.verbs import calibrate
 
         # The name of the file tells what was read: model, text, amount, and whether backwards too
         reading = self.reading
-        gradients = _GRADIENTS.get(recipe.metric, True)
-        amount = (reading.samples, reading.seq_len, reading.trust_remote_code, gradients)
+        amount = (reading.samples, reading.seq_len, reading.trust_remote_code, self._gradients)
         asked = (checkpoint.fingerprint(), reading.texts.digest, *amount)
         digest = hashlib.sha256(repr(asked).encode()).hexdigest()[:16]
         moments = folder / f"{digest}.{MOMENTS}"
-        if not moments.exists():
-            calibrate(
-                checkpoint.path,
-                moments,
-                reading.texts,
-                samples=reading.samples,
-                seq_len=reading.seq_len,
-                gradients=gradients,
-                compute=self.compute,
-                trust_remote_code=reading.trust_remote_code,
-                alone=True,
-                announce=reading.announce,
-                progress=progress,
-            )
+        if moments.exists():
+            return moments
+
+        # With the ranks of a launch, or in this process
+        request = self._request(checkpoint.path, moments, progress)
+        team = crew.meet((checkpoint.path, moments))
+        if team is not None:
+            calibrate.read_together(request, team)
+        else:
+            with crew.all_threads():
+                calibrate.read_alone(request)
         return moments
 
+    def read_with(self, team: Team, about: tuple[Path, Path]) -> None:
+        """Share the reading with the rank that leads: about is which model it reads, and the file
+        of moments that it will write."""
+        from svdcli.verbs import calibrate
 
-# Whether a metric needs the moments of gradients; None leaves that to the memory there is.
-_GRADIENTS = {"inputs": False, "auto": None}
+        calibrate.read_together(self._request(*about, silent), team)
+
+    @property
+    def _gradients(self) -> bool | None:
+        """Are moments of gradients needed; None leaves that to the memory there is."""
+        return {"inputs": False, "auto": None}.get(self.metric, True)
+
+    def _request(self, model: Path, moments: Path, progress: Progress) -> calibrate.Request:
+        from svdcli.calibration.work import Settings
+        from svdcli.verbs.calibrate import Request
+
+        assert self.reading is not None
+        settings = Settings(
+            texts=self.reading.texts,
+            samples=self.reading.samples,
+            seq_len=self.reading.seq_len,
+            gradients=self._gradients,
+            trust_remote_code=self.reading.trust_remote_code,
+            progress=progress,
+        )
+        return Request(
+            model=model,
+            out=moments,
+            settings=settings,
+            compute=self.compute,
+            announce=self.reading.announce,
+        )
 
 
 # Writing ------------------------------------------------------------------------------------------

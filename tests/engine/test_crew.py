@@ -330,6 +330,41 @@ def test_a_place_is_what_the_launcher_says(monkeypatch: pytest.MonkeyPatch) -> N
     assert ranks.place_here() == Place(3, 4, 0, "a", 5, parent=os.getppid())
 
 
+@pytest.mark.parametrize("fails", [False, True])
+def test_what_all_ranks_do_at_once_is_begun_by_the_one_that_leads(fails: bool) -> None:
+    met: list[Any] = []
+
+    def meeting(team: ranks.Team, about: Any) -> None:
+        met.append((team.place.rank, about))
+        if fails and about == "first" and team.place.rank == 1:
+            raise SvdcliError("no such text")
+        team.put(f"{about}/{team.place.rank}", b"")
+        while team.peek(f"{about}/over") is None:
+            team.check_others()
+
+    def follow(follower: Follower) -> Any:
+        return follower.follow(meeting)
+
+    with crew_of(follow, follow) as (crew, others), ExitStack() as stack:
+        if fails:
+            stack.enter_context(pytest.raises(SvdcliError, match="rank 1: no such text"))
+        with crew.team.sharing_errors():
+            for about in ("first", "second"):
+                assert crew.meet(about) is crew.team
+                while not all(crew.team.peek(f"{about}/{rank}") is not None for rank in (1, 2)):
+                    crew.team.check_others()
+                crew.team.put(f"{about}/over", b"")
+                assert sorted(crew.map_unordered(square, range(5))) == [0, 1, 4, 9, 16]
+            crew.end("done")
+    answers = [other.answer for other in others]
+    if fails:
+        assert answers == [None, None]
+        assert all(isinstance(other.error, FollowedError) for other in others)
+    else:
+        assert answers == ["done", "done"]
+        assert sorted(met) == [(r, about) for r in (1, 2) for about in ("first", "second")]
+
+
 @pytest.mark.parametrize("asked", ["the same", "something else"])
 def test_ranks_that_were_asked_for_something_else_are_told_of(asked: str) -> None:
     def follow(follower: Follower) -> Any:

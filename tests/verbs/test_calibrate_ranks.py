@@ -11,12 +11,15 @@ from typing import Any
 import pytest
 import torch
 from agents import COMMAND, free_port, ranks_alone
+from helpers import tree
 from safetensors import safe_open
 from safetensors.torch import load_file
 
 import svdcli
 from svdcli.calibration.moments import METADATA
 from svdcli.calibration.work import Work
+from svdcli.engine import crew
+from svdcli.engine.compute import Compute
 from svdcli.errors import UsageError
 from svdcli.ranks import Place, assembled
 from svdcli.verbs import calibrate as module
@@ -93,11 +96,47 @@ def test_ranks_that_were_asked_for_different_things_end_with_one_line(
     assert not (folder / "c.safetensors").exists()
 
 
+def test_ranks_read_and_compress_in_one_run(
+    readable: Readable, texts: svdcli.Texts, folder: Path
+) -> None:
+    """The third of them finds no batch left. By hand: parts, added up, for one process."""
+    model = readable("llama")
+    line = ("compress", model, "--keep", "0.5", *OPTIONS, "-o", "ranks")
+    with ranks_alone(COMMAND, [line] * 3, folder) as ranks:
+        first, *others = [rank.end(240) for rank in ranks]
+    assert first.code == 0, first.err
+    assert {(done.code, done.out, done.err) for done in others} == {(0, b"", "")}
+    assert first.err.count("on 2 ranks: moments of inputs and loss gradients") == 1
+    assert json.loads(first.out)["measured"]["drift"]["kl"]["value"] > 0
+    assert {path.name for path in folder.iterdir()} == {"t.txt", "ranks"}
+
+    read, _ = svdcli.read_texts("t.txt", stdlib=False, held_out=False).split(0.9)
+    parts = [folder / f"{number}.safetensors" for number in (1, 2)]
+    for number, part in enumerate(parts, 1):
+        svdcli.calibrate(model, part, read, part=(number, 2), **HOW)
+    svdcli.merge_moments(parts, "hand.safetensors")
+    svdcli.compress(model, "hand", keep=0.5, calibration="hand.safetensors")
+    weights = "model.safetensors"
+    assert (folder / "ranks" / weights).read_bytes() == (folder / "hand" / weights).read_bytes()
+
+
+def test_local_processes_leave_the_reading_to_one_with_all_threads(
+    readable: Readable, texts: svdcli.Texts, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(crew, "_cores", lambda: 2)
+    reading = svdcli.Reading(texts, samples=100, seq_len=32)
+    torch.set_num_threads(2)
+    svdcli.compress(readable("llama"), "two", keep=0.5, reading=reading, compute=Compute(jobs=2))
+    assert torch.get_num_threads() == 2
+    svdcli.compress(readable("llama"), "one", keep=0.5, reading=reading)
+    assert tree(folder / "two") == tree(folder / "one")
+
+
 def alone_in_a_team(model: Path, out: Path, texts: svdcli.Texts, **options: Any) -> Any:
     """The way of ranks, with one of them."""
     kept: list[Any] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "_of_the_whole", kept.append)
+        patch.setattr(module, "read_alone", kept.append)
         svdcli.calibrate(model, out, texts, **(HOW | options))
     with assembled(Place(0, 1, 0, "127.0.0.1", free_port())) as team:
         return module.calibrate_together(kept[0], team)

@@ -20,7 +20,7 @@ import svdcli
 from svdcli.engine import crew as crew_module
 from svdcli.engine.compute import Compute
 from svdcli.engine.crew import Crew
-from svdcli.errors import SvdcliError, UsageError
+from svdcli.errors import UsageError
 
 LAYERS, SIZE = 40, 512
 Asked = tuple[Path, list[str], Path]
@@ -132,11 +132,6 @@ def test_one_rank_speaks_and_an_error_is_told_once(many: Asked, tmp_path: Path) 
     assert done.stdout == ""
 
 
-def test_numbers_of_processes_are_checked(many: Asked, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_numbers_of_processes_are_checked() -> None:
     with pytest.raises(UsageError, match="--jobs 0"):
         Compute(jobs=0)
-    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.setenv(name, "2")
-    reading: Any = object()
-    with pytest.raises(SvdcliError, match="calibrate first"):
-        svdcli.compress(many[0], keep=0.5, reading=reading)

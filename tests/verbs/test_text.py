@@ -19,6 +19,7 @@ from svdcli.calibration.reading import read_batches
 from svdcli.calibration.text_side import text_side
 from svdcli.errors import UsageError
 from svdcli.files.workspace import Workspace
+from svdcli.ranks import LostRankError
 from svdcli.text.tokens import Amount, grouped, load_tokenizer, sentences_of
 from svdcli.verbs import calibrate as module
 
@@ -116,11 +117,30 @@ def test_a_run_cut_short_keeps_its_calibration(
         patch.setattr(Workspace, "note", stop)
         assert cli(*line).code == 130
     assert not (tmp_path / "out").exists()
-    monkeypatch.setattr(module, "calibrate", lambda *_, **__: pytest.fail("calibrated twice"))
+    monkeypatch.setattr(module, "read_alone", lambda *_: pytest.fail("calibrated twice"))
     done = cli(*line)
     assert done.code == 0, done.err
     assert list(tmp_path.iterdir()) == [tmp_path / "out"]
     assert svdcli.verify(tmp_path / "out", llama).ok
+
+
+@pytest.mark.parametrize("parts", [True, False])
+def test_an_error_while_reading_leaves_parts_that_ranks_have_read_and_nothing_else(
+    parts: bool, llama: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lose_a_rank(request: module.Request) -> None:
+        if parts:
+            request.out.with_name(f".{request.out.name}.parts-1").mkdir()
+        raise LostRankError("rank 1 is gone")
+
+    line = ("compress", llama, "--keep", "0.5", "--text", text, *HOW, "-o", tmp_path / "out", "-q")
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "read_alone", lose_a_rank)
+        assert "rank 1 is gone" in complaint(cli(*line))
+    left = [tmp_path / "out.partial"] if parts else []
+    assert list(tmp_path.iterdir()) == left
+    assert cli(*line).code == 0
+    assert list(tmp_path.iterdir()) == [tmp_path / "out"]
 
 
 def test_measured_sensitivities_are_losses_of_the_model(
