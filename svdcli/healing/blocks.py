@@ -391,13 +391,13 @@ class _Healer:
         self.read = read
         self.held_out = held_out
         self.tensors = tensors
+        self.dtypes = dtypes
         self.name = name
         self.replicas = replicas
         # ||d L||^2 is d^T H d for H = L L^T
         self.root: Tensor | None = None
         if moment is not None:
             self.root = damped_root(moment, DAMPING).to(torch.float32)
-        self.best = Best(tensors, dtypes, self._error)
 
     def heal(
         self, steps: int | None, seconds: float | None, seed: int, report: Callable[[float], None]
@@ -405,11 +405,13 @@ class _Healer:
         """Refine in closed form, then by gradient for what is left of the time. The block itself
         ends as it was."""
         before = {name: tensor.data for name, tensor in self.tensors.items()}
+        # Not of this object: in a circle they would keep the block's hidden states past its time
+        best = Best(self.tensors, self.dtypes, self._error)
 
         # In closed form, from as many batches as there is time for
         begin = time.monotonic()
         indices = self.read[:: self._stride(seconds)]
-        judge = self.best.keep_if_better
+        judge = best.keep_if_better
         refit(self.block, indices, self.root, self._may_change, judge, self.replicas)
 
         # By gradient, from where the closed form ended
@@ -425,7 +427,7 @@ class _Healer:
 
         def keep_if_better() -> bool:
             with layers.stored():
-                return self.best.keep_if_better()
+                return best.keep_if_better()
 
         with layers.training():
             train(weights, schedule, self.read, self._loss, keep_if_better, seed, self.replicas)
@@ -433,8 +435,8 @@ class _Healer:
         # The best weights are on record; the caller decides when they take effect
         for name, tensor in self.tensors.items():
             tensor.data = before[name]
-        weights_kept = self.replicas.same(self.best.weights)
-        return HealedBlock(self.name, self.best.first, self.best.error, schedule.step, weights_kept)
+        weights_kept = self.replicas.same(best.weights)
+        return HealedBlock(self.name, best.first, best.error, schedule.step, weights_kept)
 
     def _may_change(self, name: str) -> bool:
         """Tell whether a tensor may change, by its name in the block."""

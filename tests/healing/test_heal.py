@@ -3,8 +3,10 @@ block at most."""
 
 from __future__ import annotations
 
+import gc
 import json
 import textwrap
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -412,6 +414,30 @@ def test_a_refit_aims_at_what_the_original_answers(pair: Pair, monkeypatch: Any)
     effort = Effort(seconds=1e9, steps=1)
     next(heal_blocks(load_stored(pair[0]), student, reading, effort, trainable=lambda n: True))
     assert {"self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj"} <= {*checked}
+
+
+def test_what_went_through_a_block_is_let_go_with_it(
+    factored: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Garbage is looked for once in a great while: what lies in a circle stays until then."""
+    from svdcli.models.load import load_stored
+
+    blocks: list[weakref.ref[module.Block]] = []
+    living: list[int] = []
+
+    def watch(block: module.Block, *_: Any) -> None:
+        living.append(sum(each() is not None for each in blocks))
+        blocks.append(weakref.ref(block))
+
+    monkeypatch.setattr(module, "refit", watch)
+    reading = Batches(*[[{"input_ids": torch.randint(2, 96, (2, 12))} for _ in "ab"] for _ in "ab"])
+    models = map(load_stored, factored)
+    gc.disable()
+    try:
+        list(heal_blocks(*models, reading, Effort(steps=1), trainable=lambda name: True))
+    finally:
+        gc.enable()
+    assert living == [0, 0]
 
 
 def test_block_moments_are_those_of_a_backward_pass_in_one_piece(factored: Pair) -> None:
