@@ -38,6 +38,7 @@ from svdcli.healing.sharing import runs_always, share
 from svdcli.healing.standins import StandIn, StandIns
 from svdcli.healing.training import Best, Schedule, by_size, train
 from svdcli.linalg.damping import damped_root
+from svdcli.linalg.machine import return_free_memory
 from svdcli.models.modules import LOW_RANK, SCALE, WEIGHT, PackedLinear, SharedLinear
 from svdcli.progress import Progress, silent
 from svdcli.text.tokens import Batch
@@ -230,6 +231,7 @@ def heal_blocks(
         number += 1
         yield healed
         student_turn.send_on()
+        return_free_memory()
     replicas.meet_at("the end")
 
 

@@ -309,6 +309,13 @@ def converted(w: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
 _MMAP_THRESHOLD = -3
 
 
+def return_free_memory() -> None:
+    """Have glibc return what is free now, of buffers that lay among others in its heaps."""
+    if sys.platform == "linux":
+        with suppress(OSError, AttributeError):  # another C library
+            ctypes.CDLL(None).malloc_trim(0)
+
+
 def return_freed_memory() -> None:
     """Let glibc return every buffer of a megabyte or more when it is freed.
 
