@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -38,10 +39,11 @@ FLOORS = (
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
 
-def imports(path: Path) -> list[str]:
+@cache
+def imports(path: Path) -> tuple[str, ...]:
     """Every module that a file imports, anywhere in it; of `from a import b`, b where that is a
     module, too."""
-    names = []
+    names: list[str] = []
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             names += [alias.name for alias in node.names]
@@ -52,7 +54,7 @@ def imports(path: Path) -> list[str]:
             if len(modules) < len(inside):
                 names.append(node.module)
             names += modules
-    return names
+    return tuple(names)
 
 
 def is_own_module(name: str) -> bool:

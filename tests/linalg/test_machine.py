@@ -125,10 +125,15 @@ def test_onednn_is_for_avx512_of_other_makers(
 
 
 @pytest.mark.parametrize(
-    ("rows", "dtype"),
-    [(100, torch.float32), (1024, torch.float32), (512, torch.float64), (513, torch.float64)],
+    ("rows", "dtype", "scale"),
+    [
+        (100, torch.float32, 1.0),
+        (100, torch.float32, 1e-12),
+        (1024, torch.float32, 1e-12),
+        (512, torch.float64, 1.0),
+        (513, torch.float64, 1e-12),
+    ],
 )
-@pytest.mark.parametrize("scale", [1.0, 1e-12])
 @pytest.mark.parametrize("weighted", [False, True])
 def test_eigenvalues_and_vectors_of_a_gram_matrix(
     rows: int, dtype: torch.dtype, scale: float, weighted: bool
