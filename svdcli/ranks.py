@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 BEAT = 1.0  # between two signs of life
 PATIENCE = 30.0  # without a sign of life, until a rank counts as lost
 TO_TELL = 10.0  # for rank 0 to tell an error of another, or for others to hear the end
+TO_HEAR = 3.0  # for others to hear why rank 0 ends, where its store ends with it
 TO_ASSEMBLE = 300.0  # for all ranks to start, import torch and meet
 _POLL = 0.02
 
@@ -220,6 +221,8 @@ class Team:
             raise
         except BaseException as error:
             self.fail(error)
+            if self.leads and isinstance(error, Exception):
+                self._await_hearers(TO_HEAR)
             if self.leads or not isinstance(error, Exception):
                 raise
             # Rank 0 gets a while, before this process ends and the launcher ends them all
@@ -246,6 +249,8 @@ class Team:
         message, code = json.loads(value)
         message = f"rank {rank}: {message}"
         if not self.leads:
+            if rank == 0:
+                self.count("heard")
             return FollowedError(message, code)
         self.put("told", b"1")
         error = OtherRankError(message)
@@ -273,14 +278,12 @@ class Team:
         """Tell all ranks, from rank 0, what came of it: any value that pickles. Those that start
         once more find it, too."""
         value = pickle.dumps(outcome)
-        self.put("outcome", value)
-        with _one_line():
-            self._all_rounds.set(self._kept, value)  # type: ignore[arg-type]
-        # A store of this process ends with it: the others have to read that first
-        if not self.place.agents_store:
-            deadline = time.monotonic() + TO_TELL
-            while self.count("have it", 0) < self.place.size - 1 and time.monotonic() < deadline:
-                time.sleep(_POLL)
+        # Where the store is gone, nobody can be told, and the work is done all the same
+        with suppress(LostRankError):
+            self.put("outcome", value)
+            with _one_line():
+                self._all_rounds.set(self._kept, value)  # type: ignore[arg-type]
+            self._await_count("have it", TO_TELL)
 
     def ended(self) -> tuple[Any] | None:
         """What came of it, alone in a tuple, once rank 0 has said so."""
@@ -308,6 +311,18 @@ class Team:
             if self.leads:
                 self.put("outcome", bytes(self._all_rounds.get(self._kept)))
         return True
+
+    def _await_hearers(self, seconds: float) -> None:
+        """Let the others hear why this rank ends; processes that it started itself need not."""
+        if self.place.port:
+            with suppress(LostRankError):
+                self._await_count("heard", seconds)
+
+    def _await_count(self, key: str, seconds: float) -> None:
+        """Wait a while until every other rank has counted: a store of this process ends with it."""
+        deadline = time.monotonic() + (0 if self.place.agents_store else seconds)
+        while self.count(key, 0) < self.place.size - 1 and time.monotonic() < deadline:
+            time.sleep(_POLL)
 
     def _await_for(self, key: str, seconds: float) -> None:
         """Wait a while until a key has a value."""

@@ -10,9 +10,11 @@ where they come from.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
@@ -111,9 +113,16 @@ class Spool:
         self.put(key, value)
 
     def put(self, key: str, value: Tensor) -> None:
-        """Have this be the sum under this key."""
+        """Have this be the sum under this key. Raises OSError where the disk is full, which torch
+        does not say."""
         self.shapes[key] = tuple(value.shape)
-        torch.save(value.to("cpu", torch.float32).contiguous(), self._path(key))
+        path = self._path(key)
+        try:
+            torch.save(value.to("cpu", torch.float32).contiguous(), path)
+        except RuntimeError as error:
+            if shutil.disk_usage(self.folder).free > 4 * value.numel():
+                raise
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
 
     def find(self, key: str) -> Tensor | None:
         """Return the sum so far, None where there is none."""

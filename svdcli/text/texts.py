@@ -10,6 +10,7 @@ from pathlib import Path
 
 from svdcli.errors import SvdcliError, UsageError
 from svdcli.files.checkpoint import STANDARD
+from svdcli.ranks import place_here
 from svdcli.text.stdlib import stdlib_modules
 
 
@@ -79,6 +80,12 @@ def _stdlib_texts(*, held_out: bool) -> Texts:
 def _texts_at(path: str) -> Texts:
     """Return the text of standard input, a folder or a file."""
     if path == STANDARD:
+        place = place_here()
+        if place is not None and place.size > 1:
+            raise UsageError(
+                "several ranks cannot read their text from one standard input",
+                "write it to a file that all of them see, and give that as --text",
+            )
         return Texts("standard input", (_decoded(sys.stdin.buffer.read(), "standard input"),))
     if Path(path).is_dir():
         return _folder_of_texts(Path(path), path)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -344,3 +346,17 @@ def test_a_covariance_of_inputs_that_hardly_vary_has_a_root(n: int, spread: floa
     if spread == 1.0:
         centred = moments.inputs.double() - torch.outer(moments.mean, moments.mean).double()
         torch.testing.assert_close(inputs, centred, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("full", [True, False])
+def test_a_disk_that_is_full_is_named(
+    full: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError("unexpected pos 896 vs 790")
+
+    free = 0 if full else 10**9
+    monkeypatch.setattr(torch, "save", fail)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
+    with pytest.raises(OSError if full else RuntimeError, match="No space" if full else "pos 896"):
+        Spool(tmp_path).put("a", torch.ones(3))

@@ -318,6 +318,16 @@ def test_a_round_begins_anew_and_keeps_what_all_rounds_share() -> None:
         assert second.outcome() == "the outcome"
 
 
+def test_what_is_done_is_done_where_nobody_can_be_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    with assembled(Place(0, 1, 0, "127.0.0.1", 0)) as team:
+
+        def gone(*_: Any) -> None:
+            raise LostRankError("the store is gone")
+
+        monkeypatch.setattr(team, "put", gone)
+        team.end("the outcome")
+
+
 def test_a_place_is_what_the_launcher_says(monkeypatch: pytest.MonkeyPatch) -> None:
     assert ranks.place_here() is None
     assert ranks.leads_here()

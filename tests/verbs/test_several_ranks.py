@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from agents import two_agents, until
+from agents import COMMAND, ranks_alone, two_agents, until
 from helpers import tree, weight
 from safetensors.torch import save_file
 
@@ -130,6 +130,24 @@ def test_one_rank_speaks_and_an_error_is_told_once(many: Asked, tmp_path: Path) 
     assert len(said) == 1
     assert "exists; use --force" in said[0]
     assert done.stdout == ""
+
+
+def test_ranks_with_a_store_of_their_own_hear_why_the_first_ends(
+    many: Asked, tmp_path: Path
+) -> None:
+    """Its store ends with it."""
+    lines = [("compress", many[0], "-o", "o", "--keep", keep, "-q") for keep in ("0.5", "0.6")]
+    with ranks_alone(COMMAND, lines, tmp_path) as ranks:
+        first, second = [rank.end(120) for rank in ranks]
+    assert "rank 1 was asked for something else than rank 0" in first.err
+    assert (first.code, second.code, second.err) == (2, 2, "")
+
+
+def test_ranks_have_no_standard_input_to_read_a_text_from(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "2")
+    with pytest.raises(UsageError, match="several ranks cannot read"):
+        svdcli.read_texts("-", stdlib=False, held_out=False)
 
 
 def test_numbers_of_processes_are_checked() -> None:
