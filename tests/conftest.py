@@ -17,9 +17,12 @@ Compressed = Callable[..., Path]
 
 
 def pytest_configure() -> None:
-    """A script that starts tests with `&` has them ignore interrupts; what they start must not."""
-    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    """A script that starts tests with `&` has them ignore interrupts, and `nohup` that the terminal
+    is gone; what they start must not."""
+    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL}
+    for number, handler in usual.items():
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, handler)
 
 
 @pytest.hookimpl(optionalhook=True)
