@@ -313,7 +313,8 @@ class Team:
         return True
 
     def _await_hearers(self, seconds: float) -> None:
-        """Let the others hear why this rank ends; processes that it started itself need not."""
+        """Let the others hear why this rank ends. Processes that it started itself, to which it
+        gives a port that it finds, need not: it ends them."""
         if self.place.port:
             with suppress(LostRankError):
                 self._await_count("heard", seconds)

@@ -20,7 +20,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -260,12 +260,10 @@ class Crew:
         self._met += 1
         return self.team
 
-    @contextmanager
-    def all_threads(self) -> Iterator[None]:
+    def all_threads(self) -> AbstractContextManager[None]:
         """Surround what this process does alone: it has the threads of its local ranks
         meanwhile."""
-        with _threads(self._all_threads):
-            yield
+        return _threads(self._all_threads)
 
     def end(self, outcome: Any) -> None:
         """Tell all ranks what came of it, and let them end."""
