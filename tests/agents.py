@@ -25,16 +25,16 @@ COMMAND = "from svdcli.__main__ import main; main()"
 
 
 class Agent:
-    """One agent with one rank, of a run of at most `nodes`."""
+    """One agent with one rank, of a run of at most `nodes`, which is this program of torchrun's."""
 
-    def __init__(self, port: int, arguments: list[str], nodes: str, log: Path) -> None:
+    def __init__(self, port: int, program: Sequence[object], nodes: str, log: Path) -> None:
         command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", nodes]
         command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}"]
         command += ["--rdzv-id", "run", "--rdzv-conf", _CONFIG, "--max-restarts", "2"]
         self.log = log
         with log.open("wb") as stream:
             self.process = subprocess.Popen(
-                [*command, "-m", "svdcli", *arguments],
+                [*command, *map(str, program)],
                 stdout=stream,
                 stderr=subprocess.STDOUT,
                 env=os.environ | {"OMP_NUM_THREADS": "1"},
@@ -72,11 +72,11 @@ def _children_of(parent: int) -> Iterator[tuple[int, dict[bytes, bytes]]]:
 
 
 @contextmanager
-def two_agents(arguments: list[str], logs: Path) -> Iterator[tuple[Agent, Agent]]:
-    """Two agents that run the same command; (the one of rank 0, the other), once both have theirs.
+def two_agents(program: Sequence[object], logs: Path) -> Iterator[tuple[Agent, Agent]]:
+    """Two agents that run the same program; (the one of rank 0, the other), once both have theirs.
     Nothing of them is left afterwards."""
     store = _store()
-    agents = [Agent(store.port, arguments, "1:2", logs / f"agent-{i}.log") for i in (0, 1)]
+    agents = [Agent(store.port, program, "1:2", logs / f"agent-{i}.log") for i in (0, 1)]
     try:
         until(lambda: all(agent.ranks() for agent in agents), "both agents have ranks")
         first, second = agents if 0 in agents[0].ranks() else agents[::-1]

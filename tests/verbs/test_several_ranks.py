@@ -10,9 +10,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import held_rank
 import pytest
 import torch
 from agents import COMMAND, ranks_alone, two_agents, until
+from held_rank import AT_ONCE
 from helpers import tree, weight
 from safetensors.torch import save_file
 
@@ -39,10 +41,10 @@ def many(tmp_path_factory: pytest.TempPathFactory) -> Asked:
     return folder / "m.safetensors", ["--keep", "0.5"], one
 
 
-def begun(out: Path, count: int) -> Callable[[], bool]:
-    """Are so many units in the journal."""
+def begun(out: Path) -> Callable[[], bool]:
+    """Are all units in the journal that `held_rank` does at once."""
     journal = out.with_name(f"{out.name}.partial") / "journal.jsonl"
-    return lambda: journal.exists() and journal.read_bytes().count(b'"unit"') >= count
+    return lambda: journal.exists() and journal.read_bytes().count(b'"unit"') >= AT_ONCE
 
 
 def finished(out: Path) -> Callable[[], bool]:
@@ -56,13 +58,16 @@ def test_ranks_that_are_killed_cost_nothing_but_time(
     killed: str, many: Asked, tmp_path: Path
 ) -> None:
     model, how, one = many
-    out = tmp_path / "o.safetensors"
-    with two_agents(["compress", str(model), "-o", str(out), *how], tmp_path) as (first, second):
-        until(begun(out, 3), "work has begun")
+    out, holding = tmp_path / "o.safetensors", tmp_path / "holding"
+    holding.touch()
+    program = [held_rank.__file__, holding, "compress", model, "-o", out, *how]
+    with two_agents(program, tmp_path) as (first, second):
+        until(begun(out), "work has begun")
         if killed == "a worker":
             os.kill(second.ranks()[1], signal.SIGKILL)
         else:
             first.kill()
+        holding.unlink()
         until(finished(out), "the output is there")
         until(lambda: "started 2 times" in first.said() + second.said(), "the report says so")
     assert out.read_bytes() == one.read_bytes()
