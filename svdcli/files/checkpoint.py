@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
 STANDARD = "-"  # standard input or output, where a path is expected
 CHUNK = 1 << 24  # bytes that are read at once
+_HASHED = 1 << 18  # and hashed
 METADATA_KEY = "svdcli"
 RECORD = "svdcli.json"
 STANDALONE = "svdcli_model.py"  # what `compress --self-contained` puts beside the weights
@@ -412,9 +413,11 @@ def read_file_header(path: Path) -> Header:
 def sha256_of(path: Path) -> str:
     """The SHA-256 of a file, in hexadecimal digits."""
     digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while data := stream.read(CHUNK):
-            digest.update(data)
+    # pieces that stay in a cache, in memory that is used again
+    buffer = memoryview(bytearray(_HASHED))
+    with path.open("rb", buffering=0) as stream:
+        while count := stream.readinto(buffer):
+            digest.update(buffer[:count])
     return digest.hexdigest()
 
 
