@@ -161,16 +161,23 @@ class Team:
             time.sleep(_POLL)
 
     def check_same(self, asked: str) -> None:
-        """See on rank 0 that every rank was asked for the same; those that are lost cannot tell.
-        Raises UsageError for the first that was not."""
+        """Wait until rank 0 has seen that every rank was asked for the same; those that are lost
+        cannot tell. Raises UsageError there for the first that was not, FollowedError elsewhere."""
         self.put(f"asked/{self.place.rank}", asked.encode())
-        for rank in range(1, self.place.size) if self.leads else ():
+        if not self.leads:
+            while self.peek("asked for the same") is None:
+                self.check_leader()
+                time.sleep(_POLL)
+            return
+        for rank in range(1, self.place.size):
             with suppress(LostRankError):
                 if self.wait(f"asked/{rank}", rank).decode() != asked:
                     raise UsageError(
-                        f"rank {rank} was asked for something else than rank 0",
-                        "start all ranks with the same command",
+                        f"rank {rank} was asked for something else than rank 0, or sees another "
+                        "model or text",
+                        "start all ranks with the same command, on a file system that they share",
                     )
+        self.put("asked for the same", b"1")
 
     # Signs of life
 

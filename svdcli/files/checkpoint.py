@@ -387,6 +387,16 @@ def open_output(path: str | Path) -> Checkpoint:
     return open_checkpoint(path)
 
 
+def check_names_model(checkpoint: Checkpoint, hint: str) -> None:
+    """Raise SvdcliError, with a hint at what to do, where this is no directory whose config.json
+    names a model. A file that lies in one has that for a hint."""
+    if checkpoint.is_directory and checkpoint.transformers_opens_it:
+        return
+    if not checkpoint.is_directory and (checkpoint.path.parent / "config.json").is_file():
+        hint = f"give the folder that it lies in, {checkpoint.path.parent}"
+    raise SvdcliError(f"{checkpoint.shown} has no config.json that names a model", hint)
+
+
 def _download_hint(asked: str) -> str:
     if _HUB_NAME.fullmatch(asked):
         return (

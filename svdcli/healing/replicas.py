@@ -144,12 +144,15 @@ ALONE = Replicas()
 
 
 @contextmanager
-def replicas_here(device: torch.device, *, compress: bool = False) -> Iterator[Replicas]:
+def replicas_here(
+    device: torch.device, asked: str = "", *, compress: bool = False
+) -> Iterator[Replicas]:
     """The ranks that a launcher started together with this one, or this process alone.
 
-    compress sends gradients through torch's PowerSGD hook. Raises UsageError for that where nothing
-    travels, and LostRankError where a rank does not come. An error of one rank ends them all, and
-    rank 0 tells it: the others raise FollowedError.
+    asked tells what this rank is to do: all are to do the same. compress sends gradients through
+    torch's PowerSGD hook. Raises UsageError for that where nothing travels, and LostRankError where
+    a rank does not come. An error of one rank, such as that it was asked for something else, ends
+    them all, and rank 0 tells it: the others raise FollowedError.
     """
     place = place_here()
     if place is None or place.size == 1:
@@ -163,7 +166,7 @@ def replicas_here(device: torch.device, *, compress: bool = False) -> Iterator[R
 
     with assembled(place) as team:
         with team.sharing_errors():
-            team.check_same("heal")
+            team.check_same(f"heal {asked}")
         replicas = Ranks(team, device, POWER_SGD if compress else PLAIN)
         try:
             with team.sharing_errors():

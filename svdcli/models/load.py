@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from svdcli.errors import BadCheckpointError, SvdcliError, UsageError
-from svdcli.files.checkpoint import Checkpoint, open_checkpoint
+from svdcli.files.checkpoint import Checkpoint, check_names_model, open_checkpoint
 from svdcli.files.compressed_tensors import METHOD as OTHERS
 from svdcli.files.config import METHOD, method_for, method_of
 from svdcli.files.dtypes import TORCH_DTYPES
@@ -66,11 +66,7 @@ def load(path: str | Path, *, into: nn.Module | None = None, **options: Any) -> 
             return _load_into(into, checkpoint)
 
         # As the transformers model that its config names
-        if not checkpoint.is_directory or not checkpoint.transformers_opens_it:
-            raise UsageError(
-                f"{checkpoint.shown} has no config.json that names a model",
-                "give the module: load(path, into=module)",
-            )
+        check_names_model(checkpoint, "give the module: load(path, into=module)")
         return _load_transformers(checkpoint, options)
 
 
@@ -108,6 +104,8 @@ def load_stored(path: str | Path, *, trust_remote_code: bool = False) -> Any:
 def _without_bars(path: str | Path, dtype: torch.dtype | str, trust_remote_code: bool) -> nn.Module:
     """Call `load` without the library's progress bars. Without the option nothing of the folder's
     own code runs; with it, what that code raises is told in a line."""
+    with open_checkpoint(path) as checkpoint:
+        check_names_model(checkpoint, "give the directory of a Hugging Face model")
     runs_own_code = trust_remote_code and bool(own_code.model_sources(Path(path)))
     with _no_progress_bars():
         try:

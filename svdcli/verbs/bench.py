@@ -22,7 +22,13 @@ from typing import Any
 
 from svdcli.engine.compute import Compute
 from svdcli.errors import USAGE, SvdcliError, UsageError, printable
-from svdcli.files.checkpoint import CHUNK, STANDARD, Checkpoint, open_checkpoint
+from svdcli.files.checkpoint import (
+    CHUNK,
+    STANDARD,
+    Checkpoint,
+    check_names_model,
+    open_checkpoint,
+)
 from svdcli.files.report import JSON_VERSION
 from svdcli.progress import Progress, silent
 
@@ -257,11 +263,7 @@ def _open(path: str | Path) -> Checkpoint:
     if str(path) == STANDARD:
         raise UsageError("bench does not read standard input", "name a directory")
     checkpoint = open_checkpoint(path)
-    if not checkpoint.is_directory or not checkpoint.transformers_opens_it:
-        raise SvdcliError(
-            f"{checkpoint.shown} has no config.json that names a model",
-            "bench opens Hugging Face directories",
-        )
+    check_names_model(checkpoint, "bench opens Hugging Face directories")
     return checkpoint
 
 

@@ -107,7 +107,8 @@ def compress(
     compute = compute or Compute()
     source = _Source(calibration, reading, recipe.metric, compute)
     asked = _Asked(recipe, plan, source, out, force, allow_larger, dry_run, progress)
-    work = ("compress", recipe_to_json(recipe), plan and plan.to_json(), dry_run)
+    paths = tuple(map(str, (model, out, calibration)))
+    work = ("compress", paths, recipe_to_json(recipe), plan and plan.to_json(), dry_run)
     with crew_of(compute, repr(work)) as crew:
         # Of several ranks one leads; the others do jobs, and give back what it does
         if isinstance(crew, Follower):

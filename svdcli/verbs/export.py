@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from svdcli.engine.compute import Compute
 from svdcli.engine.publish import check_place, disk_errors
 from svdcli.errors import SvdcliError, UsageError
-from svdcli.files.checkpoint import STANDARD, open_checkpoint
+from svdcli.files.checkpoint import STANDARD, check_names_model, open_checkpoint
 from svdcli.files.report import JSON_VERSION
 from svdcli.files.workspace import Workspace
 from svdcli.files.writer import sync
@@ -136,11 +136,7 @@ def _check_paths(path: str | Path, file: Path, force: bool) -> None:
     for taken, ending in ((file, ".onnx"), (_weights_of(file), ".data")):
         check_place(taken, ending, source=Path(path), force=force, option="--onnx FILE")
     with open_checkpoint(path) as checkpoint:
-        if not checkpoint.transformers_opens_it:
-            raise SvdcliError(
-                f"{checkpoint.shown} has no config.json that names a model",
-                "export the directory of a model",
-            )
+        check_names_model(checkpoint, "export the directory of a model")
 
 
 # What to feed a model -----------------------------------------------------------------------------

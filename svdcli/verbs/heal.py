@@ -33,7 +33,7 @@ from svdcli.engine.run import Run
 from svdcli.engine.solve import Ready
 from svdcli.errors import SvdcliError, UsageError
 from svdcli.files.blueprint import CompressDesign
-from svdcli.files.checkpoint import Checkpoint, open_checkpoint, open_output
+from svdcli.files.checkpoint import Checkpoint, check_names_model, open_checkpoint, open_output
 from svdcli.files.finite import weights_told
 from svdcli.files.record import Result, record_of, stored_layers, take_apart_again
 from svdcli.files.report import read_report
@@ -133,7 +133,8 @@ def heal(
             take_apart_again(checkpoint, record_of(compressed) or {})
         pair = _Pair(compressed, original, _plan_of(compressed, original))
         device = (compute or Compute()).start()
-        sharing = replicas_here(device, compress=compress_gradients)
+        asked = f"{_identity(pair, texts, request)} {out}"
+        sharing = replicas_here(device, asked, compress=compress_gradients)
         with weights_told(original, compressed), sharing as replicas:
             if replicas.ended_before():
                 return replicas.ends_with(None)
@@ -158,11 +159,7 @@ def _plan_of(compressed: Checkpoint, original: Checkpoint) -> Plan:
     """The plan behind a compressed directory. Raises SvdcliError where it cannot be healed with
     this original."""
     # A directory that compress wrote
-    if not (compressed.is_directory and compressed.transformers_opens_it):
-        raise SvdcliError(
-            f"{compressed.shown} has no config.json that names a model",
-            "heal opens Hugging Face directories",
-        )
+    check_names_model(compressed, "heal opens Hugging Face directories")
     record = record_of(compressed)
     if record is None:
         raise SvdcliError(

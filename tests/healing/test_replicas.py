@@ -178,6 +178,18 @@ def test_a_killed_rank_ends_the_run_and_the_journal_goes_on(
     assert svdcli.verify(tmp_path / "healed", models[0]).ok
 
 
+def test_ranks_that_were_asked_for_different_healing_end_with_one_line(
+    models: tuple[Path, Path, Path], tmp_path: Path
+) -> None:
+    line = command(models, tmp_path, 3)
+    with ranks_alone(COMMAND, [line, [*line, "--seed", "1"]], tmp_path) as ranks:
+        first, second = [rank.end(120) for rank in ranks]
+    assert (first.code, second.code, second.err) == (2, 2, "")
+    (told,) = first.err.splitlines()
+    assert "rank 1 was asked for something else than rank 0" in told
+    assert not (tmp_path / "healed.partial").exists()
+
+
 def test_gradients_that_do_not_travel_are_not_compressed(
     models: tuple[Path, Path, Path], tmp_path: Path
 ) -> None:

@@ -509,7 +509,7 @@ def test_where_prefixes_do_not_match_it_says_so(
 
 
 def test_a_file_without_a_module_asks_for_one(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="into=module"):
+    with pytest.raises(SvdcliError, match="into=module"):
         svdcli.load(write_mlp(tmp_path / "m.safetensors"))
 
 

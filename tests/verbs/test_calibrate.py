@@ -552,8 +552,10 @@ def test_what_does_not_read_text_is_refused(readable: Readable, tmp_path: Path) 
     with pytest.raises(UsageError, match="matches no tensor"):
         run(readable("llama"), tmp_path / "c.safetensors", include=("*nothing*",))
     save_file({"a.weight": torch.ones(40, 40)}, tmp_path / "plain.safetensors")
-    with pytest.raises(UsageError, match=r"no config\.json"):
+    with pytest.raises(SvdcliError, match=r"no config\.json .*; give the directory of a Hugging"):
         run(tmp_path / "plain.safetensors", tmp_path / "c.safetensors")
+    with pytest.raises(SvdcliError, match=r"give the folder that it lies in, .*m$"):
+        run(tmp_path / "m" / "model.safetensors", tmp_path / "c.safetensors")
     assert {path.name for path in tmp_path.iterdir()} == {"m", "plain.safetensors"}
 
 

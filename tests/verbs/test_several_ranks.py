@@ -137,11 +137,12 @@ def test_one_rank_speaks_and_an_error_is_told_once(many: Asked, tmp_path: Path) 
     assert done.stdout == ""
 
 
+@pytest.mark.parametrize("other", [["--keep", "0.6", "-o", "o"], ["--keep", "0.5", "-o", "p"]])
 def test_ranks_with_a_store_of_their_own_hear_why_the_first_ends(
-    many: Asked, tmp_path: Path
+    other: list[str], many: Asked, tmp_path: Path
 ) -> None:
     """Its store ends with it."""
-    lines = [("compress", many[0], "-o", "o", "--keep", keep, "-q") for keep in ("0.5", "0.6")]
+    lines = [("compress", many[0], "-q", *how) for how in (["--keep", "0.5", "-o", "o"], other)]
     with ranks_alone(COMMAND, lines, tmp_path) as ranks:
         first, second = [rank.end(120) for rank in ranks]
     assert "rank 1 was asked for something else than rank 0" in first.err
