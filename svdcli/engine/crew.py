@@ -28,7 +28,7 @@ from typing import Any, TypeVar
 import torch
 
 from svdcli.engine.compute import Compute
-from svdcli.engine.executor import Local, Workers, attempted
+from svdcli.engine.executor import DONE_ALONE, Local, Workers, attempted
 from svdcli.errors import SvdcliError
 from svdcli.files.source import Source
 from svdcli.files.workspace import SHARED
@@ -210,7 +210,7 @@ class Crew:
             if nobody or (rank is not None and rank != 0 and self._is_gone(rank)):
                 return index
         if alone and waiting.issubset(alone):
-            self.told.append("a layer ran out of memory, and was done again with nothing beside it")
+            self.told.append(DONE_ALONE)
             return alone.pop(0)
         return None
 

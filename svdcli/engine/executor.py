@@ -32,6 +32,8 @@ _STAGES = 3
 _PASSING = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EREMOTEIO)
 _PAUSES = (0.2, 1.0, 3.0)  # seconds before it is tried again
 
+DONE_ALONE = "a layer ran out of memory, and was done again with nothing beside it"
+
 
 class Workers(Protocol):
     """Those that do the jobs of a run. device is where each computes, threads with how many, 0
@@ -121,29 +123,38 @@ class Local:
         items: Iterable[Item],
         done: Callable[[Answer], None] | None = None,
     ) -> Iterator[Answer]:
-        """Do `work` on every item and yield the answers as they come (`Workers`)."""
+        """Do `work` on every item and yield the answers as they come (`Workers`). One that runs out
+        of memory beside others is done again at the end, by itself."""
         executor, at_once = self.executor()
-        queue, running = iter(items), set[Future[tuple[Answer, str]]]()
+        queue = iter(items)
+        running: dict[Future[tuple[Answer, str] | None], Item] = {}
+        alone: list[Item] = []
 
-        def submit(count: int) -> set[Future[tuple[Answer, str]]]:
-            futures = set()
-            for item in itertools.islice(queue, count):
-                future = executor.submit(attempted, work, item)
+        def submit(items: Iterable[Item], attempt: Callable[..., Any]) -> None:
+            for item in items:
+                future = executor.submit(attempt, work, item)
                 if done is not None:
                     future.add_done_callback(partial(_tell, done))
-                futures.add(future)
-            return futures
+                running[future] = item
 
         try:
-            running = submit(at_once)
+            attempt = _attempted_beside_others if at_once > 1 else attempted
+            submit(itertools.islice(queue, at_once), attempt)
             while running:
-                ended, running = wait(running, return_when=FIRST_COMPLETED)
-                running |= submit(len(ended))
+                ended = wait(running, return_when=FIRST_COMPLETED).done
+                submit(itertools.islice(queue, len(ended)), attempt)
                 for future in ended:
-                    answer, trouble = future.result()
+                    item, found = running.pop(future), future.result()
+                    if found is None:
+                        alone.append(item)
+                        continue
+                    answer, trouble = found
                     if trouble:
                         self.told.append(trouble)
                     yield answer
+                if alone and not running:
+                    self.told.append(DONE_ALONE)
+                    submit([alone.pop()], attempted)
         finally:
             executor.shutdown(wait=True, cancel_futures=True)
 
@@ -199,9 +210,22 @@ def attempted(
         time.sleep(pause)
 
 
-def _tell(done: Callable[[Answer], None], future: Future[tuple[Answer, str]]) -> None:
+def _attempted_beside_others(
+    work: Callable[[Item], Answer], item: Item
+) -> tuple[Answer, str] | None:
+    """`attempted`; None where memory was too little, without the error, which would hold on to what
+    there is of it."""
+    try:
+        return attempted(work, item)
+    except MemoryError:
+        return None
+
+
+def _tell(done: Callable[[Answer], None], future: Future[tuple[Answer, str] | None]) -> None:
     if not future.cancelled() and future.exception() is None:
-        done(future.result()[0])
+        found = future.result()
+        if found is not None:
+            done(found[0])
 
 
 def threads_each(device: torch.device) -> int:

@@ -11,7 +11,7 @@ import torch
 from helpers import weight
 
 from svdcli.engine.compute import Compute
-from svdcli.engine.executor import Local
+from svdcli.engine.executor import DONE_ALONE, Local
 from svdcli.engine.solve import solve_layer
 from svdcli.errors import UsageError
 from svdcli.linalg.layouts import CODECS
@@ -60,6 +60,41 @@ def test_an_error_ends_the_work_and_is_told(threads: int) -> None:
     with pytest.raises(ValueError, match="three"):
         list(Local(CPU).map_unordered(work, range(100)))
     assert len(started) < 10
+
+
+def test_what_runs_out_of_memory_is_done_again_with_nothing_beside_it(threads: int) -> None:
+    under_way, failed, noted = set(), [], []
+
+    def work(item: int) -> int:
+        under_way.add(item)
+        try:
+            time.sleep(0.002)
+            if item in (1, 4) and (item not in failed or len(under_way) > 1):
+                failed.append(item)
+                raise torch.OutOfMemoryError("CUDA out of memory")
+        finally:
+            under_way.remove(item)
+        return item
+
+    local = Local(CPU)
+    answers = local.map_unordered(work, range(8), noted.append)
+    if threads < 2:
+        with pytest.raises(MemoryError):
+            list(answers)
+        return
+    found = list(answers)
+    assert sorted(found) == sorted(noted) == list(range(8))
+    assert set(found[-2:]) == {1, 4}
+    assert sorted(failed) == [1, 4]
+    assert local.told == [DONE_ALONE] * 2
+
+
+def test_memory_that_never_suffices_is_an_error() -> None:
+    def work(item: int) -> int:
+        raise MemoryError
+
+    with pytest.raises(MemoryError):
+        list(Local(CPU).map_unordered(work, range(8)))
 
 
 @pytest.mark.parametrize("solver", ["svd", "gram"])
