@@ -82,12 +82,14 @@ def verbs(model: Path, folder: Path, device: torch.device) -> dict[str, Numbers]
     Compute.start = lambda self: device  # type: ignore[method-assign]
     told: list[svdcli.Forecast] = []
     moments = folder / "moments.safetensors"
-    svdcli.calibrate(model, moments, TEXT, announce=told.append, **READ)
+    there: dict[str, Any] = {"precision": "float32", "announce": told.append}
+    svdcli.calibrate(model, moments, TEXT, **there, **READ)
     assert told[0].on_host == (device != CPU)
 
     # losses of a millionth are differences of what rounding makes of larger numbers
     small = folder / "sensitivity.safetensors"
-    svdcli.calibrate(model, small, TEXT, gradients=False, sensitivity=True, samples=1, seq_len=32)
+    one: dict[str, Any] = {"samples": 1, "seq_len": 32, "precision": "float32"}
+    svdcli.calibrate(model, small, TEXT, gradients=False, sensitivity=True, **one)
     made = {"moments": load_file(moments), "sensitivity": load_file(small)}
     moments = folder.with_name("cpu") / moments.name
     few: dict[str, Any] = {"include": ["*.0.self_attn.o_proj"], "calibration": moments}

@@ -53,6 +53,13 @@ def _few_threads() -> Iterator[None]:
     torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True)
+def _float32_if_nothing_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor may they depend on what the machine has instructions for."""
+    name = "svdcli.calibration.precision.is_faster_in_bfloat16"
+    monkeypatch.setattr(name, lambda device: False)
+
+
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty folder that is also the current one."""

@@ -172,6 +172,7 @@ def compress(
     metric: Metric = "auto",
     samples: Samples = None,
     seq_len: SeqLen = None,
+    precision: Precision = words.PRECISION,
     trust_remote_code: TrustCode = False,
     allocate: Allocate = None,
     floor: Floor = None,
@@ -218,7 +219,7 @@ def compress(
     reading = None
     if text or stdlib:
         _tell_code(trust_remote_code, model)
-        reading = _reading(text, stdlib, samples, seq_len, trust_remote_code, quiet)
+        reading = _reading(text, stdlib, samples, seq_len, precision, trust_remote_code, quiet)
     plan = None
     wanted: Wanted = {}
     if plan_file is None:
@@ -306,6 +307,7 @@ def _reading(
     stdlib: bool,
     samples: int | None,
     seq_len: int | None,
+    precision: words.Precision,
     trust_remote_code: bool,
     quiet: bool,
 ) -> Reading:
@@ -320,7 +322,9 @@ def _reading(
         held_out = _read_text(None, stdlib=True, held_out=True)
     else:
         texts, held_out = texts.split(0.9)
-    return Reading(texts, held_out, samples, seq_len, trust_remote_code, _announce(quiet))
+    return Reading(
+        texts, held_out, samples, seq_len, trust_remote_code, precision, _announce(quiet)
+    )
 
 
 def _read_text(path: str | None, *, stdlib: bool, held_out: bool) -> Texts:

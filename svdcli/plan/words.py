@@ -21,7 +21,7 @@ OnnxDtype = Literal["float32", "float16"]
 Precision = Literal["auto", "float32", "bfloat16"]
 
 # In which a model runs while it is measured, where nothing else is asked for.
-PRECISION: Precision = "float32"
+PRECISION: Precision = "auto"
 
 TARGETS: tuple[Target, ...] = get_args(Target)
 ALLOCATIONS: tuple[Allocation, ...] = get_args(Allocation)

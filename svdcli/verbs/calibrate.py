@@ -310,7 +310,7 @@ def calibrate_together(request: Request, team: Team) -> Calibrated:
     """Calibrate with all ranks of a launch that were started for it; each returns what came of
     it."""
     with team.sharing_errors():
-        team.check_same(f"calibrate {request.out}")
+        team.check_same(f"calibrate {request.out} {request.precision}")
         done = read_together(request, team)
         if done is None:
             followed: Calibrated = team.outcome()

@@ -34,6 +34,7 @@ from svdcli.memory import free_memory
 from svdcli.plan.budget import missed_target
 from svdcli.plan.plan import Plan
 from svdcli.plan.recipe import WANTED, Recipe, Wanted, recipe_for, recipe_to_json
+from svdcli.plan.words import PRECISION, MetricName, Precision
 from svdcli.progress import Progress, silent
 from svdcli.ranks import PATIENCE, place_here
 from svdcli.verbs.outcome import Outcome
@@ -44,7 +45,6 @@ if TYPE_CHECKING:
     from svdcli.calibration.work import Forecast
     from svdcli.engine.compute import Compute
     from svdcli.engine.executor import Workers
-    from svdcli.plan.words import MetricName
     from svdcli.ranks import Team
     from svdcli.text.texts import Texts
     from svdcli.verbs import calibrate
@@ -53,15 +53,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Reading:
-    """Text to calibrate on while compressing, and how much of it (as for `calibrate`); held_out is
-    to measure on what the result is worth. trust_remote_code runs Python that the model's folder
-    brings along."""
+    """Text to calibrate on while compressing, how much of it, and in which precision (as for
+    `calibrate`); held_out is to measure on what the result is worth. trust_remote_code runs Python
+    that the model's folder brings along."""
 
     texts: Texts
     held_out: Texts | None = None
     samples: int | None = None
     seq_len: int | None = None
     trust_remote_code: bool = False
+    precision: Precision = PRECISION
     announce: Callable[[Forecast], None] = lambda forecast: None
 
 
@@ -107,8 +108,8 @@ def compress(
     compute = compute or Compute()
     source = _Source(calibration, reading, recipe.metric, compute)
     asked = _Asked(recipe, plan, source, out, force, allow_larger, dry_run, progress)
-    paths = tuple(map(str, (model, out, calibration)))
-    work = ("compress", paths, recipe_to_json(recipe), plan and plan.to_json(), dry_run)
+    given = (*map(str, (model, out, calibration)), reading and reading.precision, dry_run)
+    work = ("compress", given, recipe_to_json(recipe), plan and plan.to_json())
     with crew_of(compute, repr(work)) as crew:
         # Of several ranks one leads; the others do jobs, and give back what it does
         if isinstance(crew, Follower):
@@ -306,7 +307,7 @@ class _Source:
         # The name of the file tells what was read: model, text, amount, and whether backwards too
         reading = self.reading
         amount = (reading.samples, reading.seq_len, reading.trust_remote_code, self._gradients)
-        asked = (checkpoint.fingerprint(), reading.texts.digest, *amount)
+        asked = (checkpoint.fingerprint(), reading.texts.digest, *amount, reading.precision)
         digest = hashlib.sha256(repr(asked).encode()).hexdigest()[:16]
         moments = folder / f"{digest}.{MOMENTS}"
         if moments.exists():
@@ -351,6 +352,7 @@ class _Source:
             model=model,
             out=moments,
             settings=settings,
+            precision=self.reading.precision,
             compute=self.compute,
             announce=self.reading.announce,
         )

@@ -82,7 +82,7 @@ class Bench:
         if not path.exists():
             say("calibrating")
             text = read_texts(None, stdlib=True)
-            svdcli.calibrate(SAMPLE, path, text, samples=self.samples)
+            svdcli.calibrate(SAMPLE, path, text, samples=self.samples, precision="float32")
         return path
 
     def excess(self, model: Path) -> tuple[float, float]:

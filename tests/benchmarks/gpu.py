@@ -7,7 +7,8 @@
 `solve` has weights as wide as Llama-7B's at keep 0.6: svdcli's solvers against torch.linalg.svd of
 the same float32 weight on the same device, the better of three runs each, and the largest
 difference of what the factors multiply out to from a CPU's, as a share of its largest number.
-`verbs` has calibrate, compress and heal of the sample model there against the same on the CPU.
+`verbs` has calibrate, compress and heal of the sample model there against the same on the CPU, all
+in float32, and calibrate as it is by default, too.
 """
 
 from __future__ import annotations
@@ -101,7 +102,9 @@ def verbs(device: str, folder: Path, windows: int, steps: int) -> dict[str, floa
         seconds[name] = time.perf_counter() - begin
 
     read = {"samples": windows, "seq_len": 256}
-    timed("calibrate", svdcli.calibrate, SAMPLE, moments, texts, **read)
+    timed("calibrate", svdcli.calibrate, SAMPLE, moments, texts, precision="float32", **read)
+    other = folder / "other.safetensors"
+    timed("calibrate, --precision auto", svdcli.calibrate, SAMPLE, other, texts, **read)
     timed("compress", svdcli.compress, SAMPLE, out, keep=KEEP, calibration=moments)
     effort = svdcli.Effort(steps=steps)
     how = {"teacher": SAMPLE, "texts": texts, "effort": effort}

@@ -110,7 +110,8 @@ class Mixture:
         if not self.moments.exists():
             say("calibrating")
             text = read_texts(None, stdlib=True)
-            svdcli.calibrate(self.model, self.moments, text, samples=256, seq_len=LENGTH)
+            read: dict[str, Any] = {"samples": 256, "seq_len": LENGTH, "precision": "float32"}
+            svdcli.calibrate(self.model, self.moments, text, **read)
         self.held_out = read_texts(None, stdlib=True, held_out=True)
 
     @cached_property

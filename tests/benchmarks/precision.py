@@ -31,10 +31,10 @@ from svdcli.text.texts import read_texts
 KEEPS = (0.6, 0.4)
 PARTS = 8
 ROWS: dict[str, dict[str, Any]] = {
-    "float32": {},
+    "float32": {"precision": "float32"},
     "bfloat16": {"precision": "bfloat16"},
-    "float32, other labels": {"seed": 1},
-    "float32, others again": {"seed": 2},
+    "float32, other labels": {"precision": "float32", "seed": 1},
+    "float32, others again": {"precision": "float32", "seed": 2},
 }
 
 

@@ -287,6 +287,7 @@ class Work:
             how = CALIBRATIONS[kind] | {
                 "samples": self.subject.samples,
                 "seq_len": self.settings.seq_len,
+                "precision": "float32",
             }
             done = calibrate(self.subject.path, file, self.subject.calibration, **how)
             self._keep(kind, {"tokens": done.tokens, "seconds": time.perf_counter() - begin})

@@ -23,6 +23,7 @@ from svdcli.calibration.moments import LayerMoments, Moments, open_moments
 from svdcli.errors import BadCheckpointError, NotFiniteError, SvdcliError, UsageError
 from svdcli.files.checkpoint import open_checkpoint
 from svdcli.linalg.whitening import Metric, weighted
+from svdcli.plan.words import Precision
 from svdcli.text.texts import Texts
 from svdcli.text.tokens import Amount, grouped, load_tokenizer, sentences_of, windows_of
 from svdcli.verbs.calibrate import Calibrated, Forecast, calibrate
@@ -601,14 +602,17 @@ def test_progress_rises_to_the_end(readable: Readable, tmp_path: Path) -> None:
 # While compressing --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("metric", ["auto", "inputs"])
-def test_compress_reads_as_calibrate_does(metric: str, readable: Readable, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("metric", "precision"), [("auto", "bfloat16"), ("inputs", "float32")])
+def test_compress_reads_as_calibrate_does(
+    metric: str, precision: Precision, readable: Readable, tmp_path: Path
+) -> None:
     path, recipe = readable("llama"), Recipe("keep", 0.5, metric=metric, allocate="global")
-    run(path, tmp_path / "c.safetensors", gradients=metric == "auto")
-    svdcli.compress(path, tmp_path / "a", recipe, calibration=tmp_path / "c.safetensors")
-    svdcli.compress(
-        path, tmp_path / "b", recipe, reading=Reading(TEXT, samples=SAMPLES, seq_len=LENGTH)
-    )
+    moments = tmp_path / "c.safetensors"
+    run(path, moments, gradients=metric == "auto", precision=precision)
+    assert open_moments(moments).provenance.precision == precision
+    svdcli.compress(path, tmp_path / "a", recipe, calibration=moments)
+    reading = Reading(TEXT, samples=SAMPLES, seq_len=LENGTH, precision=precision)
+    svdcli.compress(path, tmp_path / "b", recipe, reading=reading)
     assert tree(tmp_path / "a") == tree(tmp_path / "b")
     assert {file.name for file in tmp_path.iterdir()} == {"a", "b", "c.safetensors"}
 

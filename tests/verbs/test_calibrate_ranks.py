@@ -28,6 +28,7 @@ Readable = Callable[..., Path]
 TEXT = " ".join(f"w{at * at % 90 + 2}" for at in range(4000))
 HOW: dict[str, Any] = {"samples": 100, "seq_len": 32}  # two batches
 OPTIONS = ("--text", "t.txt", "--samples", "100", "--seq-len", "32", "--json")
+OPTIONS += ("--precision", "float32")
 
 
 @pytest.fixture

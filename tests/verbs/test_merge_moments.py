@@ -15,7 +15,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import svdcli
+from svdcli.calibration import precision as module
 from svdcli.calibration.moments import METADATA_OF_PART, open_moments
+from svdcli.calibration.precision import is_faster_in_bfloat16
 from svdcli.errors import BadCheckpointError, SvdcliError, UsageError
 from svdcli.verbs.calibrate import Forecast, calibrate
 
@@ -397,9 +399,8 @@ def test_auto_takes_what_the_machine_multiplies_faster(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("svdcli.calibration.precision.operations_a_second", speeds(fast))
+    monkeypatch.setattr(module, "is_faster_in_bfloat16", is_faster_in_bfloat16)
+    monkeypatch.setattr(module, "operations_a_second", speeds(fast))
     told: list[Forecast] = []
-    path = whole(
-        readable("llama"), tmp_path / "c.safetensors", precision="auto", announce=told.append
-    )
+    path = whole(readable("llama"), tmp_path / "c.safetensors", announce=told.append)
     assert told[0].precision == open_moments(path).provenance.precision == expected
