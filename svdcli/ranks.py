@@ -34,6 +34,7 @@ PATIENCE = 30.0  # without a sign of life, until a rank counts as lost
 TO_TELL = 10.0  # for rank 0 to tell an error of another, or for others to hear the end
 TO_HEAR = 3.0  # for others to hear why rank 0 ends, where its store ends with it
 TO_ASSEMBLE = 300.0  # for all ranks to start, import torch and meet
+TO_WONDER = 15.0  # of waiting for that, until it is told
 _POLL = 0.02
 
 # Who started this process, before that can be gone
@@ -83,25 +84,51 @@ class Place:
 
 
 def place_here() -> Place | None:
-    """The place that a launcher gave to this process; None where it was started alone."""
+    """The place that a launcher gave to this process; None where it was started alone. Raises
+    UsageError for one that there cannot be."""
     environment = os.environ
-    if any(name not in environment for name in _NEEDED):
+    missing = [name for name in _NEEDED if not environment.get(name)]
+    if missing and {"RANK", "WORLD_SIZE"}.intersection(missing):
         return None
-    return Place(
-        rank=int(environment["RANK"]),
-        size=int(environment["WORLD_SIZE"]),
-        local=int(environment.get("LOCAL_RANK", "0")),
+    hint = f"start ranks with torchrun, or set {', '.join(_NEEDED)}; unset RANK for one process"
+    if missing and environment["WORLD_SIZE"] == "1":
+        return None
+    if missing:
+        raise UsageError(f"RANK is set, and {' and '.join(missing)} not", hint)
+    place = Place(
+        rank=_number("RANK"),
+        size=_number("WORLD_SIZE"),
+        local=_number("LOCAL_RANK", "0"),
         address=environment["MASTER_ADDR"],
-        port=int(environment["MASTER_PORT"]),
+        port=_number("MASTER_PORT"),
         agents_store=environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
-        local_size=int(environment.get("LOCAL_WORLD_SIZE", "1")),
+        local_size=_number("LOCAL_WORLD_SIZE", "1"),
         parent=_PARENT if "TORCHELASTIC_RUN_ID" in environment else 0,
     )
+    if not 0 <= place.rank < place.size:
+        raise UsageError(f"there is no RANK {place.rank} with WORLD_SIZE {place.size}", hint)
+    if not 0 < place.port < 65536:
+        raise UsageError(f"MASTER_PORT {place.port} is no port", hint)
+    return place
+
+
+def _number(name: str, default: str = "") -> int:
+    """A number that the launcher set."""
+    value = os.environ.get(name, default)
+    try:
+        return int(value)
+    except ValueError:
+        hint = "the launcher sets it; unset RANK for one process"
+        raise UsageError(f"{name} is {value!r}, not a number", hint) from None
 
 
 def leads_here() -> bool:
-    """Does this process speak for all: it was started alone, or is rank 0."""
-    place = place_here()
+    """Does this process speak for all: it was started alone, or is rank 0, or has no place that
+    there can be."""
+    try:
+        place = place_here()
+    except UsageError:
+        return True
     return place is None or place.leads
 
 
@@ -370,7 +397,7 @@ def assembled(
     a rank may still come: rank 0 begins without one that does not. Raises LostRankError where one
     that may does not.
     """
-    with _one_line(), _ending_with(place.parent):
+    with _one_line(), _ending_with(place.parent), _told_after(TO_WONDER, place):
         store = _store_of(place)
         started(store.port)
         number = next(_meetings)
@@ -400,6 +427,20 @@ def _ending_with(parent: int) -> Iterator[None]:
         over.set()
 
 
+@contextmanager
+def _told_after(seconds: float, place: Place) -> Iterator[None]:
+    """Tell that this process waits for others, where it does so for long."""
+    others = f"the other {place.size - 1}" if place.leads else "rank 0"
+    line = f"rank {place.rank} waits for {others} at {place.address}:{place.port}"
+    waiting = threading.Timer(seconds, os.write, (2, f"svdcli: {line}\n".encode()))
+    waiting.daemon = True
+    waiting.start()
+    try:
+        yield
+    finally:
+        waiting.cancel()
+
+
 def _store_of(place: Place) -> TCPStore:
     from torch.distributed import DistError, TCPStore  # type: ignore[attr-defined]
 
@@ -409,8 +450,15 @@ def _store_of(place: Place) -> TCPStore:
     try:
         return TCPStore(place.address, place.port, None, keeps_it, patience, wait_for_workers=False)
     except DistError as error:
+        where = f"{place.address}:{place.port}"
+        if keeps_it:
+            raise LostRankError(
+                f"rank 0 cannot keep the store of ranks at {where}: another process has the port, "
+                "or it is no address of this machine",
+                "set another MASTER_PORT, or MASTER_ADDR, for all ranks",
+            ) from error
         raise LostRankError(
-            f"there is no store of ranks at {place.address}:{place.port}",
+            f"there is no store of ranks at {where}",
             "see what the process says that keeps it: rank 0, or the agent",
         ) from error
 

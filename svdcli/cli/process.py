@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
 
 _TO_TELL = 5.0  # seconds
+# A terminal or a batch system tells a launcher and its ranks to stop, and the launcher tells them
+# again: so many seconds later it is somebody who insists.
+_ONCE = 1.0
 
 
 def print_note(text: str) -> None:
@@ -103,24 +106,28 @@ _RESUMABLE = ("compress", "expand", "heal")  # with an output that is no pipe
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """While a command runs, being told to stop raises, so that it cleans up. Signals that the
-    parent ignores stay ignored."""
+    """While a command runs, being told to stop raises, so that it cleans up; being told again at
+    once does nothing more. Signals that the parent ignores stay ignored."""
     before = {
         number: signal.getsignal(number)
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     }
     heeded = {number: how for number, how in before.items() if how not in (signal.SIG_IGN, None)}
+    told_at = -_ONCE
+
+    def interrupt(*_: object) -> None:
+        nonlocal told_at
+        if time.monotonic() - told_at >= _ONCE:
+            told_at = time.monotonic()
+            raise KeyboardInterrupt
+
     for number in heeded:
-        signal.signal(number, _interrupt)
+        signal.signal(number, interrupt)
     try:
         yield
     finally:
         for number, how in heeded.items():
             signal.signal(number, how)
-
-
-def _interrupt(*_: object) -> None:
-    raise KeyboardInterrupt
 
 
 class _Outliving(io.FileIO):

@@ -66,9 +66,10 @@ class _Answered:
 def crew_of(compute: Compute, asked: str) -> Iterator[Workers | Follower]:
     """The workers of a run, on the process that leads it; on every other one what has only to
     `follow`. An error of the first ends all of them, and so does a rank that was not `asked` for
-    the same."""
+    the same, or has other numbers of threads or processes."""
     place = place_here()
     device = compute.start()
+    asked = f"{asked} {compute}"
     if place is not None and place.size > 1:
         with ROOM.shared_by(place.local_size), assembled(place) as team:
             device = _own_device(device, place)

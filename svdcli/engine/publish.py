@@ -6,6 +6,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import os
 import shutil
 import sys
 import tempfile
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from svdcli.engine.run import Run
-from svdcli.errors import SvdcliError, UsageError
+from svdcli.errors import SvdcliError, UsageError, printable
 from svdcli.files.blueprint import Design
 from svdcli.files.checkpoint import CHUNK, RECORD, STANDARD, Checkpoint, sha256_of
 from svdcli.files.folder import in_hub_cache
@@ -77,7 +78,7 @@ def _check_free(workspace: Workspace, total: int) -> None:
 
 def finish(run: Run, design: Design, results: Mapping[str, Result]) -> None:
     """Headers, the files beside the weights, the record; read everything back with the reference
-    reader; publish."""
+    reader; publish. Raises BadCheckpointError where the source was written to meanwhile."""
     from svdcli.files.writer import WeightWriter, write_file
 
     # a weight file is none until it has its header
@@ -102,6 +103,7 @@ def finish(run: Run, design: Design, results: Mapping[str, Result]) -> None:
         write_file(workspace.data / RECORD, [design.record(results, files, blueprint.record_bytes)])
 
     _check_sizes(workspace.data, blueprint.sizes())
+    design.checkpoint.check_unchanged()
     workspace.publish(modes_of(design.checkpoint, blueprint))
 
 
@@ -243,6 +245,11 @@ def check_place(
     is there, but never the source. option is what a person would change.
     """
     # What the name alone says
+    try:
+        os.fsencode(target).decode()
+    except UnicodeDecodeError:
+        shown = printable(str(target))
+        raise UsageError(f"the path {shown} is not UTF-8", f"choose another {option}") from None
     parent = target.absolute().parent
     if not parent.is_dir():
         raise SvdcliError(f"the folder {parent} does not exist", "create it first")

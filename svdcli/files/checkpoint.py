@@ -94,6 +94,7 @@ class Checkpoint:
     stacks: dict[str, TensorRef] = field(default_factory=dict)
     temporary: Path | None = None
     spooled_digest: str | None = None
+    _first_state: str | None = None
 
     @property
     def infos(self) -> list[TensorInfo]:
@@ -315,7 +316,17 @@ class Checkpoint:
         for name in self.files:
             status = self.file_path(name).stat()
             stats.append((name, status.st_size, status.st_mtime_ns))
-        return hashlib.sha256(repr(stats).encode()).hexdigest()
+        state = hashlib.sha256(repr(stats).encode()).hexdigest()
+        self._first_state = self._first_state or state
+        return state
+
+    def check_unchanged(self) -> None:
+        """Raise BadCheckpointError where a weight file was written to since `state` was first asked
+        for."""
+        if self._first_state not in (None, self.state()):
+            raise BadCheckpointError(
+                f"{self.shown} changed while it was read", "run the same command again"
+            )
 
     def close(self) -> None:
         """Remove what standard input was spooled to."""

@@ -9,6 +9,7 @@ Grosse (K-FAC, 2015).
 from __future__ import annotations
 
 import json
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,7 +26,7 @@ from svdcli.calibration.sums import Sums
 from svdcli.calibration.together import Together
 from svdcli.calibration.work import Forecast, Settings, Work
 from svdcli.engine.compute import Compute
-from svdcli.engine.publish import check_place
+from svdcli.engine.publish import check_place, disk_errors
 from svdcli.errors import BadCheckpointError, UsageError
 from svdcli.files.checkpoint import open_checkpoint
 from svdcli.files.finite import weights_told
@@ -156,9 +157,11 @@ def calibrate(
                 "a part is for a process by itself, and ranks have a part each already",
                 "leave out --part, or start it without a launcher",
             )
-        return _of_one_part(request, Part(*part))
+        with disk_errors(request.out, resumes=False):
+            return _of_one_part(request, Part(*part))
     if place is None:
-        return read_alone(request)
+        with disk_errors(request.out, resumes=False):
+            return read_alone(request)
     with assembled(place) as team:
         if team.ended_before():
             followed: Calibrated = team.outcome()
@@ -204,10 +207,14 @@ class Request:
 @contextmanager
 def _spool_beside(path: Path) -> Iterator[Spool]:
     """Keep sums in a temporary folder beside a file to be."""
-    with tempfile.TemporaryDirectory(
-        dir=path.absolute().parent, prefix=f".{path.name}.spool-"
-    ) as folder:
+    try:
+        folder = tempfile.mkdtemp(dir=path.absolute().parent, prefix=f".{path.name}.spool-")
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    try:
         yield Spool(Path(folder))
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 # The whole text, or one part of it ----------------------------------------------------------------
@@ -309,8 +316,8 @@ def _calibrated(
 def calibrate_together(request: Request, team: Team) -> Calibrated:
     """Calibrate with all ranks of a launch that were started for it; each returns what came of
     it."""
-    with team.sharing_errors():
-        team.check_same(f"calibrate {request.out} {request.precision}")
+    with team.sharing_errors(), disk_errors(request.out):
+        team.check_same(f"calibrate {request.out} {request.precision} {request.compute}")
         done = read_together(request, team)
         if done is None:
             followed: Calibrated = team.outcome()

@@ -3,6 +3,8 @@ the same size out."""
 
 from __future__ import annotations
 
+import os
+import re
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -133,7 +135,7 @@ def heal(
             take_apart_again(checkpoint, record_of(compressed) or {})
         pair = _Pair(compressed, original, _plan_of(compressed, original))
         device = (compute or Compute()).start()
-        asked = f"{_identity(pair, texts, request)} {out}"
+        asked = f"{_identity(pair, texts, request)} {out} {compute}"
         sharing = replicas_here(device, asked, compress=compress_gradients)
         with weights_told(original, compressed), sharing as replicas:
             if replicas.ended_before():
@@ -672,6 +674,7 @@ class _Journal:
 
 def _kept(workspace: Workspace, block: HealedBlock) -> HealedBlock:
     """The block, noted in the journal if it is not there yet."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     if block.name in workspace.healed:
@@ -680,7 +683,14 @@ def _kept(workspace: Workspace, block: HealedBlock) -> HealedBlock:
     # The factors first, whole by the rename; the line after them says that they are there
     path = _file(workspace, block.name)
     partial_path = path.with_suffix(".partial")
-    save_file({name: tensor.contiguous() for name, tensor in block.weights.items()}, partial_path)
+    weights = {name: tensor.contiguous() for name, tensor in block.weights.items()}
+    try:
+        save_file(weights, partial_path)
+    except SafetensorError as error:
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
     partial_path.rename(path)
     line = {"block": block.name, "before": block.before, "after": block.after, "steps": block.steps}
     workspace.note(line)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from svdcli.calibration.parts import open_part
-from svdcli.engine.publish import check_place
+from svdcli.engine.publish import check_place, disk_errors
 from svdcli.errors import UsageError
 from svdcli.verbs.calibrate import Calibrated, merged
 
@@ -24,4 +24,5 @@ def merge_moments(
         raise UsageError("no parts are given", "give the files that calibrate --part wrote")
     for part in parts:
         check_place(Path(out), ".safetensors", source=Path(part), force=force)
-    return merged([open_part(part) for part in parts], Path(out))
+    with disk_errors(Path(out), resumes=False):
+        return merged([open_part(part) for part in parts], Path(out))

@@ -15,7 +15,7 @@ from helpers import cli, write_model
 
 import svdcli
 from svdcli import Recipe
-from svdcli.cli.process import one_line_errors
+from svdcli.cli.process import interruptible, one_line_errors
 from svdcli.errors import UsageError
 
 HERE = Path(__file__).parents[1]
@@ -160,6 +160,26 @@ def test_a_command_leaves_signals_as_it_found_them(model: Path) -> None:
     before = [signal.getsignal(number) for number in numbers]
     assert cli("inspect", model).code == 0
     assert [signal.getsignal(number) for number in numbers] == before
+
+
+def test_to_be_told_twice_at_once_is_to_be_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As ranks are by a terminal and by their launcher; later it is somebody who insists."""
+    raised = 0
+
+    def be_told(number: int) -> None:
+        nonlocal raised
+        try:
+            signal.raise_signal(number)
+        except KeyboardInterrupt:
+            raised += 1
+
+    with interruptible():
+        be_told(signal.SIGINT)
+        be_told(signal.SIGTERM)
+        assert raised == 1
+        monkeypatch.setattr("svdcli.cli.process._ONCE", 0.0)
+        be_told(signal.SIGINT)
+        assert raised == 2
 
 
 @pytest.mark.parametrize("alone", [True, False], ids=["this rank alone", "rank 0, too"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import errno
 import os
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -338,6 +339,58 @@ def test_a_place_is_what_the_launcher_says(monkeypatch: pytest.MonkeyPatch) -> N
     assert not ranks.leads_here()
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "run")
     assert ranks.place_here() == Place(3, 4, 0, "a", 5, parent=os.getppid())
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"RANK": "abc"}, "RANK is 'abc', not a number"),
+        ({"LOCAL_RANK": "x"}, "LOCAL_RANK is 'x', not a number"),
+        ({"RANK": "4"}, "there is no RANK 4 with WORLD_SIZE 4"),
+        ({"MASTER_PORT": "99999"}, "MASTER_PORT 99999 is no port"),
+        ({"MASTER_ADDR": ""}, "RANK is set, and MASTER_ADDR not"),
+        (
+            {"MASTER_ADDR": "", "MASTER_PORT": ""},
+            "RANK is set, and MASTER_ADDR and MASTER_PORT not",
+        ),
+        ({"RANK": ""}, ""),
+        ({"WORLD_SIZE": ""}, ""),
+        ({"RANK": "0", "WORLD_SIZE": "1", "MASTER_PORT": ""}, ""),
+    ],
+)
+def test_a_place_that_there_cannot_be(
+    changes: dict[str, str], told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor does it keep anybody from the help."""
+    values = {"RANK": "3", "WORLD_SIZE": "4", "MASTER_ADDR": "a", "MASTER_PORT": "5"}
+    for name, value in (values | changes).items():
+        monkeypatch.setenv(name, value)
+    if told:
+        with pytest.raises(UsageError) as raised:
+            ranks.place_here()
+        assert raised.value.message == told
+    else:
+        assert ranks.place_here() is None
+    assert ranks.leads_here()
+
+
+def test_a_port_that_another_process_has_is_named() -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        with pytest.raises(LostRankError, match=f"127.0.0.1:{port}: another process has the port"):
+            ranks._store_of(Place(0, 2, 0, "127.0.0.1", port))
+
+
+def test_to_wait_long_for_others_is_told(capfd: pytest.CaptureFixture[str]) -> None:
+    with ranks._told_after(60.0, Place(0, 3, 0, "a", 5)):
+        pass
+    said, deadline = "", time.monotonic() + 10
+    with ranks._told_after(0.0, Place(0, 3, 0, "a", 5)):
+        while not said and time.monotonic() < deadline:
+            said = capfd.readouterr().err
+    assert said == "svdcli: rank 0 waits for the other 2 at a:5\n"
 
 
 @pytest.mark.parametrize("fails", [False, True])

@@ -15,6 +15,7 @@ import pytest
 import torch
 import zoo
 from helpers import changed, cli, complaint, contents, tree
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from zoo import words_tokenizer
@@ -513,6 +514,20 @@ def test_a_run_that_was_cut_short_continues_to_the_same_bytes(
     assert trained == ["model.layers.1"]
     assert tree(tmp_path / "cut") == tree(healed.path)
     assert not (tmp_path / "cut.partial").exists()
+
+
+def test_a_full_disk_is_told_as_one(
+    factored: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the library that writes blocks in words of its own."""
+    teacher, small = factored
+
+    def full(*_: object) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    with pytest.raises(SvdcliError, match=r"cannot write .*healed: No space left on device"):
+        svdcli.heal(small, tmp_path / "healed", teacher=teacher, texts=TEXT, **HOW)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "t5", "bert"])

@@ -3,6 +3,7 @@ against what the model loses."""
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ import svdcli
 from svdcli import Recipe
 from svdcli.calibration import gather as module
 from svdcli.calibration.loss import drawing
-from svdcli.calibration.moments import LayerMoments, Moments, open_moments
+from svdcli.calibration.moments import LayerMoments, Moments, Spool, open_moments
 from svdcli.errors import BadCheckpointError, NotFiniteError, SvdcliError, UsageError
 from svdcli.files.checkpoint import open_checkpoint
 from svdcli.linalg.whitening import Metric, weighted
@@ -581,6 +582,20 @@ def test_the_file_appears_whole_or_not_at_all(
     assert tree(tmp_path) == everything
     run(readable("llama"), out, force=True)
     assert [path.name for path in tmp_path.iterdir()] == ["c.safetensors"]
+
+
+def test_a_full_disk_is_told_by_the_name_of_the_file(
+    readable: Readable, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "hidden")
+
+    monkeypatch.setattr(Spool, "put", full)
+    told = r"^cannot write c\.safetensors: No space left on device; free space"
+    for part in (None, (1, 2)):
+        with pytest.raises(SvdcliError, match=told):
+            run(readable("llama"), Path("c.safetensors"), part=part)
+    assert not list(folder.iterdir())
 
 
 def test_progress_rises_to_the_end(readable: Readable, tmp_path: Path) -> None:

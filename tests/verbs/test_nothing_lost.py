@@ -18,14 +18,14 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import cli, weight, write_model
+from helpers import cli, complaint, weight, write_model
 from killing import snapshot
 from safetensors.torch import save_file
 
 import svdcli
 from svdcli import Recipe
 from svdcli.engine.compute import Compute
-from svdcli.errors import SvdcliError
+from svdcli.errors import BadCheckpointError, SvdcliError
 from svdcli.files.workspace import Workspace
 from svdcli.progress import Progress, silent
 from svdcli.verbs.outcome import Outcome
@@ -295,6 +295,30 @@ def test_a_changed_source_is_not_mixed_in(tmp_path: Path) -> None:
     outcome = svdcli.compress(path, None, Recipe("rank", 9))
     assert outcome.started_over
     assert svdcli.verify(tmp_path / "m.svd.safetensors", path).ok
+
+
+def test_a_source_that_is_written_to_meanwhile_is_not_mixed_in(tmp_path: Path) -> None:
+    """With as many bytes as before: nothing else would tell."""
+    model, out = write_model(tmp_path / "m"), tmp_path / "o"
+    file = next(model.glob("*.safetensors"))
+
+    def write_to_it(stage: str, *_: object) -> None:
+        if stage == "check":
+            file.write_bytes(file.read_bytes()[:-8] + bytes(8))
+
+    with pytest.raises(BadCheckpointError, match="changed while it was read; run the same command"):
+        svdcli.compress(model, out, Recipe("rank", 9), progress=write_to_it)
+    assert not out.exists()
+    svdcli.compress(model, out, Recipe("rank", 9))
+    assert svdcli.verify(out, model).ok
+
+
+def test_a_path_that_is_not_utf_8_is_refused_at_once(folder: Path) -> None:
+    """The reference reader takes none."""
+    model = write_model(folder / os.fsdecode(b"m \xff"))
+    assert "is not UTF-8; choose another -o" in complaint(cli("compress", model, "--rank", "9"), 2)
+    assert list(folder.iterdir()) == [model]
+    assert cli("compress", model, "--rank", "9", "-o", "o").code == 0
 
 
 def test_the_second_of_two_runs_refuses(tmp_path: Path) -> None:

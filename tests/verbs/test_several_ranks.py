@@ -137,12 +137,13 @@ def test_one_rank_speaks_and_an_error_is_told_once(many: Asked, tmp_path: Path) 
     assert done.stdout == ""
 
 
-@pytest.mark.parametrize("other", [["--keep", "0.6", "-o", "o"], ["--keep", "0.5", "-o", "p"]])
+@pytest.mark.parametrize("other", ["--keep 0.6 -o o", "--keep 0.5 -o p", "--threads 2 --keep 0.5"])
 def test_ranks_with_a_store_of_their_own_hear_why_the_first_ends(
-    other: list[str], many: Asked, tmp_path: Path
+    other: str, many: Asked, tmp_path: Path
 ) -> None:
     """Its store ends with it."""
-    lines = [("compress", many[0], "-q", *how) for how in (["--keep", "0.5", "-o", "o"], other)]
+    both = "--keep 0.5 -o o", other
+    lines = [("compress", many[0], "-q", *how.split()) for how in both]
     with ranks_alone(COMMAND, lines, tmp_path) as ranks:
         first, second = [rank.end(120) for rank in ranks]
     assert "rank 1 was asked for something else than rank 0" in first.err
@@ -151,7 +152,7 @@ def test_ranks_with_a_store_of_their_own_hear_why_the_first_ends(
 
 def test_ranks_have_no_standard_input_to_read_a_text_from(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.setenv(name, "2")
+        monkeypatch.setenv(name, "1" if name == "RANK" else "2")
     with pytest.raises(UsageError, match="several ranks cannot read"):
         svdcli.read_texts("-", stdlib=False, held_out=False)
 
