@@ -449,7 +449,8 @@ def _read_exactly(stream: Any, view: memoryview, ref: TensorRef) -> None:
         count = stream.readinto(view)
         if not count:
             raise BadCheckpointError(
-                f"{ref.file} ended inside tensor {ref.info.name!r}", "it changed while it was read"
+                f"{ref.file} ended inside tensor {ref.info.name!r}: it changed while it was read",
+                "run the same command again when it is whole",
             )
         view = view[count:]
 
