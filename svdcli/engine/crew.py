@@ -32,6 +32,7 @@ from svdcli.engine.executor import DONE_ALONE, Local, Workers, attempted
 from svdcli.errors import SvdcliError
 from svdcli.files.source import Source
 from svdcli.files.workspace import SHARED
+from svdcli.linalg.machine import with_threads
 from svdcli.memory import ROOM
 from svdcli.ranks import (
     PATIENCE,
@@ -264,24 +265,12 @@ class Crew:
     def all_threads(self) -> AbstractContextManager[None]:
         """Surround what this process does alone: it has the threads of its local ranks
         meanwhile."""
-        return _threads(self._all_threads)
+        return with_threads(self._all_threads)
 
     def end(self, outcome: Any) -> None:
         """Tell all ranks what came of it, and let them end."""
         if not self.processes:
             self.team.end(outcome)
-
-
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    """Have torch use so many threads meanwhile; 0 leaves it as it is."""
-    before = torch.get_num_threads()
-    if count:
-        torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _raise_first(futures: Sequence[Future[None]]) -> None:
@@ -497,7 +486,7 @@ def _local_ranks(count: int, device: torch.device) -> Iterator[Crew]:
 
     try:
         with (
-            _threads(threads if device.type == "cpu" else 0),
+            with_threads(threads if device.type == "cpu" else 0),
             ROOM.shared_by(count),
             assembled(place, start, comes) as team,
         ):

@@ -278,6 +278,18 @@ def keeping_temporaries() -> Iterator[None]:
         _kept.buffers = None
 
 
+@contextmanager
+def with_threads(count: int) -> Iterator[None]:
+    """Have torch use so many threads meanwhile; 0 leaves it as it is."""
+    before = torch.get_num_threads()
+    if count:
+        torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def placed_on(w: Tensor, device: torch.device) -> Tensor:
     """w on a CUDA device, from pinned memory and in a stream of its own, so that the device goes on
     meanwhile with what other threads compute there. For any other device w as it is, which
