@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+import re
 import sys
 import threading
 from collections.abc import Iterator
@@ -28,19 +29,27 @@ _STRIP = 256
 _NUMBERS_AT_ONCE = 2**22
 
 _PROCESSORS = Path("/proc/cpuinfo")
+# The family of Zen 3, which has no AVX-512, and of Zen 4.
+_ZEN_4 = re.compile(r"AuthenticAMD\s+cpu family\s*: 25$", re.MULTILINE)
 
 
 # Products -----------------------------------------------------------------------------------------
 
 
-def product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b for a (m, k) and b (k, n), by the faster of torch's two libraries.
+def product(a: Tensor, b: Tensor, use: str = "") -> Tensor:
+    """a @ b (m, n) for a (m, k) and b (k, n), by the faster of torch's two libraries. With a use,
+    it may be a `temporary` for that.
 
     `torch.mm` calls MKL on x86, which on an AMD processor with AVX-512 (Zen 5) was no faster than
     oneDNN held to AVX2. oneDNN, which torch calls for linear layers in its own layout, uses AVX-512
-    wherever there is one: it was 1.7 to 2.2 times as fast there.
+    wherever there is one: it was 1.7 to 2.2 times as fast there. Zen 4 does AVX-512 in halves: both
+    multiply as fast there, and with the change of layout oneDNN took 1.1 to 1.4 times as long.
     """
-    return _by_onednn(a, b) if _suits_onednn(a, b) else torch.mm(a, b)
+    if _suits_onednn(a, b):
+        return _by_onednn(a, b)
+    if use:
+        return torch.mm(a, b, out=temporary(use, (a.shape[0], b.shape[1]), a))
+    return torch.mm(a, b)
 
 
 def squared_distance(w: Tensor, up: Tensor, down: Tensor) -> float:
@@ -85,15 +94,16 @@ def _by_onednn(a: Tensor, b: Tensor) -> Tensor:
 
 @cache
 def _onednn_is_faster() -> bool:
-    """Has the processor AVX-512, and another maker than Intel?"""
+    """Has the processor AVX-512, and is it neither one of Intel's nor a Zen 4?"""
     if torch.backends.cpu.get_cpu_capability() != "AVX512":
         return False
     if not torch.backends.mkldnn.is_available():
         return False
     try:
-        return "GenuineIntel" not in _PROCESSORS.read_text()
+        processors = _PROCESSORS.read_text()
     except OSError:  # not Linux
         return False
+    return "GenuineIntel" not in processors and not _ZEN_4.search(processors)
 
 
 # Sums of squares ----------------------------------------------------------------------------------

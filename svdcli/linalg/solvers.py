@@ -58,7 +58,8 @@ def gram(w: Tensor, rank: int, seed: int = 0) -> Factors:
 
     Several times cheaper than an SVD, at the price of the squared condition number: singular values
     below sqrt(eps) of the largest drown in rounding, which the caller sees as a residual above the
-    promised tail. Raises torch.linalg.LinAlgError where LAPACK does not converge.
+    promised tail. Factors may be a `temporary`, void after the next call in this thread. Raises
+    torch.linalg.LinAlgError where LAPACK does not converge.
     """
     if w.shape[0] > w.shape[1]:
         return transposed(gram(w.T, rank, seed))
@@ -68,7 +69,7 @@ def gram(w: Tensor, rank: int, seed: int = 0) -> Factors:
     tail = values[: values.shape[0] - rank].clamp(min=0).sum(dtype=torch.float64).item()
 
     # the norms of the rows of down are the singular values: half of each goes to the basis
-    down = product(basis.T, w)
+    down = product(basis.T, w, use="factor")
     sigma = torch.linalg.vector_norm(down, dim=1)
     root = sigma.sqrt()
     down.div_(root.clamp(min=torch.finfo(w.dtype).tiny)[:, None])

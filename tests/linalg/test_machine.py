@@ -101,23 +101,27 @@ def chosen_anew() -> Iterator[None]:
 
 @pytest.mark.usefixtures("chosen_anew")
 @pytest.mark.parametrize(
-    ("capability", "maker", "chosen"),
+    ("capability", "maker", "family", "chosen"),
     [
-        ("AVX512", "AuthenticAMD", True),
-        ("AVX512", "GenuineIntel", False),
-        ("AVX2", "AuthenticAMD", False),
-        ("AVX512", None, False),
+        ("AVX512", "AuthenticAMD", 26, True),
+        ("AVX512", "AuthenticAMD", 25, False),
+        ("AVX512", "Other", 25, True),
+        ("AVX512", "GenuineIntel", 6, False),
+        ("AVX2", "AuthenticAMD", 26, False),
+        ("AVX512", "", 0, False),
     ],
 )
-def test_onednn_is_for_avx512_of_other_makers(
+def test_onednn_is_for_whole_avx512_of_other_makers(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capability: str,
-    maker: str | None,
+    maker: str,
+    family: int,
     chosen: bool,
 ) -> None:
     if maker:
-        (tmp_path / "cpuinfo").write_text(f"processor\t: 0\nvendor_id\t: {maker}\n")
+        one = f"vendor_id\t: {maker}\ncpu family\t: {family}\nmodel\t\t: 17\n"
+        (tmp_path / "cpuinfo").write_text(f"processor\t: 0\n{one}\nprocessor\t: 1\n{one}")
     monkeypatch.setattr(machine, "_PROCESSORS", tmp_path / "cpuinfo")
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
