@@ -88,11 +88,9 @@ def place_here() -> Place | None:
     UsageError for one that there cannot be."""
     environment = os.environ
     missing = [name for name in _NEEDED if not environment.get(name)]
-    if missing and {"RANK", "WORLD_SIZE"}.intersection(missing):
+    if missing and ("RANK" in missing or environment.get("WORLD_SIZE", "") in ("", "1")):
         return None
     hint = f"start ranks with torchrun, or set {', '.join(_NEEDED)}; unset RANK for one process"
-    if missing and environment["WORLD_SIZE"] == "1":
-        return None
     if missing:
         raise UsageError(f"RANK is set, and {' and '.join(missing)} not", hint)
     place = Place(

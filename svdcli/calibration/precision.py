@@ -12,7 +12,7 @@ from svdcli.linalg.machine import with_threads
 from svdcli.plan.words import Precision
 
 # How many times as fast bfloat16 has to be for `auto` to take it: far from the noise of measuring.
-# Processors with instructions for it do twice as many operations a second, or more, others half.
+# Processors with instructions for it do twice as many operations a second, or more.
 _WORTH_IT = 1.5
 _TURNS = 3  # in which both are measured
 

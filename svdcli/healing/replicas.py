@@ -145,7 +145,7 @@ ALONE = Replicas()
 
 @contextmanager
 def replicas_here(
-    device: torch.device, asked: str = "", *, compress: bool = False
+    device: torch.device, asked: Callable[[], str] = str, *, compress: bool = False
 ) -> Iterator[Replicas]:
     """The ranks that a launcher started together with this one, or this process alone.
 
@@ -166,7 +166,7 @@ def replicas_here(
 
     with assembled(place) as team:
         with team.sharing_errors():
-            team.check_same(f"heal {asked}")
+            team.check_same(f"heal {asked()}")
         replicas = Ranks(team, device, POWER_SGD if compress else PLAIN)
         try:
             with team.sharing_errors():

@@ -53,11 +53,10 @@ def load(path: str | Path, *, into: nn.Module | None = None, **options: Any) -> 
     layer of the model was not filled, where transformers refuses, and, with `into`, where the
     module has no place for a tensor, or lacks one.
     """
-    with open_checkpoint(path) as checkpoint:
-        _check(checkpoint)
-
-        # Into a module of one's own
-        if into is not None:
+    # Into a module of one's own
+    if into is not None:
+        with open_checkpoint(path) as checkpoint:
+            _check(checkpoint)
             if options:
                 raise UsageError(
                     f"{', '.join(options)} cannot be used with into=",
@@ -65,8 +64,16 @@ def load(path: str | Path, *, into: nn.Module | None = None, **options: Any) -> 
                 )
             return _load_into(into, checkpoint)
 
-        # As the transformers model that its config names
-        check_names_model(checkpoint, "give the module: load(path, into=module)")
+    # As the transformers model that its config names
+    return _load_named(path, "give the module: load(path, into=module)", options)
+
+
+def _load_named(path: str | Path, hint: str, options: dict[str, Any]) -> nn.Module:
+    """Load the transformers model that config.json names. Raises SvdcliError with this hint where
+    it names none."""
+    with open_checkpoint(path) as checkpoint:
+        _check(checkpoint)
+        check_names_model(checkpoint, hint)
         return _load_transformers(checkpoint, options)
 
 
@@ -102,14 +109,13 @@ def load_stored(path: str | Path, *, trust_remote_code: bool = False) -> Any:
 
 
 def _without_bars(path: str | Path, dtype: torch.dtype | str, trust_remote_code: bool) -> nn.Module:
-    """Call `load` without the library's progress bars. Without the option nothing of the folder's
+    """Load without the library's progress bars. Without the option nothing of the folder's
     own code runs; with it, what that code raises is told in a line."""
-    with open_checkpoint(path) as checkpoint:
-        check_names_model(checkpoint, "give the directory of a Hugging Face model")
     runs_own_code = trust_remote_code and bool(own_code.model_sources(Path(path)))
     with _no_progress_bars():
         try:
-            return load(path, dtype=dtype, trust_remote_code=runs_own_code)
+            how = {"dtype": dtype, "trust_remote_code": runs_own_code}
+            return _load_named(path, "give the directory of a Hugging Face model", how)
         except SvdcliError:
             raise
         except Exception as error:

@@ -9,7 +9,6 @@ Grosse (K-FAC, 2015).
 from __future__ import annotations
 
 import json
-import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -208,13 +207,13 @@ class Request:
 def _spool_beside(path: Path) -> Iterator[Spool]:
     """Keep sums in a temporary folder beside a file to be."""
     try:
-        folder = tempfile.mkdtemp(dir=path.absolute().parent, prefix=f".{path.name}.spool-")
+        beside = tempfile.TemporaryDirectory(
+            dir=path.absolute().parent, prefix=f".{path.name}.spool-"
+        )
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from error
-    try:
+    with beside as folder:
         yield Spool(Path(folder))
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 # The whole text, or one part of it ----------------------------------------------------------------

@@ -135,9 +135,12 @@ def heal(
             take_apart_again(checkpoint, record_of(compressed) or {})
         pair = _Pair(compressed, original, _plan_of(compressed, original))
         device = (compute or Compute()).start()
-        # Each may read a copy of its own
-        models = compressed.fingerprint(), original.fingerprint()
-        asked = repr((models, texts.digest, request, out, compute))
+
+        def asked() -> str:
+            """Of several ranks each may read a copy of its own."""
+            models = compressed.fingerprint(), original.fingerprint()
+            return repr((models, texts.digest, request, out, compute))
+
         sharing = replicas_here(device, asked, compress=compress_gradients)
         with weights_told(original, compressed), sharing as replicas:
             if replicas.ended_before():
