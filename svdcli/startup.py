@@ -32,6 +32,8 @@ def begin() -> None:
     # Page faults in large buffers took a sixth of the CPU time of `compress` (PyTorch's tuning
     # guide, transparent huge pages).
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    # The leading eigenvectors come from OpenBLAS, where two workers ask it side by side.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     # Of a store that is gone torch's C++ tells a page; the line that a person needs is svdcli's.
     if os.environ.get("SVDCLI_DEBUG") != "1":
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")

@@ -13,6 +13,9 @@ import pytest
 
 Compressed = Callable[..., Path]
 
+# As the command does, before SciPy is loaded: what runs here computes what the command does.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 # Fixtures import what they need: the process that only deals out tests to workers needs none of it.
 
 

@@ -44,9 +44,6 @@ _EIGEN_IN_DOUBLE, _PRODUCT_IN_DOUBLE = 2.0, 4.0
 # and, as long again and more, orthonormal bases.
 _RANDOMIZED = 48.0
 
-# What of an eigenproblem the eigenvalues alone are.
-_VALUES_ALONE = 0.3
-
 # Rounding in the metric of a calibration, for every number of the weight and its columns.
 _ROUNDING = 2.0
 
@@ -57,11 +54,13 @@ _EIGEN_SIDE, _PRODUCT_SIDE, _DIGESTED, _TIMES = 768, 512, 2**20, 4
 @dataclass(frozen=True)
 class Speeds:
     """Of one worker, while the others work: operations a second in products, and cubes of the side
-    a second in eigenproblems, both in float32; bytes a second of a digest."""
+    a second in eigenproblems, with the vectors of a quarter of them or the values alone, all in
+    float32; bytes a second of a digest."""
 
     workers: int
     product: float
     eigen: float
+    values: float
     digest: float
 
 
@@ -153,14 +152,16 @@ def _unit_seconds(unit: Unit, layer: LayerPlan | None, read: int, speeds: Speeds
 @dataclass
 class _Operations:
     """What the mathematics of a job comes to: operations of products, and cubes of eigenproblems'
-    sides."""
+    sides, of which the vectors are wanted or the values alone."""
 
     products: float = 0.0
     cubes: float = 0.0
+    cubes_of_values: float = 0.0
 
     def seconds(self, speeds: Speeds) -> float:
         """On one worker."""
-        return _IN_PRACTICE * (self.products / speeds.product + self.cubes / speeds.eigen)
+        eigen = self.cubes / speeds.eigen + self.cubes_of_values / speeds.values
+        return _IN_PRACTICE * (self.products / speeds.product + eigen)
 
     def add_eigenproblem(self, m: int, n: int) -> None:
         """Of the Gram matrix on the short side, of which half is computed."""
@@ -174,7 +175,7 @@ class _Operations:
             self._add_weighted(m, n, 0, packed=False)
         else:
             self.add_eigenproblem(m, n)
-        self.cubes *= _VALUES_ALONE
+        self.cubes, self.cubes_of_values = 0.0, self.cubes
 
     def add_layer(self, layer: LayerPlan) -> None:
         """From the weight to what is stored, and the error of that."""
@@ -234,16 +235,15 @@ def _measured(device: torch.device, threads: int) -> Speeds:
         workers = 1  # of its threads one at a time computes
     with executor:
         found = list(executor.map(_measure, [device] * workers))
-    product, eigen, digest = (sum(speeds) / len(speeds) for speeds in zip(*found, strict=True))
-    return Speeds(workers, product, eigen, digest)
+    speeds = (sum(speeds) / len(speeds) for speeds in zip(*found, strict=True))
+    return Speeds(workers, *speeds)
 
 
-def _measure(device: torch.device) -> tuple[float, float, float]:
-    """(operations a second of a product, cubes a second of an eigenproblem, bytes a second of a
-    digest)."""
+def _measure(device: torch.device) -> tuple[float, float, float, float]:
+    """The speeds of `Speeds`, in that order."""
     import torch
 
-    from svdcli.linalg.machine import gram_eigh, product
+    from svdcli.linalg.machine import gram_eigenvalues, gram_eigh, product
 
     square = torch.randn(_EIGEN_SIDE, _EIGEN_SIDE).to(device)
     part = square[:_PRODUCT_SIDE, :_PRODUCT_SIDE].contiguous()
@@ -252,12 +252,18 @@ def _measure(device: torch.device) -> tuple[float, float, float]:
     # an accelerator has done it when a number is here
     clock = time.thread_time if device.type == "cpu" else time.perf_counter
     of_product = _fastest(lambda: float(product(part, part)[0, 0]), clock)
-    of_eigen = _fastest(lambda: float(gram_eigh(square)[0][0]), clock)
+    of_eigen = _fastest(lambda: float(gram_eigh(square, _EIGEN_SIDE // 4)[0][0]), clock)
+    of_values = _fastest(lambda: float(gram_eigenvalues(square)[0]), clock)
     of_digest = _fastest(lambda: hashlib.sha256(data).digest(), time.thread_time)
 
     operations = 2 * _PRODUCT_SIDE**3 / of_product
-    alone = of_eigen - _EIGEN_SIDE**3 / operations  # without the Gram matrix
-    return operations, _EIGEN_SIDE**3 / max(alone, of_eigen / 2), _DIGESTED / of_digest
+
+    def cubes(seconds: float) -> float:
+        """Without the Gram matrix."""
+        alone = seconds - _EIGEN_SIDE**3 / operations
+        return float(_EIGEN_SIDE**3 / max(alone, seconds / 2))
+
+    return operations, cubes(of_eigen), cubes(of_values), _DIGESTED / of_digest
 
 
 def _fastest(work: Callable[[], object], clock: Callable[[], float]) -> float:

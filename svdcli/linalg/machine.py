@@ -19,6 +19,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from svdcli.linalg.lapack import leading_eigh
+
 # Below this size oneDNN's change of layout costs what its product gains.
 _SMALL = 64
 
@@ -191,20 +193,24 @@ def _gram_by_strips(w: Tensor, out: Tensor, add: bool) -> None:
 # Eigenvalues --------------------------------------------------------------------------------------
 
 
-def gram_eigh(w: Tensor, inner: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Eigenvalues (m,), ascending, and eigenvectors (m, m) of W W^T, or W G W^T, for w (m, n) and a
-    positive semidefinite `inner` G (n, n), in w's dtype.
+def gram_eigh(w: Tensor, count: int, inner: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """All eigenvalues (m,), ascending, and the last `count` eigenvectors (m, count) of W W^T, or
+    W G W^T, for w (m, n) and a positive semidefinite `inner` G (n, n), in w's dtype.
 
     The eigenvectors are a `temporary`: void after the next call in this thread. Raises
     torch.linalg.LinAlgError where LAPACK does not converge.
     """
     matrix = _padded_gram(w, inner)
     size, extra = matrix.shape[0], matrix.shape[0] - w.shape[0]
+    found = leading_eigh(matrix, count, lambda use, shape: temporary(use, shape, w))
+    if found is not None:
+        return found[0][extra:], found[1][: w.shape[0]]
+
     # The upper triangle of the transpose is in LAPACK's order of columns already, and reduced
     # faster.
     place = w.new_empty(size), temporary("eigenvectors", (size, size), w).mT
     values, vectors = torch.linalg.eigh(matrix.mT, UPLO="U", out=place)
-    return values[extra:], vectors[: w.shape[0], extra:]
+    return values[extra:], vectors[: w.shape[0], size - count :]
 
 
 def gram_eigenvalues(w: Tensor, inner: Tensor | None = None) -> Tensor:

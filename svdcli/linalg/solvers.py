@@ -63,8 +63,8 @@ def gram(w: Tensor, rank: int, seed: int = 0) -> Factors:
     """
     if w.shape[0] > w.shape[1]:
         return transposed(gram(w.T, rank, seed))
-    values, vectors = gram_eigh(w)
-    basis = vectors[:, -rank:].flip(1)
+    values, vectors = gram_eigh(w, rank)
+    basis = vectors.flip(1)
     del vectors
     tail = values[: values.shape[0] - rank].clamp(min=0).sum(dtype=torch.float64).item()
 

@@ -64,8 +64,8 @@ def weighted(w: Tensor, rank: int, metric: Metric) -> Factors:
     basis, short = None, root.times(w.to(torch.float64))
     if w.shape[0] > w.shape[1]:
         basis, short = torch.linalg.qr(short)
-    values, vectors = gram_eigh(short, inputs)
-    values, left = values.flip(0).clamp(min=0), vectors[:, -rank:].flip(1)
+    values, vectors = gram_eigh(short, rank, inputs)
+    values, left = values.flip(0).clamp(min=0), vectors.flip(1)
     del vectors
 
     # K^-1 U_r and U_r^T K W

@@ -20,7 +20,7 @@ from svdcli.files.checkpoint import Checkpoint, open_checkpoint
 from svdcli.files.header import render_header
 from svdcli.plan.tensors import TensorInfo
 
-SPEEDS = Speeds(workers=2, product=1e11, eigen=1e10, digest=1e9)
+SPEEDS = Speeds(workers=2, product=1e11, eigen=1e10, values=3e10, digest=1e9)
 
 
 def sparse_model(folder: Path, layers: int, hidden: int, ffn: int) -> Path:

@@ -148,7 +148,7 @@ def test_eigenvalues_and_vectors_of_a_gram_matrix(
     if weighted:
         root = random(rows + 40, 30, 2).to(dtype) / 20
         inner = torch.eye(rows + 40, dtype=dtype) + root @ root.T
-    values, vectors = gram_eigh(w, inner)
+    values, vectors = gram_eigh(w, rows, inner)
     exact = w.double() @ (w.double().T if inner is None else inner.double() @ w.double().T)
     oracle = torch.linalg.eigvalsh(exact)
     eps = torch.finfo(dtype).eps
@@ -170,7 +170,7 @@ def test_eigenvalues_and_vectors_of_a_gram_matrix(
 
 
 def test_eigenvalues_of_zero() -> None:
-    values, _ = gram_eigh(torch.zeros(1024, 5))
+    values, _ = gram_eigh(torch.zeros(1024, 5), 5)
     assert values.shape == (1024,)
     assert not values.any()
 
