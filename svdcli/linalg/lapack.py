@@ -52,8 +52,8 @@ def leading_eigh(
 
     None, and nothing is changed, where torch is to do it: SciPy is not installed or was built with
     another library, this thread computes with others, the matrix is small, or would have to be
-    scaled first. memory makes an uninitialised tensor for a use;
-    the vectors lie in one. Raises torch.linalg.LinAlgError where LAPACK does not converge.
+    scaled first. memory makes an uninitialised tensor for a use; the vectors lie in one. Raises
+    torch.linalg.LinAlgError where LAPACK does not converge.
     """
     n = matrix.shape[0]
     if n < _SMALLEST or not _is_usable(matrix):

@@ -4,14 +4,17 @@ left to do it."""
 from __future__ import annotations
 
 import ctypes
+import json
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import best_error, decaying
+from helpers import best_error, decaying, run, weight
+from safetensors.torch import save_file
 from torch import Tensor
 
 from svdcli.linalg import lapack
@@ -216,3 +219,26 @@ def test_an_argument_that_lapack_does_not_take_is_said() -> None:
     space = torch.zeros(10)
     with pytest.raises(ValueError, match="argument 2"):
         lapack._call(routines.sytrd, b"U", -1, space, 1, space, space, space, space, 10)
+
+
+# The command --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("side", "threads", "loads"), [(512, 2, True), (448, 2, False), (512, 4, False)]
+)
+def test_wide_layers_by_the_command(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, side: int, threads: int, loads: bool
+) -> None:
+    """Two threads are one for each worker; what is not needed is not loaded."""
+    monkeypatch.delenv(ONE_THREAD)
+    save_file({"a.weight": weight(side, side + 8)}, folder / "m.safetensors")
+    words = ("compress", "m.safetensors", "--rank", "40", "--solver", "gram", "--json")
+    done = run(*words, "--threads", str(threads), env={"PYTHONPROFILEIMPORTTIME": "1"})
+    assert done.code == 0, done.err
+    assert ("scipy.linalg.cython_lapack" in done.err) is loads
+    (layer,) = json.loads(done.out)["layers"]
+    assert layer["solver"] == "gram"
+    w = weight(side, side + 8).double()
+    best = (best_error(w, 40) / float(w.square().sum())) ** 0.5
+    assert layer["relative_error"] == pytest.approx(best, rel=1e-5)
