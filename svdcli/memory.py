@@ -61,13 +61,17 @@ def _left_in(group: Path) -> Iterator[int]:
             yield max(0, left)
 
 
+# Of torch, and of C++.
+_WORDS = ("allocate memory", "bad_alloc")
+
+
 def is_out_of_memory(error: Exception) -> bool:
     """Tell whether an error says that memory was too little: libraries say so in many classes."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's
         return True
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
-    return isinstance(error, RuntimeError) and "allocate memory" in str(error)
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _WORDS)
 
 
 class Room:

@@ -37,6 +37,8 @@ TO_ASSEMBLE = 300.0  # for all ranks to start, import torch and meet
 TO_WONDER = 15.0  # of waiting for that, until it is told
 _POLL = 0.02
 
+AGAIN = "run the same command again: what is whole is not done again"
+
 # Who started this process, before that can be gone
 _PARENT = os.getppid()
 
@@ -198,8 +200,8 @@ class Team:
             with suppress(LostRankError):
                 if self.wait(f"asked/{rank}", rank).decode() != asked:
                     raise UsageError(
-                        f"rank {rank} was asked for something else than rank 0, or sees another "
-                        "model or text",
+                        f"rank {rank} was asked for something else than rank 0, sees another model "
+                        "or text, or has another SciPy",
                         "start all ranks with the same command, on a file system that they share",
                     )
         self.put("asked for the same", b"1")
@@ -209,9 +211,7 @@ class Team:
     def check_alive(self, rank: int) -> None:
         """Raise LostRankError where that rank has shown no sign of life for `PATIENCE` seconds."""
         if not self.alive(rank):
-            raise LostRankError(
-                f"rank {rank} is gone", "run the same command again, it continues where it was"
-            )
+            raise LostRankError(f"rank {rank} is gone", AGAIN)
 
     def alive(self, rank: int) -> bool:
         """Has that rank shown a sign of life in the last `PATIENCE` seconds that this one watched
@@ -265,7 +265,7 @@ class Team:
         """Tell the other ranks why this one ends, as far as the store is still there."""
         message = str(error)
         if not isinstance(error, Exception):
-            message = "interrupted; run the same command again, it continues where it was"
+            message = f"interrupted; {AGAIN}"
         elif not isinstance(error, SvdcliError):
             message = f"{type(error).__name__}: {error}".removesuffix(": ")
         told = [message, _code_of(error)]
@@ -327,11 +327,16 @@ class Team:
 
     def outcome(self) -> Any:
         """What rank 0 says came of it. Raises FollowedError where that is an error of any rank,
-        LostRankError where rank 0 is lost."""
-        while (ended := self.ended()) is None:
-            self.check_others()
-            self.check_alive(0)
-            time.sleep(_POLL)
+        LostRankError where rank 0 or the store is lost."""
+        try:
+            while (ended := self.ended()) is None:
+                self.check_others()
+                self.check_alive(0)
+                time.sleep(_POLL)
+        except LostRankError as error:
+            # It may have written all, and could not say so
+            hint = f"see whether the output is there; if not, {AGAIN}"
+            raise LostRankError(error.message, hint) from error
         return ended[0]
 
     def ended_before(self) -> bool:
@@ -511,5 +516,5 @@ def _one_line() -> Iterator[None]:
     except DistError as error:
         raise LostRankError(
             "the store at which the ranks meet is gone, with the agent that kept it",
-            "run the same command again, it continues where it was",
+            AGAIN,
         ) from error

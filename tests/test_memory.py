@@ -83,6 +83,7 @@ def test_the_least_that_the_machine_and_its_groups_leave(
         (torch.OutOfMemoryError("CUDA out of memory"), True),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), True),
         (RuntimeError("unable to mmap 9 bytes from file <a>: Cannot allocate memory (12)"), True),
+        (RuntimeError("std::bad_alloc"), True),
         (OSError(errno.ENOMEM, "Cannot allocate memory"), True),
         (OSError(errno.ENOENT, "No such file"), False),
         (RuntimeError("expected a matrix"), False),

@@ -28,10 +28,11 @@ from typing import Any, TypeVar
 import torch
 
 from svdcli.engine.compute import Compute
-from svdcli.engine.executor import DONE_ALONE, Local, Workers, attempted
+from svdcli.engine.executor import DONE_ALONE, Local, Workers, attempted, threads_each
 from svdcli.errors import SvdcliError
 from svdcli.files.source import Source
 from svdcli.files.workspace import SHARED
+from svdcli.linalg.lapack import library
 from svdcli.linalg.machine import with_threads
 from svdcli.memory import ROOM
 from svdcli.ranks import (
@@ -70,7 +71,7 @@ def crew_of(compute: Compute, asked: str) -> Iterator[Workers | Follower]:
     the same, or has other numbers of threads or processes."""
     place = place_here()
     device = compute.start()
-    asked = f"{asked} {compute}"
+    asked = f"{asked} {compute} {library(threads_each(device))}"
     if place is not None and place.size > 1:
         with ROOM.shared_by(place.local_size), assembled(place) as team:
             device = _own_device(device, place)

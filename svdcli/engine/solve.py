@@ -281,6 +281,9 @@ def _problem(
     """What is wrong with a result, in a few words, or nothing."""
     if not math.isfinite(error):
         return "not finite"
+    info = torch.finfo(dtype)
+    if solver == "gram" and 0 < total < info.tiny / info.eps:
+        return "squares below its range"
     drowns = solver == "gram" and factors.tail < _GRAM_FLOOR[dtype] * total
     if drowns and FACTORED_DTYPES[layer.stored_dtype] < 1e-6:
         return "tail below its precision"
@@ -289,7 +292,10 @@ def _problem(
     # error, and of the tail itself
     growth = LAYOUTS[layer.layout].most_rounding
     stored = growth * FACTORED_DTYPES[layer.stored_dtype] ** 2
-    products = max(layer.tensor.shape) * torch.finfo(dtype).eps ** 2
+    products = max(layer.tensor.shape) * info.eps**2
+    if dtype == torch.float64:
+        # nothing is tried after it: the errors of LAPACK at worst, as of a constant weight
+        products *= max(layer.tensor.shape)
     subnormal = growth * layer.tensor.parameters * _finest(layer.stored_dtype) ** 2
     relative = stored + products + _tail_noise(solver, dtype)
     promised = 1.001 * factors.tail + relative * total + subnormal

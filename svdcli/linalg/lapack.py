@@ -12,9 +12,12 @@ from __future__ import annotations
 import ctypes
 import math
 import os
+import threading
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from importlib import metadata
 from typing import Any
 
 import torch
@@ -26,10 +29,15 @@ _SMALLEST = 512
 # OpenBLAS reads it when it is loaded. With threads of its own, callers wait for each other.
 ONE_THREAD = "OPENBLAS_NUM_THREADS"
 
+# The first SciPy that is built for NumPy 2: an older one beside that tells so at length.
+_OLDEST = (1, 13)
+
 # Sizes of memory are 32-bit numbers.
 _MOST_NUMBERS = 2**31 - 1
 
 _LETTERS = {torch.float32: "s", torch.float64: "d"}
+
+_loading = threading.Lock()
 
 _Routine = Callable[..., None]
 _NoConvergence: type[Exception] = torch.linalg.LinAlgError  # type: ignore[attr-defined]
@@ -120,16 +128,34 @@ def _call(routine: _Routine, *arguments: bytes | int | Tensor) -> int:
 # Loading ------------------------------------------------------------------------------------------
 
 
-@cache
+def library(threads: int) -> str:
+    """What the leading eigenvectors come from where workers have so many threads, which decides
+    how they are rounded: SciPy and its version, "" for torch."""
+    if threads != 1 or os.environ.get(ONE_THREAD) != "1":
+        return ""
+    try:
+        version = metadata.version("scipy")
+        is_old = tuple(map(int, version.split(".")[:2])) < _OLDEST
+    except (metadata.PackageNotFoundError, ValueError):
+        return ""
+    return "" if is_old else f"SciPy {version}"
+
+
 def _lapack(dtype: torch.dtype) -> _Lapack | None:
     """The routines of SciPy's OpenBLAS, where that was held to one thread."""
-    if os.environ.get(ONE_THREAD) != "1":
-        return None
-    try:
-        import scipy
-        from scipy.linalg import cython_lapack
+    with _loading:
+        return _loaded(dtype) if library(1) else None
 
-        libraries = scipy.show_config(mode="dicts")["Build Dependencies"]
+
+@cache
+def _loaded(dtype: torch.dtype) -> _Lapack | None:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            import scipy
+            from scipy.linalg import cython_lapack
+
+            libraries = scipy.show_config(mode="dicts")["Build Dependencies"]
         if "openblas" not in libraries["lapack"]["name"]:
             return None
         # how many arguments, and how many of them are numbers of 32 bits
@@ -137,7 +163,9 @@ def _lapack(dtype: torch.dtype) -> _Lapack | None:
         letter, named = _LETTERS[dtype], cython_lapack.__pyx_capi__
         capsules = {name: named[letter + name] for name in shapes}
         return _Lapack(**{name: _routine(capsules[name], *shapes[name]) for name in shapes})
-    except Exception:  # not installed, too old, or of another NumPy
+    except MemoryError:
+        raise
+    except Exception:  # broken, or of another NumPy
         return None
 
 

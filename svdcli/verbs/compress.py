@@ -137,6 +137,7 @@ class _Asked:
 
 def _compress(checkpoint: Checkpoint, asked: _Asked, crew: Workers) -> Outcome:
     """Compress an open checkpoint with these workers."""
+    from svdcli.linalg.lapack import library
     from svdcli.models.kinds import take_apart_stacks
 
     recipe, plan, source = asked.recipe, asked.plan, asked.source
@@ -164,9 +165,10 @@ def _compress(checkpoint: Checkpoint, asked: _Asked, crew: Workers) -> Outcome:
                     moments = source.file(checkpoint, workspace.folder, crew, asked.progress)
                     request = request_of(checkpoint, recipe, plan, moments)
 
-            # A journal counts for the same work only: threads change the order of sums
+            # A journal counts for the same work only, and for what rounds it alike
             work = (recipe_to_json(request.recipe), plan and plan.to_json())
-            command = identity(checkpoint, "compress", *work, crew.threads)
+            rounded_by = (crew.threads, library(crew.threads))
+            command = identity(checkpoint, "compress", *work, *rounded_by)
             if workspace.resume(command, force=asked.force):
                 workspace.started_by(crew.ranks)
                 _compress_into(workspace, checkpoint, request, asked, crew)

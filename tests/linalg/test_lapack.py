@@ -6,6 +6,7 @@ from __future__ import annotations
 import ctypes
 import json
 import sys
+import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from svdcli.linalg import lapack
-from svdcli.linalg.lapack import ONE_THREAD, leading_eigh
+from svdcli.linalg.lapack import ONE_THREAD, leading_eigh, library
 from svdcli.linalg.machine import gram_eigh, keeping_temporaries, squared_norm
 from svdcli.linalg.solvers import gram
 from svdcli.linalg.whitening import Metric, weighted, weighted_error
@@ -29,9 +30,9 @@ cython_lapack = pytest.importorskip("scipy.linalg.cython_lapack")
 @pytest.fixture(autouse=True)
 def _loaded_anew(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv(ONE_THREAD, "1")
-    lapack._lapack.cache_clear()
+    lapack._loaded.cache_clear()
     yield
-    lapack._lapack.cache_clear()
+    lapack._loaded.cache_clear()
 
 
 def memory(use: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
@@ -179,6 +180,39 @@ def test_without_scipy(monkeypatch: pytest.MonkeyPatch) -> None:
     values, vectors = gram_eigh(torch.eye(600), 3)
     torch.testing.assert_close(values, torch.ones(600))
     assert vectors.shape == (600, 3)
+
+
+@pytest.mark.parametrize(
+    ("version", "name"),
+    [("1.12.9", ""), ("1.13.0", "SciPy 1.13.0"), ("2.0.0rc1", "SciPy 2.0.0rc1"), ("dev", "")],
+)
+def test_the_version_decides(version: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It rounds in its own way; an old one beside NumPy 2 tells at length that it cannot."""
+    monkeypatch.setattr("importlib.metadata.version", lambda package: version)
+    assert library(1) == name
+    assert library(2) == ""
+    assert (found(torch.eye(512), 3) is None) is (name == "")
+
+
+def test_nothing_is_told_of_a_scipy_that_is_broken(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def warns(mode: str) -> None:
+        warnings.warn("not for this NumPy", stacklevel=1)
+        raise RuntimeError
+
+    monkeypatch.setattr("scipy.show_config", warns)
+    assert found(torch.eye(512), 3) is None
+    assert capfd.readouterr() == ("", "")
+
+
+def test_too_little_memory_is_no_broken_scipy(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(mode: str) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("scipy.show_config", fails)
+    with pytest.raises(MemoryError):
+        found(torch.eye(512), 3)
 
 
 def test_scipy_with_another_library(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,8 @@ import pytest
 import torch
 from helpers import (
     RANKED,
+    best_error,
+    decaying,
     diverges,
     load_all,
     ranked_tensors,
@@ -33,6 +35,7 @@ from svdcli.files.report import report_of
 from svdcli.plan import words
 from svdcli.plan.ranks import rounding_energy
 from svdcli.plan.recipe import WANTED, best_defaults, recipe_for
+from svdcli.plan.words import Layout
 
 
 @pytest.mark.parametrize("layout", ["factored", "pivoted", "dense"])
@@ -368,6 +371,29 @@ def test_a_tail_below_the_gram_matrix_goes_to_svd(tmp_path: Path) -> None:
     assert row.fell_back == ("gram: tail below its precision",)
     best = float(torch.linalg.svdvals(w.double())[40:].norm() / w.double().norm())
     assert row.relative_error == pytest.approx(best, rel=1e-2)
+
+
+def test_numbers_whose_squares_vanish_go_to_svd(tmp_path: Path) -> None:
+    w = (decaying(120, 100, 1.0) * 1e-21).float()
+    save_file({"a.weight": w}, tmp_path / "m.safetensors")
+    recipe = Recipe("rank", 20, solver="gram")
+    row = svdcli.compress(tmp_path / "m.safetensors", None, recipe).report.layers[0]
+    assert row.fell_back == ("gram: squares below its range",)
+    best = (best_error(w.double(), 20) / float(w.double().square().sum())) ** 0.5
+    assert row.relative_error == pytest.approx(best, rel=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("layout", ["factored", "pivoted"])
+def test_a_constant_weight_is_of_rank_one(
+    tmp_path: Path, layout: Layout, dtype: torch.dtype
+) -> None:
+    """The errors of LAPACK all go the same way there."""
+    save_file({"a.weight": torch.full((400, 300), 0.37, dtype=dtype)}, tmp_path / "m.safetensors")
+    recipe = Recipe("rank", 100, layout=layout)
+    row = svdcli.compress(tmp_path / "m.safetensors", None, recipe).report.layers[0]
+    assert row.rank == 100
+    assert row.relative_error < 1000 * torch.finfo(dtype).eps
 
 
 def test_where_every_solver_fails_the_layer_stays_dense(

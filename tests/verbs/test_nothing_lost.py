@@ -286,6 +286,22 @@ def test_a_command_that_is_refused_leaves_the_unfinished_work_of_another(
     assert {path.name for path in tmp_path.iterdir()} == {"m", "o"}
 
 
+def test_another_library_is_not_mixed_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SciPy may have come or gone, or be another one."""
+    model, out, recipe = write_model(tmp_path / "m"), tmp_path / "o", Recipe("rank", 9)
+
+    def has(name: str) -> None:
+        monkeypatch.setattr("svdcli.linalg.lapack.library", lambda threads: name)
+
+    for after, starts_over in (("", True), ("SciPy 2", False)):
+        has("SciPy 2")
+        with pytest.raises(KeyboardInterrupt):
+            svdcli.compress(model, out, recipe, progress=stop_when_written)
+        has(after)
+        assert svdcli.compress(model, out, recipe).started_over is starts_over
+        shutil.rmtree(out)
+
+
 def test_a_changed_source_is_not_mixed_in(tmp_path: Path) -> None:
     path = tmp_path / "m.safetensors"
     save_file({"a.weight": weight(90, 70, 1), "b.weight": weight(90, 70, 2)}, path)
