@@ -37,7 +37,7 @@ TO_ASSEMBLE = 300.0  # for all ranks to start, import torch and meet
 TO_WONDER = 15.0  # of waiting for that, until it is told
 _POLL = 0.02
 
-AGAIN = "run the same command again: what is whole is not done again"
+RUN_AGAIN = "run the same command again: what is whole is not done again"
 
 # Who started this process, before that can be gone
 _PARENT = os.getppid()
@@ -211,7 +211,7 @@ class Team:
     def check_alive(self, rank: int) -> None:
         """Raise LostRankError where that rank has shown no sign of life for `PATIENCE` seconds."""
         if not self.alive(rank):
-            raise LostRankError(f"rank {rank} is gone", AGAIN)
+            raise LostRankError(f"rank {rank} is gone", RUN_AGAIN)
 
     def alive(self, rank: int) -> bool:
         """Has that rank shown a sign of life in the last `PATIENCE` seconds that this one watched
@@ -265,7 +265,7 @@ class Team:
         """Tell the other ranks why this one ends, as far as the store is still there."""
         message = str(error)
         if not isinstance(error, Exception):
-            message = f"interrupted; {AGAIN}"
+            message = f"interrupted; {RUN_AGAIN}"
         elif not isinstance(error, SvdcliError):
             message = f"{type(error).__name__}: {error}".removesuffix(": ")
         told = [message, _code_of(error)]
@@ -335,7 +335,7 @@ class Team:
                 time.sleep(_POLL)
         except LostRankError as error:
             # It may have written all, and could not say so
-            hint = f"see whether the output is there; if not, {AGAIN}"
+            hint = f"see whether the output is there; if not, {RUN_AGAIN}"
             raise LostRankError(error.message, hint) from error
         return ended[0]
 
@@ -516,5 +516,5 @@ def _one_line() -> Iterator[None]:
     except DistError as error:
         raise LostRankError(
             "the store at which the ranks meet is gone, with the agent that kept it",
-            AGAIN,
+            RUN_AGAIN,
         ) from error

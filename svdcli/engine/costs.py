@@ -235,8 +235,7 @@ def _measured(device: torch.device, threads: int) -> Speeds:
         workers = 1  # of its threads one at a time computes
     with executor:
         found = list(executor.map(_measure, [device] * workers))
-    speeds = (sum(speeds) / len(speeds) for speeds in zip(*found, strict=True))
-    return Speeds(workers, *speeds)
+    return Speeds(workers, *(sum(kind) / workers for kind in zip(*found, strict=True)))
 
 
 def _measure(device: torch.device) -> tuple[float, float, float, float]:

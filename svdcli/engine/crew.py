@@ -71,8 +71,8 @@ def crew_of(compute: Compute, asked: str) -> Iterator[Workers | Follower]:
     the same, or has other numbers of threads or processes."""
     place = place_here()
     device = compute.start()
-    asked = f"{asked} {compute} {library(threads_each(device))}"
     if place is not None and place.size > 1:
+        asked = f"{asked} {compute} {library(threads_each(device))}"
         with ROOM.shared_by(place.local_size), assembled(place) as team:
             device = _own_device(device, place)
             # They may have been started again when all was done

@@ -17,6 +17,7 @@ from svdcli.files.dtypes import TORCH_DTYPES
 from svdcli.files.record import Result
 from svdcli.files.source import Source
 from svdcli.linalg.damping import rows_of_blocks
+from svdcli.linalg.lapack import NoConvergence
 from svdcli.linalg.layouts import CODECS
 from svdcli.linalg.machine import converted, squared_norm
 from svdcli.linalg.solvers import SOLVERS, Factors, transposed
@@ -29,9 +30,6 @@ from svdcli.plan.packing import PLAIN
 from svdcli.plan.plan import LayerPlan
 from svdcli.plan.tensors import FACTORED_DTYPES, TensorInfo
 from svdcli.plan.words import WEIGHTED
-
-_NoConvergence: type[Exception] = torch.linalg.LinAlgError  # type: ignore[attr-defined]
-
 
 # After a failure: each solver is more robust, and slower, than the one before.
 _LADDER = (("gram", torch.float32), ("svd", torch.float32), ("svd", torch.float64))
@@ -126,7 +124,7 @@ def solve_layer(
         try:
             factors = _factor(work, layer, solver, seed, moments)
             stored = tuple(part.cpu() for part in codec.encode(factors, stored_dtype))
-        except _NoConvergence:
+        except NoConvergence:
             fell_back.append(f"{label}: no convergence")
             continue
 
@@ -150,7 +148,7 @@ def _solve_packed(
 ) -> tuple[tuple[Tensor, ...], Result]:
     try:
         stored, result = solve_packed(w, layer, moments)
-    except _NoConvergence as error:
+    except NoConvergence as error:
         raise LayerFailedError(f"{layer.solver}: no convergence") from error
     if not math.isfinite(result.relative_error):
         raise LayerFailedError(f"{layer.solver}: not finite")

@@ -23,10 +23,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Below this side, loading SciPy takes longer than it saves.
+# A smaller matrix takes torch a few hundredths of a second, and loading SciPy 0.2.
 _SMALLEST = 512
 
-# OpenBLAS reads it when it is loaded. With threads of its own, callers wait for each other.
+# OpenBLAS reads it when it is loaded; what calls it are threads already.
 ONE_THREAD = "OPENBLAS_NUM_THREADS"
 
 # The first SciPy that is built for NumPy 2: an older one beside that tells so at length.
@@ -40,7 +40,7 @@ _LETTERS = {torch.float32: "s", torch.float64: "d"}
 _loading = threading.Lock()
 
 _Routine = Callable[..., None]
-_NoConvergence: type[Exception] = torch.linalg.LinAlgError  # type: ignore[attr-defined]
+NoConvergence: type[Exception] = torch.linalg.LinAlgError  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True)
@@ -63,14 +63,12 @@ def leading_eigh(
     scaled first. memory makes an uninitialised tensor for a use; the vectors lie in one. Raises
     torch.linalg.LinAlgError where LAPACK does not converge.
     """
-    n = matrix.shape[0]
-    if n < _SMALLEST or not _is_usable(matrix):
-        return None
-    lapack = _lapack(matrix.dtype)
+    lapack = _lapack(matrix.dtype) if _is_usable(matrix) else None
     if lapack is None:
         return None
 
     # rows of the lower triangle are columns of the upper one, in LAPACK's order
+    n = matrix.shape[0]
     diagonal, beside, scales = matrix.new_empty((3, n))
     work = memory("LAPACK", (_numbers_in_work(n),))
     rest = (work, work.numel())
@@ -81,7 +79,7 @@ def leading_eigh(
     places = torch.empty(3 + 5 * n, dtype=torch.int32)
     tridiagonal = (diagonal, beside, vectors, n)
     if _call(lapack.stedc, b"I", n, *tridiagonal, *rest, places, places.numel()) > 0:
-        raise _NoConvergence("the divide and conquer of LAPACK did not converge")
+        raise NoConvergence("the divide and conquer of LAPACK did not converge")
 
     # those of the matrix
     leading = vectors[n - count :]
@@ -95,11 +93,12 @@ def _numbers_in_work(n: int) -> int:
 
 
 def _is_usable(matrix: Tensor) -> bool:
-    """Is it a CPU's, in order, and in the range that LAPACK does not scale (dsyevd.f), and has this
-    thread no others?"""
-    if matrix.device.type != "cpu" or matrix.dtype not in _LETTERS or not matrix.is_contiguous():
+    """Is it large, a CPU's, in order, and in the range that LAPACK does not scale (dsyevd.f), and
+    has this thread no others?"""
+    n = matrix.shape[0]
+    if n < _SMALLEST or _numbers_in_work(n) > _MOST_NUMBERS or torch.get_num_threads() != 1:
         return False
-    if torch.get_num_threads() != 1 or _numbers_in_work(matrix.shape[0]) > _MOST_NUMBERS:
+    if matrix.device.type != "cpu" or matrix.dtype not in _LETTERS or not matrix.is_contiguous():
         return False
     limits = torch.finfo(matrix.dtype)
     smallest = math.sqrt(limits.tiny / limits.eps)
@@ -142,13 +141,16 @@ def library(threads: int) -> str:
 
 
 def _lapack(dtype: torch.dtype) -> _Lapack | None:
-    """The routines of SciPy's OpenBLAS, where that was held to one thread."""
+    """The routines of SciPy's OpenBLAS, where that was held to one thread; loaded once, whoever
+    asks."""
     with _loading:
-        return _loaded(dtype) if library(1) else None
+        return _loaded(dtype)
 
 
 @cache
 def _loaded(dtype: torch.dtype) -> _Lapack | None:
+    if not library(1):
+        return None
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
